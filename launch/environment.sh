@@ -1,0 +1,30 @@
+# Sourced by the scripts beside it: an environment with the project in it, made once and reused.
+# An active virtual environment is used as it is; otherwise .venv in the project's root.
+# environment EXTRAS: the extras to install, such as "dev".
+
+environment() {
+  local extras="$1" root stamp wanted
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if [ ! -x "$root/.venv/bin/python" ]; then
+      local python
+      python="$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)"
+      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "Python 3.11 or newer is needed; $python is $("$python" --version)." >&2
+        exit 2
+      }
+      echo "making .venv with $("$python" --version)"
+      "$python" -m venv "$root/.venv"
+    fi
+    # shellcheck disable=SC1091
+    source "$root/.venv/bin/activate"
+  fi
+  # Installed again only when what is to be installed has changed.
+  wanted="$(sha256sum "$root/pyproject.toml" | cut -c1-16) ${extras}"
+  stamp="$VIRTUAL_ENV/.ssl_pipeline_installed"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing the project (torch is large: minutes on a fresh machine)"
+    python -m pip install --quiet --editable "$root${extras:+[$extras]}"
+    echo "$wanted" > "$stamp"
+  fi
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The README's test command: environment, lint, types, tests. pytest's own arguments may follow.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+environment dev
+
+echo "== ruff";  ruff check . && ruff format --check .
+echo "== mypy";  mypy
+echo "== pytest"
+python -m pytest -q "$@"

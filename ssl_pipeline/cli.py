@@ -1,0 +1,38 @@
+"""``ssl-pipeline VERB``: one command for everything; each verb is a module's ``main``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+VERBS = {
+    "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
+    "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
+    "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
+    "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
+    "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),
+    "bench": ("ssl_pipeline.bench.command", "the measurements that README quotes"),
+}
+
+
+def main() -> None:
+    """The command line's entry."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--help", "-h", "help"):
+        lines = [f"  {name:<10} {text}" for name, (_, text) in VERBS.items()]
+        sys.stdout.write("\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""]))
+        return
+    if verb not in VERBS:
+        close = get_close_matches(verb, VERBS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
+        sys.stderr.write(f"{verb!r} is not a verb of ssl-pipeline. {hint}\n")
+        raise SystemExit(2)
+    del sys.argv[1]
+    run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
+    run()
+
+
+if __name__ == "__main__":
+    main()

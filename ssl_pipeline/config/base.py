@@ -1,0 +1,61 @@
+"""The base of every configuration model, and the error that a wrong configuration raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class UserError(ValueError):
+    """What a person can mend: told as a sentence, without a traceback, with exit code 2."""
+
+
+class ConfigError(UserError):
+    """A mistake of the user's, told in sentences: each names the thing, what was expected, and what to do.
+
+    Attributes:
+        problems: one sentence per mistake, all that were found together.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ComponentConfig(Strict):
+    """The configuration of one component of a room; its ``name`` is the module that holds it.
+
+    Attributes:
+        name: a module of the room (``simclr`` → ``ssl_pipeline.pretext.simclr``), or a dotted name of the user's own.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Room:
+    """Marks a field of a stage's schema whose model is chosen by ``name`` among the modules of a package.
+
+    Attributes:
+        package: relative to ``ssl_pipeline``, such as ``"pretext"`` or ``"data.sources"``.
+    """
+
+    package: str
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """The whole configuration as plain YAML types, the chosen components' own keys included."""
+    tree: dict[str, Any] = config.model_dump(mode="json", serialize_as_any=True)
+    return tree

@@ -1,0 +1,72 @@
+"""A stage as a command: overrides in, one typed configuration out, mistakes as sentences."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from ssl_pipeline.config.base import UserError, dump
+from ssl_pipeline.config.compose import choices, compose, config_root
+from ssl_pipeline.config.resolve import resolve
+
+Stage = TypeVar("Stage", bound=BaseModel)
+
+
+def load(
+    name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> Stage:
+    """Composes and validates a stage's configuration.
+
+    Raises:
+        ConfigError: listing every mistake.
+    """
+    return resolve(schema, compose(name, overrides, config_dir))
+
+
+def run_command(
+    name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
+) -> None:
+    """Runs a stage from the command line; leaves the process with 2 when the user can mend what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog=f"ssl-pipeline {name}",
+        usage="%(prog)s [group=choice …] [key=value …] [--config-dir DIR] [--cfg job] [--help]",
+        description=run.__doc__.splitlines()[0] if run.__doc__ else None,
+        epilog=_keys_help(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--config-dir", type=Path, help="a folder of your own YAML, with the same groups as ours")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration that would run, and stop")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(name, schema, options.overrides, options.config_dir)
+        if options.cfg:
+            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(dump(config))))
+            return
+        run(config)
+    except UserError as error:
+        leave(error, f"ssl-pipeline {name} --help")
+
+
+def leave(error: UserError, hint: str) -> None:
+    """Tells a mistake once (not once a process) and leaves with exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        lines = str(error).splitlines()
+        marked = lines if len(lines) == 1 else [f"{len(lines)} things are wrong:", *(f"  - {line}" for line in lines)]
+        sys.stderr.write("\n".join([*marked, f"({hint} lists the keys.)"]) + "\n")
+        sys.stderr.flush()
+    raise SystemExit(2) from None
+
+
+def _keys_help(name: str) -> str:
+    groups = sorted(path.name for path in config_root().iterdir() if path.is_dir())
+    lines = [f"  {group}={'|'.join(choices(group))}" for group in groups if choices(group)]
+    yaml = (config_root() / f"{name}.yaml").read_text()
+    return "\n".join(["groups:", *lines, "", f"keys ({name}.yaml; `--cfg job` shows them all):", "", yaml])

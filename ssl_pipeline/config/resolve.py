@@ -1,0 +1,133 @@
+"""From a tree of plain values to one typed, frozen object, or to all mistakes in it at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ssl_pipeline.config.base import ComponentConfig, ConfigError, Room
+
+Stage = TypeVar("Stage", bound=BaseModel)
+
+
+def resolve(schema: type[Stage], tree: Mapping[str, Any]) -> Stage:
+    """Validates a composed configuration; components are found by the name they carry.
+
+    Args:
+        schema: the stage's model. A field annotated with :class:`Room` is validated by ``<room>.<name>.Config``.
+        tree: plain values, as composed from YAML and overrides.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: listing every mistake in words.
+    """
+    values, problems = dict(tree), list[str]()
+    for field, room in _rooms(schema).items():
+        if isinstance(values.get(field), Mapping):
+            try:
+                values[field] = component(room, field, values[field])
+            except ConfigError as error:
+                problems += error.problems
+                values.pop(field)  # reported already: the stage's own check below must not repeat it
+    try:
+        return_value = schema.model_validate(values)
+    except ValidationError as error:
+        reported = {field for field in _rooms(schema) if field in tree and field not in values}
+        problems += [text for text in _sentences(error, schema) if text.split("`")[1] not in reported]
+        return_value = None
+    if problems or return_value is None:
+        raise ConfigError(problems)
+    return return_value
+
+
+def component(room: str, field: str, tree: Mapping[str, Any]) -> ComponentConfig:
+    """The typed configuration of one component.
+
+    Args:
+        room: the package it lives in, relative to ``ssl_pipeline``.
+        field: the key it has in the stage's configuration, for messages.
+        tree: its plain values, ``name`` among them.
+
+    Raises:
+        ConfigError: the name or a key is wrong.
+    """
+    name = tree.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"`{field}.name` is required: the name of one of {', '.join(names(room))}.")
+    schema = _config_class(room, field, name)
+    try:
+        return schema.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, schema, field)) from None
+
+
+def names(room: str) -> list[str]:
+    """The components of a room: its modules that define a ``Config``."""
+    package = importlib.import_module(f"ssl_pipeline.{room}")
+    found = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
+    return [name for name in found if hasattr(importlib.import_module(f"ssl_pipeline.{room}.{name}"), "Config")]
+
+
+def _config_class(room: str, field: str, name: str) -> type[ComponentConfig]:
+    path = name if "." in name else f"ssl_pipeline.{room}.{name}"
+    try:
+        found = importlib.util.find_spec(path) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if not found:
+        hint = f"no module `{path}` can be imported" if "." in name else f"there is no {name!r} in {room}"
+        raise ConfigError(f"`{field}.name`: {hint}.{_nearest(name, names(room))}")
+    schema = getattr(importlib.import_module(path), "Config", None)
+    if not (isinstance(schema, type) and issubclass(schema, ComponentConfig)):
+        raise ConfigError(
+            f"`{field}.name`: module `{path}` has no class `Config` derived from ComponentConfig.{_nearest('', names(room))}"
+        )
+    return schema
+
+
+def _rooms(schema: type[BaseModel]) -> dict[str, str]:
+    return {
+        name: mark.package
+        for name, field in schema.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Room)
+    }
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def _sentences(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """pydantic's findings as sentences that name the key the way the user writes it."""
+    sentences = []
+    for finding in error.errors(include_url=False):
+        loc = [str(part) for part in finding["loc"] if not str(part).startswith("function-")]
+        key = ".".join([prefix, *loc] if prefix else loc) or "config"
+        if finding["type"] == "extra_forbidden":
+            known = list(_model_at(schema, loc[:-1]).model_fields)
+            sentences.append(f"`{key}` is not a key.{_nearest(loc[-1], known)}")
+        elif finding["type"] == "missing":
+            sentences.append(f"`{key}` is required and was not given.")
+        elif finding["type"] == "value_error":
+            sentences.append(f"`{key}`: {finding['msg'].removeprefix('Value error, ')}")
+        else:
+            sentences.append(f"`{key}`: {finding['msg'][:1].lower()}{finding['msg'][1:]}, got {finding['input']!r}.")
+    return list(dict.fromkeys(sentences))
+
+
+def _model_at(schema: type[BaseModel], loc: list[str]) -> type[BaseModel]:
+    for part in loc:
+        field = schema.model_fields.get(part)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
+    return schema

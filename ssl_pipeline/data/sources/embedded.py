@@ -1,0 +1,26 @@
+"""The images that travel with the package: 10,000 of Fashion-MNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from ssl_pipeline.data import embedded
+from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
+from ssl_pipeline.data.sources.fashion_mnist import open_idx_folder
+
+
+class Config(SourceConfig):
+    """A subset of Fashion-MNIST: 8,000 training images, of which ``dev`` are held out, and 2,000 test images.
+
+    Attributes:
+        dev: training images held out for choices, outside of pretraining and of label draws.
+    """
+
+    dev: int = Field(1000, ge=1, le=4000)
+
+    def open(self, split: Split) -> ArraySource:
+        """A split; ``dev`` is the same for every seed."""
+        assert embedded.__file__ is not None
+        return open_idx_folder("embedded", Path(embedded.__file__).parent, self.dev, split)

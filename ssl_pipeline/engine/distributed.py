@@ -1,0 +1,87 @@
+"""One process or many: the accelerator, and the guard against processes that don't know of each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.loader import Share
+
+T = TypeVar("T")
+
+
+def start_accelerator() -> Accelerator:
+    """The accelerator of this process; precision and processes are the launcher's to say.
+
+    Raises:
+        ConfigError: the launcher was asked for several processes, and they did not become one group.
+    """
+    cpu = not torch.cuda.is_available()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None and not cpu and torch.cuda.is_bf16_supported():
+        precision = "bf16"
+    # Queues, memories and statistics are gathered where they are computed, so buffers need no broadcast at each step.
+    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs])
+    asked = max(int(os.environ.get("WORLD_SIZE", "1")), _processes_asked_of_launcher())
+    if asked != accelerator.num_processes:
+        raise ConfigError(
+            f"{asked} processes were asked for, and {accelerator.num_processes} came as one group: on a CPU use "
+            "`accelerate launch --config_file launch/accelerate/cpu_2.yaml`, on GPUs check `nvidia-smi` and --num_processes."
+        )
+    return accelerator
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """This process's share of the work."""
+    return Share(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def from_main(accelerator: Accelerator, value: T) -> T:
+    """The main process's value, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    box = [value]
+    broadcast_object_list(box, from_process=0)
+    return box[0]
+
+
+def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
+    """Makes something on the main process alone (None elsewhere); its mistake is every process's.
+
+    Raises:
+        ConfigError: on all processes, where the main process's ``make`` raised a UserError.
+    """
+    value, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            value = make()
+        except UserError as error:
+            problem = str(error)
+    problem = from_main(accelerator, problem)
+    if problem is not None:
+        raise ConfigError(problem.split("\n"))
+    return value
+
+
+def _processes_asked_of_launcher() -> int:
+    """``--num_processes`` of a parent `accelerate launch`: with ``--cpu`` it starts one process without a word."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no /proc: the guard by WORLD_SIZE remains
+        return 1
+    if "launch" not in words or "--num_machines" in words:
+        return 1
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        value = value or following
+        if name in ("--num_processes", "--num-processes") and value.isdigit():
+            return int(value)
+    return 1

@@ -1,0 +1,87 @@
+"""Optimizers by name, the rate of every step, and which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightly.utils.lars import LARS
+from pydantic import Field, model_validator
+from torch.optim import SGD, AdamW, Optimizer
+
+from ssl_pipeline.engine.task import Task
+from ssl_pipeline.schedules import Clock, WarmupCosine
+
+
+class OptimConfig(WarmupCosine):
+    """The optimizer and its learning rate over the run.
+
+    Attributes:
+        name: ``sgd``, ``lars`` or ``adamw``.
+        lr: the base rate; with ``scaling: linear`` it is meant for a global batch of 256.
+        scaling: ``linear``: rate = lr · global batch ÷ 256 (Goyal et al. 2017); ``none``: rate = lr.
+        weight_decay: not applied to norms, biases and other one-dimensional parameters.
+        momentum: of SGD and LARS.
+        betas: of AdamW.
+        trust: LARS' trust coefficient (You et al. 2017).
+        clip: the gradient's greatest norm; none by default.
+    """
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    lr: float = Field(0.06, gt=0)
+    scaling: Literal["linear", "none"] = "linear"
+    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    trust: float = Field(0.001, gt=0)
+    clip: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _lars_needs_decay(self) -> OptimConfig:
+        if self.name == "lars" and self.weight_decay == 0:
+            raise ValueError("LARS scales only parameters that decay: with weight_decay 0 it is plain SGD; set it above 0.")
+        return self
+
+    def peak_rate(self, batch_size: int) -> float:
+        """The rate after warm-up for a global batch."""
+        return self.lr * batch_size / 256 if self.scaling == "linear" else self.lr
+
+
+def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimizer:
+    """The optimizer of a task.
+
+    Args:
+        config: which one.
+        task: gives its parameters in groups, each with its ``lr_factor``.
+        batch_size: samples of a step over all processes.
+
+    Returns:
+        An optimizer whose groups carry ``base_lr``; :func:`set_rate` makes the step's rate of it. Norms and biases are in
+        groups of their own without decay, which LARS therefore also leaves unscaled.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in task.param_groups():
+        rate = config.peak_rate(batch_size) * group["lr_factor"]
+        named: list[tuple[str, torch.nn.Parameter]] = list(group["params"])
+        for decays in (True, False):
+            members = [parameter for _, parameter in named if (parameter.ndim > 1) == decays]
+            if members:
+                decay = config.weight_decay if decays else 0.0
+                groups.append({"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay})
+    if config.name == "adamw":
+        return AdamW(groups, betas=config.betas)
+    if config.name == "lars":
+        return LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust)
+    return SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+def set_rate(optimizer: Optimizer, config: OptimConfig, clock: Clock) -> float:
+    """Gives every group its rate of the step; computed from the step, so that processes can't multiply it.
+
+    Returns:
+        The first group's rate, for the log.
+    """
+    factor = config.factor(clock)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,48 @@
+"""A source's features, each sample exactly once on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
+from ssl_pipeline.data.source import Indexed
+
+
+@torch.no_grad()
+def extract(
+    network: nn.Module,
+    source: Indexed,
+    preprocessing: Preprocessing,
+    share: Share,
+    index: Tensor | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Runs a network over samples without randomness, and gathers the outputs in the samples' order.
+
+    Args:
+        network: put into evaluation mode, and back into the mode it was in.
+        source: numbered samples.
+        preprocessing: what the network expects.
+        share: this process's share: the samples are cut into as many contiguous parts as there are processes.
+        index: which samples, int64 of shape (N,); all by default.
+        forward: images (B, C, H, W) to rows (B, D); the network itself by default.
+
+    Returns:
+        float32 of shape (N, D), on the CPU, the same on every process.
+    """
+    index = torch.arange(len(source)) if index is None else index
+    part = index.tensor_split(share.processes)[share.rank]
+    was_training = network.training
+    network.eval()
+    run = forward or network
+    rows = [run(images).float().cpu() for images in read_in_order(source, preprocessing, share.device, part)]
+    network.train(was_training)
+    if share.processes == 1:
+        return torch.cat(rows)
+    parts: list[list[Tensor]] = [[] for _ in range(share.processes)]
+    dist.all_gather_object(parts, rows)
+    return torch.cat([row for rows_of_rank in parts for row in rows_of_rank])

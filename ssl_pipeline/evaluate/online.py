@@ -1,0 +1,95 @@
+"""What is looked at while stage one runs: never the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.draws import permutation
+from ssl_pipeline.evaluate import collapse
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.knn import knn_accuracy
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.views.policy import Views
+
+
+class OnlineEvaluation:
+    """kNN accuracy on ``dev`` where labels exist, and the collapse figures always.
+
+    Args:
+        train: the pretraining images; with labels, up to ``bank_size`` of them are kNN's bank.
+        dev: held-out training images with labels, or None.
+        views: two random views of an image give alignment.
+        preprocessing: what the encoder expects.
+        share: this process's share.
+        say: where a verdict is told.
+        k: neighbours.
+        bank_size: most rows in kNN's bank.
+        sample: most images for the collapse figures.
+    """
+
+    def __init__(
+        self,
+        train: Indexed,
+        dev: Indexed | None,
+        views: Views,
+        preprocessing: Preprocessing,
+        share: Share,
+        say: Callable[[str], None],
+        k: int = 20,
+        bank_size: int = 10_000,
+        sample: int = 512,
+    ) -> None:
+        self._train, self._dev, self._views, self._say, self._k = train, dev, views, say, k
+        self._preprocessing, self._share = preprocessing, share
+        self._bank = permutation(len(train), "online evaluation", "bank")[:bank_size].sort().values
+        self._looked_at = dev if dev is not None else train
+        self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
+
+    @torch.no_grad()
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank``, …"""
+        figures = self._collapse(encoder)
+        sentence = collapse.verdict(figures, encoder.width)
+        if sentence:
+            self._say(sentence)
+        if self._dev is not None:
+            figures["knn"] = self._knn(encoder, self._dev)
+        return {f"eval/{name}": value for name, value in figures.items()}
+
+    def _knn(self, encoder: Encoder, dev: Indexed) -> float:
+        assert self._train.labels is not None
+        assert dev.labels is not None
+        assert dev.classes is not None
+        bank = extract(encoder, self._train, self._preprocessing, self._share, self._bank)
+        queries = extract(encoder, dev, self._preprocessing, self._share)
+        return knn_accuracy(queries, dev.labels, bank, self._train.labels[self._bank], len(dev.classes), self._k)
+
+    def _collapse(self, encoder: Encoder) -> dict[str, float]:
+        features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)
+        first, second = self._two_views(encoder)
+        return {
+            "feature_std": collapse.feature_std(features),
+            "effective_rank": collapse.effective_rank(features),
+            "alignment": collapse.alignment(first, second),
+            "uniformity": collapse.uniformity(features),
+        }
+
+    def _two_views(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        """Features of two views of the same images; the views of epoch 0, so that figures compare over time."""
+        source, index = self._looked_at, self._sample[:128]
+        if source.pixels is not None:
+            crops = self._views.of_pixels(source.pixels[index].to(self._share.device), index, epoch=0)
+        else:
+            crops = self._views.of_files([source.open_image(int(i)) for i in index], index, epoch=0)
+            crops = [crop.to(self._share.device) for crop in crops]
+        finished = self._views.finish(crops, index, epoch=0)
+        was_training = encoder.training
+        encoder.eval()
+        first, second = encoder.features(finished[0]), encoder.features(finished[-1])
+        encoder.train(was_training)
+        return first, second

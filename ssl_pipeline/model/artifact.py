@@ -1,0 +1,146 @@
+"""The hand-over: weights as safetensors and a card that says what they are, written whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.encoder import Encoder, build_encoder
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.weights import load_strictly
+
+SCHEMA = 1
+_CARD = "card.json"
+
+
+class Blueprint(Strict):
+    """All that is needed to build an encoder, and to feed it.
+
+    Attributes:
+        backbone: its network.
+        neck: its neck.
+        channels: of the images.
+        size: of the images, in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+    """
+
+    backbone: BackboneConfig
+    neck: NeckConfig
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def build(self) -> tuple[Encoder, list[str]]:
+        """The encoder, with official weights if the blueprint names some, and notes for the log."""
+        return build_encoder(self.backbone, self.neck, self.channels, self.size)
+
+    def without_weights(self) -> Blueprint:
+        """The same architecture, to be filled from elsewhere."""
+        # Under `auto` given weights decide the stem; without them the choice has to be written down.
+        decided = self.backbone.stem == "auto" and self.backbone.weights is not None
+        update = {"weights": None, **({"stem": "imagenet"} if decided else {})}
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
+
+
+class Card(Strict):
+    """What the weights beside it are.
+
+    Attributes:
+        schema_version: of this card.
+        kind: ``encoder`` (stage one) or ``model`` (stage two).
+        blueprint: architecture and preprocessing.
+        config: the whole configuration of the run.
+        data: name, fingerprint and licence of what it learned from.
+        figures: measured ones.
+        versions: of what made it.
+        classes: names, in the order of a model's outputs.
+        created: UTC.
+    """
+
+    schema_version: int = SCHEMA
+    kind: Literal["encoder", "model"]
+    blueprint: Blueprint
+    config: dict[str, Any]
+    data: dict[str, str | None]
+    figures: dict[str, float]
+    versions: dict[str, str]
+    classes: tuple[str, ...] | None = None
+    created: str = ""
+
+
+def save(folder: Path, module: nn.Module, card: Card) -> Path:
+    """Writes ``<kind>.safetensors`` and ``card.json``; the card last, so that a card always has its weights.
+
+    Returns:
+        The weights' path.
+    """
+    weights = folder / f"{card.kind}.safetensors"
+    temporary = weights.with_suffix(".safetensors.partial")
+    save_file({key: value.cpu().contiguous() for key, value in module.state_dict().items()}, temporary)
+    _publish(temporary, weights)
+    stamped = card.model_copy(update={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    temporary = folder / f"{_CARD}.partial"
+    temporary.write_text(stamped.model_dump_json(indent=1))
+    _publish(temporary, folder / _CARD)
+    return weights
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+
+
+def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dict[str, Tensor]]:
+    """Reads a card and its weights.
+
+    Args:
+        path: a run's folder, or the weights' file in it.
+        kind: what is expected.
+
+    Raises:
+        ConfigError: it is not there, not whole, or something else.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    weights = folder / f"{kind}.safetensors"
+    if not path.exists():
+        raise ConfigError(f"there is no {str(path)!r}: give the folder of a finished run that holds {weights.name} and {_CARD}.")
+    for needed in (weights, folder / _CARD):
+        if not needed.is_file():
+            raise ConfigError(f"{str(folder)!r} holds no {needed.name}: it is not the folder of a finished run that wrote one.")
+    try:
+        card = Card.model_validate_json((folder / _CARD).read_text())
+    except ValidationError as error:
+        raise ConfigError(
+            f"{folder / _CARD} can't be read by this version (schema {SCHEMA}): {error.errors()[0]['msg']}."
+        ) from error
+    if card.schema_version != SCHEMA or card.kind != kind:
+        raise ConfigError(f"{folder / _CARD} describes a {card.kind} of schema {card.schema_version}; a {kind} of schema {SCHEMA} is needed.")
+    try:
+        return card, load_file(weights)
+    except SafetensorError as error:
+        raise ConfigError(f"{weights} is damaged ({error}): take it from a copy, or run stage one again.") from error
+
+
+def load_encoder(path: str | Path) -> tuple[Encoder, Card]:
+    """Stage one's encoder, every key accounted for.
+
+    Raises:
+        ConfigError: see :func:`read`; or naming the keys that do not fit.
+    """
+    card, state = read(path, "encoder")
+    encoder, _ = card.blueprint.without_weights().build()
+    load_strictly(encoder, state, f"the encoder in {str(path)!r}")
+    return encoder, card

@@ -1,0 +1,54 @@
+"""The encoder: backbone, then neck. It is what stage one hands to stage two."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ssl_pipeline.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_pipeline.model.neck import NeckConfig, build_neck
+
+
+class Encoder(nn.Module):
+    """Images to features.
+
+    Attributes:
+        width: number of features.
+        widths: channels of each level of the maps.
+        strides: the image's pixels per pixel of each level.
+    """
+
+    def __init__(self, backbone: Backbone, neck: NeckConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = build_neck(neck, backbone)
+        self.width, self.widths, self.strides = self.neck.width, backbone.widths, backbone.strides
+        # Some libraries normalise after pooling; other necks than the mean of the last level have another width or scale.
+        self._final_norm = backbone.final_norm if neck.name == "gap" else None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to features (B, width)."""
+        features: Tensor = self.neck(self.backbone(images))
+        if self._final_norm is not None:
+            features = self.backbone.trunk.get_submodule(self._final_norm)(features[:, :, None, None])
+        return features
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, C, H, W) to a map (B, widths[level], …) per level, for dense tasks."""
+        maps: dict[str, Tensor] = self.backbone(images)
+        return {level: maps[level] for level in self.widths}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The features."""
+        return self.features(images)
+
+
+def build_encoder(
+    backbone: BackboneConfig, neck: NeckConfig, channels: int, image_size: int
+) -> tuple[Encoder, list[str]]:
+    """Builds an encoder; see :func:`ssl_pipeline.model.backbone.build_backbone`.
+
+    Returns:
+        The encoder, and notes for the log.
+    """
+    body, notes = build_backbone(backbone, channels, image_size)
+    return Encoder(body, neck), notes

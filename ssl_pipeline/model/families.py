@@ -1,0 +1,192 @@
+"""What each family of torchvision's networks looks like inside: where its levels end, how wide they are, what to cut off.
+
+Widths and strides are read from the modules' own attributes. No image is ever sent through a network to find them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models import (
+    VGG,
+    ConvNeXt,
+    EfficientNet,
+    MobileNetV2,
+    MobileNetV3,
+    ResNet,
+    SwinTransformer,
+    VisionTransformer,
+)
+
+from ssl_pipeline.model.small_resnet import SmallResNet
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the feature pyramid.
+
+    Attributes:
+        modules: names of the trunk's modules that lead to it from the level before.
+        width: its channels.
+        stride: the image's pixels per pixel of it.
+    """
+
+    modules: tuple[str, ...]
+    width: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A trunk without its classifier.
+
+    Attributes:
+        levels: from fine to coarse; the last is what a neck reads.
+        classifier: prefixes of the classifier's keys in the library's state dict, which are cut off.
+        final_norm: name of the module that the library applies after pooling, if it has one.
+        channels_last: whether the modules speak (B, H, W, C).
+        token: whether there is a class token.
+    """
+
+    levels: dict[str, Level]
+    classifier: tuple[str, ...]
+    final_norm: str | None = None
+    channels_last: bool = False
+    token: bool = False
+
+
+def _named(levels: list[Level]) -> dict[str, Level]:
+    """The coarsest level is c5, whatever the stem: the names detection heads know."""
+    return {f"c{5 - len(levels) + 1 + i}": level for i, level in enumerate(levels)}
+
+
+def _stride(module: nn.Module) -> int:
+    """The product of the strides along a chain of blocks: of a block's convolutions only one strides."""
+    shortcuts = {id(c) for b in module.modules() if hasattr(b, "downsample") and b.downsample for c in b.downsample.modules()}
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d) and id(m) not in shortcuts]
+    return math.prod(m.stride[0] for m in convolutions)
+
+
+def _resnet(trunk: nn.Module) -> Anatomy:
+    pool = getattr(trunk, "maxpool", None)
+    stem = ("conv1", "bn1", "relu", *(("maxpool",) if pool is not None else ()))
+    stride = trunk.conv1.stride[0] * (2 if isinstance(pool, nn.MaxPool2d) else 1)  # type: ignore[union-attr,operator,index]
+    levels = []
+    for i in range(1, 5):
+        stage = trunk.get_submodule(f"layer{i}")
+        stride *= _stride(stage)
+        last = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+        block = list(stage.children())[-1]
+        out = block.conv3 if hasattr(block, "conv3") else block.conv2
+        assert isinstance(out, nn.Conv2d)
+        assert last
+        levels.append(Level((*(stem if i == 1 else ()), f"layer{i}"), out.out_channels, stride))
+    return Anatomy(_named(levels), ("fc.",))
+
+
+def _vgg(trunk: nn.Module) -> Anatomy:
+    levels, modules, width, stride = [], list[str](), 0, 1
+    for name, module in trunk.get_submodule("features").named_children():
+        modules.append(f"features.{name}")
+        if isinstance(module, nn.Conv2d):
+            width = module.out_channels
+        if isinstance(module, nn.MaxPool2d):
+            stride *= 2
+            levels.append(Level(tuple(modules), width, stride))
+            modules = []
+    return Anatomy(_named(levels), ("classifier.",))
+
+
+def _pairs(trunk: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str, Level]:
+    """ConvNeXt and Swin: an embedding or a merge, then a stage of blocks, four times."""
+    features = trunk.get_submodule("features")
+    stride = features[0][0].stride[0]  # type: ignore[index,union-attr]
+    levels = []
+    for i in range(4):
+        block = list(features.get_submodule(str(2 * i + 1)).children())[-1]
+        levels.append(Level((f"features.{2 * i}", f"features.{2 * i + 1}"), width_of(block), stride * 2**i))
+    return _named(levels)
+
+
+def _convnext(trunk: nn.Module) -> Anatomy:
+    return Anatomy(_pairs(trunk, lambda block: int(block.layer_scale.shape[0])), ("classifier.2.",), "classifier")  # type: ignore[union-attr]
+
+
+def _swin(trunk: nn.Module) -> Anatomy:
+    levels = _pairs(trunk, lambda block: int(block.norm1.normalized_shape[0]))  # type: ignore[union-attr,index]
+    last = levels["c5"]
+    levels["c5"] = Level((*last.modules, "norm"), last.width, last.stride)
+    return Anatomy(levels, ("head.",), channels_last=True)
+
+
+def _blocks(trunk: nn.Module) -> Anatomy:
+    """EfficientNet and MobileNet: a chain of blocks; a level ends where the next block strides."""
+    levels, modules, stride, width = [], list[str](), 1, 0
+    for name, module in trunk.get_submodule("features").named_children():
+        step = _stride(module)
+        if step > 1 and modules:
+            levels.append(Level(tuple(modules), width, stride))
+            modules = []
+        modules.append(f"features.{name}")
+        stride *= step
+        last = list(module.children())[-1] if type(module) is nn.Sequential else module
+        width = int(last.out_channels)  # type: ignore[arg-type]
+    levels.append(Level(tuple(modules), width, stride))
+    return Anatomy(_named(levels), ("classifier.",))
+
+
+def _vit(trunk: nn.Module) -> Anatomy:
+    level = Level((), int(trunk.hidden_dim), int(trunk.patch_size))  # type: ignore[arg-type]
+    return Anatomy({"c5": level}, ("heads.",), token=True)
+
+
+_FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {
+    ResNet: _resnet,
+    SmallResNet: _resnet,
+    VGG: _vgg,
+    ConvNeXt: _convnext,
+    SwinTransformer: _swin,
+    EfficientNet: _blocks,
+    MobileNetV2: _blocks,
+    MobileNetV3: _blocks,
+    VisionTransformer: _vit,
+}
+
+
+def anatomy_of(trunk: nn.Module) -> Anatomy | None:
+    """The anatomy of a torchvision network; None if its family is not known here."""
+    read = _FAMILIES.get(type(trunk))
+    return read(trunk) if read else None
+
+
+def cut_classifier(trunk: nn.Module, anatomy: Anatomy) -> None:
+    """Removes what only the library's own classes need, in place; all other keys keep the library's names."""
+    for prefix in anatomy.classifier:
+        name = prefix.rstrip(".")
+        if "." in name:  # ConvNeXt: the classifier's norm stays, its linear layer goes
+            owner, _, child = name.rpartition(".")
+            sequence = trunk.get_submodule(owner)
+            assert isinstance(sequence, nn.Sequential)
+            setattr(trunk, owner, nn.Sequential(*list(sequence.children())[: int(child)]))
+        elif hasattr(trunk, name):
+            setattr(trunk, name, nn.Identity())
+
+
+def shrink_stem(trunk: nn.Module) -> bool:
+    """Gives the trunk a stem for small images, in place: 3×3 with stride 1, no max-pool. False if its family has none."""
+    if isinstance(trunk, SmallResNet | VGG):
+        return True
+    if isinstance(trunk, ResNet):
+        trunk.conv1 = nn.Conv2d(3, trunk.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+        trunk.maxpool = nn.Identity()
+        return True
+    if isinstance(trunk, EfficientNet | MobileNetV2 | MobileNetV3):
+        stem = trunk.features[0][0]
+        assert isinstance(stem, nn.Conv2d)
+        stem.stride = (1, 1)
+        return True
+    return False

@@ -1,0 +1,133 @@
+"""Published weights, loaded as they come: every key is accounted for, or it is an error that names it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from ssl_pipeline.config.base import ConfigError
+
+if TYPE_CHECKING:
+    from ssl_pipeline.model.backbone import BackboneConfig
+
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def is_file_name(weights: str) -> bool:
+    """Whether ``weights`` means a file rather than an official enum name."""
+    return weights.endswith(_FILES) or "/" in weights
+
+
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """A state dict, by official enum name or from a file.
+
+    Args:
+        name: torchvision's name of the network.
+        weights: such as ``IMAGENET1K_V1``, or a path.
+
+    Raises:
+        ConfigError: no such weights, no such file, no network, or a file that holds no state dict.
+    """
+    return _from_file(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
+
+
+def _official(name: str, weights: str) -> dict[str, Tensor]:
+    known = get_model_weights(name)
+    if weights not in {*known.__members__, "DEFAULT"}:
+        raise ConfigError(
+            f"`backbone.weights`: {name} has no official weights {weights!r}. Known: {', '.join(known.__members__)}; "
+            "or give a file (.safetensors, .pth)."
+        )
+    try:
+        state: dict[str, Tensor] = known[weights].get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"`backbone.weights`: {weights} of {name} can't be downloaded ({error}). On a machine without a network copy "
+            "the file there and give `backbone.weights=FILE`."
+        ) from error
+    return state
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(f"`backbone.weights`: there is no file {str(path)!r}.")
+    try:
+        tree = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"`backbone.weights`: {str(path)!r} can't be read as weights: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
+            tree = tree[wrapper]
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
+        raise ConfigError(f"`backbone.weights`: {str(path)!r} holds no state dict (names and tensors).")
+    return {key.removeprefix("module."): value for key, value in tree.items()}
+
+
+def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str, ...], what: str) -> list[str]:
+    """Loads a library's state dict into a trunk whose classifier was cut off.
+
+    Args:
+        trunk: loaded in place.
+        state: the library's names.
+        classifier: prefixes of the keys that are dropped.
+        what: the weights' name, for messages.
+
+    Returns:
+        Notes for the log.
+
+    Raises:
+        ConfigError: naming keys that are missing, unknown, or of another shape.
+    """
+    kept = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    notes = [f"{what}: {len(state) - len(kept)} classifier tensors left out"] if len(kept) < len(state) else []
+    position = "encoder.pos_embedding"
+    own = trunk.state_dict()
+    if position in kept and position in own and kept[position].shape != own[position].shape:
+        size, patch = int(trunk.image_size), int(trunk.patch_size)  # type: ignore[arg-type]
+        kept = dict(interpolate_embeddings(size, patch, kept))
+        notes.append(f"{what}: position embeddings interpolated to {size} px")
+    load_strictly(trunk, kept, what)
+    return notes
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Loads a state dict of which every key must fit.
+
+    Raises:
+        ConfigError: naming the first keys that do not, and how many they are.
+    """
+    own = module.state_dict()
+    faults = {
+        "missing": [key for key in own if key not in state],
+        "unknown": [key for key in state if key not in own],
+        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+    }
+    found = [f"{len(keys)} keys {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for how, keys in faults.items() if keys]
+    if found:
+        raise ConfigError(f"{what} is of another architecture: {'; '.join(found)}.")
+    module.load_state_dict(state)
+
+
+def normalisation(
+    config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and std that an encoder will expect: official weights', else the source's, else ImageNet's."""
+    official = IMAGENET
+    if config.weights is not None and not is_file_name(config.weights) and not config.is_timm:
+        transforms = get_model_weights(config.name)[config.weights].transforms()
+        official = (tuple(transforms.mean), tuple(transforms.std))
+    if config.weights is None and mean is not None and std is not None:
+        return mean, std
+    if channels == 3:
+        return official
+    return (sum(official[0]) / 3,) * channels, (sum(official[1]) / 3,) * channels

@@ -1,0 +1,162 @@
+"""Stage one from top to bottom: images without labels go in, a backbone comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
+from ssl_pipeline.config.command import run_command
+from ssl_pipeline.data.loader import Preprocessing, StepBatches
+from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.model.artifact import Blueprint, Card, save
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.weights import normalisation
+from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.track.progress import Progress
+from ssl_pipeline.track.run import open_run, versions
+from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
+from ssl_pipeline.views.policy import Views, ViewsConfig
+
+
+class BatchConfig(Strict):
+    """The batch. Attributes: ``size``: images of a step over all processes."""
+
+    size: int = Field(256, ge=2)
+
+
+class PretrainConfig(Strict):
+    """Everything that stage one is told; each field's model says what its keys mean."""
+
+    data: Annotated[SourceConfig, Room("data.sources")]
+    views: ViewsConfig
+    backbone: BackboneConfig
+    neck: NeckConfig
+    pretext: Annotated[PretextConfig, Room("pretext")]
+    optim: OptimConfig
+    tracking: TrackingConfig
+    batch: BatchConfig
+    epochs: int = Field(100, ge=1)
+    steps: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+    resume: Literal["no", "auto"] = "no"
+    evaluate_every: Duration = parse_duration("10%")
+    checkpoint_every: Duration = parse_duration("10%")
+    log_every: int = Field(10, ge=1)
+    workers: int | None = Field(None, ge=0)
+
+    def total_steps(self, samples: int) -> int:
+        """The run's length in optimizer steps."""
+        return self.steps or self.epochs * (samples // self.batch.size)
+
+
+def check(config: PretrainConfig, train: Indexed, processes: int) -> None:
+    """What can't go together, all of it at once, before anything is written.
+
+    Raises:
+        ConfigError: naming each impossible pair.
+    """
+    problems = []
+    size, samples = config.batch.size, len(train)
+    if size > samples:
+        problems.append(f"`batch.size` is {size}, and {train.name} has only {samples} images to train on: lower it.")
+    elif config.optim.warmup.steps(samples // size, config.total_steps(samples)) > config.total_steps(samples):
+        problems.append(
+            f"`optim.warmup` of {config.optim.warmup} is longer than the run of {config.total_steps(samples)} steps."
+        )
+    if size % processes:
+        problems.append(f"`batch.size` of {size} can't be shared evenly by {processes} processes: take a multiple.")
+    needed = config.pretext.views_needed
+    if needed is not None and config.views.count != needed:
+        problems.append(f"`views.count` is {config.views.count}, and {config.pretext.name} needs {needed}.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
+    accelerator = start_accelerator()
+    share = share_of(accelerator)
+    train, dev = config.data.open("train"), config.data.open("dev")
+    assert train is not None
+    check(config, train, share.processes)
+    views_config, notes = config.views.for_channels(train.channels)
+    mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
+
+    torch.manual_seed(derive_seed(config.seed, "initialisation"))
+    blueprint = Blueprint(
+        backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
+    )
+    encoder, more_notes = blueprint.build()
+    task = config.pretext.build(encoder, train)
+    if share.processes > 1 and share.device.type == "cuda":
+        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(config.optim, task, config.batch.size)
+
+    views = Views(views_config, mean, std, config.seed)
+    preprocessing = Preprocessing(config.views.size, mean, std)
+    total = config.total_steps(len(train))
+    batches = StepBatches(
+        train, views, config.batch.size, config.seed, share, total, config.workers, with_labels=task.reads_labels
+    )
+
+    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config)))
+    folder = from_main(accelerator, run.path if run else Path())
+    every = config.checkpoint_every.on(batches.clock(0)) or None
+    checkpoints = Checkpoints(folder / "checkpoints", train.fingerprint(), every, main=run is not None)
+    resume = checkpoints.load() if config.resume == "auto" else None
+    start = int(resume["done"]) if resume else 0
+    with (
+        Progress(total, start, enabled=run is not None) as progress,
+        open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
+    ):
+        progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {len(train)} images of {train.name}")
+        for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
+            progress.say(f"  {note}")
+        evaluation = OnlineEvaluation(train, dev, views, preprocessing, share, progress.say)
+        figures = {} if start else evaluation(encoder)
+        trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
+        latest: dict[str, float] = {}
+
+        def evaluate(clock: Clock) -> dict[str, float]:
+            del clock
+            latest.update(evaluation(encoder))
+            return latest
+
+        fit(
+            task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
+            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update), config.log_every, "pretrain",
+        )  # fmt: skip
+        final = latest or evaluation(encoder)
+        if run is not None:
+            card = Card(
+                kind="encoder", blueprint=blueprint, config=dump(config), figures=final, versions=versions(),
+                data={"name": train.name, "fingerprint": train.fingerprint(), "licence": train.licence},
+            )  # fmt: skip
+            progress.say(f"wrote {save(folder, encoder, card)} and card.json")
+            run.close()
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def main() -> None:
+    """The command line."""
+    run_command("pretrain", PretrainConfig, pretrain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.utils.benchmarking import knn_predict as lightlys_knn
+from sklearn.linear_model import LogisticRegression
+
+from ssl_pipeline.evaluate import collapse
+from ssl_pipeline.evaluate.interval import interval, paired_difference
+from ssl_pipeline.evaluate.knn import knn_accuracy, knn_predict
+from ssl_pipeline.evaluate.probe import choose_decay, fit_linear
+
+
+def blobs(seed: int = 0, count: int = 60, classes: int = 3, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centres = torch.eye(classes, width) * 3
+    return centres[labels] + torch.randn(count, width, generator=generator), labels
+
+
+def test_knn_is_lightlys() -> None:
+    bank, labels = blobs()
+    queries, _ = blobs(1)
+    theirs = lightlys_knn(F.normalize(queries), F.normalize(bank).T, labels, 3, knn_k=7, knn_t=0.1)[:, 0]
+    assert torch.equal(knn_predict(queries, bank, labels, 3, k=7), theirs)
+
+
+def test_knn_takes_all_rows_where_there_are_fewer_than_k() -> None:
+    bank, labels = blobs(count=6)
+    assert knn_accuracy(bank, labels, bank, labels, 3, k=50) == 1.0
+
+
+def test_collapse_figures_tell_collapse_from_health() -> None:
+    torch.manual_seed(0)
+    healthy, one_direction = torch.randn(200, 16), torch.randn(200, 1) * torch.ones(16)
+    constant = torch.ones(200, 16) + 1e-5 * torch.randn(200, 16)
+    assert collapse.feature_std(healthy) == pytest.approx(1, abs=0.05)
+    assert collapse.feature_std(constant) < 1e-3
+    assert collapse.effective_rank(healthy) > 14
+    assert collapse.effective_rank(one_direction) == pytest.approx(1, abs=1e-3)
+    assert collapse.effective_rank(torch.ones(9, 4)) == 1.0
+    assert collapse.uniformity(constant) == pytest.approx(0, abs=1e-3)
+    assert collapse.uniformity(healthy) < -3
+    assert collapse.alignment(healthy, 3 * healthy) == pytest.approx(0, abs=1e-6)
+
+    def verdict(features: torch.Tensor) -> str | None:
+        figures = {"feature_std": collapse.feature_std(features), "effective_rank": collapse.effective_rank(features)}
+        return collapse.verdict(figures, features.shape[1])
+
+    assert verdict(healthy) is None
+    assert "collapsed" in str(verdict(constant))
+    assert "directions" in str(verdict(one_direction))
+
+
+def test_probe_is_scikit_learns() -> None:
+    features, labels = blobs()
+    standard = ((features - features.mean(0)) / features.std(0, correction=0)).double()
+    decay = 0.01
+    theirs = LogisticRegression(C=1 / (decay * len(labels)), tol=1e-10, max_iter=10_000).fit(standard, labels)
+    weight, bias = fit_linear(features, labels, 3, decay, iterations=1000)
+    ours = torch.softmax((features @ weight.T + bias).double(), 1)
+    torch.testing.assert_close(ours, torch.as_tensor(theirs.predict_proba(standard)), atol=1e-4, rtol=0)
+
+
+def test_decay_is_chosen_on_what_is_held_out() -> None:
+    features, labels = blobs(count=12, width=40)
+    held_out, held_out_labels = blobs(1, count=300, width=40)
+    chosen = choose_decay(features, labels, held_out, held_out_labels, 3, (1e-6, 0.1, 10.0))
+
+    def accuracy(decay: float) -> float:
+        weight, bias = fit_linear(features, labels, 3, decay)
+        return float(((held_out @ weight.T + bias).argmax(1) == held_out_labels).float().mean())
+
+    assert accuracy(chosen) == max(accuracy(d) for d in (1e-6, 0.1, 10.0))
+
+
+def test_interval_is_students() -> None:
+    found = interval([0.70, 0.72, 0.74])
+    assert found.mean == pytest.approx(0.72)
+    assert found.half == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-5)
+    assert interval([0.5]).half == math.inf
+    assert interval([0.5]).percent() == "50.0"
+    assert paired_difference([0.8, 0.9], [0.7, 0.8]).mean == pytest.approx(0.1)
+    assert paired_difference([0.8, 0.9], [0.7, 0.8]).half == pytest.approx(0, abs=1e-9)

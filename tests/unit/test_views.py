@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.draws import Draws
+from ssl_pipeline.views import photometry
+from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes
+from ssl_pipeline.views.policy import BlurConfig, JitterConfig, Views, ViewsConfig
+
+SEED = torch.Generator().manual_seed(0)
+PHOTOS = torch.rand(5, 3, 24, 24, generator=SEED)
+STRENGTHS = torch.tensor([0.2, 0.8, 1.0, 1.3, 1.8])
+
+
+def full(config: ViewsConfig, channels: int = 3) -> ViewsConfig:
+    return config.for_channels(channels)[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (photometry.brightness, tvf.adjust_brightness),
+        (photometry.contrast, tvf.adjust_contrast),
+        (photometry.saturation, tvf.adjust_saturation),
+    ],
+)
+def test_photometry_is_torchvisions(ours, theirs) -> None:  # type: ignore[no-untyped-def]
+    expected = torch.stack([theirs(photo, float(s)) for photo, s in zip(PHOTOS, STRENGTHS, strict=True)])
+    torch.testing.assert_close(ours(PHOTOS, STRENGTHS), expected, atol=2e-3, rtol=0)
+
+
+def test_hue_is_torchvisions() -> None:
+    turns = torch.tensor([-0.5, -0.1, 0.0, 0.2, 0.5])
+    expected = torch.stack([tvf.adjust_hue(photo, float(t)) for photo, t in zip(PHOTOS, turns, strict=True)])
+    torch.testing.assert_close(photometry.hue(PHOTOS, turns), expected, atol=1e-4, rtol=0)
+
+
+def test_hue_of_grey_pixels_stays() -> None:
+    flat = torch.full((1, 3, 4, 4), 0.3)
+    torch.testing.assert_close(photometry.hue(flat, torch.tensor([0.3])), flat)
+
+
+def test_blur_is_torchvisions_inside() -> None:
+    sigma = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.8])
+    ours = photometry.blur(PHOTOS, sigma)
+    theirs = torch.stack([tvf.gaussian_blur(p, [23, 23], [float(s)] * 2) for p, s in zip(PHOTOS, sigma, strict=True)])
+    torch.testing.assert_close(ours[..., 8:16, 8:16], theirs[..., 8:16, 8:16], atol=1e-4, rtol=0)
+    torch.testing.assert_close(photometry.blur(torch.ones(2, 1, 9, 9), sigma[:2]), torch.ones(2, 1, 9, 9))
+
+
+def test_grey_and_solarise_touch_the_chosen_alone() -> None:
+    chosen = torch.tensor([True, False, True, False, False])
+    greyed, inverted = photometry.grey(PHOTOS, chosen), photometry.solarise(PHOTOS, chosen)
+    torch.testing.assert_close(greyed[0], tvf.rgb_to_grayscale(PHOTOS[0], 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inverted[2], tvf.solarize(PHOTOS[2], 0.5))
+    assert torch.equal(greyed[1], PHOTOS[1])
+    assert torch.equal(inverted[3], PHOTOS[3])
+
+
+@pytest.mark.parametrize("box", [(0, 0, 24, 24), (3, 5, 7, 9), (10, 2, 13, 22), (23, 23, 1, 1)])
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_resize_is_torchvisions(box: tuple[int, int, int, int], size: int) -> None:
+    pixels = (PHOTOS[:1] * 255).round().to(torch.uint8)
+    ours = resize_boxes(pixels, torch.tensor([box]), size, torch.tensor([False]))
+    theirs = tvf.resized_crop(pixels.float() / 255, *box, [size, size], antialias=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_both_paths_make_the_same_view() -> None:
+    pixels = (torch.rand(8, 3, 40, 33, generator=SEED) * 255).to(torch.uint8)
+    index = torch.arange(100, 108)
+    views = Views(full(ViewsConfig(size=16)), (0.0,) * 3, (1.0,) * 3, seed=3)
+    files = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    for ours, theirs in zip(views.of_pixels(pixels, index, 2), views.of_files(files, index, 2), strict=True):
+        assert float((ours - theirs.float() / 255).abs().max()) <= 1.001 / 255
+
+
+def test_mirror_mirrors() -> None:
+    pixels = (PHOTOS[:2] * 255).to(torch.uint8)
+    box = torch.tensor([[0, 0, 24, 24]] * 2)
+    views = resize_boxes(pixels, box, 24, torch.tensor([True, False]))
+    torch.testing.assert_close(views[0], pixels[0].flip(-1) / 255)
+    torch.testing.assert_close(views[1], pixels[1] / 255)
+    file = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    assert torch.equal(resize_box_of_file(file, box[0], 24, mirrored=True), pixels[0].flip(-1))
+
+
+def test_boxes_have_torchvisions_statistics_and_fit() -> None:
+    count, crop = 4000, CropConfig(scale=(0.2, 1.0))
+    sides = torch.full((count,), 32)
+    boxes = crop_boxes(Draws(torch.arange(count), 0, "views"), sides, sides, crop).float()
+    torch.manual_seed(0)
+    image = torch.empty(3, 32, 32)
+    theirs = torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(count)]) \
+        if hasattr(T.RandomResizedCrop, "get_params") else _torchvisions_boxes(count)
+    for ours, other in zip(boxes.T, theirs.float().T, strict=True):
+        spread = (float(ours.var() + other.var()) / count) ** 0.5
+        assert abs(float(ours.mean() - other.mean())) < 4 * spread
+    assert bool((boxes[:, 0] + boxes[:, 2] <= 32).all())
+    assert bool((boxes[:, 1] + boxes[:, 3] <= 32).all())
+    assert bool((boxes[:, 2:] >= 1).all())
+
+
+def _torchvisions_boxes(count: int) -> Tensor:
+    import torchvision.transforms as old
+
+    image = torch.empty(3, 32, 32)
+    boxes = [old.RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(count)]
+    return torch.tensor(boxes)
+
+
+def test_a_shape_that_never_fits_falls_back_to_the_centre() -> None:
+    boxes = crop_boxes(Draws(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0)))
+    assert boxes.tolist() == [[0, 43, 10, 13]] * 4
+
+
+def test_a_view_is_its_samples_own() -> None:
+    pixels = (PHOTOS * 255).to(torch.uint8)
+    index = torch.tensor([7, 3, 9, 1, 5])
+    config = full(ViewsConfig(size=12, blur=BlurConfig(probability=0.5), solarise=0.3))
+    views = Views(config, (0.5,) * 3, (0.2,) * 3, seed=1)
+    whole = views.finish(views.of_pixels(pixels, index, 4), index, 4)
+    alone = views.finish(views.of_pixels(pixels[2:3], index[2:3], 4), index[2:3], 4)
+    for view in range(2):
+        torch.testing.assert_close(whole[view][2:3], alone[view], atol=1e-5, rtol=0)
+    assert not torch.equal(whole[0], whole[1])
+    again = views.finish(views.of_pixels(pixels, index, 5), index, 5)
+    assert not torch.equal(whole[0], again[0])
+
+
+def test_grey_images_lose_colour_operations_under_auto_and_refuse_them_by_name() -> None:
+    settled, notes = ViewsConfig().for_channels(1)
+    assert (settled.jitter.saturation, settled.jitter.hue, settled.grey) == (0, 0, 0)
+    assert "saturation, hue, grey dropped" in notes[0]
+    assert full(ViewsConfig()).jitter.hue == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match=r"views\.jitter\.hue"):
+        ViewsConfig(jitter=JitterConfig(hue=0.1)).for_channels(1)
