@@ -22,7 +22,9 @@ def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h", "help"):
         lines = [f"  {name:<10} {text}" for name, (_, text) in VERBS.items()]
-        sys.stdout.write("\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""]))
+        sys.stdout.write(
+            "\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""])
+        )
         return
     if verb not in VERBS:
         close = get_close_matches(verb, VERBS, n=1)

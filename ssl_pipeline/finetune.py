@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -95,10 +96,12 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     if not problems and held_out is None:
         problems.append(f"{pool.name} has no `{config.split}` split to measure on: see its keys in `configs/data`.")
     if config.regime.name == "frozen" and config.downstream.bottleneck.width is not None:
-        problems.append("`downstream.bottleneck` is new and must be trained, and regime `frozen` trains the head alone.")
-    if config.encoder is None and config.initialisation == "pretrained" and config.regime.name != "scratch":
-        if config.backbone.weights is None:
-            problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
+        problems.append(
+            "`downstream.bottleneck` is new and must be trained, and regime `frozen` trains the head alone."
+        )
+    fresh = config.initialisation == "random" or config.regime.name == "scratch"
+    if config.encoder is None and config.backbone.weights is None and not fresh:
+        problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if problems:
@@ -130,7 +133,12 @@ def starting_point(config: FinetuneConfig, pool: Indexed) -> tuple[Blueprint, En
     else:
         mean, std = normalisation(config.backbone, pool.channels, pool.mean, pool.std)
         blueprint = Blueprint(
-            backbone=config.backbone, neck=config.neck, channels=pool.channels, size=config.views.size, mean=mean, std=std
+            backbone=config.backbone,
+            neck=config.neck,
+            channels=pool.channels,
+            size=config.views.size,
+            mean=mean,
+            std=std,
         )
         encoder, _ = blueprint.build()
     random = config.regime.name == "scratch" or config.initialisation == "random"
@@ -150,12 +158,14 @@ def finetune(config: FinetuneConfig) -> Result:
     preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
     views_config, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
-    labelled = {seed: learn_from(config, pool, seed) for seed in seeds}  # too few labels are told before anything is written
+    labelled = {
+        seed: learn_from(config, pool, seed) for seed in seeds
+    }  # too few labels are told before anything is written
 
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", "no", dump(config)))
     folder = from_main(accelerator, run.path if run else Path())
     figures: list[dict[str, float]] = []
-    with open_trackers(run, "finetune", dump(config), config.tracking, 0) as trackers:
+    with run or nullcontext(), open_trackers(run, "finetune", dump(config), config.tracking, 0) as trackers:
         for seed in seeds:
             torch.manual_seed(derive_seed(seed, "initialisation"))
             encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
@@ -175,7 +185,6 @@ def finetune(config: FinetuneConfig) -> Result:
     result = Result(folder, figures)
     if run is not None:
         report(config, result)
-        run.close()
     return result
 
 
@@ -183,7 +192,9 @@ def report(config: FinetuneConfig, result: Result) -> None:
     """Prints the figures and writes ``results.json``."""
     names = list(result.figures[0])
     rows = [[name, result.interval(name).percent()] for name in names]
-    print_table(f"{config.regime.name} on {config.split}, {config.seeds} seed(s), in %", ["figure", "mean ± 95 %"], rows)
+    print_table(
+        f"{config.regime.name} on {config.split}, {config.seeds} seed(s), in %", ["figure", "mean ± 95 %"], rows
+    )
     record = {"split": config.split, "seeds": config.seeds, "figures": result.figures}
     write_text_atomic(result.folder / "results.json", json.dumps(record, indent=1))
     console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")

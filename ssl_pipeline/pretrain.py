@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -121,10 +122,13 @@ def pretrain(config: PretrainConfig) -> Path:
     resume = checkpoints.load() if config.resume == "auto" else None
     start = int(resume["done"]) if resume else 0
     with (
+        run or nullcontext(),
         Progress(total, start, enabled=run is not None) as progress,
         open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
     ):
-        progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {len(train)} images of {train.name}")
+        progress.say(
+            f"pretrain: {config.pretext.name} with {config.backbone.name} on {len(train)} images of {train.name}"
+        )
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
         evaluation = OnlineEvaluation(train, dev, views, preprocessing, share, progress.say)
@@ -148,7 +152,6 @@ def pretrain(config: PretrainConfig) -> Path:
                 data={"name": train.name, "fingerprint": train.fingerprint(), "licence": train.licence},
             )  # fmt: skip
             progress.say(f"wrote {save(folder, encoder, card)} and card.json")
-            run.close()
     accelerator.wait_for_everyone()
     return folder
 

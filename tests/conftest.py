@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
+def _threads() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Configuration: Hydra composes, pydantic checks, mistakes are told in sentences."""

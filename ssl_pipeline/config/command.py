@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel
@@ -19,9 +19,7 @@ from ssl_pipeline.config.resolve import resolve
 Stage = TypeVar("Stage", bound=BaseModel)
 
 
-def load(
-    name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None
-) -> Stage:
+def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None) -> Stage:
     """Composes and validates a stage's configuration.
 
     Raises:
@@ -55,12 +53,12 @@ def run_command(
         leave(error, f"ssl-pipeline {name} --help")
 
 
-def leave(error: UserError, hint: str) -> None:
+def leave(error: UserError, hint: str = "") -> NoReturn:
     """Tells a mistake once (not once a process) and leaves with exit code 2."""
     if os.environ.get("RANK", "0") == "0":
         lines = str(error).splitlines()
         marked = lines if len(lines) == 1 else [f"{len(lines)} things are wrong:", *(f"  - {line}" for line in lines)]
-        sys.stderr.write("\n".join([*marked, f"({hint} lists the keys.)"]) + "\n")
+        sys.stderr.write("\n".join([*marked, *([f"({hint} lists the keys.)"] if hint else [])]) + "\n")
         sys.stderr.flush()
     raise SystemExit(2) from None
 

@@ -108,7 +108,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _sentences(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """pydantic's findings as sentences that name the key the way the user writes it."""
+    """Pydantic's findings as sentences that name the key the way the user writes it."""
     sentences = []
     for finding in error.errors(include_url=False):
         loc = [str(part) for part in finding["loc"] if not str(part).startswith("function-")]

@@ -1,0 +1,1 @@
+"""Images and labels: sources, decoding, splits, order and loading."""

@@ -18,7 +18,9 @@ class DecodeError(UserError):
 
     def __init__(self, path: Path, fault: str) -> None:
         self.path, self.fault = path, fault
-        super().__init__(f"{path} can't be read as an image: {fault}. Remove or replace it, or set `data.on_unreadable=skip`.")
+        super().__init__(
+            f"{path} can't be read as an image: {fault}. Remove or replace it, or set `data.on_unreadable=skip`."
+        )
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:
         """A worker sends it to the main process."""

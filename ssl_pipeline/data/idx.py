@@ -25,7 +25,9 @@ def find_idx(folder: Path, name: str) -> Path:
         for path in (place / name, place / f"{name}.gz"):
             if path.is_file():
                 return path
-    raise ConfigError(f"{str(folder)!r} holds no {name} (.gz or not): `data.path` must be a folder with the four idx files.")
+    raise ConfigError(
+        f"{str(folder)!r} holds no {name} (.gz or not): `data.path` must be a folder with the four idx files."
+    )
 
 
 def read_idx(path: Path) -> Tensor:
@@ -47,7 +49,9 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
     if len(data) != start + math.prod(shape):
-        raise ConfigError(f"{path} declares {math.prod(shape)} bytes and holds {len(data) - start}: it is cut off or damaged.")
+        raise ConfigError(
+            f"{path} declares {math.prod(shape)} bytes and holds {len(data) - start}: it is cut off or damaged."
+        )
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).copy()).reshape(shape)
 
 

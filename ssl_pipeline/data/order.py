@@ -15,7 +15,9 @@ def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return permutation(samples, seed, "order", epoch)
 
 
-def samples_of_step(clock: Clock, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> Tensor:
+def samples_of_step(
+    clock: Clock, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1
+) -> Tensor:
     """The samples of a step that belong to a process.
 
     An epoch is a permutation of all samples; it is cut into global batches, and what is left over is dropped (repeating

@@ -26,7 +26,11 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     Returns:
         The rest and the held-out ones, each a sorted int64 index.
     """
-    ranked = [(rank / len(of_class), c, int(i)) for c, of_class in _shuffled_classes(labels, *name).items() for rank, i in enumerate(of_class)]
+    ranked = [
+        (rank / len(of_class), c, int(i))
+        for c, of_class in _shuffled_classes(labels, *name).items()
+        for rank, i in enumerate(of_class)
+    ]
     held_out = torch.tensor(sorted(i for _, _, i in sorted(ranked)[:count]), dtype=torch.int64)
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held_out] = False

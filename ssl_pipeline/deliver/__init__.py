@@ -1,0 +1,1 @@
+"""What leaves the house: predictions and models."""

@@ -1,0 +1,1 @@
+"""Downstream tasks, one file each, and the regimes that train them."""

@@ -77,6 +77,7 @@ class Classification(DownstreamTask):
                 self.head.weight.copy_(weight)
                 self.head.bias.copy_(bias)
             else:
+                assert isinstance(self.head, CosineHead)
                 members = F.one_hot(labels, self.classes).float()
                 self.head.weight.copy_(members.T @ F.normalize(features, dim=1))
 

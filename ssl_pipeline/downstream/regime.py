@@ -96,7 +96,7 @@ def _probe(
     features = extract(task, labelled.train, preprocessing, share, forward=task.neck_features)
     decay = regime.decays[0]
     if held_out is not None and len(regime.decays) > 1:
-        scores = {d: 0.0 for d in sorted(regime.decays, reverse=True)}
+        scores = dict.fromkeys(sorted(regime.decays, reverse=True), 0.0)
         for candidate in scores:
             _fit_head(task, features, labels, candidate)
             scores[candidate] = _first(score(task, held_out, preprocessing, share))

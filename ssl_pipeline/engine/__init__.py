@@ -1,0 +1,1 @@
+"""The one loop, the optimizer, checkpoints and processes."""

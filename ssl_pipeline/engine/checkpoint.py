@@ -27,9 +27,7 @@ class Checkpoints:
         data: the data's fingerprint: a run is continued on the data that it was started on.
     """
 
-    def __init__(
-        self, folder: Path, data: str, every: int | None = None, keep: int = 2, main: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, data: str, every: int | None = None, keep: int = 2, main: bool = True) -> None:
         self.folder, self.data, self.every, self.keep, self.main = folder, data, every, keep, main
 
     def due(self, done: int, total: int) -> bool:

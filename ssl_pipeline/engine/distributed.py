@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.loader import Share
@@ -27,8 +29,7 @@ def start_accelerator() -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
         precision = "bf16"
-    # Queues, memories and statistics are gathered where they are computed, so buffers need no broadcast at each step.
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs])
     asked = max(int(os.environ.get("WORLD_SIZE", "1")), _processes_asked_of_launcher())
     if asked != accelerator.num_processes:
@@ -42,6 +43,13 @@ def start_accelerator() -> Accelerator:
 def share_of(accelerator: Accelerator) -> Share:
     """This process's share of the work."""
     return Share(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def agree_on_buffers(module: nn.Module) -> None:
+    """Gives every process the main one's buffers: BatchNorm's statistics differ by the last step's shares."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def from_main(accelerator: Accelerator, value: T) -> T:

@@ -14,6 +14,7 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.distributed import agree_on_buffers
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.schedules import Clock
@@ -103,11 +104,18 @@ def fit(
         figures: dict[str, float] = {}
         if done % log_every == 0 or done == total:
             now = time.perf_counter()
-            figures |= {f"{prefix}/loss": float(output.loss.detach()), f"{prefix}/lr": rate}
+            loss = accelerator.reduce(output.loss.detach(), reduction="mean")
+            figures |= {f"{prefix}/loss": float(loss), f"{prefix}/lr": rate}
             figures |= {f"{prefix}/{name}": float(value) for name, value in output.metrics.items()}
-            figures |= {f"{prefix}/images_per_s": images / (now - since), f"{prefix}/epoch": done / clock.steps_per_epoch}
+            figures |= {
+                f"{prefix}/images_per_s": images / (now - since),
+                f"{prefix}/epoch": done / clock.steps_per_epoch,
+            }
             since, images = now, 0
-        if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == total):
+        looks = evaluate is not None and evaluate_every > 0 and (done % evaluate_every == 0 or done == total)
+        if looks or done == total:
+            agree_on_buffers(task)
+        if looks and evaluate is not None:
             figures |= evaluate(clock)
             model.train()
             since, images = time.perf_counter(), 0

@@ -39,7 +39,9 @@ class OptimConfig(WarmupCosine):
     @model_validator(mode="after")
     def _lars_needs_decay(self) -> OptimConfig:
         if self.name == "lars" and self.weight_decay == 0:
-            raise ValueError("LARS scales only parameters that decay: with weight_decay 0 it is plain SGD; set it above 0.")
+            raise ValueError(
+                "LARS scales only parameters that decay: with weight_decay 0 it is plain SGD; set it above 0."
+            )
         return self
 
     def peak_rate(self, batch_size: int) -> float:
@@ -71,7 +73,8 @@ def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimiz
     if config.name == "adamw":
         return AdamW(groups, betas=config.betas)
     if config.name == "lars":
-        return LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust)
+        lars: Optimizer = LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust)
+        return lars
     return SGD(groups, lr=config.lr, momentum=config.momentum)
 
 

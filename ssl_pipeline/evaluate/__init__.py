@@ -1,0 +1,1 @@
+"""Figures: neighbours, probe, collapse, intervals."""

@@ -52,7 +52,7 @@ class OnlineEvaluation:
 
     @torch.no_grad()
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank``, …"""
+        """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others."""
         figures = self._collapse(encoder)
         sentence = collapse.verdict(figures, encoder.width)
         if sentence:

@@ -34,11 +34,11 @@ def fit_linear(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(standard @ weight.T + bias, labels) + 0.5 * decay * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     with torch.no_grad():
         raw = weight / std
         return raw.float(), (bias - raw @ mean).float()

@@ -1,0 +1,1 @@
+"""InfoNCE, its temperature, and the batch across processes."""

@@ -48,5 +48,5 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world()[1] == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(rows)
     return gathered

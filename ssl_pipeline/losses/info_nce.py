@@ -23,9 +23,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     return precise / torch.where(norm > torch.finfo(precise.dtype).tiny ** 0.5, norm, torch.inf)
 
 
-def info_nce(
-    queries: Tensor, keys: Tensor, positive: Tensor, temperature: float, own: Tensor | None = None
-) -> Tensor:
+def info_nce(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float, own: Tensor | None = None) -> Tensor:
     r"""The mean over the rows of :math:`-\log p(\text{positive} \mid \text{query})`.
 
     .. math:: p(j \mid i) = \frac{\exp(\bar q_i^\top \bar k_j / \tau)}{\sum_{l \ne \text{own}_i} \exp(\bar q_i^\top \bar k_l / \tau)}

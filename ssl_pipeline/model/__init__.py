@@ -1,0 +1,1 @@
+"""Backbone, neck, bottleneck, head, and the artifact that carries them."""

@@ -116,10 +116,14 @@ def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dic
     folder = path if path.is_dir() else path.parent
     weights = folder / f"{kind}.safetensors"
     if not path.exists():
-        raise ConfigError(f"there is no {str(path)!r}: give the folder of a finished run that holds {weights.name} and {_CARD}.")
+        raise ConfigError(
+            f"there is no {str(path)!r}: give the folder of a finished run that holds {weights.name} and {_CARD}."
+        )
     for needed in (weights, folder / _CARD):
         if not needed.is_file():
-            raise ConfigError(f"{str(folder)!r} holds no {needed.name}: it is not the folder of a finished run that wrote one.")
+            raise ConfigError(
+                f"{str(folder)!r} holds no {needed.name}: it is not the folder of a finished run that wrote one."
+            )
     try:
         card = Card.model_validate_json((folder / _CARD).read_text())
     except ValidationError as error:
@@ -127,7 +131,9 @@ def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dic
             f"{folder / _CARD} can't be read by this version (schema {SCHEMA}): {error.errors()[0]['msg']}."
         ) from error
     if card.schema_version != SCHEMA or card.kind != kind:
-        raise ConfigError(f"{folder / _CARD} describes a {card.kind} of schema {card.schema_version}; a {kind} of schema {SCHEMA} is needed.")
+        raise ConfigError(
+            f"{folder / _CARD} describes a {card.kind} of schema {card.schema_version}; a {kind} of schema {SCHEMA} is needed."
+        )
     try:
         return card, load_file(weights)
     except SafetensorError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -180,11 +180,14 @@ def _build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ConfigError(f"`backbone.name`: timm has no {name!r}. Near: {', '.join(close) or 'none'}.")
     if config.stem == "small":
-        raise ConfigError("`backbone.stem=small` is for torchvision's families; timm has models with small stems of its own.")
-    options = {"in_chans": channels, "num_classes": 0}
+        raise ConfigError(
+            "`backbone.stem=small` is for torchvision's families; timm has models with small stems of its own."
+        )
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
     official = config.weights is not None and not is_file_name(config.weights)
     if official and config.weights != "DEFAULT":
         name = f"{name.split('.')[0]}.{config.weights}"
+    trunk: Any
     try:
         try:
             trunk = timm.create_model(name, pretrained=official, img_size=image_size, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torchvision.models import (
@@ -63,17 +64,19 @@ def _named(levels: list[Level]) -> dict[str, Level]:
     return {f"c{5 - len(levels) + 1 + i}": level for i, level in enumerate(levels)}
 
 
-def _stride(module: nn.Module) -> int:
+def _stride(module: Any) -> int:
     """The product of the strides along a chain of blocks: of a block's convolutions only one strides."""
-    shortcuts = {id(c) for b in module.modules() if hasattr(b, "downsample") and b.downsample for c in b.downsample.modules()}
+    shortcuts = {
+        id(c) for b in module.modules() if hasattr(b, "downsample") and b.downsample for c in b.downsample.modules()
+    }
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d) and id(m) not in shortcuts]
     return math.prod(m.stride[0] for m in convolutions)
 
 
-def _resnet(trunk: nn.Module) -> Anatomy:
+def _resnet(trunk: Any) -> Anatomy:
     pool = getattr(trunk, "maxpool", None)
     stem = ("conv1", "bn1", "relu", *(("maxpool",) if pool is not None else ()))
-    stride = trunk.conv1.stride[0] * (2 if isinstance(pool, nn.MaxPool2d) else 1)  # type: ignore[union-attr,operator,index]
+    stride = trunk.conv1.stride[0] * (2 if isinstance(pool, nn.MaxPool2d) else 1)
     levels = []
     for i in range(1, 5):
         stage = trunk.get_submodule(f"layer{i}")
@@ -87,7 +90,7 @@ def _resnet(trunk: nn.Module) -> Anatomy:
     return Anatomy(_named(levels), ("fc.",))
 
 
-def _vgg(trunk: nn.Module) -> Anatomy:
+def _vgg(trunk: Any) -> Anatomy:
     levels, modules, width, stride = [], list[str](), 0, 1
     for name, module in trunk.get_submodule("features").named_children():
         modules.append(f"features.{name}")
@@ -100,10 +103,10 @@ def _vgg(trunk: nn.Module) -> Anatomy:
     return Anatomy(_named(levels), ("classifier.",))
 
 
-def _pairs(trunk: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str, Level]:
+def _pairs(trunk: Any, width_of: Callable[[Any], int]) -> dict[str, Level]:
     """ConvNeXt and Swin: an embedding or a merge, then a stage of blocks, four times."""
     features = trunk.get_submodule("features")
-    stride = features[0][0].stride[0]  # type: ignore[index,union-attr]
+    stride = features[0][0].stride[0]
     levels = []
     for i in range(4):
         block = list(features.get_submodule(str(2 * i + 1)).children())[-1]
@@ -111,18 +114,18 @@ def _pairs(trunk: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str, 
     return _named(levels)
 
 
-def _convnext(trunk: nn.Module) -> Anatomy:
-    return Anatomy(_pairs(trunk, lambda block: int(block.layer_scale.shape[0])), ("classifier.2.",), "classifier")  # type: ignore[union-attr]
+def _convnext(trunk: Any) -> Anatomy:
+    return Anatomy(_pairs(trunk, lambda block: int(block.layer_scale.shape[0])), ("classifier.2.",), "classifier")
 
 
-def _swin(trunk: nn.Module) -> Anatomy:
-    levels = _pairs(trunk, lambda block: int(block.norm1.normalized_shape[0]))  # type: ignore[union-attr,index]
+def _swin(trunk: Any) -> Anatomy:
+    levels = _pairs(trunk, lambda block: int(block.norm1.normalized_shape[0]))
     last = levels["c5"]
     levels["c5"] = Level((*last.modules, "norm"), last.width, last.stride)
     return Anatomy(levels, ("head.",), channels_last=True)
 
 
-def _blocks(trunk: nn.Module) -> Anatomy:
+def _blocks(trunk: Any) -> Anatomy:
     """EfficientNet and MobileNet: a chain of blocks; a level ends where the next block strides."""
     levels, modules, stride, width = [], list[str](), 1, 0
     for name, module in trunk.get_submodule("features").named_children():
@@ -132,14 +135,14 @@ def _blocks(trunk: nn.Module) -> Anatomy:
             modules = []
         modules.append(f"features.{name}")
         stride *= step
-        last = list(module.children())[-1] if type(module) is nn.Sequential else module
-        width = int(last.out_channels)  # type: ignore[arg-type]
+        last: Any = list(module.children())[-1] if type(module) is nn.Sequential else module
+        width = int(last.out_channels)
     levels.append(Level(tuple(modules), width, stride))
     return Anatomy(_named(levels), ("classifier.",))
 
 
-def _vit(trunk: nn.Module) -> Anatomy:
-    level = Level((), int(trunk.hidden_dim), int(trunk.patch_size))  # type: ignore[arg-type]
+def _vit(trunk: Any) -> Anatomy:
+    level = Level((), int(trunk.hidden_dim), int(trunk.patch_size))
     return Anatomy({"c5": level}, ("heads.",), token=True)
 
 
@@ -156,7 +159,7 @@ _FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {
 }
 
 
-def anatomy_of(trunk: nn.Module) -> Anatomy | None:
+def anatomy_of(trunk: Any) -> Anatomy | None:
     """The anatomy of a torchvision network; None if its family is not known here."""
     read = _FAMILIES.get(type(trunk))
     return read(trunk) if read else None

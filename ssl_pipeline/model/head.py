@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from lightly.models.modules.heads import ProjectionHead
@@ -18,7 +20,7 @@ def projection_head(in_width: int, hidden_width: int, out_width: int, layers: in
         layers: linear layers; 1 is a single linear layer.
     """
     widths = [in_width, *[hidden_width] * (layers - 1), out_width]
-    hidden = [(a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in zip(widths[:-2], widths[1:-1], strict=True)]
+    hidden = [(a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths[:-1])]
     head: nn.Module = ProjectionHead([*hidden, (widths[-2], widths[-1], None, None)])
     return head
 

@@ -91,6 +91,8 @@ def build_neck(config: NeckConfig, backbone: Backbone) -> GAP | GeM | Tokens | M
         return MultiLevel(backbone.widths)
     if config.name == "tokens":
         if not backbone.has_token:
-            raise ConfigError("`neck.name=tokens` needs a vision transformer; this backbone has no class token: take gap.")
+            raise ConfigError(
+                "`neck.name=tokens` needs a vision transformer; this backbone has no class token: take gap."
+            )
         return Tokens(last)
     return GAP(last)

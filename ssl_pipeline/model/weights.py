@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 import torch
@@ -41,15 +41,26 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     return _from_file(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
 
 
-def _official(name: str, weights: str) -> dict[str, Tensor]:
-    known = get_model_weights(name)
-    if weights not in {*known.__members__, "DEFAULT"}:
+def _entry(name: str, weights: str) -> Any:
+    """The member of torchvision's enum."""
+    try:
+        known = get_model_weights(name)
+    except ValueError:
+        raise ConfigError(
+            f"`backbone.weights`: torchvision has no official weights for {name!r}: give a file, or null."
+        ) from None
+    if weights not in known.__members__:
         raise ConfigError(
             f"`backbone.weights`: {name} has no official weights {weights!r}. Known: {', '.join(known.__members__)}; "
             "or give a file (.safetensors, .pth)."
         )
+    return known[weights]
+
+
+def _official(name: str, weights: str) -> dict[str, Tensor]:
+    entry = _entry(name, weights)
     try:
-        state: dict[str, Tensor] = known[weights].get_state_dict(progress=False, check_hash=True)
+        state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"`backbone.weights`: {weights} of {name} can't be downloaded ({error}). On a machine without a network copy "
@@ -112,7 +123,11 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
         "unknown": [key for key in state if key not in own],
         "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
     }
-    found = [f"{len(keys)} keys {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for how, keys in faults.items() if keys]
+    found = [
+        f"{len(keys)} keys {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for how, keys in faults.items()
+        if keys
+    ]
     if found:
         raise ConfigError(f"{what} is of another architecture: {'; '.join(found)}.")
     module.load_state_dict(state)
@@ -124,7 +139,7 @@ def normalisation(
     """Per-channel mean and std that an encoder will expect: official weights', else the source's, else ImageNet's."""
     official = IMAGENET
     if config.weights is not None and not is_file_name(config.weights) and not config.is_timm:
-        transforms = get_model_weights(config.name)[config.weights].transforms()
+        transforms = _entry(config.name, config.weights).transforms()
         official = (tuple(transforms.mean), tuple(transforms.std))
     if config.weights is None and mean is not None and std is not None:
         return mean, std

@@ -1,0 +1,1 @@
+"""Pretext tasks, one file each: `pretext=NAME` is the module NAME."""

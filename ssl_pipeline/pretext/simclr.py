@@ -29,7 +29,6 @@ class Config(PretextConfig):
     projection_width: int = Field(128, ge=2)
     layers: int = Field(2, ge=1)
 
-
     def build(self, encoder: Encoder, source: Indexed) -> SimCLR:
         """The task around an encoder."""
         del source  # no label is read

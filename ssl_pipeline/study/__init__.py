@@ -1,0 +1,1 @@
+"""Comparisons over initialisations, regimes and seeds."""

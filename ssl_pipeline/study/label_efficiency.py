@@ -12,9 +12,9 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
-from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.evaluate.knn import knn_accuracy
@@ -36,7 +36,7 @@ class StudyConfig(Strict):
     """
 
     encoder: str
-    common: list[str] = []
+    common: tuple[str, ...] = ()
     conditions: dict[str, list[str]] = Field(min_length=1)
     baseline: str
     seeds: int = Field(5, ge=1)
@@ -70,13 +70,15 @@ def study(config: StudyConfig) -> Path:
 
 
 def neighbours_before_and_after(condition: FinetuneConfig) -> dict[str, float]:
-    """kNN accuracy on the held-out split, of the encoder and of the same architecture with fresh weights."""
+    """KNN accuracy on the held-out split, of the encoder and of the same architecture with fresh weights."""
     train, held_out = condition.data.open("train"), condition.data.open(condition.split)
     assert train is not None
     assert held_out is not None
     assert train.labels is not None
     assert held_out.labels is not None
-    blueprint, pretrained = starting_point(condition.model_copy(update={"initialisation": "pretrained", "regime": RegimeConfig()}), train)
+    blueprint, pretrained = starting_point(
+        condition.model_copy(update={"initialisation": "pretrained", "regime": RegimeConfig()}), train
+    )
     torch.manual_seed(derive_seed(condition.seed, "initialisation"))
     encoders = {"untrained": blueprint.build()[0], "pretrained": pretrained}
     share = share_of(start_accelerator())
@@ -102,7 +104,9 @@ def tabulate(values: dict[str, list[float]], baseline: str) -> tuple[list[str], 
 def conclude(values: dict[str, list[float]], baseline: str, knn: dict[str, float]) -> list[str]:
     """The finding in words; no gain means that the interval contains 0."""
     differences = {n: paired_difference(v, values[baseline]) for n, v in values.items() if n != baseline}
-    sentences = [f"kNN (k = 20, all training labels): {100 * knn['untrained']:.1f} % untrained, {100 * knn['pretrained']:.1f} % pretrained."]
+    sentences = [
+        f"kNN (k = 20, all training labels): {100 * knn['untrained']:.1f} % untrained, {100 * knn['pretrained']:.1f} % pretrained."
+    ]
     if differences:
         best = max(differences, key=lambda name: differences[name].mean)
         sentences.append(f"{best} against {baseline}: {_verdict(differences[best])}")

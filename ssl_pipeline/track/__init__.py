@@ -1,0 +1,1 @@
+"""Who hears of a run: its folder, metrics.jsonl, W&B, the terminal."""

@@ -11,40 +11,63 @@ from typing import Any
 
 from ssl_pipeline.track.run import write_text_atomic
 
+FILE_NAME = "metrics.jsonl"
+_NO_NUMBERS = ("nan", "inf", "-inf")  # what JSON can't hold as numbers, and is written as strings
+
 
 class JsonlLog:
-    """Appends figures to a run's ``metrics.jsonl``.
+    """Appends figures to a file, a line at a time; each line is there as soon as it is logged.
 
     Args:
-        folder: the run's.
-        start_step: lines of later steps are dropped first: they belong to steps that a continued run repeats.
+        path: the file, such as a run's ``metrics.jsonl``.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= start_step]
-            write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """One line; what is no finite number is written as a string, which JSON can hold."""
-        values = {key: value if math.isfinite(value) else str(value) for key, value in figures.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """Writes the figures after ``step`` steps."""
+        line = {"step": int(step), "time": round(time.time(), 3)} | {name: _plain(v) for name, v in figures.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drops lines beyond a checkpoint's step, which a continued run repeats, and a line written by half."""
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for line in lines if (read := _read(line)) is not None and read["step"] <= step]
+        write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
 
     def finish(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """A run's lines, with numbers as numbers."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in line.items()} for line in lines]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, numbers as numbers; a line written by half is left out.
+
+    Args:
+        path: the file, or the run folder that holds it.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    lines = (_read(line) for line in file.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [{k: float(v) if v in _NO_NUMBERS else v for k, v in line.items()} for line in lines if line is not None]
 
 
-def _step(line: str) -> float:
+def _plain(value: Any) -> float | str:
+    """What JSON can hold of a figure; NumPy's and torch's scalars become numbers."""
+    if isinstance(value, str | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A line's object, or None for what is no whole line: the process was killed, or the power went."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # half a line, written when the power went
-        return math.inf
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -9,44 +10,58 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SHOWN = {
+    "loss": "loss {:.3f}", "lr": "lr {:.2g}", "temperature": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
+    "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
+}  # fmt: skip
+_OF_EVALUATION = ("knn", "effective_rank")
 _console = Console(highlight=False, soft_wrap=True)
 
 
 def console() -> Console:
-    """The one console."""
+    """The one console, on standard output."""
     return _console
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people; the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    _console.print(table)
+        table.add_row(*(Text(cell) for cell in row))
+    if _console.is_terminal:
+        _console.print(table)
+        return
+    # A log file has no width: a wide table stays whole there, instead of losing its last digits.
+    wanted = _console.measure(table, options=_console.options.update(max_width=10_000)).maximum
+    Console(highlight=False, width=max(_console.width, wanted)).print(table)
 
 
 class Progress:
     """The progress of a run.
 
     Args:
-        total: steps of the run.
-        start: steps done before.
+        total_steps: steps of the run.
+        start_step: steps done before.
         enabled: whether this process speaks.
     """
 
-    def __init__(self, total: int, start: int = 0, enabled: bool = True) -> None:
-        self._total, self._start, self._enabled = total, start, enabled
+    def __init__(self, total_steps: int, start_step: int = 0, enabled: bool = True) -> None:
+        self._total, self._done = total_steps, start_step
+        self._enabled, self._terminal = enabled, _console.is_terminal
+        self._tau = "τ" if _console.encoding.startswith("utf") else "tau"
         self._latest: dict[str, float] = {}
-        self._began, self._last_line = time.monotonic(), 0.0
+        self._first: tuple[int, float] | None = None  # step and time of the first update: what came before is no training
+        self._last_line, self._said = -math.inf, start_step
         self._bar = Bar(
-            MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-            console=_console, disable=not (enabled and _console.is_terminal), transient=True,
+            MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
+            console=_console, disable=not (enabled and self._terminal), transient=True,
         )  # fmt: skip
-        self._row = self._bar.add_task("", total=total, completed=start, figures="")
+        self._row = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -54,30 +69,43 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if self._done != self._said:  # the bar is gone now, and a run that was stopped ends between two lines
+            self._say_step()
 
     def say(self, text: str) -> None:
         """One line, above the bar."""
         if self._enabled:
-            _console.print(text, markup=False)
+            encoding = _console.encoding  # a log in ASCII must not stop a run for a sign that it can't show
+            _console.print(text.encode(encoding, "replace").decode(encoding), markup=False)
 
-    def update(self, done: int, figures: Mapping[str, float]) -> None:
-        """``done`` steps are done."""
-        self._latest.update({name.rpartition("/")[2]: value for name, value in figures.items()})
-        line = self._line()
-        self._bar.update(self._row, completed=done, figures=line)
-        due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or done == self._total
-        if not _console.is_terminal and due:
-            self._last_line = time.monotonic()
-            self.say(f"step {done}/{self._total}  {line}  {self._left(done)}")
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """``step`` steps are done."""
+        self._done = step
+        self._first = self._first or (step, time.monotonic())
+        for name, value in figures.items():
+            group, _, figure = name.rpartition("/")
+            if group != "eval" or figure in _OF_EVALUATION:  # an evaluation's loss is not the step's
+                self._latest[figure] = value
+        self._bar.update(self._row, completed=step, figures=self._line())
+        due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
+        if due and not self._terminal:
+            self._say_step()
 
-    def _left(self, done: int) -> str:
-        elapsed = time.monotonic() - self._began
-        seconds = elapsed / max(1, done - self._start) * (self._total - done)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+    def _say_step(self) -> None:
+        self._last_line, self._said = time.monotonic(), self._done
+        parts = [f"step {self._done}/{self._total}", self._line(), self._left()]
+        self.say("  ".join(part for part in parts if part))
 
     def _line(self) -> str:
-        shown = {
-            "loss": "loss {:.3f}", "lr": "lr {:.2g}", "temperature": "τ {:.3g}", "images_per_s": "{:,.0f} img/s",
-            "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
-        }  # fmt: skip
-        return "  ".join(text.format(self._latest[name]) for name, text in shown.items() if name in self._latest)
+        return "  ".join(
+            text.format(self._latest[name], tau=self._tau) for name, text in _SHOWN.items() if name in self._latest
+        )
+
+    def _left(self) -> str:
+        """Time left at the mean speed, evaluations included; empty before there is a speed, and at the end."""
+        began, at = self._first or (self._done, 0.0)
+        if self._done <= began or self._done >= self._total:
+            return ""
+        seconds = round((time.monotonic() - at) / (self._done - began) * (self._total - self._done))
+        minutes, hours = seconds // 60 % 60, seconds // 3600
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d} left" if hours else f"{minutes}:{seconds % 60:02d} left"

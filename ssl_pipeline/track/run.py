@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +24,20 @@ from ssl_pipeline.config.base import ConfigError
 _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
-_SECRET = re.compile(r"(^|[_\-.])(api_?key|token|secret|password|passwd|credentials?)([_\-.=]|$)", re.IGNORECASE)
-_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every")
+_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every")  # none of them moves a figure
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems are mounted without flock
+
+_REDACTED = "<redacted>"
+_SECRET_WORDS = {
+    "key", "token", "secret", "secrets", "password", "passwords", "passwd", "apikey", "credential", "credentials",
+}  # fmt: skip
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SETTING = re.compile(r"([\w.\-]+)(['\"]?\s*[:=]\s*)([^,}\]]+)")
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_|gh[opsur]_|sk-|xox[abp]-|AKIA|wandb_v\d_)[\w\-]{8,}"  # by the prefix that a service gives its keys
+    r"|(?<![\w/.\-])[0-9a-fA-F]{40,}(?![\w/.\-])"  # a bare hexadecimal key, such as W&B's
+    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of an address
+)
 
 
 class Run:
@@ -39,6 +54,8 @@ class Run:
     def close(self) -> None:
         """Gives the folder's lock back."""
         if self._lock >= 0:
+            # A forked worker may hold a copy of the descriptor: closing ours alone would leave the folder locked.
+            _flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = -1
 
@@ -65,33 +82,36 @@ def open_run(
         ConfigError: the folder holds another run, is in use, or can't be written.
     """
     if output is None and resume == "auto":
-        raise ConfigError("`resume=auto` needs `output`: the folder of the run to continue.")
+        raise ConfigError("`resume=auto`: which run? Give its folder by `output=FOLDER`.")
     path = Path(output).expanduser() if output is not None else None
     try:
         if path is None:
             path = _next_number(root, stage)
-        path.mkdir(parents=True, exist_ok=True)
-        occupied = any(entry.name != ".lock" for entry in path.iterdir())
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            if _occupied(path) and not (path / "config.yaml").exists():
+                # Refused before the lock, so that no file is left in a folder that is not ours.
+                raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
+        run = Run(path, False, os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        try:
+            _settle(run, resume, config)
+        except BaseException:
+            run.close()
+            raise
     except OSError as error:
-        raise ConfigError(f"`output`: {str(path)!r} can't be written ({error.strerror}): choose another folder.") from error
-    run = Run(path, occupied, lock)
-    try:
-        _take(lock, path)
-        if occupied:
-            _check_continues(path, resume, config)
-        write_text_atomic(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redact(config))))
-        write_text_atomic(path / "run.json", json.dumps(_record(path), indent=1))
-    except ConfigError:
-        run.close()
-        raise
+        raise ConfigError(
+            f"`output`: {str(path or root)!r} can't be written ({error.strerror}): choose a folder that can."
+        ) from error
     return run
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
+    """Writes a whole file or leaves the old one, also when the power goes."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -107,52 +127,116 @@ def versions() -> dict[str, str]:
 
 
 def redact(tree: Any) -> Any:
-    """The same tree without secrets: the values of keys such as ``api_key``, ``token`` and ``password``."""
+    """The same tree without secrets: what keys such as ``api_key``, ``token`` and ``password`` hold is replaced."""
     if isinstance(tree, dict):
-        return {k: "<redacted>" if _SECRET.search(str(k)) and v is not None else redact(v) for k, v in tree.items()}
+        return {k: _REDACTED if _is_secret(str(k)) and v is not None else redact(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
         return [redact(value) for value in tree]
     return tree
 
 
+def redact_command(words: Sequence[str]) -> list[str]:
+    """A command line without secrets: ``a.token=…``, ``--api-key …``, and whatever looks like a key by itself."""
+    shown: list[str] = []
+    hide_next = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if hide_next:
+            shown.append(_REDACTED)
+            hide_next = False
+        elif equals and _is_secret(name):
+            shown.append(f"{name}={_REDACTED}")
+        else:
+            hide_next = word.startswith("-") and not equals and _is_secret(word)
+            shown.append(_SECRET_VALUE.sub(_REDACTED, _SETTING.sub(_redact_setting, word)))
+    return shown
+
+
+def _is_secret(name: str) -> bool:
+    return any(word.lower() in _SECRET_WORDS for word in _WORD.findall(name))
+
+
+def _redact_setting(found: re.Match[str]) -> str:
+    name, sign, _ = found.groups()
+    return f"{name}{sign}{_REDACTED}" if _is_secret(name) else found.group()
+
+
 def _next_number(root: Path, stage: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 100_000):
+    taken = [entry.name.removeprefix(f"{stage}-") for entry in root.glob(f"{stage}-*")]
+    number = max((int(name) for name in taken if name.isdecimal()), default=0)
+    while True:
+        number += 1
         path = root / f"{stage}-{number:03d}"
         try:
             path.mkdir()  # exclusive: of two runs started at once one gets the next number
         except FileExistsError:
             continue
         return path
-    raise ConfigError(f"`output`: {str(root)!r} is full of numbered runs: give `output=FOLDER`.")
 
 
-def _take(lock: int, path: Path) -> None:
+def _occupied(path: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed before its first file was whole."""
+    return any(
+        entry.name != ".lock" and not (entry.name.startswith(".") and entry.name.endswith(".partial"))
+        for entry in path.iterdir()
+    )
+
+
+def _settle(run: Run, resume: str, config: dict[str, Any]) -> None:
+    """Takes the lock, looks what is there, and writes what the run is."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"`output`: {str(path)!r} is in use by another process: wait for it, or choose another folder.") from None
+        raise ConfigError(
+            f"`output`: {str(run.path)!r} is in use by another process: wait for it, or choose another folder."
+        ) from None
+    run.resumed = _occupied(run.path)
+    if run.resumed:
+        _check_continues(run.path, resume, config)
+    write_text_atomic(run.path / "run.json", json.dumps(_record(run.path), indent=1))
+    write_text_atomic(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redact(config))))
+
+
+def _flock(descriptor: int, operation: int) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        if operation != fcntl.LOCK_UN:
+            logging.getLogger("ssl_pipeline").warning(
+                "this file system has no locks (%s): nothing keeps a second process out of the run folder",
+                error.strerror,
+            )
 
 
 def _check_continues(path: Path, resume: str, config: dict[str, Any]) -> None:
-    written = path / "config.yaml"
     if resume != "auto":
-        raise ConfigError(f"`output`: {str(path)!r} is not empty: choose another folder, or continue the run in it by `resume=auto`.")
-    if not written.is_file():
-        raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run to continue: choose another folder.")
-    before = _flat(OmegaConf.to_container(OmegaConf.load(written)))
+        raise ConfigError(
+            f"`output`: {str(path)!r} holds a run: choose another `output=FOLDER`, or continue it by `resume=auto`."
+        )
+    try:
+        before = _flat(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+    except Exception as error:  # missing, no YAML, or no text at all: whatever the parsers raise
+        raise ConfigError(
+            f"`output`: {str(path)!r} can't be continued, its config.yaml can't be read ({error}): choose another folder."
+        ) from error
     now = _flat(OmegaConf.to_container(OmegaConf.create(redact(config))))
     changed = [
-        f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
+        f"`{key}` was {before.get(key, 'not there')!r} and is now {now.get(key, 'not there')!r}."
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
+        if before.get(key, ...) != now.get(key, ...) and key.split(".")[0] not in _FREE_TO_CHANGE
     ]
     if changed:
-        raise ConfigError([*changed, f"{str(path)!r} can only be continued as it was started: undo these, or choose another `output`."])
+        raise ConfigError([
+            *changed,
+            f"{str(path)!r} can only be continued as it was started: undo these, or choose another `output=FOLDER`.",
+        ])  # fmt: skip
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or (prefix and not tree):
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -161,21 +245,28 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    words = ["<redacted>" if _SECRET.search(word) else word for word in sys.argv]
-    start = {"started": started, "command": words, "commit": _commit(), "threads": torch.get_num_threads(), "versions": versions()}
+    """The starts of the run, this one last. The host's name is left out: a run folder is made to be given away."""
+    start = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": redact_command(sys.argv),
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
     try:
-        earlier = json.loads((path / "run.json").read_text())["starts"]
+        earlier = json.loads((path / "run.json").read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError):
         earlier = []
     return {"starts": [*earlier, start]}
 
 
 def _commit() -> str | None:
+    """The commit of the source tree that runs, None for an installed package or where git is absent."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
-        )
+            ["git", "rev-parse", "--verify", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

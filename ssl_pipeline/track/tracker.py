@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from ssl_pipeline.config.base import Strict
-from ssl_pipeline.track.jsonl import JsonlLog
+from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
 from ssl_pipeline.track.run import Run, redact
 
 _log = logging.getLogger("ssl_pipeline")
@@ -19,7 +19,8 @@ class TrackingConfig(Strict):
     """Mirrors of ``metrics.jsonl``.
 
     Attributes:
-        name: ``wandb``: W&B, online when a key is there and the server answers, offline otherwise. ``off``: none.
+        name: ``auto`` and ``wandb``: W&B, online when a key is there and the server answers, offline otherwise.
+            ``off``: none.
         project: W&B project.
         entity: W&B user or team.
         group: W&B group of runs.
@@ -27,7 +28,7 @@ class TrackingConfig(Strict):
         init_timeout: seconds to wait for the server before going offline.
     """
 
-    name: Literal["wandb", "off"] = "wandb"
+    name: Literal["auto", "wandb", "off"] = "auto"
     project: str = "ssl_pipeline"
     entity: str | None = None
     group: str | None = None
@@ -36,9 +37,9 @@ class TrackingConfig(Strict):
 
 
 class Tracker(Protocol):
-    """A mirror."""
+    """Hears the figures of a run."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
 
     def finish(self) -> None:
@@ -46,16 +47,27 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The log and its mirrors. A mirror that fails is dropped with one warning, and the run goes on."""
+    """The log and its mirrors. A mirror that fails is dropped with one warning, and the run goes on.
 
-    def __init__(self, log: JsonlLog | None, mirrors: list[Tracker]) -> None:
-        self._truth, self._mirrors = log, mirrors
+    Args:
+        truth: the log; None where nothing is to be heard, in all processes but the main one.
+        mirrors: repeat what the log holds.
+    """
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def __init__(self, truth: JsonlLog | None, mirrors: list[Tracker]) -> None:
+        self._truth, self._mirrors = truth, list(mirrors)
+
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
         if self._truth is not None and figures:
             self._truth.log(step, figures)
             self._tell(lambda mirror: mirror.log(step, figures))
+
+    def finish(self) -> None:
+        """Closes the log first: a mirror may wait for its server."""
+        if self._truth is not None:
+            self._truth.finish()
+            self._tell(lambda mirror: mirror.finish())
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         for mirror in list(self._mirrors):
@@ -63,29 +75,41 @@ class Trackers:
                 call(mirror)
             except Exception as error:
                 self._mirrors.remove(mirror)
-                _log.warning("%s failed (%s) and is left out; metrics.jsonl holds everything", type(mirror).__name__, error)
+                _log.warning(
+                    "%s failed (%s) and is left out; %s holds everything", type(mirror).__name__, error, FILE_NAME
+                )
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tell(lambda mirror: mirror.finish())
-        if self._truth is not None:
-            self._truth.finish()
+        self.finish()
 
 
 def open_trackers(
-    run: Run | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int
+    run: Run | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int, main: bool = True
 ) -> Trackers:
-    """The trackers of a run; silent ones where ``run`` is None (all processes but the main one)."""
-    if run is None:
+    """The trackers of a run.
+
+    Args:
+        run: its folder; None in all processes but the main one.
+        stage: ``pretrain`` or ``finetune``.
+        config: the resolved configuration; mirrors get it without secrets.
+        tracking: which mirrors.
+        start_step: steps done before; what was logged beyond them is dropped, since the run repeats it.
+        main: whether this process speaks; silent trackers if not.
+    """
+    if run is None or not main:
         return Trackers(None, [])
+    truth = JsonlLog(run.path / FILE_NAME)
+    # A run that starts again from nothing also measures step 0 again.
+    truth.truncate_after(start_step if start_step > 0 else -1)
     mirrors: list[Tracker] = []
-    if tracking.name == "wandb":
-        from ssl_pipeline.track.wandb import open_wandb
+    if tracking.name != "off":
+        from ssl_pipeline.track.wandb import open_wandb  # wandb only where it is wanted
 
         try:
             mirrors.append(open_wandb(run.path, stage, redact(config), tracking))
         except Exception as error:
-            _log.warning("W&B can't be started (%s); metrics.jsonl holds everything", error)
-    return Trackers(JsonlLog(run.path, start_step), mirrors)
+            _log.warning("W&B can't be started (%s); %s holds everything", error, FILE_NAME)
+    return Trackers(truth, mirrors)

@@ -1,0 +1,1 @@
+"""The random views of an image, batched, every draw by name."""

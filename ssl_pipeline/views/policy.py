@@ -85,8 +85,10 @@ class ViewsConfig(Strict):
         refused = [key for key, value in asked.items() if not rgb and value not in ("auto", 0)]
         if refused:
             raise ConfigError(
-                f"`views.{key}` needs RGB images, and these have {channels} channel(s): set it to 0 or auto."
-                for key in refused
+                [
+                    f"`views.{key}` needs RGB images, and these have {channels} channel(s): set it to 0 or auto."
+                    for key in refused
+                ]
             )
         defaults = {"jitter.saturation": jitter.brightness, "jitter.hue": jitter.brightness / 4, "grey": 0.2}
         value = {key: (defaults[key] if rgb else 0.0) if asked[key] == "auto" else asked[key] for key in asked}

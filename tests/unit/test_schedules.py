@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_factor_stays_between_its_ends_and_is_monotone_in_each_part(
     warmup = min(warmup, total)
     factors = [warmup_cosine(s, total, warmup, start, end) for s in range(total)]
     assert all(min(start, end) - 1e-12 <= f <= 1 + 1e-12 for f in factors)
-    assert all(a <= b + 1e-12 for a, b in zip(factors[:warmup], factors[1:warmup], strict=False))
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(factors[:warmup]))
     assert all(a >= b - 1e-12 for a, b in zip(factors[warmup:], factors[warmup + 1 :], strict=False))
 
 

@@ -97,8 +97,11 @@ def test_boxes_have_torchvisions_statistics_and_fit() -> None:
     boxes = crop_boxes(Draws(torch.arange(count), 0, "views"), sides, sides, crop).float()
     torch.manual_seed(0)
     image = torch.empty(3, 32, 32)
-    theirs = torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(count)]) \
-        if hasattr(T.RandomResizedCrop, "get_params") else _torchvisions_boxes(count)
+    theirs = (
+        torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(count)])
+        if hasattr(T.RandomResizedCrop, "get_params")
+        else _torchvisions_boxes(count)
+    )
     for ours, other in zip(boxes.T, theirs.float().T, strict=True):
         spread = (float(ours.var() + other.var()) / count) ** 0.5
         assert abs(float(ours.mean() - other.mean())) < 4 * spread
@@ -116,7 +119,9 @@ def _torchvisions_boxes(count: int) -> Tensor:
 
 
 def test_a_shape_that_never_fits_falls_back_to_the_centre() -> None:
-    boxes = crop_boxes(Draws(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0)))
+    boxes = crop_boxes(
+        Draws(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0))
+    )
     assert boxes.tolist() == [[0, 43, 10, 13]] * 4
 
 

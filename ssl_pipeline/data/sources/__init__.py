@@ -1,0 +1,1 @@
+"""Sources, one file each: `data=NAME` is the module NAME."""

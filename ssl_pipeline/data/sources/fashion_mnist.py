@@ -36,7 +36,9 @@ class Config(SourceConfig):
         """A split; ``dev`` is the same for every seed."""
         if self.path is not None and not Path(self.path).expanduser().is_dir():
             raise ConfigError(f"`data.path`: there is no folder {self.path!r}.")
-        folder = Path(self.path).expanduser() if self.path is not None else _download(Path(self.download_to).expanduser())
+        folder = (
+            Path(self.path).expanduser() if self.path is not None else _download(Path(self.download_to).expanduser())
+        )
         return open_idx_folder("fashion_mnist", folder, self.dev, split)
 
 

@@ -1,0 +1,377 @@
+"""A run's folder is its own, the log is whole, and no mirror can stop a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
+from ssl_pipeline.track.progress import Progress, print_table
+from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions
+from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
+
+CONFIG: dict[str, Any] = {
+    "seed": 0,
+    "output": None,
+    "optim": {"rate": 1e-5, "betas": [0.9, 0.999]},
+    "tracking": {"name": "off"},
+}
+OFF = TrackingConfig(name="off")
+
+
+def run_in(folder: Path, resume: Any = "no", config: dict[str, Any] | None = None) -> Run:
+    return open_run(str(folder), "pretrain", resume, config or CONFIG)
+
+
+# The folder
+
+
+def test_runs_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "pretrain-009").mkdir()
+    (tmp_path / "pretrain-notes").mkdir()
+    names = [open_run(None, stage, "no", CONFIG, tmp_path).path.name for stage in ("pretrain", "pretrain", "finetune")]
+    assert names == ["pretrain-010", "pretrain-011", "finetune-001"]
+
+
+def test_second_run_is_refused(tmp_path: Path) -> None:
+    run_in(tmp_path / "a").close()
+    with pytest.raises(
+        ConfigError, match=r"holds a run: choose another `output=FOLDER`, or continue it by `resume=auto`"
+    ):
+        run_in(tmp_path / "a")
+
+
+@pytest.mark.parametrize("resume", ["no", "auto"])
+def test_a_folder_of_other_things_is_left_as_it_was(tmp_path: Path, resume: str) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run_in(tmp_path, resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_continues_the_same_run(tmp_path: Path) -> None:
+    with run_in(tmp_path / "a", "auto") as run:
+        assert not run.resumed
+    moved = CONFIG | {"output": "elsewhere", "resume": "auto", "tracking": {"name": "wandb"}, "workers": 3}
+    with run_in(tmp_path / "a", "auto", moved) as run:
+        assert run.resumed
+    starts = json.loads((run.path / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[0].keys() == {"started", "command", "commit", "threads", "versions"}
+
+
+def test_resume_of_another_run_names_what_differs(tmp_path: Path) -> None:
+    run_in(tmp_path / "a").close()
+    before = (tmp_path / "a/config.yaml").read_text()
+    other = CONFIG | {"optim": {"rate": 0.5, "betas": [0.9, 0.999], "clip": 1.0}}
+    with pytest.raises(ConfigError) as error:
+        run_in(tmp_path / "a", "auto", other)
+    assert error.value.problems[:2] == [
+        "`optim.clip` was 'not there' and is now 1.0.",
+        "`optim.rate` was 1e-05 and is now 0.5.",
+    ]
+    assert (tmp_path / "a/config.yaml").read_text() == before
+
+
+def test_resume_after_a_kill_before_the_first_file(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.yaml.partial").write_text("seed:")
+    with run_in(tmp_path, "auto") as run:
+        assert not run.resumed
+
+
+def test_resume_with_an_unreadable_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml can't be read"):
+        run_in(tmp_path, "auto")
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(ConfigError, match="which run"):
+        open_run(None, "pretrain", "auto", CONFIG)
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_unwritable_place(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file.*can't be written"):
+        run_in(tmp_path / below)
+    with pytest.raises(ConfigError, match=r"file.*can't be written"):
+        open_run(None, "pretrain", "no", CONFIG, tmp_path / below)
+
+
+def test_two_processes_on_one_folder(tmp_path: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    run_in(tmp_path / "a").close()
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "a/.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use by another process"):
+            run_in(tmp_path / "a", "auto")
+        other.kill()
+    run_in(tmp_path / "a", "auto").close()  # a lock ends with its process: nothing is to be cleaned up by hand
+
+
+def test_one_process_can_not_open_a_folder_twice(tmp_path: Path) -> None:
+    with run_in(tmp_path / "a"), pytest.raises(ConfigError, match="in use"):
+        run_in(tmp_path / "a", "auto")
+
+
+def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", "a.api_key=hush1", "--token", "hush2", "seed=1"])
+    run = run_in(tmp_path / "a", config=CONFIG | {"data": {"access_token": "hush3"}})
+    written = "".join(path.read_text() for path in run.path.iterdir())
+    assert "hush" not in written
+    assert "seed=1" in written
+
+
+def test_redact() -> None:
+    tree = {
+        "apiKey": "x",
+        "WANDB_API_KEY": "x",
+        "a": [{"db-password": ["x"]}],
+        "tokens": 7,
+        "monkey": "ape",
+        "token": None,
+    }
+    hidden = "<redacted>"
+    assert redact(tree) == {
+        "apiKey": hidden, "WANDB_API_KEY": hidden, "a": [{"db-password": hidden}], "tokens": 7, "monkey": "ape", "token": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("+hub={url: h, token: abc, size: 3}", "+hub={url: h, token: <redacted>, size: 3}"),
+        ("note=hf_abcdefghijkl", "note=<redacted>"),
+        ("note=" + "0a" * 20, "note=<redacted>"),
+        ("data.root=https://me:pw@host/x", "data.root=https://<redacted>@host/x"),
+        ("data.root=/data/keys/token", "data.root=/data/keys/token"),
+        ("neck.name=tokens", "neck.name=tokens"),
+        ("encoder=runs/" + "0a" * 20 + "/encoder.safetensors", "encoder=runs/" + "0a" * 20 + "/encoder.safetensors"),
+    ],
+)
+def test_redact_command(word: str, shown: str) -> None:
+    assert redact_command([word]) == [shown]
+
+
+def test_versions() -> None:
+    assert {"python", "torch", "torchvision", "lightly", "accelerate", "ssl-pipeline", "numpy", "pillow"} <= set(
+        versions()
+    )
+
+
+# The log
+
+
+def test_no_numbers_come_back_as_they_went(tmp_path: Path) -> None:
+    log = JsonlLog(tmp_path / "metrics.jsonl")
+    log.log(3, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"})
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    (line,) = read_metrics(tmp_path)  # before it is closed: each line is there at once
+    log.finish()
+    assert math.isnan(line.pop("a"))
+    del line["time"]
+    assert line == {"step": 3, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"}
+
+
+def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
+    with run_in(tmp_path / "a") as run:
+        trackers = open_trackers(run, "pretrain", CONFIG, OFF, 0)
+        for step in range(6):
+            trackers.log(step, {"loss": 1.0})
+        trackers.finish()
+        file = run.path / "metrics.jsonl"
+        with file.open("a") as half:
+            half.write('{"step": 6, "time": 17')  # killed here
+        assert [line["step"] for line in read_metrics(file)] == list(range(6))
+        with open_trackers(run, "pretrain", CONFIG, OFF, 3) as trackers:
+            for step in range(4, 8):
+                trackers.log(step, {"loss": 2.0})
+        assert [(line["step"], line["loss"]) for line in read_metrics(file)] == [
+            (0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0),
+        ]  # fmt: skip
+        with open_trackers(run, "pretrain", CONFIG, OFF, 0) as trackers:  # killed before the first checkpoint
+            trackers.log(0, {"loss": 3.0})
+        assert [line["loss"] for line in read_metrics(file)] == [3.0]
+
+
+# Mirrors
+
+
+class Broken:
+    def __init__(self) -> None:
+        self.heard = 0
+
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
+        del step, figures
+        self.heard += 1
+        if self.heard == 2:
+            raise ConnectionError("the server is gone")
+
+    def finish(self) -> None:
+        raise AssertionError("a dropped mirror is not asked again")
+
+
+def test_a_broken_mirror_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mirror = Broken()
+    with Trackers(JsonlLog(tmp_path / "metrics.jsonl"), [mirror]) as trackers:
+        for step in range(5):
+            trackers.log(step, {"loss": 1.0})
+    assert mirror.heard == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "Broken failed (the server is gone) and is left out; metrics.jsonl holds everything"
+    ]
+
+
+@pytest.fixture
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which nobody has heard of W&B, and without its server."""
+    import wandb
+
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_DIR",
+        "WANDB_PROJECT",
+        "WANDB_RUN_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "home" / name))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def track(run: Run, tracking: TrackingConfig) -> None:
+    with open_trackers(run, "pretrain", CONFIG | {"token": "hush"}, tracking, 0) as trackers:
+        trackers.log(1, {"pretrain/loss": 1.0})
+    assert [line["step"] for line in read_metrics(run.path)] == [1]
+
+
+@pytest.mark.usefixtures("no_key")
+def test_wandb_without_a_key_goes_offline(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with run_in(tmp_path / "a") as run:
+        track(run, TrackingConfig())
+        identity = (run.path / "wandb_id").read_text()
+        (offline,) = (run.path / "wandb").glob("offline-run-*")
+        recorded = (offline / f"run-{identity}.wandb").read_bytes()
+        assert b"pretrain/loss" in recorded
+        assert b"hush" not in recorded
+        track(run, TrackingConfig(name="wandb"))
+        assert (run.path / "wandb_id").read_text() == identity
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("no_key")
+def test_wandb_with_a_key_and_no_server_goes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with run_in(tmp_path / "a") as run:
+        track(run, TrackingConfig(init_timeout=1.0))
+        assert list((run.path / "wandb").glob("offline-run-*"))
+    warnings = [record.message for record in caplog.records if record.name == "ssl_pipeline"]
+    assert len(warnings) == 1
+    assert "can't go online" in warnings[0]
+
+
+@pytest.mark.usefixtures("no_key")
+@pytest.mark.parametrize(("mode", "folders"), [("disabled", 0), ("offline", 1), ("online", 1)])
+def test_the_environment_chooses_the_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, folders: int
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with run_in(tmp_path / "a") as run:
+        track(run, TrackingConfig())
+        assert len(list((run.path / "wandb").glob("*run-*-*"))) == folders
+
+
+def test_wandb_that_does_not_import_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
+    with run_in(tmp_path / "a") as run:
+        track(run, TrackingConfig())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_off_does_not_touch_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "ssl_pipeline.track.wandb", ModuleType("empty"))
+    with run_in(tmp_path / "a") as run:
+        track(run, OFF)
+        assert not (run.path / "wandb_id").exists()
+    assert not caplog.records
+
+
+def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        run_in(tmp_path / "a") as run,
+        open_trackers(run, "pretrain", CONFIG, TrackingConfig(), 0, main=False) as silent,
+    ):
+        silent.log(1, {"loss": 1.0})
+    open_trackers(None, "pretrain", CONFIG, TrackingConfig(), 0).log(1, {"loss": 1.0})
+    assert not (run.path / "metrics.jsonl").exists()
+    with Progress(2, enabled=False) as progress:
+        progress.update(2, {"loss": 1.0})
+        progress.say("psst")
+    assert capsys.readouterr() == ("", "")
+
+
+# What a person sees
+
+
+def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(40, start_step=10) as progress:
+        for step in range(11, 41):
+            figures = {
+                "pretrain/loss": 4.3125,
+                "pretrain/lr": 0.0012,
+                "pretrain/images_per_s": 1523.4,
+                "eval/loss": 9.0,
+            }
+            progress.update(step, figures | ({"pretrain/temperature": 0.2, "eval/knn": 0.5} if step > 11 else {}))
+        progress.say("done [in brackets]")
+    first, last, said = capsys.readouterr().out.splitlines()
+    assert first == "step 11/40  loss 4.312  lr 0.0012  1,523 img/s"
+    assert last == "step 40/40  loss 4.312  lr 0.0012  τ 0.2  1,523 img/s  kNN 50.0%"
+    assert said == "done [in brackets]"
+
+
+def test_a_stopped_run_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100) as progress:
+        progress.update(1, {})
+        progress.update(2, {"train/loss": math.nan})
+    assert capsys.readouterr().out.splitlines()[-1] == "step 2/100  loss nan  0:00 left"
+
+
+def test_a_wide_table_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title [x]", ["what", *("column" * 3 for _ in range(8))], [["[a]", *(f"{n}" * 20 for n in range(8))]])
+    out = capsys.readouterr().out
+    assert "title [x]" in out
+    assert "[a]" in out
+    assert "7" * 20 in out
