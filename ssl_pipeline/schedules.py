@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, model_serializer
 
 from ssl_pipeline.config.base import Strict
 
@@ -53,6 +53,10 @@ class DurationValue(Strict):
         """In optimizer steps of a run."""
         return self.steps(clock.steps_per_epoch, clock.total)
 
+    @model_serializer
+    def _as_written(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return f"{self.value:g}%" if self.unit == "%" else f"{self.value:g} {self.unit}"
 
@@ -71,7 +75,7 @@ def parse_duration(text: Any) -> Any:
     return DurationValue(value=value, unit=_UNITS[match[2]])
 
 
-Duration = Annotated[DurationValue, BeforeValidator(parse_duration), PlainSerializer(str)]
+Duration = Annotated[DurationValue, BeforeValidator(parse_duration)]
 
 
 def warmup_cosine(step: int, total: int, warmup: int, start_factor: float, end_factor: float) -> float:

@@ -42,7 +42,7 @@ def run_command(
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--config-dir", type=Path, help="a folder of your own YAML, with the same groups as ours")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration that would run, and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load(name, schema, options.overrides, options.config_dir)
         if options.cfg:

@@ -6,6 +6,7 @@ Linear probing first keeps fine-tuning from distorting the features while the he
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,8 @@ class RegimeConfig(Strict):
             random head. ``scratch``: all layers, the encoder random too.
         decays: the probe's weight decays to choose from on validation labels; the first one when there are none.
         length: of the training of all layers.
-        batch: samples of a step; fewer when there are fewer labels.
+        least_steps: and at least so many steps: few labels make short epochs.
+        batch: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
         optim: for the training of all layers.
     """
@@ -41,6 +43,7 @@ class RegimeConfig(Strict):
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"
     decays: tuple[float, ...] = Field((0.01, 0.001, 0.1, 1.0), min_length=1)
     length: Duration = parse_duration("30 epochs")
+    least_steps: int = Field(0, ge=0)
     batch: int = Field(64, ge=2)
     backbone_lr_factor: float = Field(1.0, gt=0)
     optim: OptimConfig = OptimConfig()
@@ -121,9 +124,10 @@ def _train_all(
     workers: int | None,
 ) -> None:
     task.backbone_lr_factor = regime.backbone_lr_factor
-    size = min(regime.batch, len(labelled.train)) // share.processes * share.processes
-    steps_per_epoch = len(labelled.train) // size
-    total = max(1, regime.length.steps(steps_per_epoch, 0))
+    labels = len(labelled.train)
+    size = labels // math.ceil(labels / regime.batch) // share.processes * share.processes
+    steps_per_epoch = labels // size
+    total = max(1, regime.least_steps, regime.length.steps(steps_per_epoch, 0))
     batches = StepBatches(labelled.train, views, size, seed, share, total, workers, with_labels=True)
     optimizer = build_optimizer(regime.optim, task, size)
     evaluate, every, best = None, 0, _Best(task)

@@ -112,7 +112,7 @@ def fit(
                 f"{prefix}/epoch": done / clock.steps_per_epoch,
             }
             since, images = now, 0
-        looks = evaluate is not None and evaluate_every > 0 and (done % evaluate_every == 0 or done == total)
+        looks = evaluate is not None and _due(done, total, evaluate_every)
         if looks or done == total:
             agree_on_buffers(task)
         if looks and evaluate is not None:
@@ -124,6 +124,11 @@ def fit(
                 listener(done, figures)
         if checkpoints is not None and checkpoints.due(done, total):
             checkpoints.save(done, _state(task, optimizer, accelerator))
+
+
+def _due(done: int, total: int, every: int) -> bool:
+    """At each interval and at the end; an interval that ends just before the end is left to the end."""
+    return every > 0 and (done == total or (done % every == 0 and total - done >= every / 2))
 
 
 def _state(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:

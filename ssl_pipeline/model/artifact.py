@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -49,7 +51,10 @@ class Blueprint(Strict):
         """The same architecture, to be filled from elsewhere."""
         # Under `auto` given weights decide the stem; without them the choice has to be written down.
         decided = self.backbone.stem == "auto" and self.backbone.weights is not None
-        update = {"weights": None, **({"stem": "imagenet"} if decided else {})}
+        # small_resnet has its small stem under `auto` whatever its weights; both stems have kernels of one shape, so
+        # that the wrong one would load without a word.
+        stem = "small" if self.backbone.name == "small_resnet" else "imagenet"
+        update = {"weights": None, **({"stem": stem} if decided else {})}
         return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
 
 
@@ -87,7 +92,12 @@ def save(folder: Path, module: nn.Module, card: Card) -> Path:
     """
     weights = folder / f"{card.kind}.safetensors"
     temporary = weights.with_suffix(".safetensors.partial")
-    save_file({key: value.cpu().contiguous() for key, value in module.state_dict().items()}, temporary)
+    # Cloned: the format takes neither strided (channels-last) tensors nor two that share their memory.
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in module.state_dict().items()
+    }
+    save_file(state, temporary)
     _publish(temporary, weights)
     stamped = card.model_copy(update={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
     temporary = folder / f"{_CARD}.partial"
@@ -119,25 +129,46 @@ def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dic
         raise ConfigError(
             f"there is no {str(path)!r}: give the folder of a finished run that holds {weights.name} and {_CARD}."
         )
+    if path.is_file() and path.name not in (weights.name, _CARD):
+        raise ConfigError(
+            f"{str(path)!r} is not named {weights.name}: give that file of a finished run, or its folder."
+        )
     for needed in (weights, folder / _CARD):
         if not needed.is_file():
             raise ConfigError(
                 f"{str(folder)!r} holds no {needed.name}: it is not the folder of a finished run that wrote one."
             )
-    try:
-        card = Card.model_validate_json((folder / _CARD).read_text())
-    except ValidationError as error:
-        raise ConfigError(
-            f"{folder / _CARD} can't be read by this version (schema {SCHEMA}): {error.errors()[0]['msg']}."
-        ) from error
-    if card.schema_version != SCHEMA or card.kind != kind:
-        raise ConfigError(
-            f"{folder / _CARD} describes a {card.kind} of schema {card.schema_version}; a {kind} of schema {SCHEMA} is needed."
-        )
+    card = _read_card(folder / _CARD, kind)
     try:
         return card, load_file(weights)
-    except SafetensorError as error:
-        raise ConfigError(f"{weights} is damaged ({error}): take it from a copy, or run stage one again.") from error
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{weights} is damaged ({error}): take it from a copy, or run its stage again.") from error
+
+
+def _read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
+    """The card, once its schema and kind are known to be those expected."""
+    try:
+        tree = json.loads(path.read_text())
+        schema = tree.get("schema_version") if isinstance(tree, dict) else None
+        if schema is not None and schema != SCHEMA:  # before its fields, which another schema may well lack
+            raise ConfigError(
+                f"{path} is of schema {schema}, and this version reads schema {SCHEMA}: read it with the version of "
+                "ssl-pipeline that wrote it, or run its stage again."
+            )
+        card = Card.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ConfigError(
+            f"{path} can't be read by this version (schema {SCHEMA}): {where}: {first['msg']}. Run its stage again."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): take it from a copy, or run its stage again.") from error
+    if card.kind != kind:
+        raise ConfigError(
+            f"{path} describes a {card.kind}, and a {kind} is needed: give the folder of a run that wrote one."
+        )
+    return card
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, Card]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import VisionTransformer, get_model, list_models
 
 from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem
+from ssl_pipeline.model.families import Anatomy, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
 from ssl_pipeline.model.small_resnet import SmallResNet
-from ssl_pipeline.model.weights import is_file_name, load_trunk, read_weights
+from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
+from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
 
 _SMALL_IMAGES = 64
 
@@ -23,10 +23,12 @@ class BackboneConfig(Strict):
     """Which network extracts the features.
 
     Attributes:
-        name: ``small_resnet``, a torchvision name (``resnet50``, ``vit_b_16``, …), or ``timm/NAME``.
-        weights: an official enum name (``IMAGENET1K_V2``; ``DEFAULT``), for timm a pretrained tag or ``DEFAULT``, or a file.
-        stem: ``small``: 3×3 with stride 1 for small images. ``auto``: that for images up to 64 px, where the family has one
-            and no weights are given.
+        name: ``small_resnet``, a torchvision name (``resnet50``, ``vit_b_16``, …), or timm's: ``timm/NAME``, or ``NAME``
+            where torchvision has none of that name.
+        weights: an official enum name (``IMAGENET1K_V2``; ``DEFAULT``), for timm a pretrained tag or ``DEFAULT``, or a
+            file.
+        stem: ``small``: 3×3 with stride 1 for small images. ``auto``: that for images up to 64 px, where the family has
+            one and no weights are given. ``imagenet``: as published; for small_resnet 3×3 with stride 2.
         width: of small_resnet's first stage.
     """
 
@@ -38,7 +40,13 @@ class BackboneConfig(Strict):
     @property
     def is_timm(self) -> bool:
         """Whether timm makes it."""
-        return self.name.startswith("timm/")
+        return self.name.startswith("timm/") or self.name not in {"small_resnet", *_classifiers()}
+
+
+def _classifiers() -> list[str]:
+    """Names of torchvision's image classifiers; its detectors would fetch weights of their own accord when built."""
+    names: list[str] = list_models(module=models)
+    return names
 
 
 class Backbone(nn.Module):
@@ -48,8 +56,8 @@ class Backbone(nn.Module):
         trunk: the library's network without its classifier; its state dict has the library's names.
         widths: channels of each level, from fine to coarse.
         strides: the image's pixels per pixel of each level.
-        final_norm: name of the trunk's norm that belongs after pooling, or None.
         has_token: whether there is a class token.
+        fixed_input: the image size in pixels that a vision transformer is bound to, or None.
     """
 
     def __init__(self, trunk: nn.Module, anatomy: Anatomy) -> None:
@@ -57,17 +65,27 @@ class Backbone(nn.Module):
         self.trunk, self._anatomy = trunk, anatomy
         self.widths = {name: level.width for name, level in anatomy.levels.items()}
         self.strides = {name: level.stride for name, level in anatomy.levels.items()}
-        self.final_norm, self.has_token = anatomy.final_norm, anatomy.token
+        self.has_token = anatomy.token
+        self.fixed_input = int(trunk.image_size) if isinstance(trunk, VisionTransformer) else _timm_size(trunk)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The trunk's norm that its library applies after pooling, (B, D, 1, 1); the identity where it has none.
+
+        A property, for as a second registration its parameters would be in the state dict twice.
+        """
+        name = self._anatomy.final_norm
+        return nn.Identity() if name is None else self.trunk.get_submodule(name)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level; ``token``: (B, D) where there is one."""
+        """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level, and ``token``.
+
+        The ``token``, (B, D), is there where ``has_token`` is true.
+        """
         if isinstance(self.trunk, VisionTransformer):
             return self._tokens(self.trunk, images)
         if hasattr(self.trunk, "forward_intermediates"):  # timm
-            (last,) = self.trunk.forward_intermediates(  # type: ignore[operator]
-                images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
-            )
-            return {"c5": last}
+            return timm_maps(self.trunk, self._anatomy, images)
         maps, x = {}, images
         for name, level in self._anatomy.levels.items():
             for module in level.modules:
@@ -80,6 +98,12 @@ class Backbone(nn.Module):
         tokens = trunk.encoder(torch.cat([trunk.class_token.expand(len(patches), -1, -1), patches], 1))
         side = images.shape[-1] // trunk.patch_size
         return {"c5": tokens[:, 1:].transpose(1, 2).unflatten(2, (-1, side)), "token": tokens[:, 0]}
+
+
+def _timm_size(trunk: nn.Module) -> int | None:
+    """The size that a transformer of timm's insists on."""
+    embedding: Any = getattr(trunk, "patch_embed", None)
+    return int(embedding.img_size[0]) if getattr(embedding, "strict_img_size", False) else None
 
 
 def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tuple[Backbone, list[str]]:
@@ -97,33 +121,49 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
         ConfigError: an unknown name or stem, or weights that do not fit.
     """
     if config.is_timm:
-        return _build_timm(config, channels, image_size)
+        made, anatomy, notes = build_timm(config, channels, image_size)
+        return Backbone(made, anatomy), notes
     trunk = _torchvision(config, image_size)
-    small = config.stem == "small" or (config.stem == "auto" and config.weights is None and image_size <= _SMALL_IMAGES)
-    notes = []
-    if small:
-        has_one = shrink_stem(trunk)
-        if not has_one and config.stem == "small":
-            raise ConfigError(
-                f"`backbone.stem`: {config.name} has no small stem; ResNets, VGGs, EfficientNets and MobileNets have. "
-                "Take one of them, or backbone.stem=imagenet."
-            )
-        if has_one and config.stem == "auto" and not config.name.startswith(("small_resnet", "vgg")):
-            notes.append(f"backbone: small stem for images of {image_size} px")
-    anatomy = anatomy_of(trunk)
-    if anatomy is None:
+    notes = _fit_stem(trunk, config, image_size)
+    found = anatomy_of(trunk)
+    if found is None:
         raise ConfigError(
             f"`backbone.name`: {config.name} is of a torchvision family without feature maps here (known: ResNet, VGG, "
             "ConvNeXt, ViT, Swin, EfficientNet, MobileNet). timm has most others: backbone.name=timm/NAME."
         )
-    cut_classifier(trunk, anatomy)
+    cut_classifier(trunk, found)
+    fitted = channels == 3
     if config.weights is not None:
         state = read_weights(config.name, config.weights)
-        notes += load_trunk(trunk, state, anatomy.classifier, f"`backbone.weights` {config.weights}")
-    if channels != 3:
+        if not fitted and holds_channels(trunk, state, channels):
+            sum_stem_kernels(trunk, channels)  # only for the shape: the file has kernels for these images
+            fitted = True
+        notes += load_trunk(trunk, state, found.classifier, f"`backbone.weights` {config.weights}")
+    if not fitted:
         sum_stem_kernels(trunk, channels)
         notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
-    return Backbone(trunk, anatomy), notes
+    return Backbone(trunk, found), notes
+
+
+def _fit_stem(trunk: nn.Module, config: BackboneConfig, image_size: int) -> list[str]:
+    """The stem that the configuration asks for, in place; notes for the log."""
+    automatic = config.stem == "auto" and config.weights is None and image_size <= _SMALL_IMAGES
+    if config.stem != "small" and not automatic:
+        return []
+    # Theirs is 3×3 with stride 1 anyhow.
+    alike = config.name == "small_resnet" or config.name.startswith("vgg")
+    if config.stem == "small" and config.weights is not None and not alike and not is_file_name(config.weights):
+        raise ConfigError(
+            f"`backbone.stem=small` does not go with `backbone.weights={config.weights}`: {config.name}'s official weights "
+            "have the ImageNet stem. Take stem=imagenet, or weights=null."
+        )
+    has_one = shrink_stem(trunk)
+    if not has_one and config.stem == "small":
+        raise ConfigError(
+            f"`backbone.stem`: {config.name} has no small stem; ResNets, VGGs, EfficientNets and MobileNets have. "
+            "Take one of them, or backbone.stem=imagenet."
+        )
+    return [f"backbone: small stem for images of {image_size} px"] if has_one and automatic and not alike else []
 
 
 def _torchvision(config: BackboneConfig, image_size: int) -> nn.Module:
@@ -131,76 +171,15 @@ def _torchvision(config: BackboneConfig, image_size: int) -> nn.Module:
     if name == "small_resnet":
         if config.weights is not None and not is_file_name(config.weights):
             raise ConfigError("`backbone.weights`: small_resnet has no official weights; give a file, or null.")
-        return SmallResNet(config.width)
-    known = list_models()
-    if name not in known:
-        close = difflib.get_close_matches(name, [*known, "small_resnet"], n=3)
-        hint = f"Did you mean {' or '.join(close)}?" if close else "See torchvision's list of models."
-        raise ConfigError(f"`backbone.name`: torchvision has no {name!r}. {hint} Others come by timm/NAME.")
+        return SmallResNet(config.width, stem_stride=2 if config.stem == "imagenet" else 1)
     if not name.startswith("vit_"):
         trunk: nn.Module = get_model(name)
         return trunk
     patch = int(name.rsplit("_", 1)[1])
     if image_size % patch:
-        raise ConfigError(f"`views.size` of {image_size} is no multiple of {name}'s patches of {patch} px.")
+        raise ConfigError(
+            f"an image size of {image_size} px is no multiple of {name}'s patches of {patch} px: "
+            f"take {max(image_size // patch, 1) * patch}."
+        )
     transformer: nn.Module = get_model(name, image_size=image_size)
     return transformer
-
-
-def sum_stem_kernels(trunk: nn.Module, channels: int) -> None:
-    """Fits the first convolution to another number of channels, in place.
-
-    The kernels' sum, shared evenly: an image whose channels are all alike gives what its RGB form gave.
-    """
-    name, stem = next((n, m) for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
-    owner, _, child = name.rpartition(".")
-    fitted = nn.Conv2d(
-        channels,
-        stem.out_channels,
-        stem.kernel_size,  # type: ignore[arg-type]
-        stem.stride,  # type: ignore[arg-type]
-        stem.padding,  # type: ignore[arg-type]
-        bias=stem.bias is not None,
-    )
-    with torch.no_grad():
-        summed = stem.weight.sum(1, keepdim=True) / channels
-        fitted.weight.copy_(summed.expand(-1, channels, -1, -1))
-        if stem.bias is not None and fitted.bias is not None:
-            fitted.bias.copy_(stem.bias)
-    setattr(trunk.get_submodule(owner), child, fitted)
-
-
-def _build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[Backbone, list[str]]:
-    if importlib.util.find_spec("timm") is None:
-        raise ConfigError(f"`backbone.name` {config.name} needs timm: pip install 'ssl-pipeline[timm]'.")
-    import timm
-
-    name = config.name.removeprefix("timm/")
-    if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"`backbone.name`: timm has no {name!r}. Near: {', '.join(close) or 'none'}.")
-    if config.stem == "small":
-        raise ConfigError(
-            "`backbone.stem=small` is for torchvision's families; timm has models with small stems of its own."
-        )
-    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
-    official = config.weights is not None and not is_file_name(config.weights)
-    if official and config.weights != "DEFAULT":
-        name = f"{name.split('.')[0]}.{config.weights}"
-    trunk: Any
-    try:
-        try:
-            trunk = timm.create_model(name, pretrained=official, img_size=image_size, **options)
-        except TypeError:  # a convolutional network has no img_size
-            trunk = timm.create_model(name, pretrained=official, **options)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"`backbone.name`: {name} could not be made by timm: {error}") from error
-    notes = []
-    if config.weights is not None and not official:
-        state = read_weights(name, config.weights)
-        prefix = trunk.default_cfg.get("classifier") or "classifier"
-        prefixes = tuple(f"{p}." for p in ([prefix] if isinstance(prefix, str) else prefix))
-        notes += load_trunk(trunk, state, prefixes, f"`backbone.weights` {config.weights}")
-    last = trunk.feature_info[-1]
-    level = Level((), int(last["num_chs"]), int(last["reduction"]))
-    return Backbone(trunk, Anatomy({"c5": level}, ())), notes

@@ -22,15 +22,16 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.neck = build_neck(neck, backbone)
         self.width, self.widths, self.strides = self.neck.width, backbone.widths, backbone.strides
-        # Some libraries normalise after pooling; other necks than the mean of the last level have another width or scale.
-        self._final_norm = backbone.final_norm if neck.name == "gap" else None
+        # Some libraries normalise after pooling; what is not the pooled last level has another width, or had its norm.
+        self._normalise = neck.name in ("gap", "gem")
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, width)."""
         features: Tensor = self.neck(self.backbone(images))
-        if self._final_norm is not None:
-            features = self.backbone.trunk.get_submodule(self._final_norm)(features[:, :, None, None])
-        return features
+        if not self._normalise:
+            return features
+        normalised: Tensor = self.backbone.final_norm(features[:, :, None, None])
+        return normalised.flatten(1)
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) to a map (B, widths[level], …) per level, for dense tasks."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision.models import (
     VGG,
@@ -50,6 +51,7 @@ class Anatomy:
         final_norm: name of the module that the library applies after pooling, if it has one.
         channels_last: whether the modules speak (B, H, W, C).
         token: whether there is a class token.
+        taps: of timm's trunks, the places in ``feature_info`` of all levels but the last.
     """
 
     levels: dict[str, Level]
@@ -57,6 +59,7 @@ class Anatomy:
     final_norm: str | None = None
     channels_last: bool = False
     token: bool = False
+    taps: tuple[int, ...] = ()
 
 
 def _named(levels: list[Level]) -> dict[str, Level]:
@@ -81,11 +84,9 @@ def _resnet(trunk: Any) -> Anatomy:
     for i in range(1, 5):
         stage = trunk.get_submodule(f"layer{i}")
         stride *= _stride(stage)
-        last = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
         block = list(stage.children())[-1]
         out = block.conv3 if hasattr(block, "conv3") else block.conv2
         assert isinstance(out, nn.Conv2d)
-        assert last
         levels.append(Level((*(stem if i == 1 else ()), f"layer{i}"), out.out_channels, stride))
     return Anatomy(_named(levels), ("fc.",))
 
@@ -193,3 +194,33 @@ def shrink_stem(trunk: nn.Module) -> bool:
         stem.stride = (1, 1)
         return True
     return False
+
+
+def sum_stem_kernels(trunk: nn.Module, channels: int) -> None:
+    """Fits the first convolution to another number of channels, in place.
+
+    The kernels' sum, shared evenly: an image whose channels are all alike gives what its RGB form gave.
+    """
+    name, stem = first_convolution(trunk)
+    owner, _, child = name.rpartition(".")
+    like: Any = stem
+    fitted = type(like)(  # timm's convolutions with TensorFlow's padding are of a class of their own
+        channels,
+        like.out_channels,
+        like.kernel_size,
+        like.stride,
+        like.padding,
+        like.dilation,
+        bias=like.bias is not None,
+    )
+    with torch.no_grad():
+        summed = stem.weight.sum(1, keepdim=True) / channels
+        fitted.weight.copy_(summed.expand(-1, channels, -1, -1))
+        if stem.bias is not None:
+            fitted.bias.copy_(stem.bias)
+    setattr(trunk.get_submodule(owner), child, fitted)
+
+
+def first_convolution(trunk: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The stem's convolution, which sees the images, and its name."""
+    return next((name, module) for name, module in trunk.named_modules() if isinstance(module, nn.Conv2d))

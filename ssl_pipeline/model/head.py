@@ -10,7 +10,9 @@ from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
 
 
-def projection_head(in_width: int, hidden_width: int, out_width: int, layers: int = 2) -> nn.Module:
+def projection_head(
+    in_width: int, hidden_width: int, out_width: int, layers: int = 2, final_norm: bool = False
+) -> nn.Module:
     """Stage one's head: linear, norm and ReLU, and a linear layer last (Chen et al. 2020); (B, in) to (B, out).
 
     Args:
@@ -18,10 +20,12 @@ def projection_head(in_width: int, hidden_width: int, out_width: int, layers: in
         hidden_width: between the layers.
         out_width: where the loss is taken.
         layers: linear layers; 1 is a single linear layer.
+        final_norm: whether a batch norm follows the last layer (as in Chen et al. 2020, SimCLR's code).
     """
     widths = [in_width, *[hidden_width] * (layers - 1), out_width]
     hidden = [(a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths[:-1])]
-    head: nn.Module = ProjectionHead([*hidden, (widths[-2], widths[-1], None, None)])
+    norm = nn.BatchNorm1d(out_width) if final_norm else None
+    head: nn.Module = ProjectionHead([*hidden, (widths[-2], widths[-1], norm, None)])
     return head
 
 
@@ -62,9 +66,10 @@ class DenseHead(nn.Sequential):
     """A prediction for every pixel of a feature map: 3×3 convolution, norm, ReLU, 1×1 convolution."""
 
     def __init__(self, in_width: int, classes: int) -> None:
+        hidden = max(in_width // 4, 1)
         super().__init__(
-            nn.Conv2d(in_width, in_width // 4, 3, padding=1, bias=False),
-            nn.BatchNorm2d(in_width // 4),
+            nn.Conv2d(in_width, hidden, 3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),
-            nn.Conv2d(in_width // 4, classes, 1),
+            nn.Conv2d(hidden, classes, 1),
         )

@@ -12,11 +12,12 @@ class SmallResNet(nn.Module):
 
     Args:
         width: of the first stage.
+        stem_stride: 2 sees a quarter of the pixels, and pays for a network twice as wide.
     """
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, stem_stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = self._stage(width, width, 1)

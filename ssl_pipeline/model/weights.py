@@ -11,10 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision import models
+from torchvision.models import get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.model.families import first_convolution
 
 if TYPE_CHECKING:
     from ssl_pipeline.model.backbone import BackboneConfig
@@ -74,7 +76,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"`backbone.weights`: there is no file {str(path)!r}.")
     try:
         tree = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f"`backbone.weights`: {str(path)!r} can't be read as weights: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
@@ -107,8 +109,30 @@ def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str
         size, patch = int(trunk.image_size), int(trunk.patch_size)  # type: ignore[arg-type]
         kept = dict(interpolate_embeddings(size, patch, kept))
         notes.append(f"{what}: position embeddings interpolated to {size} px")
-    load_strictly(trunk, kept, what)
+    _load_published(trunk, kept, what)
     return notes
+
+
+def holds_channels(trunk: nn.Module, state: dict[str, Tensor], channels: int) -> bool:
+    """Whether the stem's kernels in a state dict, under the trunk's own names, are for this many channels."""
+    kernels = state.get(f"{first_convolution(trunk)[0]}.weight")
+    return kernels is not None and kernels.ndim == 4 and kernels.shape[1] == channels
+
+
+def _load_published(trunk: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """As :func:`load_strictly`, but the trunk's own loader may read what older releases wrote.
+
+    Published transformers call their MLPs' layers otherwise, and published batch norms lack counters: the libraries'
+    modules translate both while they load. What they leave over is an error.
+    """
+    own = trunk.state_dict()
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    try:
+        left = trunk.load_state_dict({k: v for k, v in state.items() if k not in reshaped}, strict=False)
+    except RuntimeError as error:  # a translated tensor has another shape
+        raise ConfigError(f"{what} is of another architecture: {error}") from error
+    missing = [key for key in left.missing_keys if key not in reshaped]
+    _refuse(what, missing, left.unexpected_keys, reshaped)
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -118,29 +142,51 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
         ConfigError: naming the first keys that do not, and how many they are.
     """
     own = module.state_dict()
-    faults = {
-        "missing": [key for key in own if key not in state],
-        "unknown": [key for key in state if key not in own],
-        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
-    }
+    _refuse(
+        what,
+        [key for key in own if key not in state],
+        [key for key in state if key not in own],
+        [key for key in own if key in state and own[key].shape != state[key].shape],
+    )
+    module.load_state_dict(state)
+
+
+def _refuse(what: str, missing: list[str], unknown: list[str], reshaped: list[str]) -> None:
+    """Raises if any key does not fit; the first few are named."""
+    faults = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     found = [
-        f"{len(keys)} keys {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         for how, keys in faults.items()
         if keys
     ]
     if found:
-        raise ConfigError(f"{what} is of another architecture: {'; '.join(found)}.")
-    module.load_state_dict(state)
+        raise ConfigError(
+            f"{what} is of another architecture: {'; '.join(found)}. Build the architecture that it was saved from"
+            " (`backbone.name`, `stem`, `width`), or give other weights."
+        )
+
+
+def official_preprocessing(backbone_name: str, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std, in RGB of values in [0, 1], that official weights of torchvision's expect.
+
+    Args:
+        backbone_name: torchvision's name; for any other the answer is None.
+        weights: an official enum name; for a file the answer is None.
+
+    Raises:
+        ConfigError: the network has no official weights of that name.
+    """
+    if is_file_name(weights) or backbone_name not in list_models(module=models):
+        return None
+    transforms = _entry(backbone_name, weights).transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
 
 
 def normalisation(
     config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and std that an encoder will expect: official weights', else the source's, else ImageNet's."""
-    official = IMAGENET
-    if config.weights is not None and not is_file_name(config.weights) and not config.is_timm:
-        transforms = _entry(config.name, config.weights).transforms()
-        official = (tuple(transforms.mean), tuple(transforms.std))
+    official = (None if config.weights is None else official_preprocessing(config.name, config.weights)) or IMAGENET
     if config.weights is None and mean is not None and std is not None:
         return mean, std
     if channels == 3:

@@ -55,7 +55,9 @@ class Progress:
         self._enabled, self._terminal = enabled, _console.is_terminal
         self._tau = "τ" if _console.encoding.startswith("utf") else "tau"
         self._latest: dict[str, float] = {}
-        self._first: tuple[int, float] | None = None  # step and time of the first update: what came before is no training
+        self._first: tuple[int, float] | None = (
+            None  # step and time of the first update: what came before is no training
+        )
         self._last_line, self._said = -math.inf, start_step
         self._bar = Bar(
             MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),

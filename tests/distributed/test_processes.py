@@ -86,6 +86,7 @@ def test_finetune_on_two_processes_takes_it_on(two: Path, tmp_path: Path) -> Non
         "labels.per_class=5",
         "split=dev",
         "regime.length=2 steps",
+        "regime.least_steps=0",
         f"encoder={two}",
     ]
     done = command(*TWO, "launch/finetune", *words, f"output={tmp_path / 'run'}")

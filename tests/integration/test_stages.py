@@ -69,7 +69,7 @@ def test_a_label_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft", "end_to_end", "scratch"])
 def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_path: Path, regime: str) -> None:
-    length = [] if regime == "frozen" else ["regime.length=3 steps", "regime.batch=16"]
+    length = [] if regime == "frozen" else ["regime.length=3 steps", "regime.least_steps=0", "regime.batch=16"]
     result = finetune(tiny_finetune(stage_one, tmp_path / "run", f"regime={regime}", "seeds=2", *length))
     assert len(result.figures) == 2
     assert 0 <= result.interval().mean <= 1
@@ -88,7 +88,7 @@ def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_pat
 
 def test_stage_two_reproduces_and_its_seeds_differ(stage_one: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[dict[str, float]]:
-        overrides = ["seeds=2", "regime.length=3 steps", "regime.batch=16"]
+        overrides = ["seeds=2", "regime.length=3 steps", "regime.least_steps=0", "regime.batch=16"]
         return finetune(tiny_finetune(stage_one, tmp_path / name, *overrides)).figures
 
     first, second = run("a"), run("b")
@@ -100,7 +100,13 @@ def test_stage_two_reproduces_and_its_seeds_differ(stage_one: Path, tmp_path: Pa
 def test_permuting_test_labels_changes_no_weight(
     stage_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["labels.validation=0.4", "regime.length=3 steps", "regime.batch=16", "split=test"]
+    overrides = [
+        "labels.validation=0.4",
+        "regime.length=3 steps",
+        "regime.least_steps=0",
+        "regime.batch=16",
+        "split=test",
+    ]
     finetune(tiny_finetune(stage_one, tmp_path / "a", *overrides))
     opened = Embedded.open
 

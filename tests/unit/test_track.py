@@ -272,8 +272,11 @@ def track(run: Run, tracking: TrackingConfig) -> None:
 
 @pytest.mark.usefixtures("no_key")
 def test_wandb_without_a_key_goes_offline(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import wandb
+
     with run_in(tmp_path / "a") as run:
         track(run, TrackingConfig())
+        wandb.teardown()  # as at the end of a process: W&B's service writes its last lines a moment after `finish`
         identity = (run.path / "wandb_id").read_text()
         (offline,) = (run.path / "wandb").glob("offline-run-*")
         recorded = (offline / f"run-{identity}.wandb").read_bytes()

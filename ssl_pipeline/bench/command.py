@@ -1,0 +1,44 @@
+"""``ssl-pipeline bench NAME``: the measurements that README and docs quote, each repeated by one command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+from ssl_pipeline import bench
+from ssl_pipeline.track.progress import print_table
+
+
+def names() -> list[str]:
+    """The measurements: the modules beside this one that define ``measure``."""
+    found = [info.name for info in pkgutil.iter_modules(bench.__path__) if info.name != "command"]
+    return [name for name in found if hasattr(importlib.import_module(f"ssl_pipeline.bench.{name}"), "measure")]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="ssl-pipeline bench", description=__doc__)
+    parser.add_argument("name", choices=names())
+    parser.add_argument("--json", type=Path, help="also write the figures as one flat object")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating repetitions; medians are reported")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {str(options.json.parent)!r}")
+    module = importlib.import_module(f"ssl_pipeline.bench.{options.name}")
+    figures: dict[str, float] = module.measure(options.rounds)
+    print_table(
+        str(module.__doc__).splitlines()[0], ["figure", "value"], [[k, f"{v:,.3f}"] for k, v in figures.items()]
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        sys.stdout.write(f"wrote {options.json}\n")
+
+
+if __name__ == "__main__":
+    main()

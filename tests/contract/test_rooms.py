@@ -1,0 +1,130 @@
+"""Every member of a room keeps its contract, has its YAML, and survives saving and loading."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.command import load
+from ssl_pipeline.config.compose import choices, config_root
+from ssl_pipeline.config.resolve import names, resolve
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.engine.task import PretextConfig, Task
+from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.schedules import Clock
+from ssl_pipeline.study.label_efficiency import StudyConfig
+
+GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_component_has_its_yaml(group: str) -> None:
+    assert set(names(GROUPS[group])) <= set(choices(group))
+
+
+def task_of(name: str) -> tuple[Task, Batch]:
+    config = load("pretrain", PretrainConfig, [f"pretext={name}"]).pretext
+    assert isinstance(config, PretextConfig)
+    pixels = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    source = ArraySource("random", pixels, labels, ("a", "b"))
+    blueprint = Blueprint(
+        backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
+    )
+    task = config.build(blueprint.build()[0], source)
+    views = [torch.randn(8, 1, 12, 12) for _ in range(config.views_needed or 2)]
+    return task, Batch(Clock(0, 10, 1), torch.arange(8), views, labels if task.reads_labels else None)
+
+
+@pytest.mark.parametrize("name", names("pretext"))
+def test_a_pretext_task_trains_its_encoder_and_keeps_all_state(name: str) -> None:
+    task, batch = task_of(name)
+    output = task(batch)
+    assert output.loss.ndim == 0
+    output.loss.backward()
+    assert all(p.grad is not None for p in task.encoder.parameters())
+    assert {id(p) for g in task.param_groups() for _, p in g["params"]} == {id(p) for p in task.parameters()}
+    task.after_step(batch)
+    other, _ = task_of(name)
+    other.load_state_dict(task.state_dict())
+    again, once_more = task.eval()(batch).loss, other.eval()(batch).loss
+    assert torch.equal(again, once_more)
+
+
+RECIPES = choices("recipe")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_whole(recipe: str) -> None:
+    head = (config_root() / "recipe" / f"{recipe}.yaml").read_text()
+    assert head.startswith(("# @package _global_",))
+    stage, schema = next(
+        (stage, schema)
+        for stage, schema in {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "study": StudyConfig}.items()
+        if recipe.endswith(stage)
+    )
+    needs = ["encoder=x"] if stage == "study" else []
+    config = load(stage, schema, [f"recipe={recipe}", *needs])
+    if isinstance(config, StudyConfig):
+        for own in config.conditions.values():
+            load("finetune", FinetuneConfig, [*config.common, *own])
+
+
+def test_a_dumped_configuration_resolves_to_itself() -> None:
+    for stage, schema in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+        config = load(stage, schema)
+        assert resolve(schema, dump(config)) == config
+
+
+def test_every_choice_of_every_group_is_valid() -> None:
+    for group in ("views", "backbone", "optim", "tracking", "data", "pretext"):
+        for choice in choices(group):
+            extra = ["data.path=x"] if choice == "folder" else []
+            load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
+    for group in ("regime", "downstream"):
+        for choice in choices(group):
+            load("finetune", FinetuneConfig, [f"{group}={choice}"])
+
+
+def test_a_users_own_task_is_one_file_and_one_yaml(tmp_path: Path) -> None:
+    """The page that says how is run as it stands."""
+    page = (ROOT / "docs" / "add_pretext.md").read_text()
+    code, yaml = page.split("```python\n")[1].split("```")[0], page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "their_package").mkdir()
+    (tmp_path / "their_package" / "mine.py").write_text(code)
+    (tmp_path / "conf" / "pretext").mkdir(parents=True)
+    (tmp_path / "conf" / "pretext" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_package.mine"))
+    words = [
+        "pretext=mine",
+        "--config-dir",
+        "conf",
+        "steps=2",
+        "batch.size=16",
+        "tracking=off",
+        "output=run",
+        "views.size=12",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_pipeline.pretrain", *words, "backbone.width=4", "data.dev=4000"],
+        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "encoder.safetensors").is_file()
+
+
+def test_names_that_are_nowhere_are_told() -> None:
+    with pytest.raises(ConfigError, match="no module `nowhere.at_all`"):
+        load("pretrain", PretrainConfig, ["pretext.name=nowhere.at_all"])
+    with pytest.raises(ConfigError, match="no class `Config`"):
+        load("pretrain", PretrainConfig, ["pretext.name=json.decoder"])
