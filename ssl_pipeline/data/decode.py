@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
@@ -78,10 +79,7 @@ def explain(path: Path, error: Exception) -> str:
 def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        # 16-bit files use their whole range; others say nothing of theirs, so their own values span it.
-        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (float(values.min()), float(values.max()))
-        if not image.mode.startswith("I;16") and low >= 0 and high <= 255:
-            low, high = 0.0, 255.0
+        low, high = _range(image.mode, values)
         scaled = (values - low) / max(high - low, 1e-12) * 255
         image = Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -89,3 +87,14 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _range(mode: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Black and white of a deep image: 16 bits use their whole range, floats [0, 1]; others what they hold."""
+    if mode.startswith("I;16"):
+        return 0.0, 65535.0
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    for white in (1.0, 255.0) if mode == "F" else (255.0, 65535.0):
+        if low >= 0 and high <= white:
+            return 0.0, white
+    return low, high

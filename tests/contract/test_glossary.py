@@ -34,8 +34,7 @@ def test_the_term_has_a_row_whose_links_lead_somewhere(term: str) -> None:
     assert links
     for link in links:
         assert (ROOT / "docs" / link).exists()
-    overrides = [text for text in re.findall(r"`([a-z_.]+=[^`]+)`", config)]
-    for override in overrides:
+    for override in re.findall(r"`([a-z_.]+=[^`]+)`", config):
         stage_one = override.split("=")[0].split(".")[0] in ("pretext", "backbone", "neck", "optim")
         if stage_one:
             load("pretrain", PretrainConfig, [override])
