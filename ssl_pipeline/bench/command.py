@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from ssl_pipeline import bench
+from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.command import leave
 from ssl_pipeline.track.progress import print_table
 
 
@@ -31,7 +33,10 @@ def main() -> None:
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {str(options.json.parent)!r}")
     module = importlib.import_module(f"ssl_pipeline.bench.{options.name}")
-    figures: dict[str, float] = module.measure(options.rounds)
+    try:
+        figures: dict[str, float] = module.measure(options.rounds)
+    except UserError as error:
+        leave(error)
     print_table(
         str(module.__doc__).splitlines()[0], ["figure", "value"], [[k, f"{v:,.3f}"] for k, v in figures.items()]
     )

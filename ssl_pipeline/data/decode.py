@@ -2,86 +2,100 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
 
-_FAULTS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
 
 class DecodeError(UserError):
-    """A file that is no whole image."""
+    """A file that is no whole image.
+
+    Attributes:
+        path: the file.
+        fault: what is wrong with it, in words.
+    """
 
     def __init__(self, path: Path, fault: str) -> None:
         self.path, self.fault = path, fault
-        super().__init__(
-            f"{path} can't be read as an image: {fault}. Remove or replace it, or set `data.on_unreadable=skip`."
-        )
+        super().__init__(f"{path} can't be read as an image: {fault}. Remove or replace the file.")
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:
         """A worker sends it to the main process."""
         return DecodeError, (self.path, self.fault)
 
 
-def decode(path: Path, channels: int) -> Image.Image:
+def decode(path: Path, channels: int, min_size: int | None = None) -> Image.Image:
     """Reads an image file.
 
-    EXIF rotation is applied, an animation gives its first frame, transparency is laid on white, and 16-bit, 32-bit and
-    float values are rescaled rather than clipped.
+    EXIF rotation is applied, an animation gives its first frame, and transparency is laid on white. Values of more than
+    8 bits are rescaled, never clipped: 16 bits by their whole range; 32-bit integers by the least of 0..255 and 0..65535
+    that holds them all, floats by that of 0..1 and 0..255; and any others are spread from their least to their greatest.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for RGB.
+        min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, several times faster, as long as its
+            shorter side keeps this many pixels. Other formats ignore it.
+
+    Returns:
+        An image of mode ``L`` or ``RGB``.
 
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
     mode = "L" if channels == 1 else "RGB"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.load()
-                image = ImageOps.exif_transpose(file)
-        return _to_8_bit(image, mode)
-    except _FAULTS as error:
-        raise DecodeError(path, explain(path, error)) from error
+        with Image.open(path) as file:
+            if min_size is not None:
+                file.draft(mode, (min_size, min_size))
+            file.load()
+            stored_as = file.format
+            image = ImageOps.exif_transpose(file)
+        return _to_8_bit(image, mode, stored_as)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
+        raise DecodeError(path, _explain(path, error)) from error
 
 
-def header_fault(path: Path) -> str | None:
-    """What is wrong with a file's header, or None; much faster than decoding, and blind to damage further in."""
+def check_header(path: Path) -> tuple[int, int] | str:
+    """Reads a file's header; much faster than decoding, and blind to damage further in.
+
+    Returns:
+        The stored width and height, before any EXIF rotation; or, in words, what is wrong.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                width, height = file.size
-        return None if width and height else "it has no pixels"
-    except _FAULTS as error:
-        return explain(path, error)
+        if path.exists() and not path.is_file():
+            return "it is no regular file"  # opening a pipe would wait for ever
+        with Image.open(path) as file:
+            return file.size if min(file.size) > 0 else "it has no pixels"
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        return _explain(path, error)
 
 
-def explain(path: Path, error: Exception) -> str:
+def _explain(path: Path, error: Exception) -> str:
     """A decoder's error in words."""
-    if path.exists() and path.stat().st_size == 0:
-        return "it is empty"
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a known format"
     if isinstance(error, FileNotFoundError):
         return "it is not there (a broken link?)"
+    if isinstance(error, PermissionError):
+        return "this user may not read it"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty" if path.stat().st_size == 0 else "it is no image of a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, which is too large (scale it down)"
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
+def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = _range(image.mode, values)
-        scaled = (values - low) / max(high - low, 1e-12) * 255
-        image = Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8))
+        # Pillow reads a PGM of more than 8 bits as 32-bit integers that it has spread over 16 bits.
+        whole_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and stored_as == "PPM")
+        image = _rescale(np.asarray(image), whole_16_bits)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -89,12 +103,14 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _range(mode: str, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Black and white of a deep image: 16 bits use their whole range, floats [0, 1]; others what they hold."""
-    if mode.startswith("I;16"):
-        return 0.0, 65535.0
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    for white in (1.0, 255.0) if mode == "F" else (255.0, 65535.0):
-        if low >= 0 and high <= white:
-            return 0.0, white
-    return low, high
+def _rescale(stored: np.ndarray, whole_16_bits: bool) -> Image.Image:
+    """Numbers of shape (H, W) to grey; infinities become black or white, and what is no number black."""
+    values = stored.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    whites = (65535.0,) if whole_16_bits else (1.0, 255.0) if stored.dtype.kind == "f" else (255.0, 65535.0)
+    if low >= 0 and high <= whites[-1]:
+        low, high = 0.0, next(white for white in whites if high <= white)
+    scaled = (values - low) * (255 / max(high - low, 1e-12))
+    scaled = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0)
+    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +42,19 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"{path} can't be read: {error}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} can't be read ({error}): it is missing or damaged. Copy it anew.") from error
     if len(data) < 4 or data[:3] != bytes([0, 0, _UINT8]):
-        raise ConfigError(f"{path} is no IDX file of bytes.")
-    dimensions = data[3]
-    start = 4 + 4 * dimensions
+        raise ConfigError(
+            f"{path} is no IDX file of bytes: it should begin with 00 00 08, and begins with {data[:3].hex(' ') or 'nothing'}."
+        )
+    start = 4 + 4 * data[3]
+    if len(data) < start:
+        raise ConfigError(f"{path} ends within its header: it is cut off. Copy it anew.")
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
     if len(data) != start + math.prod(shape):
         raise ConfigError(
-            f"{path} declares {math.prod(shape)} bytes and holds {len(data) - start}: it is cut off or damaged."
+            f"{path} declares {math.prod(shape)} bytes and holds {len(data) - start}: it is cut off or damaged. Copy it anew."
         )
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).copy()).reshape(shape)
 

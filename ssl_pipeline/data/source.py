@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ComponentConfig
+from ssl_pipeline.config.base import ComponentConfig, ConfigError
 from ssl_pipeline.data.decode import decode
 
 Split = Literal["train", "dev", "test"]
@@ -23,9 +23,10 @@ class Indexed(ABC):
 
     Attributes:
         name: for messages.
-        channels: of the images: 1 or 3.
+        channels: of the images: 1 or 3 in files, any number in memory.
         classes: names, in the order of the labels; None without labels.
         labels: int64 of shape (N,), on the CPU; None without labels.
+        domains: none yet.
         licence: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
@@ -36,6 +37,7 @@ class Indexed(ABC):
     channels: int
     classes: tuple[str, ...] | None = None
     labels: Tensor | None = None
+    domains: None = None
     licence: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -49,6 +51,10 @@ class Indexed(ABC):
     def open_image(self, index: int) -> Image.Image:
         """One decoded image, in mode ``L`` or ``RGB``."""
 
+    def describe(self, index: int) -> str:
+        """What a message calls one sample."""
+        return f"image {index} of {self.name}"
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes when the samples or labels do."""
@@ -59,7 +65,17 @@ class Indexed(ABC):
 
 
 class ArraySource(Indexed):
-    """Equal-sized images in memory."""
+    """Equal-sized images in memory.
+
+    Args:
+        name: for messages.
+        pixels: uint8 of shape (N, C, H, W).
+        labels: int64 of shape (N,).
+        classes: names, in the order of the labels.
+        licence: of the images.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+    """
 
     def __init__(
         self,
@@ -98,12 +114,30 @@ class ArraySource(Indexed):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation of values in [0, 1]."""
-        values = self._pixels.double() / 255
-        return tuple(values.mean((0, 2, 3)).tolist()), tuple(values.std((0, 2, 3)).tolist())
+        values = torch.arange(256, dtype=torch.float64) / 255
+        means, stds = [], []
+        for channel in self._pixels.unbind(1):
+            # Counted, because the pixels themselves in double precision would take eight times their memory.
+            counts = channel.flatten().bincount(minlength=256).double()
+            mean = (counts * values).sum() / counts.sum()
+            variance = (counts * (values - mean).square()).sum() / (counts.sum() - 1)
+            means.append(float(mean))
+            stds.append(float(variance.sqrt()))
+        return tuple(means), tuple(stds)
 
 
 class FileSource(Indexed):
-    """Image files of any sizes, decoded when they are wanted."""
+    """Image files of any sizes, decoded when they are wanted.
+
+    Args:
+        name: for messages.
+        root: the folder that all files are in or below.
+        files: their posix paths relative to it.
+        channels: 1 for grey, 3 for RGB.
+        labels: int64 of shape (N,).
+        classes: names, in the order of the labels.
+        skipped: files that were left out because they are no images.
+    """
 
     def __init__(
         self,
@@ -113,9 +147,10 @@ class FileSource(Indexed):
         channels: int,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
+        skipped: Sequence[str] = (),
     ) -> None:
         self.name, self.root, self.files, self.channels = name, root, list(files), channels
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.skipped = labels, classes, list(skipped)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -128,11 +163,27 @@ class FileSource(Indexed):
         """
         return decode(self.root / self.files[index], self.channels)
 
+    def describe(self, index: int) -> str:
+        """The file's path."""
+        return str(self.root / self.files[index])
+
     def fingerprint(self) -> str:
-        """Of names, sizes and labels; contents are not read."""
+        """Of relative paths, sizes and labels; contents are not read.
+
+        Times and the folder's own place do not count, so that a copy on another disk is the same data to a resumed run.
+
+        Raises:
+            ConfigError: a file has gone since the folder was read.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
-            digest.update(f"{file}\0{(self.root / file).stat().st_size}\0".encode(errors="surrogateescape"))
+            try:
+                size = (self.root / file).stat().st_size
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
+                ) from error
+            digest.update(f"{file}\0{size}\0".encode(errors="surrogateescape"))
         digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
         return digest.hexdigest()
 
@@ -140,7 +191,7 @@ class FileSource(Indexed):
         """The chosen files."""
         labels = None if self.labels is None else self.labels[index]
         files = [self.files[i] for i in index.tolist()]
-        return FileSource(self.name, self.root, files, self.channels, labels, self.classes)
+        return FileSource(self.name, self.root, files, self.channels, labels, self.classes, self.skipped)
 
 
 class SourceConfig(ComponentConfig, ABC):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,12 @@ def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:
 
 
 def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
-    """Holds samples out, as evenly over the classes as their sizes allow.
+    """Holds samples out, of each class in proportion to its size, to within one sample.
+
+    A rank counts from its middle, so that of a very small class nothing is held out rather than everything.
 
     Args:
-        labels: int64 of shape (N,).
+        labels: int64 of shape (N,); of −1, no label, none is held out.
         count: how many to hold out.
         name: of the draw.
 
@@ -27,7 +31,7 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
         The rest and the held-out ones, each a sorted int64 index.
     """
     ranked = [
-        (rank / len(of_class), c, int(i))
+        ((rank + 0.5) / len(of_class), c, int(i))
         for c, of_class in _shuffled_classes(labels, *name).items()
         for rank, i in enumerate(of_class)
     ]
@@ -37,7 +41,9 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     return rest.nonzero()[:, 0], held_out
 
 
-def draw_labels(labels: Tensor, per_class: int | None, fraction: float | None, seed: int) -> Tensor:
+def draw_labels(
+    labels: Tensor, per_class: int | None, fraction: float | None, seed: int, classes: Sequence[str] | None = None
+) -> Tensor:
     """The samples whose labels may be read, a sorted int64 index.
 
     Args:
@@ -45,18 +51,25 @@ def draw_labels(labels: Tensor, per_class: int | None, fraction: float | None, s
         per_class: labels of each class; or
         fraction: a share of each class, at least one; or neither: all.
         seed: of the draw; more labels of the same seed contain the fewer.
+        classes: their names, for the message.
 
     Raises:
-        ConfigError: a class has fewer than asked for.
+        ConfigError: a class has fewer than asked for, or nothing has a label.
     """
     drawn = []
     for c, of_class in _shuffled_classes(labels, seed, "labels").items():
         count = len(of_class)
         if per_class is not None:
             if per_class > count:
-                raise ConfigError(f"`labels.per_class` is {per_class}, and class {c} has only {count} labelled images.")
+                name = repr(classes[c]) if classes is not None else str(c)
+                raise ConfigError(
+                    f"`labels.per_class` is {per_class}, and class {name} has only {count} labelled images: "
+                    f"ask for at most {count}, or add images."
+                )
             count = per_class
         elif fraction is not None:
             count = max(1, round(fraction * count))
         drawn.append(of_class[:count])
+    if not drawn:
+        raise ConfigError("no training image has a label to draw: put images into one folder per class.")
     return torch.cat(drawn).sort().values

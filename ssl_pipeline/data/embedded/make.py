@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
 from ssl_pipeline.data.splits import hold_out
 
@@ -12,7 +14,16 @@ COUNTS = {"train": 8000, "t10k": 2000}
 
 
 def make(folder: Path, out: Path) -> None:
-    """Draws 800 (training) and 200 (test) images of each class, by name, and keeps their order."""
+    """Draws 800 (training) and 200 (test) images of each class, by name, and keeps their order.
+
+    Args:
+        folder: the four official idx files.
+        out: where the subset's four are written; it is made where it is missing.
+
+    Raises:
+        ConfigError: an idx file is missing or damaged.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     for part, count in COUNTS.items():
         images = read_idx(find_idx(folder, f"{part}-images-idx3-ubyte"))
         labels = read_idx(find_idx(folder, f"{part}-labels-idx1-ubyte"))
@@ -21,5 +32,19 @@ def make(folder: Path, out: Path) -> None:
         write_idx(out / f"{part}-labels-idx1-ubyte.gz", labels[chosen])
 
 
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Makes the embedded subset of Fashion-MNIST.")
+    parser.add_argument("folder", type=Path, help="the four official idx files, gzipped or not")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=Path(__file__).parent, help="by default the package itself"
+    )
+    given = parser.parse_args()
+    try:
+        make(given.folder, given.out)
+    except ConfigError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent)
+    main()

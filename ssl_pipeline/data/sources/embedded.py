@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.data import embedded
 from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
-from ssl_pipeline.data.sources.fashion_mnist import open_idx_folder
+from ssl_pipeline.data.sources.fashion_mnist import read_splits
 
 
 class Config(SourceConfig):
@@ -23,4 +23,4 @@ class Config(SourceConfig):
     def open(self, split: Split) -> ArraySource:
         """A split; ``dev`` is the same for every seed."""
         assert embedded.__file__ is not None
-        return open_idx_folder("embedded", Path(embedded.__file__).parent, self.dev, split)
+        return read_splits("embedded", Path(embedded.__file__).parent, self.dev)[split]

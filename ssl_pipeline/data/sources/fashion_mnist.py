@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 from pydantic import Field
-from torchvision.datasets import FashionMNIST
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.idx import find_idx, read_idx
@@ -33,37 +32,67 @@ class Config(SourceConfig):
     dev: int = Field(5000, ge=1, le=30_000)
 
     def open(self, split: Split) -> ArraySource:
-        """A split; ``dev`` is the same for every seed."""
-        if self.path is not None and not Path(self.path).expanduser().is_dir():
-            raise ConfigError(f"`data.path`: there is no folder {self.path!r}.")
-        folder = (
-            Path(self.path).expanduser() if self.path is not None else _download(Path(self.download_to).expanduser())
-        )
-        return open_idx_folder("fashion_mnist", folder, self.dev, split)
+        """A split; ``dev`` is the same for every seed.
+
+        Raises:
+            ConfigError: the files are missing, damaged or can't be downloaded.
+        """
+        if self.path is None:
+            folder = _download(Path(self.download_to).expanduser())
+        else:
+            folder = Path(self.path).expanduser().resolve()
+            if not folder.is_dir():
+                what = "is a file" if folder.exists() else "does not exist"
+                raise ConfigError(f"`data.path`: {self.path!r} {what}; it must be a folder with the four idx files.")
+        return read_splits("fashion_mnist", folder, self.dev)[split]
 
 
 def _download(root: Path) -> Path:
+    from torchvision.datasets import FashionMNIST  # here, because the embedded source passes by and needs none of it
+
     try:
         FashionMNIST(str(root), download=True)
-    except (OSError, RuntimeError, URLError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError
         raise ConfigError(
-            f"Fashion-MNIST can't be downloaded ({error}). Copy its four idx files to a folder and give `data.path=FOLDER`, "
-            "or use the subset that is here already: `data=embedded`."
+            f"Fashion-MNIST can't be downloaded to {str(root)!r} ({error}). Copy its four idx files to a folder and give "
+            "`data.path=FOLDER`, or use the subset that is here already: `data=embedded`."
         ) from error
-    return root
+    return root.resolve()
 
 
-@lru_cache(maxsize=4)
-def open_idx_folder(name: str, folder: Path, dev: int, split: Split) -> ArraySource:
-    """A split of a folder of idx files; the pixels' statistics are those of all training images without ``dev``."""
-    part = "t10k" if split == "test" else "train"
-    pixels = read_idx(find_idx(folder, f"{part}-images-idx3-ubyte"))[:, None]
-    labels = read_idx(find_idx(folder, f"{part}-labels-idx1-ubyte")).long()
-    source = ArraySource(name, pixels, labels, CLASSES, "MIT")
-    if split == "test":
-        return source
-    train, held_out = hold_out(labels, dev, name, "dev")
-    chosen = source.select(train if split == "train" else held_out)
-    if split == "train":
-        chosen.mean, chosen.std = chosen.statistics()
-    return chosen
+@lru_cache(maxsize=2)
+def read_splits(name: str, folder: Path, dev: int) -> dict[Split, ArraySource]:
+    """All splits of a folder of idx files.
+
+    Args:
+        name: of the source; it names the draw of ``dev`` too.
+        folder: the four files, gzipped or not.
+        dev: training images held out, evenly over the classes.
+
+    Returns:
+        ``train``, ``dev`` and ``test``, each with the mean and standard deviation of ``train``.
+
+    Raises:
+        ConfigError: a file is missing, damaged or not what its name says.
+    """
+    every, test = (_read_part(name, folder, part) for part in ("train", "t10k"))
+    assert every.labels is not None
+    if dev >= len(every):
+        raise ConfigError(f"`data.dev` is {dev}, and {str(folder)!r} holds {len(every)} training images: give fewer.")
+    rest, held_out = hold_out(every.labels, dev, name, "dev")
+    splits: dict[Split, ArraySource] = {"train": every.select(rest), "dev": every.select(held_out), "test": test}
+    mean, std = splits["train"].statistics()
+    for source in splits.values():
+        source.mean, source.std = mean, std
+    return splits
+
+
+def _read_part(name: str, folder: Path, part: str) -> ArraySource:
+    paths = [find_idx(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+    pixels, labels = (read_idx(path) for path in paths)
+    if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or len(labels) == 0 or int(labels.max()) >= len(CLASSES):
+        raise ConfigError(
+            f"{paths[0]} holds {tuple(pixels.shape)} and {paths[1]} {tuple(labels.shape)}: they must be N images and N "
+            f"labels from 0 to {len(CLASSES) - 1}. Copy Fashion-MNIST's four files anew."
+        )
+    return ArraySource(name, pixels[:, None], labels.long(), CLASSES, "MIT")
