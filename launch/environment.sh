@@ -7,12 +7,19 @@ environment() {
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x "$root/.venv/bin/python" ]; then
-      local python
-      python="$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)"
-      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "Python 3.11 or newer is needed; $python is $("$python" --version)." >&2
+      # The first that runs: a version manager's stand-in may be on the path without its Python.
+      local python found=""
+      for python in python3.13 python3.12 python3.11 python3; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+          found="$python"
+          break
+        fi
+      done
+      if [ -z "$found" ]; then
+        echo "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1 || true)." >&2
         exit 2
-      }
+      fi
+      python="$found"
       echo "making .venv with $("$python" --version)"
       "$python" -m venv "$root/.venv"
     fi

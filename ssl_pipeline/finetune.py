@@ -111,7 +111,7 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
 def learn_from(config: FinetuneConfig, pool: Indexed, seed: int) -> Labelled:
     """Draws a seed's labels, and holds some of them out for selection."""
     assert pool.labels is not None
-    drawn = pool.select(draw_labels(pool.labels, config.labels.per_class, config.labels.fraction, seed))
+    drawn = pool.select(draw_labels(pool.labels, config.labels.per_class, config.labels.fraction, seed, pool.classes))
     count = round(config.labels.validation * len(drawn))
     if count == 0:
         return Labelled(drawn, None)

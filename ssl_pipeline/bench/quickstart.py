@@ -25,7 +25,9 @@ def measure(rounds: int) -> dict[str, float]:
     del rounds
     script = Path(__file__).parents[2] / "launch" / "quickstart.sh"
     if not script.is_file():
-        raise ConfigError("`bench quickstart` needs a source tree: there is no launch/quickstart.sh beside the package.")
+        raise ConfigError(
+            "`bench quickstart` needs a source tree: there is no launch/quickstart.sh beside the package."
+        )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         process = subprocess.Popen(["bash", str(script), folder + "/quickstart"])

@@ -30,6 +30,7 @@ from ssl_pipeline.data.sources.fashion_mnist import CLASSES
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.downstream.classification import Config as Classification
 
 GOLDEN_HELD_OUT = [1, 2, 12, 13, 22, 47, 53, 58]
 GOLDEN_EMUS = ["emu/002.png", "emu/007.png", "emu/009.png", "emu/015.png"]
@@ -230,7 +231,7 @@ def test_wrong_folders_of_idx_files(tmp_path: Path) -> None:
     def told(path: Path, dev: int = 10) -> str:
         return message(FashionMNIST(name="fashion_mnist", path=str(path), dev=dev))
 
-    assert f"`data.path`: {str(tmp_path / 'absent')!r} does not exist" in told(tmp_path / "absent")
+    assert f"`data.path`: there is no folder {str(tmp_path / 'absent')!r}" in told(tmp_path / "absent")
     assert "is a file" in told(image(tmp_path / "a.png"))
     assert "holds no train-images-idx3-ubyte" in told(tmp_path)
     assert "`data.dev` is 40" in told(small_fashion_mnist(tmp_path / "small"), 40)
@@ -378,7 +379,7 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert len(source.skipped) == 13
     assert source.skipped[-1] == "dog/bad.png"
     assert not set(source.skipped) & set(source.files)
-    assert "left out 13 of 21 files" in caplog.text
+    assert "left out 13 files of 21" in caplog.text
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -398,9 +399,10 @@ def test_one_class_is_no_class(tmp_path: Path) -> None:
     assert opened(folder(tmp_path), "train").labels is None
     assert len(opened(folder(tmp_path), "train")) == 6
     assert folder(tmp_path).open("dev") is None
-    text = message(folder(tmp_path), "test")
-    assert "lie in one folder, 'only'" in text
-    assert "one folder per class" in text
+    assert folder(tmp_path).open("test") is None
+    told = Classification(name="classification").check(opened(folder(tmp_path), "train"))
+    assert "one folder per class" in told[0]
+    assert str(tmp_path) in told[0]
 
 
 def test_test_folders_that_do_not_fit(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_16_bit_pgm_is_not_stretched(tmp_path: Path) -> None:
         (np.array([[0, 1, 255]], "int32"), [[0, 1, 255]]),
         (np.array([[0, 257, 65535]], "int32"), [[0, 1, 255]]),  # 16-bit values in 32
         (np.array([[0, 50_000, 100_000]], "int32"), [[0, 128, 255]]),
-        (np.array([[-100, 0, 100]], "int32"), [[0, 128, 255]]),
+        (np.array([[-100, 0, 200]], "int32"), [[0, 85, 255]]),
     ],
 )
 def test_floats_and_32_bits_are_never_clipped(tmp_path: Path, stored: np.ndarray, expected: list[list[int]]) -> None:

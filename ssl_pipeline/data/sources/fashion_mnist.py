@@ -42,8 +42,8 @@ class Config(SourceConfig):
         else:
             folder = Path(self.path).expanduser().resolve()
             if not folder.is_dir():
-                what = "is a file" if folder.exists() else "does not exist"
-                raise ConfigError(f"`data.path`: {self.path!r} {what}; it must be a folder with the four idx files.")
+                what = f"{self.path!r} is a file" if folder.exists() else f"there is no folder {self.path!r}"
+                raise ConfigError(f"`data.path`: {what}; it must be a folder with the four idx files.")
         return read_splits("fashion_mnist", folder, self.dev)[split]
 
 

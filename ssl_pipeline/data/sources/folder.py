@@ -59,11 +59,6 @@ class Config(SourceConfig):
         skip = self.on_unreadable == "skip"
         train = _scan(folders["train"], "data.path", skip)
         if train.classes is None:
-            if split == "test" and train.subfolder is not None:
-                raise ConfigError(
-                    f"`data.path`: all images of {str(train.root)!r} lie in one folder, {train.subfolder!r}, and labels "
-                    "need at least two: put the images into one folder per class."
-                )
             return train.source(self.channels) if split == "train" else None
         if split in folders and split != "train":
             key = "data.test_path" if split == "test" and self.test_path else "data.path"
@@ -75,7 +70,7 @@ class Config(SourceConfig):
 
     def _folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""
-        root = Path(self.path).expanduser().resolve()
+        root = _existing(self.path, "data.path")
         folders: dict[Split, Path] = {"train": root}
         if (root / "train").is_dir():
             named = [name for name in ("test", "val") if (root / name).is_dir()]
@@ -84,13 +79,22 @@ class Config(SourceConfig):
             if len(named) == 2:
                 folders["dev"] = root / "val"
         if self.test_path is not None:
-            folders["test"] = Path(self.test_path).expanduser().resolve()
+            folders["test"] = _existing(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):
                 raise ConfigError(
                     f"`data.test_path`: {self.test_path!r} lies in the training folder {str(folders['train'])!r}, so its images "
                     "would be trained on: move it out."
                 )
         return folders
+
+
+def _existing(given: str, key: str) -> Path:
+    """A folder of the user's, resolved, so that what is cached for it outlives a change of the working directory."""
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        what = "is a file, and a folder is needed" if path.exists() else "does not exist"
+        raise ConfigError(f"`{key}`: {given!r} {what}: give the folder that holds the images.")
+    return path.resolve()
 
 
 @lru_cache(maxsize=8)
@@ -150,9 +154,6 @@ class _Scan:
 @lru_cache(maxsize=8)
 def _scan(root: Path, key: str, skip: bool) -> _Scan:
     """Reads a folder once in the process's life; ``key`` is what messages call it."""
-    if not root.is_dir():
-        what = "is a file, and a folder is needed" if root.exists() else "does not exist"
-        raise ConfigError(f"`{key}`: {str(root)!r} {what}.")
     found = sorted(_walk(root))
     candidates = [file for file in found if Path(file).suffix.lower() in ENDINGS]
     others = [file for file in found if Path(file).suffix.lower() not in ENDINGS]
@@ -223,7 +224,7 @@ def _readable(root: Path, files: list[str], skip: bool) -> tuple[tuple[str, ...]
             ]
         )
     if faults:
-        _log.warning("left out %d of %d files that are no images, such as %s", len(faults), len(files), told[0])
+        _log.warning("left out %d files of %d that are no images, such as %s", len(faults), len(files), told[0])
     return tuple(file for file in files if file not in faults), tuple(faults)
 
 
