@@ -182,27 +182,25 @@ def finetune(config: FinetuneConfig) -> Result:
                     kind="model", blueprint=blueprint, config=dump(config), figures=figures[0], versions=versions(),
                     data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence}, classes=pool.classes,
                 ))  # fmt: skip
-    result = Result(folder, figures)
     if run is not None:
-        report(config, result)
-    return result
+        record = {"split": config.split, "seeds": config.seeds, "figures": figures}
+        write_text_atomic(folder / "results.json", json.dumps(record, indent=1))
+    return Result(folder, figures)
 
 
-def report(config: FinetuneConfig, result: Result) -> None:
-    """Prints the figures and writes ``results.json``."""
-    names = list(result.figures[0])
-    rows = [[name, result.interval(name).percent()] for name in names]
-    print_table(
-        f"{config.regime.name} on {config.split}, {config.seeds} seed(s), in %", ["figure", "mean ± 95 %"], rows
-    )
-    record = {"split": config.split, "seeds": config.seeds, "figures": result.figures}
-    write_text_atomic(result.folder / "results.json", json.dumps(record, indent=1))
-    console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")
+def finetune_and_tell(config: FinetuneConfig) -> None:
+    """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
+    result = finetune(config)
+    if start_accelerator().is_main_process:
+        rows = [[name, result.interval(name).percent()] for name in result.figures[0]]
+        title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s), in %"
+        print_table(title, ["figure", "mean ± 95 %"], rows)
+        console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")
 
 
 def main() -> None:
     """The command line."""
-    run_command("finetune", FinetuneConfig, finetune)
+    run_command("finetune", FinetuneConfig, finetune_and_tell)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class RegimeConfig(Strict):
     """
 
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"
-    decays: tuple[float, ...] = Field((0.01, 0.001, 0.1, 1.0), min_length=1)
+    decays: tuple[float, ...] = Field((0.1, 0.001, 0.01, 1.0), min_length=1)
     length: Duration = parse_duration("30 epochs")
     least_steps: int = Field(0, ge=0)
     batch: int = Field(64, ge=2)

@@ -106,3 +106,12 @@ def test_a_task_that_needs_other_views_is_told() -> None:
     assert SimCLRConfig.views_needed == 2
     with pytest.raises(ConfigError, match=r"views\.count"):
         pretrain(tiny_pretrain(None, "views.count=3"))
+
+
+def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(self: SimCLR, batch: Batch) -> dict[str, torch.Tensor]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SimCLR, "embed", too_much)
+    with pytest.raises(ConfigError, match=r"32 samples a process: lower `batch\.size`"):
+        pretrain(tiny_pretrain(tmp_path / "run"))
