@@ -26,12 +26,12 @@ environment() {
     # shellcheck disable=SC1091
     source "$root/.venv/bin/activate"
   fi
-  # Installed again only when what is to be installed has changed.
-  wanted="$(sha256sum "$root/pyproject.toml" | cut -c1-16) ${extras}"
+  # Installed again only when what is to be installed has changed; an environment with extras serves without them too.
+  wanted="$(sha256sum "$root/pyproject.toml" | cut -c1-16)"
   stamp="$VIRTUAL_ENV/.ssl_pipeline_installed"
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  if ! grep -qsx "$wanted ${extras:-.*}" "$stamp"; then
     echo "installing the project (torch is large: minutes on a fresh machine)"
     python -m pip install --quiet --editable "$root${extras:+[$extras]}"
-    echo "$wanted" > "$stamp"
+    echo "$wanted ${extras:-plain}" >> "$stamp"
   fi
 }
