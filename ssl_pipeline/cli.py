@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -33,7 +34,11 @@ def main() -> None:
         raise SystemExit(2)
     del sys.argv[1]
     run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
-    run()
+    try:
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush to it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ def test_mistakes_are_sentences_with_exit_code_2(words: list[str], expected: lis
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    done = command(
+        "bash", "-c", f"set -o pipefail; {sys.executable} -m ssl_pipeline.cli pretrain --cfg job | true", cwd=tmp_path
+    )
+    assert done.returncode == 0
+    assert not done.stderr
+
+
 def test_help_and_cfg_run_nothing(tmp_path: Path) -> None:
     shown = ssl_pipeline("pretrain", "--cfg", "job", "views.size=20", cwd=tmp_path)
     assert "size: 20" in shown.stdout
