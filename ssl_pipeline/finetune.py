@@ -21,7 +21,7 @@ from ssl_pipeline.data.splits import draw_labels, hold_out
 from ssl_pipeline.downstream.regime import Labelled, RegimeConfig, score, train
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
 from ssl_pipeline.evaluate.interval import Interval, interval
 from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, save
 from ssl_pipeline.model.backbone import BackboneConfig
@@ -201,6 +201,7 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
 def main() -> None:
     """The command line."""
     run_command("finetune", FinetuneConfig, finetune_and_tell)
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ssl_pipeline.data.loader import Preprocessing, StepBatches
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
@@ -159,6 +159,7 @@ def pretrain(config: PretrainConfig) -> Path:
 def main() -> None:
     """The command line."""
     run_command("pretrain", PretrainConfig, pretrain)
+    leave_group()
 
 
 if __name__ == "__main__":
