@@ -83,7 +83,7 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
 def leave_group() -> None:
     """The last thing that a process of a group does when all is written: waits for the others, and leaves with 0.
 
-    It leaves without the interpreter's own end: there torch's threads abort now and then (in one of three bare torchrun
+    It leaves without the interpreter's own end: there torch's threads abort now and then (in two of six bare torchrun
     runs, measured with gloo), and a run that had finished would be reported as failed.
     """
     if dist.is_available() and dist.is_initialized():

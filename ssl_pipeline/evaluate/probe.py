@@ -42,16 +42,3 @@ def fit_linear(
     with torch.no_grad():
         raw = weight / std
         return raw.float(), (bias - raw @ mean).float()
-
-
-def choose_decay(
-    features: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, classes: int, decays: tuple[float, ...]
-) -> float:
-    """The decay whose probe is most accurate on held-out *training* labels; the largest of equals."""
-    best, best_accuracy = decays[0], -1.0
-    for decay in sorted(decays, reverse=True):
-        weight, bias = fit_linear(features, labels, classes, decay)
-        accuracy = float(((held_out @ weight.T + bias).argmax(1) == held_out_labels).float().mean())
-        if accuracy > best_accuracy:
-            best, best_accuracy = decay, accuracy
-    return best

@@ -90,10 +90,10 @@ def test_every_choice_of_every_group_is_valid() -> None:
     for group in ("views", "backbone", "optim", "tracking", "data", "pretext"):
         for choice in choices(group):
             extra = ["data.path=x"] if choice == "folder" else []
-            load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
+            assert load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
     for group in ("regime", "downstream"):
         for choice in choices(group):
-            load("finetune", FinetuneConfig, [f"{group}={choice}"])
+            assert load("finetune", FinetuneConfig, [f"{group}={choice}"])
 
 
 def test_a_users_own_task_is_one_file_and_one_yaml(tmp_path: Path) -> None:
