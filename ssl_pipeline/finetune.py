@@ -104,6 +104,8 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
+    if config.views.local.count:
+        problems.append(f"`views.local.count` is {config.views.local.count}, and stage two takes no local views.")
     if problems:
         raise ConfigError(problems)
 

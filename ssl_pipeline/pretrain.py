@@ -22,7 +22,7 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.model.artifact import Blueprint, Card, save
-from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
@@ -83,8 +83,26 @@ def check(config: PretrainConfig, train: Indexed, processes: int) -> None:
     needed = config.pretext.views_needed
     if needed is not None and config.views.count != needed:
         problems.append(f"`views.count` is {config.views.count}, and {config.pretext.name} needs {needed}.")
+    local = config.views.local
+    if local.count and not config.pretext.takes_local_views:
+        problems.append(
+            f"`views.local.count` is {local.count}, and {config.pretext.name} takes no local views: set it to 0."
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def check_local_views(views: ViewsConfig, backbone: Backbone, name: str) -> None:
+    """Refuses views of a second size where the backbone is bound to one, before anything is written.
+
+    Raises:
+        ConfigError: naming the backbone and its size.
+    """
+    if views.local.count and backbone.fixed_input not in (None, views.local.size):
+        raise ConfigError(
+            f"`views.local` needs a backbone that takes images of any size, and {name} is bound to {backbone.fixed_input} px: "
+            f"take a convolutional one, or views.local.size={backbone.fixed_input}."
+        )
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -102,6 +120,7 @@ def pretrain(config: PretrainConfig) -> Path:
         backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
     )
     encoder, more_notes = blueprint.build()
+    check_local_views(views_config, encoder.backbone, config.backbone.name)
     task = config.pretext.build(encoder, train)
     if share.processes > 1 and share.device.type == "cuda":
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)

@@ -65,10 +65,12 @@ class PretextConfig(ComponentConfig, ABC):
     """The base of every pretext task's ``Config``.
 
     Attributes:
-        views_needed: how many views of an image the task wants; None for any number.
+        views_needed: how many global views of an image the task wants; None for any number.
+        takes_local_views: whether it also takes multi-crop's local views.
     """
 
     views_needed: ClassVar[int | None] = 2
+    takes_local_views: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, encoder: Encoder, source: Indexed) -> Task:

@@ -90,6 +90,6 @@ class OnlineEvaluation:
         finished = self._views.finish(crops, index, epoch=0)
         was_training = encoder.training
         encoder.eval()
-        first, second = encoder.features(finished[0]), encoder.features(finished[-1])
+        first, second = encoder.features(finished[0]), encoder.features(finished[self._views.config.count - 1])
         encoder.train(was_training)
         return first, second
