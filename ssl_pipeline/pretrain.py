@@ -20,6 +20,7 @@ from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, sha
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
@@ -33,9 +34,16 @@ from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
 class BatchConfig(Strict):
-    """The batch. Attributes: ``size``: images of a step over all processes."""
+    """The batch.
+
+    Attributes:
+        size: images of a step over all processes.
+        micro: images that a process embeds at once: the two-pass form (``engine/two_pass.py``) gives the gradient of the whole
+            batch at the memory of a small one. By default a process's whole share.
+    """
 
     size: int = Field(256, ge=2)
+    micro: int | None = Field(None, ge=2)
 
 
 class PretrainConfig(Strict):
@@ -80,6 +88,10 @@ def check(config: PretrainConfig, train: Indexed, processes: int) -> None:
         )
     if size % processes:
         problems.append(f"`batch.size` of {size} can't be shared evenly by {processes} processes: take a multiple.")
+    elif config.batch.micro is not None and size // processes % config.batch.micro:
+        problems.append(
+            f"`batch.micro` of {config.batch.micro} does not divide the {size // processes} images of a process: take a divisor."
+        )
     needed = config.pretext.views_needed
     if needed is not None and config.views.count != needed:
         problems.append(f"`views.count` is {config.views.count}, and {config.pretext.name} needs {needed}.")
@@ -152,6 +164,8 @@ def pretrain(config: PretrainConfig) -> Path:
             progress.say(f"  {note}")
         evaluation = OnlineEvaluation(train, dev, views, preprocessing, share, progress.say)
         figures = {} if start else evaluation(encoder)
+        if not start:
+            task.prime(lambda forward: extract(task, train, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
         latest: dict[str, float] = {}
 
@@ -163,6 +177,7 @@ def pretrain(config: PretrainConfig) -> Path:
         fit(
             task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
             config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update), config.log_every, "pretrain",
+            config.batch.micro,
         )  # fmt: skip
         final = latest or evaluation(encoder)
         if run is not None:

@@ -113,5 +113,5 @@ def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: p
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SimCLR, "embed", too_much)
-    with pytest.raises(ConfigError, match=r"32 samples a process: lower `batch\.size`"):
+    with pytest.raises(ConfigError, match=r"32 samples a process: lower `batch\.micro`"):
         pretrain(tiny_pretrain(tmp_path / "run"))
