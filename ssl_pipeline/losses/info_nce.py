@@ -17,6 +17,11 @@ from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.tiles import Match, TiledInfoNCE
 
 
+def precise(rows: Tensor) -> Tensor:
+    """The rows in fp32 at least: half precision is for the network, not for a loss."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def unit_rows(rows: Tensor) -> Tensor:
     """L2-normalised rows in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12.
 
@@ -26,9 +31,9 @@ def unit_rows(rows: Tensor) -> Tensor:
     Returns:
         Shape (N, D), fp32 (fp64 for fp64).
     """
-    precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
-    return precise / torch.where(norm > torch.finfo(precise.dtype).tiny ** 0.5, norm, torch.inf)
+    rows = precise(rows)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(norm > torch.finfo(rows.dtype).tiny ** 0.5, norm, torch.inf)
 
 
 def info_nce(

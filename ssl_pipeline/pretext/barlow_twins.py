@@ -10,6 +10,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_rows
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
 
@@ -48,4 +49,4 @@ class BarlowTwins(Projected):
         del batch
         first, second = embeddings["first"], embeddings["second"]
         with torch.autocast(first.device.type, enabled=False):
-            return StepOutput(self.loss(gather_rows(first.float()), gather_rows(second.float())))
+            return StepOutput(self.loss(gather_rows(precise(first)), gather_rows(precise(second))))

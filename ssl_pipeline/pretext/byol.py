@@ -9,6 +9,7 @@ from pydantic import Field
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import prediction_head
 from ssl_pipeline.model.teacher import MomentumConfig, Teacher
@@ -57,7 +58,7 @@ class BYOL(Projected):
         del batch
         with torch.autocast(embeddings["target 0"].device.type, enabled=False):
             ways = [
-                self.distance(embeddings[f"prediction {i}"].float(), embeddings[f"target {1 - i}"].detach().float())
+                self.distance(precise(embeddings[f"prediction {i}"]), precise(embeddings[f"target {1 - i}"].detach()))
                 for i in (0, 1)
             ]
             return StepOutput(torch.stack(ways).mean())

@@ -13,6 +13,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.temperature import TemperatureConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import PrototypeHead, distillation_head
@@ -97,8 +98,8 @@ class DINO(Task):
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy between each pair of unlike views."""
         temperature = self.config.teacher_temperature.at(batch.clock)
-        targets = [embeddings[f"teacher {i}"].detach().float() for i in (0, 1)]
-        answers = [rows.float() for name, rows in embeddings.items() if name.startswith("student")]
+        targets = [precise(embeddings[f"teacher {i}"].detach()) for i in (0, 1)]
+        answers = [precise(rows) for name, rows in embeddings.items() if name.startswith("student")]
         with torch.autocast(targets[0].device.type, enabled=False):
             loss: Tensor = self.loss(targets, answers, teacher_temp=temperature)
         spread = torch.stack(targets).flatten(0, 1).std(0).mean()

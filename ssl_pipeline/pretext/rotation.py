@@ -11,6 +11,7 @@ from torch import nn
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
 
 
@@ -42,7 +43,7 @@ class Rotation(Task):
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy, and the share of right answers (a quarter is chance)."""
-        logits = embeddings["logits"].float()
+        logits = precise(embeddings["logits"])
         turns = torch.arange(4, device=logits.device).repeat_interleave(len(batch.views)).expand(logits.shape[:2])
         accuracy = (logits.detach().argmax(2) == turns).float().mean()
         return StepOutput(F.cross_entropy(logits.flatten(0, 1), turns.flatten()), {"accuracy": accuracy})

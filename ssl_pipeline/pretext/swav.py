@@ -13,6 +13,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import world
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import PrototypeHead
@@ -67,7 +68,7 @@ class SwAV(Projected):
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Every view predicts the assignment of each of the two global ones."""
-        views = [rows.float() for rows in embeddings.values()]
+        views = [precise(rows) for rows in embeddings.values()]
         self._projections = [rows.detach() for rows in views[:2]]
         frozen = batch.clock.step < self.config.freeze_prototypes.on(batch.clock)
         with torch.autocast(views[0].device.type, enabled=False):
