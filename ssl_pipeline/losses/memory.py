@@ -46,7 +46,7 @@ class Queue(nn.Module):
             rows: shape (B, width), this process's.
             sample: int64 of shape (B,).
         """
-        rows, sample = gather_rows(unit_rows(rows).float()), gather_ids(sample)
+        rows, sample = gather_rows(unit_rows(rows).to(self.rows.dtype)), gather_ids(sample)
         place = (self.pushed + torch.arange(len(rows), device=rows.device)) % self.size
         kept = slice(max(0, len(rows) - self.size), None)
         self.rows[place[kept]], self.sample[place[kept]] = rows[kept], sample[kept]
@@ -81,7 +81,7 @@ class Bank(nn.Module):
             rows: shape (B, width).
             momentum: m: what is kept of the old row.
         """
-        index, rows = gather_ids(index), gather_rows(unit_rows(rows).float())
+        index, rows = gather_ids(index), gather_rows(unit_rows(rows).to(self.rows.dtype))
         samples, inverse = index.unique(return_inverse=True)
         place = torch.arange(len(index), device=index.device)
         first = torch.full_like(samples, len(index)).scatter_reduce_(0, inverse, place, "amin")
