@@ -25,6 +25,7 @@ from ssl_pipeline.schedules import Clock
 from ssl_pipeline.study.label_efficiency import StudyConfig
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
+REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table")}
 ROOT = Path(__file__).parents[2]
 
 
@@ -89,7 +90,7 @@ def test_a_dumped_configuration_resolves_to_itself() -> None:
 def test_every_choice_of_every_group_is_valid() -> None:
     for group in ("views", "backbone", "optim", "tracking", "data", "pretext"):
         for choice in choices(group):
-            extra = ["data.path=x"] if choice == "folder" else []
+            extra = REQUIRED.get(choice, [])
             assert load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
     for group in ("regime", "downstream"):
         for choice in choices(group):
