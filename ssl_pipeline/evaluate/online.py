@@ -60,7 +60,7 @@ class OnlineEvaluation:
         sentence = collapse.verdict(figures, encoder.width)
         if sentence:
             self._say(sentence)
-        if self._dev is not None:
+        if self._dev is not None and self._train.labels is not None:
             figures["knn"] = self._knn(encoder, self._dev)
         return {f"eval/{name}": value for name, value in figures.items()}
 

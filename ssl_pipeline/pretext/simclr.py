@@ -7,6 +7,7 @@ from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import TemperatureConfig
@@ -29,7 +30,7 @@ class Config(PretextConfig):
     projection_width: int = Field(128, ge=2)
     layers: int = Field(2, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed) -> SimCLR:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimCLR:
         """The task around an encoder."""
         del source  # no label is read
         return SimCLR(self, encoder)
