@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ssl_pipeline.config.base import ConfigError
 
 Columns = dict[str, list[str | None]]
@@ -63,7 +66,7 @@ def _read_csv(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> C
                         "values with a comma in double quotes."
                     )
                 for name, values in columns.items():
-                    values.append(_text(row[place[name]]))
+                    values.append(text_of(row[place[name]]))
         except csv.Error as error:
             raise ConfigError(f"{path}, line {rows.line_num}: {error}: mend the line.") from error
     return columns
@@ -85,7 +88,7 @@ def _read_jsonl(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) ->
     found = list(dict.fromkeys(name for row in rows for name in row))
     if not rows:
         raise ConfigError(f"{path} is empty: it needs one JSON object a line, one line per image.")
-    return {name: [_text(row.get(name)) for row in rows] for name in choose(found)}
+    return {name: [text_of(row.get(name)) for row in rows] for name in choose(found)}
 
 
 def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
@@ -102,14 +105,32 @@ def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) 
             table = file.read(columns=wanted)
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{path} is no whole Parquet file ({error}): write it anew.") from error
-    return {name: [_text(value) for value in table[name].to_pylist()] for name in wanted}
+    return {name: [text_of(value) for value in table[name].to_pylist()] for name in wanted}
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """A cell as text; a whole number that a table keeps as a float (because others are missing) loses its point."""
     if value is None or value == "" or value != value:  # the last is true of a float that is no number
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def number_names(values: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
+    """Names to numbers, in the names' order; whole numbers are in theirs.
+
+    Returns:
+        int64, −1 where there is no name; and the names in the order of their numbers.
+    """
+    names = {value for value in values if value is not None}
+    whole = all(name.lstrip("-").isdecimal() for name in names)
+    order = tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))
+    return numbers_of(values, order), order
+
+
+def numbers_of(values: Sequence[str | None], names: Sequence[str]) -> Tensor:
+    """The numbers of names that are known, int64, −1 where there is no name; an unknown one is a KeyError."""
+    number: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
+    return torch.tensor([number[value] for value in values], dtype=torch.int64)
 
 
 def one_of(wanted: str, found: Iterable[str], key: str, path: Path) -> str:

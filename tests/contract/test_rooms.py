@@ -25,7 +25,7 @@ from ssl_pipeline.schedules import Clock
 from ssl_pipeline.study.label_efficiency import StudyConfig
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
-REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset")}
+REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset", "huggingface")}
 ROOT = Path(__file__).parents[2]
 
 

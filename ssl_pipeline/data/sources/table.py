@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.columns import one_of, read_columns
+from ssl_pipeline.data.columns import number_names, one_of, read_columns
 from ssl_pipeline.data.source import FileSource, SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
@@ -146,10 +146,10 @@ def _read(config: Config) -> _Rows:
     paths = [file for file in files if file is not None]
     splits = _splits(kept.get("split", ["train"] * len(paths)), path)
     _refuse_twice(paths, splits, path)
-    labels, classes = _numbered(kept["label"]) if "label" in kept else (None, None)
+    labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
-    domains, domain_names = _numbered(kept["domain"]) if "domain" in kept else (None, None)
+    domains, domain_names = number_names(kept["domain"]) if "domain" in kept else (None, None)
     if domains is not None and bool((domains < 0).any()):
         raise ConfigError(
             f"{path}: {int((domains < 0).sum())} rows have no value in {names['domain']!r}: fill them in, or set "
@@ -200,15 +200,6 @@ def _refuse_twice(paths: list[str], splits: list[Split], path: Path) -> None:
             raise ConfigError(f"{path}: {file} stands in `{split_of[file]}` and in `{split}`: leave it in one of them.")
     if repeats:
         _log.warning("%s names %d files more than once: each row counts as an image", path, repeats)
-
-
-def _numbered(values: list[str | None]) -> tuple[Tensor, tuple[str, ...]]:
-    """Names to numbers, −1 where there is none; numbers among names keep their order."""
-    names = {value for value in values if value is not None}
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    order = tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))
-    number = {name: place for place, name in enumerate(order)}
-    return torch.tensor([-1 if value is None else number[value] for value in values], dtype=torch.int64), order
 
 
 def _check_labels(labels: Tensor, classes: tuple[str, ...], splits: list[Split], column: str, path: Path) -> None:
