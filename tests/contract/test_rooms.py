@@ -26,6 +26,7 @@ from ssl_pipeline.study.label_efficiency import StudyConfig
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
 REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset", "huggingface")}
+REQUIRED["torchvision"] = ["data.dataset=CIFAR10"]
 ROOT = Path(__file__).parents[2]
 
 
