@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,29 @@ def decode(path: Path, channels: int, min_size: int | None = None) -> Image.Imag
         raise
     except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
         raise DecodeError(path, _explain(path, error)) from error
+
+
+def decode_bytes(data: bytes, name: Path, channels: int) -> Image.Image:
+    """Reads an image that is in memory, such as a member of an archive; see :func:`decode`.
+
+    Args:
+        data: the whole file.
+        name: what a message calls it.
+        channels: 1 for grey, 3 for RGB.
+
+    Raises:
+        DecodeError: naming the image and what is wrong with it.
+    """
+    try:
+        with Image.open(BytesIO(data)) as file:
+            file.load()
+            return _to_8_bit(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB", file.format)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
+    except Exception as error:  # as above
+        raise DecodeError(name, _explain(name, error)) from error
 
 
 def check_header(path: Path) -> tuple[int, int] | str:

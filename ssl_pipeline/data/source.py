@@ -26,7 +26,8 @@ class Indexed(ABC):
         channels: of the images: 1 or 3 in files, any number in memory.
         classes: names, in the order of the labels; None without labels.
         labels: int64 of shape (N,), on the CPU; None without labels.
-        domains: none yet.
+        domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
+        domain_names: in the order of the domains' numbers; None without domains.
         licence: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
@@ -37,7 +38,8 @@ class Indexed(ABC):
     channels: int
     classes: tuple[str, ...] | None = None
     labels: Tensor | None = None
-    domains: None = None
+    domains: Tensor | None = None
+    domain_names: tuple[str, ...] | None = None
     licence: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -137,6 +139,8 @@ class FileSource(Indexed):
         labels: int64 of shape (N,).
         classes: names, in the order of the labels.
         skipped: files that were left out because they are no images.
+        domains: int64 of shape (N,).
+        domain_names: in the order of the domains' numbers.
     """
 
     def __init__(
@@ -148,9 +152,12 @@ class FileSource(Indexed):
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
         skipped: Sequence[str] = (),
+        domains: Tensor | None = None,
+        domain_names: tuple[str, ...] | None = None,
     ) -> None:
         self.name, self.root, self.files, self.channels = name, root, list(files), channels
         self.labels, self.classes, self.skipped = labels, classes, list(skipped)
+        self.domains, self.domain_names = domains, domain_names
 
     def __len__(self) -> int:
         return len(self.files)
@@ -184,14 +191,18 @@ class FileSource(Indexed):
                     f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
                 ) from error
             digest.update(f"{file}\0{size}\0".encode(errors="surrogateescape"))
-        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        for numbers in (self.labels, self.domains):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> FileSource:
         """The chosen files."""
         labels = None if self.labels is None else self.labels[index]
+        domains = None if self.domains is None else self.domains[index]
         files = [self.files[i] for i in index.tolist()]
-        return FileSource(self.name, self.root, files, self.channels, labels, self.classes, self.skipped)
+        return FileSource(
+            self.name, self.root, files, self.channels, labels, self.classes, self.skipped, domains, self.domain_names
+        )
 
 
 class SourceConfig(ComponentConfig, ABC):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ Evaluation = Callable[[Clock], Mapping[str, float]]
 
 def fit(
     task: Task,
-    batches: StepBatches,
+    batches: StepBatches | StreamBatches,
     optim: OptimConfig,
     optimizer: Optimizer,
     accelerator: Accelerator,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.model.encoder import Encoder
 
 Embeddings = dict[str, Tensor]
@@ -96,5 +97,5 @@ class PretextConfig(ComponentConfig, ABC):
     takes_local_views: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, encoder: Encoder, source: Indexed) -> Task:
-        """The task around an encoder, for a source (a memory needs to know how many samples there are)."""
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> Task:
+        """The task around an encoder, for a source (a memory needs to know how many samples there are: no stream does)."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_rows
 from ssl_pipeline.losses.info_nce import precise
@@ -26,7 +27,7 @@ class Config(ProjectedConfig):
     projection_width: int = Field(2048, ge=2)
     off_diagonal: float = Field(0.005, gt=0)
 
-    def build(self, encoder: Encoder, source: Indexed) -> BarlowTwins:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> BarlowTwins:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BarlowTwins(self, encoder)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
@@ -29,7 +30,7 @@ class Config(ProjectedConfig):
     momentum: MomentumConfig = MomentumConfig(start=0.996)
     predictor_width: int = Field(4096, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed) -> BYOL:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> BYOL:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BYOL(self, encoder)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.pretext import simclr
@@ -15,7 +16,7 @@ from ssl_pipeline.pretext._projected import ContrastiveConfig
 class Config(ContrastiveConfig):
     """Decoupled contrastive learning (Yeh et al. 2022): learns from small batches. The loss can be negative."""
 
-    def build(self, encoder: Encoder, source: Indexed) -> DCL:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> DCL:
         """The task around an encoder."""
         self.check_domains(source.domains)
         return DCL(self, encoder)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.losses.gather import gather_rows
 from ssl_pipeline.losses.info_nce import unit_rows
 from ssl_pipeline.model.encoder import Encoder
@@ -24,7 +25,7 @@ class Config(ContrastiveConfig):
 
     sigma: float = Field(0.5, gt=0)
 
-    def build(self, encoder: Encoder, source: Indexed) -> DCLW:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> DCLW:
         """The task around an encoder."""
         self.check_domains(source.domains)
         return DCLW(self, encoder)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.temperature import TemperatureConfig
@@ -48,7 +49,7 @@ class Config(PretextConfig):
     center_momentum: float = Field(0.9, ge=0, lt=1)
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: Indexed) -> DINO:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> DINO:
         """The task around an encoder.
 
         Raises:

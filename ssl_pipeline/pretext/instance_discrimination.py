@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.memory import Bank
@@ -36,12 +37,17 @@ class Config(ContrastiveConfig):
     keep: float = Field(0.5, ge=0, lt=1)
     keep_end: float = Field(0.5, ge=0, le=1)
 
-    def build(self, encoder: Encoder, source: Indexed) -> InstanceDiscrimination:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> InstanceDiscrimination:
         """The task around an encoder.
 
         Raises:
-            ConfigError: a temperature per domain was asked for.
+            ConfigError: the images have no numbers, or a temperature per domain was asked for.
         """
+        if isinstance(source, Stream):
+            raise ConfigError(
+                f"`pretext=instance_discrimination` keeps a row for each image, and {source.name} is read from front to back: take "
+                "numbered images (a folder, a table), or a task with a queue, such as moco_v2."
+            )
         if self.temperature.other_domain is not None:
             raise ConfigError(
                 "`pretext.temperature.other_domain` has no meaning for a memory without domains: use simclr."

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream, known_length
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.info_nce import info_nce
@@ -37,7 +38,7 @@ class Config(ContrastiveConfig):
     symmetric: bool = False
     leave_out_same_sample: bool = True
 
-    def build(self, encoder: Encoder, source: Indexed) -> MoCoV2:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV2:
         """The task around an encoder.
 
         Raises:
@@ -51,15 +52,16 @@ class Config(ContrastiveConfig):
         return MoCoV2(self, encoder)
 
 
-def check_queue(size: int, leaves_out_same_sample: bool, source: Indexed) -> None:
+def check_queue(size: int, leaves_out_same_sample: bool, source: Indexed | Stream) -> None:
     """A queue longer than the data holds every image's own keys.
 
     Raises:
         ConfigError: it does, and they would count as negatives.
     """
-    if size > len(source) and not leaves_out_same_sample:
+    samples = known_length(source)
+    if samples is not None and size > samples and not leaves_out_same_sample:
         raise ConfigError(
-            f"`pretext.queue` of {size} is longer than the {len(source)} images of {source.name}: each image would repel itself. "
+            f"`pretext.queue` of {size} is longer than the {samples} images of {source.name}: each image would repel itself. "
             "Lower it, or set `pretext.leave_out_same_sample` to true."
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.info_nce import info_nce
@@ -32,7 +33,7 @@ class Config(ContrastiveConfig):
     momentum: MomentumConfig = MomentumConfig(start=0.99)
     predictor_width: int = Field(2048, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed) -> MoCoV3:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV3:
         """The task around an encoder."""
         self.check_domains(source.domains)
         return MoCoV3(self, encoder)

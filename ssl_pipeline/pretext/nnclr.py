@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.info_nce import info_nce, unit_rows
@@ -36,7 +37,7 @@ class Config(ContrastiveConfig):
     predictor_width: int = Field(4096, ge=1)
     normalised_projection: bool = True
 
-    def build(self, encoder: Encoder, source: Indexed) -> NNCLR:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> NNCLR:
         """The task around an encoder.
 
         Raises:

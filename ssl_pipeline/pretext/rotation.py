@@ -10,6 +10,7 @@ from torch import nn
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
@@ -20,7 +21,7 @@ class Config(PretextConfig):
 
     views_needed: ClassVar[int | None] = None
 
-    def build(self, encoder: Encoder, source: Indexed) -> Rotation:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> Rotation:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return Rotation(encoder)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
@@ -19,7 +20,7 @@ from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, thro
 class Config(ContrastiveConfig):
     """SimCLR (Chen et al. 2020)."""
 
-    def build(self, encoder: Encoder, source: Indexed) -> SimCLR:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimCLR:
         """The task around an encoder."""
         self.check_domains(source.domains)
         return SimCLR(self, encoder)

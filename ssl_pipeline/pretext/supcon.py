@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.pretext import simclr
@@ -19,13 +20,13 @@ from ssl_pipeline.pretext._projected import ContrastiveConfig
 class Config(ContrastiveConfig):
     """Supervised contrastive learning (Khosla et al. 2020), the form with the mean outside of the logarithm."""
 
-    def build(self, encoder: Encoder, source: Indexed) -> SupCon:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SupCon:
         """The task around an encoder.
 
         Raises:
             ConfigError: the source has no labels.
         """
-        if source.labels is None:
+        if source.classes is None:
             raise ConfigError(
                 f"`pretext=supcon` reads labels, and {source.name} has none: take a task without labels, such as simclr."
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import world
 from ssl_pipeline.losses.info_nce import precise
@@ -43,7 +44,7 @@ class Config(ProjectedConfig):
     queue_start: Duration = parse_duration("15 epochs")
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: Indexed) -> SwAV:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SwAV:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return SwAV(self, encoder)

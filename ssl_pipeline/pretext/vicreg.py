@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_rows
 from ssl_pipeline.losses.info_nce import precise
@@ -30,7 +31,7 @@ class Config(ProjectedConfig):
     variance: float = Field(25.0, ge=0)
     covariance: float = Field(1.0, ge=0)
 
-    def build(self, encoder: Encoder, source: Indexed) -> VICReg:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> VICReg:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return VICReg(self, encoder)

@@ -173,18 +173,18 @@ def test_equals_other_libraries() -> None:
 def test_scale_and_order_do_not_matter_and_the_loss_is_not_negative(scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    loss = float(two_view_info_nce(first, second, 0.2))
+    loss = two_view_info_nce(first, second, 0.2).item()
     order = torch.randperm(6, generator=generator)
     assert loss >= 0
-    assert float(two_view_info_nce(scale * first, second, 0.2)) == pytest.approx(loss)
-    assert float(two_view_info_nce(first[order], second[order], 0.2)) == pytest.approx(loss)
-    assert float(two_view_info_nce(second, first, 0.2)) == pytest.approx(loss)
+    assert two_view_info_nce(scale * first, second, 0.2).item() == pytest.approx(loss)
+    assert two_view_info_nce(first[order], second[order], 0.2).item() == pytest.approx(loss)
+    assert two_view_info_nce(second, first, 0.2).item() == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
 def test_identical_embeddings_give_the_log_of_the_candidates(temperature: float) -> None:
     rows = torch.ones(6, 4)
-    assert float(two_view_info_nce(rows, rows, temperature)) == pytest.approx(math.log(11), rel=1e-5)
+    assert two_view_info_nce(rows, rows, temperature).item() == pytest.approx(math.log(11), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -204,7 +204,7 @@ def test_opposite_pairs_at_a_small_temperature() -> None:
     loss = two_view_info_nce(first, -torch.eye(4), 0.01)
     loss.backward()
     # Positive at -100, six negatives at 0: log(6) + 100.
-    assert float(loss) == pytest.approx(math.log(6) + 100, rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(6) + 100, rel=1e-6)
     assert first.grad is not None
     assert torch.isfinite(first.grad).all()
 
@@ -240,7 +240,7 @@ def test_queries_without_a_positive_do_not_count() -> None:
     nothing = torch.arange(4), torch.arange(10, 14)
     loss = info_nce(rows, torch.randn(4, 3), nothing, 0.1)
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert torch.equal(rows.grad, torch.zeros(4, 3)) if rows.grad is not None else False
 
 
