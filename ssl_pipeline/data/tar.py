@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import fsspec
@@ -83,7 +84,13 @@ def read_groups(
     if group.has_image and place >= start:
         yield group
     if refused:
-        _log.warning("%s: left out %d members, such as %s", url, len(refused), ", ".join(refused[:3]))
+        warn_once(f"{url}: left out {len(refused)} members, such as {', '.join(refused[:3])}")
+
+
+@lru_cache(maxsize=4096)
+def warn_once(message: str) -> None:
+    """Logs a warning once in the process's life: an archive is read again each epoch."""
+    _log.warning("%s", message)
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:

@@ -186,6 +186,16 @@ def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
     assert dev.labels.tolist() == [0, 1, 0, 1]
 
 
+def test_a_shard_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(20), shards=2)
+    stream = streamed(tmp_path / "d")
+    path = tmp_path / "d" / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert len(list(stream.read(0))) == 10
+    with pytest.raises(ConfigError, match="can't be read on: "):
+        list(stream.read(1))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_share_a_streams_shards_out_once(tmp_path: Path, workers: int) -> None:
     write_parquet(tmp_path / "d", table(24), shards=4)

@@ -6,7 +6,6 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,10 +19,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.sources.folder import ENDINGS
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
-from ssl_pipeline.data.tar import Group, ShardError, read_groups
+from ssl_pipeline.data.tar import Group, ShardError, read_groups, warn_once
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
-_log = logging.getLogger("ssl_pipeline")
 
 
 class Config(StreamConfig):
@@ -136,7 +134,7 @@ class TarStream(Stream):
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
-            _log.warning("%s The rest of it is left out.", error)
+            warn_once(f"{error} The rest of it is left out.")
 
     def size(self, shard: int) -> int:
         """Counted by the archive's headers, once."""
