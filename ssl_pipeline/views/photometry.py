@@ -65,8 +65,8 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     place = from_red.copysign_(green - blue).div_(6)
     # A channel is at its greatest up to a sixth of the circle from its own hue, at its least from a third on.
     channels = images.new_tensor([0, 1 / 3, -1 / 3])[None, :, None, None]
-    away: Tensor = place + (_per_sample(turn) - channels)
-    away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
+    away: Tensor = place + (_per_sample(turn) - channels + 1.5)
+    away.frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
     return away.mul_(chroma * -6).add_(high.add_(chroma))
 
 
