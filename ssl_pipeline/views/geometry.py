@@ -154,9 +154,9 @@ def resize_boxes(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor | No
     count, channels, source_height, source_width = pixels.shape
     top, left, height, width = boxes.to(pixels.device).unbind(1)
     mirrored = None if mirrored is None else mirrored.to(pixels.device)
-    rows = resize_matrix(top, height, source_height, size)
+    rows = resize_matrix(top, height, source_height, size).div_(255)
     columns = resize_matrix(left, width, source_width, size, mirrored)
-    lines = pixels.reshape(count, channels * source_height, source_width).float().div_(255)
+    lines = pixels.reshape(count, channels * source_height, source_width).float()
     across = torch.bmm(lines, columns.transpose(1, 2)).reshape(count, channels, source_height, size)
     return torch.matmul(rows[:, None], across)
 

@@ -95,6 +95,9 @@ def blur(images: Tensor, sigma: Tensor, greatest: float) -> Tensor:
     rows = _gaussian_matrix(sigma, height)
     columns = rows if width == height else _gaussian_matrix(sigma, width)
     lines = images.reshape(count, channels * height, width)
+    if max(height, width) <= _BLOCK:
+        across = torch.bmm(lines, columns.transpose(1, 2)).reshape(count, channels, height, width)
+        return torch.matmul(rows[:, None], across)
     across, blurred = torch.empty_like(lines), torch.empty_like(images)
     for out, source in _blocks(width, reach):
         across[:, :, out] = torch.bmm(lines[:, :, source], columns[:, out, source].transpose(1, 2))
