@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision.transforms.v2 as T
@@ -8,13 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.command import load
 from ssl_pipeline.draws import Draws
 from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
-from ssl_pipeline.pretrain import check_local_views, pretrain
+from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
 from ssl_pipeline.views import photometry
 from ssl_pipeline.views.appearance import Appearance
 from ssl_pipeline.views.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
 from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
+from ssl_pipeline.views.picture import PictureConfig, draw
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import tiny_pretrain
 
@@ -265,3 +269,25 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
 def test_second_view_by_override() -> None:
     views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarise=0.2").views
     assert views.each()[1].blur.probability == 0.1
+
+
+def test_policies_are_the_papers() -> None:
+    def policy(name: str) -> list[ViewConfig]:
+        return full(load("pretrain", PretrainConfig, [f"views={name}"]).views).each()
+
+    assert [view.jitter.hue for view in policy("simclr")] == [0.2, 0.2]
+    assert [(view.blur.probability, view.solarise) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [view.crop.scale[0] for view in policy("moco")] == [0.2, 0.2]
+    assert [(view.size, *view.crop.scale) for view in policy("swav")] == [(224, 0.14, 1.0)] * 2 + [(96, 0.05, 0.14)] * 6
+    dino = [(view.size, view.blur.probability, view.solarise) for view in policy("dino")]
+    assert dino == [(224, 1.0, 0.0), (224, 0.1, 0.2)] + [(96, 0.5, 0.0)] * 8
+
+
+def test_the_picture_shows_all_views(tmp_path: Path) -> None:
+    words = ["views.size=28", "views.local.count=3", "views.local.size=12", "++rows=2", "++epochs=1"]
+    config = load("pretrain", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
+    with Image.open(draw(config)) as picture:
+        size = picture.size
+    assert size == (4 + 3 * (28 * 3 + 4) + 3 * (12 * 3 + 4), 4 + 2 * (28 * 3 + 4))
+    with pytest.raises(ConfigError, match="no picture's name"):
+        draw(config.model_copy(update={"output": "views.txt"}))
