@@ -56,10 +56,12 @@ class Appearance:
         Returns:
             float32 of the same shape, normalised.
         """
-        drawn = self._draw(draws, crops.shape[-1])
         finished = torch.empty(crops.shape, device=crops.device)
-        for rows in cache_parts(crops):
-            self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
+        # Saves autograd's share of each small operation; ``finished`` was made outside, so a network may train on it.
+        with torch.inference_mode():
+            drawn = self._draw(draws, crops.shape[-1])
+            for rows in cache_parts(crops):
+                self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
         return finished
 
     def _draw(self, draws: Draws, size: int) -> Drawn:
@@ -117,7 +119,7 @@ def _where(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *st
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return images
-    given = [strength[rows].to(images.device) for strength in strengths]
+    given = [strength.index_select(0, rows).to(images.device) for strength in strengths]
     if len(rows) == len(images):
         return operation(images, *given)
     rows = rows.to(images.device)
