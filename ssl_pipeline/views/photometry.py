@@ -14,7 +14,7 @@ from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
 _REACH = 5.0  # the blur's kernel ends after so many sigmas
-_BLOCK = 64  # pixels of an output block of the blur
+_BLOCK = 32  # pixels of an output block of the blur
 
 
 def _per_sample(strength: Tensor) -> Tensor:
