@@ -148,10 +148,31 @@ def resize_boxes(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor | No
 
 
 def resize_box_of_file(image: Image.Image, box: Tensor, size: int, mirrored: bool = False) -> Tensor:
-    """The same for one decoded file, by Pillow: uint8 of shape (C, size, size)."""
-    top, left, height, width = (int(value) for value in box)
-    view = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    """The same for one decoded file, by Pillow: uint8 of shape (C, size, size).
+
+    A box of an image that was decoded at a fraction of its size may lie between pixels.
+    """
+    top, left, height, width = (float(value) for value in box)
+    x, y = math.floor(left), math.floor(top)
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    inner = (left - x, top - y, right - x, bottom - y)
+    view = part.resize((size, size), Image.Resampling.BILINEAR, box=inner)
     if mirrored:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     flat = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8)
     return flat.reshape(size, size, -1).permute(2, 0, 1).contiguous()
+
+
+def reductions(boxes: Tensor, size: int) -> Tensor:
+    """By how much an image may be shrunk so that its box still has the view's pixels: 1, 2, 4 or 8.
+
+    Args:
+        boxes: int64 of shape (B, 4).
+        size: the view's height and width.
+
+    Returns:
+        int64 of shape (B,).
+    """
+    side = torch.minimum(boxes[:, 2], boxes[:, 3])
+    return 1 + (side >= 2 * size).long() + 2 * (side >= 4 * size) + 4 * (side >= 8 * size)
