@@ -56,7 +56,7 @@ def decode(path: Path, channels: int, min_size: int | None = None) -> Image.Imag
     except MemoryError:
         raise
     except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
-        raise DecodeError(path, _explain(path, error)) from error
+        raise DecodeError(path, explain(path, error)) from error
 
 
 def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = None) -> Image.Image:
@@ -78,7 +78,7 @@ def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = 
     except UnidentifiedImageError as error:
         raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
     except Exception as error:  # as above
-        raise DecodeError(name, _explain(name, error)) from error
+        raise DecodeError(name, explain(name, error)) from error
 
 
 def _decode(stored: Path | BytesIO, channels: int, min_size: int | None) -> Image.Image:
@@ -140,10 +140,10 @@ def check_header(path: Path) -> Header | str:
     except MemoryError:
         raise
     except Exception as error:  # as above
-        return _explain(path, error)
+        return explain(path, error)
 
 
-def _explain(path: Path, error: Exception) -> str:
+def explain(path: Path, error: Exception) -> str:
     """A decoder's error in words."""
     if isinstance(error, FileNotFoundError):
         return "it is not there (a broken link?)"

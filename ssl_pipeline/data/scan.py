@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.cache import CacheWriter, limited
-from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes
+from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes, explain
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
 from ssl_pipeline.track.progress import console
@@ -245,7 +245,7 @@ def _find(path: Path, level: int, cache_side: int) -> _Found:
     try:
         data = path.read_bytes()
     except OSError as error:
-        return _Found(header, str(error))
+        return _Found(header, explain(path, error))
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
     channels = 1 if header.mode.split(";")[0] in GREY else 3
     try:
