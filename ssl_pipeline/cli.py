@@ -18,6 +18,7 @@ VERBS = {
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
     "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),
+    "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "bench": ("ssl_pipeline.bench.command", "the measurements that README quotes"),
 }
 
@@ -26,7 +27,7 @@ def main() -> None:
     """The command line's entry."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h", "help"):
-        lines = [f"  {name:<10} {text}" for name, (_, text) in VERBS.items()]
+        lines = [f"  {name:<12} {text}" for name, (_, text) in VERBS.items()]
         sys.stdout.write(
             "\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""])
         )

@@ -12,14 +12,17 @@ from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.loader import Preprocessing, StepBatches
+from ssl_pipeline.data.lanes import training_batches
+from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
@@ -33,9 +36,16 @@ from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
 class BatchConfig(Strict):
-    """The batch. Attributes: ``size``: images of a step over all processes."""
+    """The batch.
+
+    Attributes:
+        size: images of a step over all processes.
+        micro: images that a process embeds at once: the two-pass form (``engine/two_pass.py``) gives the gradient of the whole
+            batch at the memory of a small one. By default a process's whole share.
+    """
 
     size: int = Field(256, ge=2)
+    micro: int | None = Field(None, ge=2)
 
 
 class PretrainConfig(Strict):
@@ -59,27 +69,32 @@ class PretrainConfig(Strict):
     log_every: int = Field(10, ge=1)
     workers: int | None = Field(None, ge=0)
 
-    def total_steps(self, samples: int) -> int:
-        """The run's length in optimizer steps."""
-        return self.steps or self.epochs * (samples // self.batch.size)
+    def total_steps(self, samples: int | None) -> int:
+        """The run's length in optimizer steps; of an unknown number of samples ``steps`` must be given."""
+        return self.steps or self.epochs * ((samples or 0) // self.batch.size)
 
 
-def check(config: PretrainConfig, train: Indexed, processes: int) -> None:
+def check(config: PretrainConfig, train: Indexed | Stream, processes: int) -> None:
     """What can't go together, all of it at once, before anything is written.
 
     Raises:
         ConfigError: naming each impossible pair.
     """
     problems = []
-    size, samples = config.batch.size, len(train)
-    if size > samples:
+    size, samples = config.batch.size, known_length(train)
+    total = config.total_steps(samples)
+    if samples is None and config.steps is None:
+        problems.append(f"how long {train.name} is nobody knows: give the run's length by `steps`, or `data.length`.")
+    elif samples is not None and size > samples:
         problems.append(f"`batch.size` is {size}, and {train.name} has only {samples} images to train on: lower it.")
-    elif config.optim.warmup.steps(samples // size, config.total_steps(samples)) > config.total_steps(samples):
-        problems.append(
-            f"`optim.warmup` of {config.optim.warmup} is longer than the run of {config.total_steps(samples)} steps."
-        )
+    elif config.optim.warmup.steps(total if samples is None else samples // size, total) > total:
+        problems.append(f"`optim.warmup` of {config.optim.warmup} is longer than the run of {total} steps.")
     if size % processes:
         problems.append(f"`batch.size` of {size} can't be shared evenly by {processes} processes: take a multiple.")
+    elif config.batch.micro is not None and size // processes % config.batch.micro:
+        problems.append(
+            f"`batch.micro` of {config.batch.micro} does not divide the {size // processes} images of a process: take a divisor."
+        )
     needed = config.pretext.views_needed
     if needed is not None and config.views.count != needed:
         problems.append(f"`views.count` is {config.views.count}, and {config.pretext.name} needs {needed}.")
@@ -109,8 +124,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
     share = share_of(accelerator)
-    train, dev = config.data.open("train"), config.data.open("dev")
-    assert train is not None
+    train, dev = open_training(config.data), config.data.open("dev")
     check(config, train, share.processes)
     views_config, notes = config.views.for_channels(train.channels)
     mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
@@ -129,8 +143,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
     views = Views(views_config, mean, std, config.seed)
     preprocessing = Preprocessing(config.views.size, mean, std)
-    total = config.total_steps(len(train))
-    batches = StepBatches(
+    total = config.total_steps(known_length(train))
+    batches = training_batches(
         train, views, config.batch.size, config.seed, share, total, config.workers, with_labels=task.reads_labels
     )
 
@@ -145,13 +159,14 @@ def pretrain(config: PretrainConfig) -> Path:
         Progress(total, start, enabled=run is not None) as progress,
         open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
     ):
-        progress.say(
-            f"pretrain: {config.pretext.name} with {config.backbone.name} on {len(train)} images of {train.name}"
-        )
+        progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
-        evaluation = OnlineEvaluation(train, dev, views, preprocessing, share, progress.say)
+        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share, progress.say)
         figures = {} if start else evaluation(encoder)
+        if not start and isinstance(train, Indexed):
+            images = train
+            task.prime(lambda forward: extract(task, images, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
         latest: dict[str, float] = {}
 
@@ -163,6 +178,7 @@ def pretrain(config: PretrainConfig) -> Path:
         fit(
             task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
             config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update), config.log_every, "pretrain",
+            config.batch.micro,
         )  # fmt: skip
         final = latest or evaluation(encoder)
         if run is not None:

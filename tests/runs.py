@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,18 @@ TINY = [
     "tracking=off", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1", "data.dev=4000",
     "pretext.hidden_width=32", "pretext.projection_width=16", "evaluate_every=0 steps",
 ]  # fmt: skip
+
+
+SMALL_HEADS = {
+    "hidden_width": 32, "projection_width": 16, "predictor_width": 32, "bottleneck_width": 16, "prototypes": 10, "queue": 48,
+}  # fmt: skip
+
+
+def small_pretext(name: str) -> list[str]:
+    """A pretext task with small heads and memories, whatever it has of them."""
+    known = importlib.import_module(f"ssl_pipeline.pretext.{name}").Config.model_fields
+    sizes = [f"pretext.{key}={size}" for key, size in SMALL_HEADS.items() if key in known]
+    return [f"pretext={name}", *sizes]
 
 
 def tiny_pretrain(output: Path | None, *overrides: str) -> PretrainConfig:

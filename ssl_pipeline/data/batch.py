@@ -1,4 +1,4 @@
-"""What a task is given at a step."""
+"""What a training step receives."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from ssl_pipeline.schedules import Clock
 
 @dataclass
 class Batch:
-    """One process's share of a global batch.
+    """This process's share of a step's global batch.
 
     Attributes:
         clock: the step it belongs to.
         index: the samples' numbers in their source, int64 of shape (B,).
         views: per view the normalised images, float32 of shape (B, C, H, W).
         label: int64 of shape (B,), or None where the task does not read labels.
+        domain: int64 of shape (B,), or None where the source has no domains.
     """
 
     clock: Clock
     index: Tensor
     views: list[Tensor]
     label: Tensor | None = None
+    domain: Tensor | None = None
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of ``size`` samples, the last one perhaps smaller."""
+        parts = range(0, len(self.index), size)
+        return [
+            Batch(
+                self.clock,
+                self.index[low : low + size],
+                [view[low : low + size] for view in self.views],
+                None if self.label is None else self.label[low : low + size],
+                None if self.domain is None else self.domain[low : low + size],
+            )
+            for low in parts
+        ]

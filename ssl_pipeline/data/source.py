@@ -32,7 +32,8 @@ class Indexed(ABC):
         channels: of the images: 1 or 3 in files, any number in memory.
         classes: names, in the order of the labels; None without labels.
         labels: int64 of shape (N,), on the CPU; None without labels.
-        domains: none yet.
+        domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
+        domain_names: in the order of the domains' numbers; None without domains.
         licence: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
@@ -44,7 +45,8 @@ class Indexed(ABC):
     channels: int
     classes: tuple[str, ...] | None = None
     labels: Tensor | None = None
-    domains: None = None
+    domains: Tensor | None = None
+    domain_names: tuple[str, ...] | None = None
     licence: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -162,6 +164,8 @@ class FileSource(Indexed):
         labels: int64 of shape (N,).
         classes: names, in the order of the labels.
         skipped: files that were left out because they are no images.
+        domains: int64 of shape (N,).
+        domain_names: in the order of the domains' numbers.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: bears files that can't be decoded; by default 1 %.
     """
@@ -175,6 +179,8 @@ class FileSource(Indexed):
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
         skipped: Sequence[str] = (),
+        domains: Tensor | None = None,
+        domain_names: tuple[str, ...] | None = None,
         *,
         cache: Cache | None = None,
         bad_files: BadFiles | None = None,
@@ -182,6 +188,7 @@ class FileSource(Indexed):
         self.name, self.root, self.files, self.channels = name, root, Files.of(files), channels
         self.labels, self.classes, self.skipped, self.cache = labels, classes, list(skipped), cache
         self.bad_files = bad_files or BadFiles(parse_limit("1%"), len(self.files))
+        self.domains, self.domain_names = domains, domain_names
         self._seen: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -260,7 +267,8 @@ class FileSource(Indexed):
         sizes = iter(known.tolist()) if known is not None else (self._stored_size(file) for file in self.files)
         for name, size in zip(self.files.encoded(), sizes, strict=True):
             digest.update(b"%b\0%d\0" % (name, size))
-        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        for numbers in (self.labels, self.domains):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
     def _stored_size(self, file: str) -> int:
@@ -274,9 +282,10 @@ class FileSource(Indexed):
     def select(self, index: Tensor) -> FileSource:
         """The chosen files."""
         labels = None if self.labels is None else self.labels[index]
+        domains = None if self.domains is None else self.domains[index]
         return FileSource(
-            self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped,
-            cache=self.cache, bad_files=self.bad_files,
+            self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped, domains,
+            self.domain_names, cache=self.cache, bad_files=self.bad_files,
         )  # fmt: skip
 
 

@@ -46,6 +46,28 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     return rest.nonzero()[:, 0], held_out
 
 
+def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[str, Tensor]:
+    """Shares the samples of one pool out among the splits, the same way for every seed.
+
+    Args:
+        labels: int64 of shape (N,), what the shares are even over; samples of −1 stay in ``train``.
+        test: the share of all samples that is for the final figures; None where the test is elsewhere.
+        dev: the share of the rest that is for choices; None likewise.
+        name: of the draw.
+
+    Returns:
+        Per split a sorted int64 index: ``train``, and ``test`` and ``dev`` where they have a share.
+    """
+    index = {"train": torch.arange(len(labels))}
+    for split, share in (("test", test), ("dev", dev)):
+        if share is not None:
+            pool = index["train"]
+            count = max(1, round(share * int((labels[pool] >= 0).sum())))
+            rest, held_out = hold_out(labels[pool], count, *name, split)
+            index["train"], index[split] = pool[rest], pool[held_out]
+    return index
+
+
 def draw_labels(
     labels: Tensor, per_class: int | None, fraction: float | None, seed: int, classes: Sequence[str] | None = None
 ) -> Tensor:

@@ -30,7 +30,8 @@ def start_accelerator() -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
         precision = "bf16"
-    kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # Buffers are not sent at every step: a memory is the same everywhere, and statistics are agreed on where they are read.
+    kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs])
     asked = max(int(os.environ.get("WORLD_SIZE", "1")), _processes_asked_of_launcher())
     if asked != accelerator.num_processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +12,14 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import agree_on_buffers
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
 
 
@@ -36,7 +39,7 @@ Evaluation = Callable[[Clock], Mapping[str, float]]
 
 def fit(
     task: Task,
-    batches: StepBatches,
+    batches: StepBatches | StreamBatches,
     optim: OptimConfig,
     optimizer: Optimizer,
     accelerator: Accelerator,
@@ -47,6 +50,7 @@ def fit(
     listeners: tuple[Listener, ...] = (),
     log_every: int = 1,
     prefix: str = "train",
+    micro: int | None = None,
 ) -> None:
     """Trains a task in place.
 
@@ -63,6 +67,7 @@ def fit(
         listeners: hear the figures, on the main process.
         log_every: steps between two logs.
         prefix: group of the step's own figures.
+        micro: samples that a process embeds at once; None for its whole share of the batch.
 
     Raises:
         NonFiniteLossError: the loss of any process is no number.
@@ -82,17 +87,22 @@ def fit(
     for batch in batches.from_step(start):
         clock, done = batch.clock, batch.clock.step + 1
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.
-        torch.manual_seed(derive_seed(seed, "model", clock.step, accelerator.process_index))
+        reseed = partial(_reseed, seed, clock.step, accelerator.process_index)
+        reseed(0)
+        check = partial(_stop_if_not_finite, clock, accelerator)
         rate = set_rate(optimizer, optim, clock)
         try:
-            with accelerator.autocast():
-                output = model(batch)
-            _stop_if_not_finite(output.loss, clock, accelerator)
-            accelerator.backward(output.loss)
+            if micro is not None and micro < len(batch.index):
+                output = two_pass(task, model, batch, micro, accelerator, reseed, check)
+            else:
+                with accelerator.autocast():
+                    output = model(batch)
+                check(output.loss)
+                accelerator.backward(output.loss)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
-                f"the GPU's memory is not enough for {len(batch.index)} samples a process: lower `batch.size` or "
-                "`views.size`, take a smaller backbone, or add processes."
+                f"the GPU's memory is not enough for {micro or len(batch.index)} samples a process: lower `batch.micro`, "
+                "`batch.size` or `views.size`, take a smaller backbone, or add processes."
             ) from error
         if optim.clip is not None:
             accelerator.clip_grad_norm_(task.parameters(), optim.clip)
@@ -106,7 +116,8 @@ def fit(
             now = time.perf_counter()
             loss = accelerator.reduce(output.loss.detach(), reduction="mean")
             figures |= {f"{prefix}/loss": float(loss), f"{prefix}/lr": rate}
-            figures |= {f"{prefix}/{name}": float(value) for name, value in output.metrics.items()}
+            metrics = output.metrics | (output.details() if output.details is not None else {})
+            figures |= {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
             figures |= {
                 f"{prefix}/images_per_s": images / (now - since),
                 f"{prefix}/epoch": done / clock.steps_per_epoch,
@@ -136,7 +147,11 @@ def _state(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> dict[s
     return {"task": task.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
 
 
-def _stop_if_not_finite(loss: torch.Tensor, clock: Clock, accelerator: Accelerator) -> None:
+def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:
+    torch.manual_seed(derive_seed(seed, "model", step, micro_batch, process))
+
+
+def _stop_if_not_finite(clock: Clock, accelerator: Accelerator, loss: torch.Tensor) -> None:
     finite = torch.isfinite(loss.detach()).to(torch.int32)
     if accelerator.num_processes > 1:
         finite = accelerator.reduce(finite, reduction="sum") // accelerator.num_processes

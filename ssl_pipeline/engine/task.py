@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.model.encoder import Encoder
 
 Embeddings = dict[str, Tensor]
@@ -23,10 +26,12 @@ class StepOutput:
     Attributes:
         loss: a scalar, the mean over this process's samples.
         metrics: further figures to log, scalars.
+        details: makes figures that cost something to make; called only at the steps that are logged.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    details: Callable[[], dict[str, Tensor]] | None = None
 
 
 class Task(nn.Module, ABC):
@@ -42,19 +47,38 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:
-        """The network's part: views to named embeddings."""
+        """The network's part: views to named embeddings, each with the samples in its first dimension."""
 
     @abstractmethod
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The loss's part: embeddings to a scalar."""
+        """The loss's part: embeddings to a scalar. Called once a step, with this process's whole share of the batch."""
 
-    def forward(self, batch: Batch) -> StepOutput:
-        """Both; this is what DistributedDataParallel sees."""
-        return self.objective(self.embed(batch), batch)
+    def forward(self, batch: Batch, gradients: Embeddings | None = None) -> StepOutput:
+        """Both; this is what DistributedDataParallel sees.
+
+        Args:
+            batch: a batch, or a micro-batch of the two-pass form.
+            gradients: the two-pass form's second pass: the loss's gradient by each embedding, known already. The loss is then
+                the linear function of the embeddings that has these gradients.
+        """
+        embeddings = self.embed(batch)
+        if gradients is None:
+            return self.objective(embeddings, batch)
+        terms = [(embeddings[name] * gradient).sum() for name, gradient in gradients.items()]
+        return StepOutput(torch.stack(terms).sum())
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameters with their own share of the learning rate: dicts of ``params`` (named) and ``lr_factor``."""
         return [{"params": [(n, p) for n, p in self.named_parameters() if p.requires_grad], "lr_factor": 1.0}]
+
+    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """What must be known of all samples before the first step (a memory's rows); not called on a resume.
+
+        Args:
+            extract: runs a function of images (B, C, H, W) to rows (B, D) over all samples, without randomness, and returns the
+                rows in the samples' order, on the CPU.
+        """
+        del extract
 
     def after_step(self, batch: Batch) -> None:
         """What follows the optimizer's step: moving averages, queues, memories. Never done inside backward."""
@@ -73,5 +97,5 @@ class PretextConfig(ComponentConfig, ABC):
     takes_local_views: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, encoder: Encoder, source: Indexed) -> Task:
-        """The task around an encoder, for a source (a memory needs to know how many samples there are)."""
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> Task:
+        """The task around an encoder, for a source (a memory needs to know how many samples there are: no stream does)."""

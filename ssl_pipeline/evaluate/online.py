@@ -46,7 +46,10 @@ class OnlineEvaluation:
     ) -> None:
         self._train, self._dev, self._views, self._say, self._k = train, dev, views, say, k
         self._preprocessing, self._share = preprocessing, share
-        self._bank = permutation(len(train), "online evaluation", "bank")[:bank_size].sort().values
+        bank = permutation(len(train), "online evaluation", "bank")
+        if train.labels is not None:
+            bank = bank[train.labels[bank] >= 0]  # −1: this image has no label to vote with
+        self._bank = bank[:bank_size].sort().values
         self._looked_at = dev if dev is not None else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
 
@@ -57,7 +60,7 @@ class OnlineEvaluation:
         sentence = collapse.verdict(figures, encoder.width)
         if sentence:
             self._say(sentence)
-        if self._dev is not None:
+        if self._dev is not None and self._train.labels is not None:
             figures["knn"] = self._knn(encoder, self._dev)
         return {f"eval/{name}": value for name, value in figures.items()}
 

@@ -50,3 +50,17 @@ def gather_rows(rows: Tensor) -> Tensor:
         return rows
     gathered: Tensor = _Gather.apply(rows)
     return gathered
+
+
+def gather_ids(ids: Tensor) -> Tensor:
+    """The ids of all processes' rows, in the order of :func:`gather_rows`; ``ids`` itself in a group of one.
+
+    Args:
+        ids: int64 of shape (N,), N the same on every process.
+    """
+    _, processes = world()
+    if processes == 1:
+        return ids
+    parts = [torch.empty_like(ids) for _ in range(processes)]
+    dist.all_gather(parts, ids.contiguous())
+    return torch.cat(parts)

@@ -2,33 +2,111 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from ssl_pipeline.config.base import Strict
+from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 
 
-class TemperatureConfig(Strict):
-    """A temperature, fixed or warmed.
+class CosineConfig(Strict):
+    """A temperature that swings (Kukleva et al. 2023): high ones learn groups, low ones tell instances apart.
 
     Attributes:
-        value: the temperature after the warm-up.
+        high: the greatest temperature; ``value`` is the least.
+        period: from one greatest value to the next.
+        phase: where the first period starts, as a share of it; at 0 it starts high.
+    """
+
+    high: float = Field(1.0, gt=0)
+    period: Duration = parse_duration("20%")
+    phase: float = Field(0.0, ge=0, lt=1)
+
+
+class LearnedConfig(Strict):
+    """A temperature that is learned, by its logarithm and without weight decay (as CLIP's, Radford et al. 2021).
+
+    Attributes:
+        least: it is clamped to this after every step.
+        most: likewise.
+    """
+
+    least: float = Field(0.01, gt=0)
+    most: float = Field(1.0, gt=0)
+
+
+class TemperatureConfig(Strict):
+    """A temperature: fixed, scheduled or learned.
+
+    Attributes:
+        value: the temperature after the warm-up; where learning starts; the least of ``cosine``.
         start: the temperature of the first step.
-        warmup: how long it moves, linearly, from ``start`` to ``value``; ``0 steps`` keeps it fixed.
+        warmup: how long it moves, linearly, from ``start`` to ``value``; ``0 steps`` keeps it fixed, ``100%`` moves it linearly
+            over the whole run.
+        cosine: let it swing after the warm-up.
+        learned: let the loss move it.
+        other_domain: the temperature towards rows of other domains; ``value`` and the rest then hold within a domain.
     """
 
     value: float = Field(0.5, gt=0)
     start: float = Field(0.5, gt=0)
     warmup: Duration = parse_duration("0 steps")
+    cosine: CosineConfig | None = None
+    learned: LearnedConfig | None = None
+    other_domain: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> TemperatureConfig:
+        if self.learned is not None:
+            if self.cosine is not None or self.warmup.value > 0:
+                raise ValueError("a learned temperature has no schedule: set `warmup` to 0 steps and `cosine` to null.")
+            if not self.learned.least <= self.value <= self.learned.most:
+                raise ValueError(
+                    f"it is to be learned between {self.learned.least} and {self.learned.most}, and starts at {self.value}."
+                )
+        if self.cosine is not None:
+            if self.cosine.high < self.value:
+                raise ValueError(f"`cosine.high` of {self.cosine.high} is below `value` of {self.value}, its least.")
+            if self.cosine.period.value == 0:
+                raise ValueError("`cosine.period` must be above 0.")
+        return self
 
     def at(self, clock: Clock) -> float:
-        """The temperature at a step."""
+        """The scheduled temperature at a step."""
         length = self.warmup.on(clock)
-        if clock.step >= length:
+        if clock.step < length:
+            return self.start + (self.value - self.start) * clock.step / length
+        if self.cosine is None:
             return self.value
-        return self.start + (self.value - self.start) * clock.step / length
+        turn = (clock.step - length) / max(1, self.cosine.period.on(clock)) + self.cosine.phase
+        return self.value + (self.cosine.high - self.value) * (1 + math.cos(2 * math.pi * turn)) / 2
+
+
+class Temperature(nn.Module):
+    """A temperature as a part of a task.
+
+    Args:
+        config: how it moves.
+    """
+
+    def __init__(self, config: TemperatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.value))) if config.learned else None
+
+    def forward(self, clock: Clock) -> float | Tensor:
+        """The temperature at a step: a float, or a scalar with a gradient if it is learned."""
+        return self.config.at(clock) if self.log_scale is None else (-self.log_scale).exp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps a learned temperature within its bounds; called after the optimizer's step."""
+        if self.log_scale is not None and self.config.learned is not None:
+            self.log_scale.clamp_(-math.log(self.config.learned.most), -math.log(self.config.learned.least))
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -41,3 +119,61 @@ def entropy_share(logits: Tensor, temperature: float) -> Tensor:
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
     return entropy / torch.log(torch.tensor(float(logits.shape[-1])))
+
+
+@torch.no_grad()
+def temperature_figures(
+    queries: Tensor,
+    keys: Tensor,
+    positive: Match,
+    temperature: float | Tensor,
+    own: Match | None = None,
+    rows: int = 256,
+) -> dict[str, Tensor]:
+    """What a temperature does to a real batch: how the softmax over the candidates, and with it the gradient, is spread.
+
+    Args:
+        queries: shape (N, D).
+        keys: shape (M, D).
+        positive: see :func:`ssl_pipeline.losses.info_nce.info_nce`.
+        temperature: above 0, one for all.
+        own: likewise.
+        rows: how many queries to look at, evenly spaced: the figures are means.
+
+    Returns:
+        ``entropy_share``: the softmax's entropy ÷ log of the candidates. ``effective_negatives``: the exponential of the
+        entropy among the negatives, between 1 and their number. ``p_positive``. ``hardest_1pct`` and ``hardest_5pct``: the
+        share of the negatives' gradient that falls on the hardest of them.
+    """
+    chosen = torch.linspace(0, len(queries) - 1, min(rows, len(queries)), device=queries.device).long()
+    unit = [torch.nn.functional.normalize(part.float(), dim=1) for part in (queries[chosen], keys)]
+    logits = unit[0] @ unit[1].T / temperature
+    is_positive = positive[0][chosen, None] == positive[1][None]
+    if own is not None:
+        is_own = own[0][chosen, None] == own[1][None]
+        is_positive &= ~is_own
+        logits = logits.masked_fill(is_own, -torch.inf)
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    negatives = logits.masked_fill(is_positive, -torch.inf)
+    candidates = torch.isfinite(logits).sum(1).float()
+    count = torch.isfinite(negatives).sum(1)
+    shares = negatives.softmax(1).sort(1, descending=True).values
+    running = shares.cumsum(1)
+
+    def hardest(share: float) -> Tensor:
+        last = (count * share).ceil().long().clamp_min(1) - 1
+        return running.gather(1, last[:, None]).mean()
+
+    return {
+        "entropy_share": (_entropy(p) / candidates.log()).mean(),
+        "effective_negatives": _entropy(shares).exp().mean(),
+        "p_positive": p.masked_fill(~is_positive, 0.0).sum(1).mean(),
+        "hardest_1pct": hardest(0.01),
+        "hardest_5pct": hardest(0.05),
+    }
+
+
+def _entropy(p: Tensor) -> Tensor:
+    entropy: Tensor = -torch.special.xlogy(p, p).sum(1)
+    return entropy

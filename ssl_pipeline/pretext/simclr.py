@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from pydantic import Field
+from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
-from ssl_pipeline.losses.temperature import TemperatureConfig
+from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import projection_head
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
 
 
-class Config(PretextConfig):
-    """SimCLR (Chen et al. 2020).
+class Config(ContrastiveConfig):
+    """SimCLR (Chen et al. 2020)."""
 
-    Attributes:
-        temperature: of InfoNCE.
-        hidden_width: of the projection head.
-        projection_width: where the loss is taken.
-        layers: of the projection head.
-    """
-
-    temperature: TemperatureConfig = TemperatureConfig()
-    hidden_width: int = Field(2048, ge=1)
-    projection_width: int = Field(128, ge=2)
-    layers: int = Field(2, ge=1)
-
-    def build(self, encoder: Encoder, source: Indexed) -> SimCLR:
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimCLR:
         """The task around an encoder."""
-        del source  # no label is read
+        self.check_domains(source.domains)
         return SimCLR(self, encoder)
 
 
-class SimCLR(Task):
-    """See :class:`Config`. The projection head is thrown away after stage one."""
-
-    def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.temperature = config.temperature
-        self.projection = projection_head(encoder.width, config.hidden_width, config.projection_width, config.layers)
+class SimCLR(Contrastive):
+    """See :class:`Config`. DCL and SupCon change the loss alone."""
 
     def embed(self, batch: Batch) -> Embeddings:
         """Both views go through the network as one batch, so that BatchNorm sees both."""
-        first, second = self.projection(self.encoder.features(torch.cat(batch.views))).chunk(2)
+        first, second = through(self.project, batch.views)
         return {"first": first, "second": second}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """InfoNCE over all processes' rows."""
-        temperature = self.temperature.at(batch.clock)
-        loss = two_view_info_nce(embeddings["first"], embeddings["second"], temperature)
-        return StepOutput(loss, {"temperature": temperature})
+        """The loss over all processes' rows, and what the temperature does to it."""
+        first, second, temperature = embeddings["first"], embeddings["second"], self.temperature(batch.clock)
+        loss = self.contrast(first, second, temperature, batch)
+        rows, place = torch.cat([first, second]).detach(), torch.arange(2 * len(first), device=first.device)
+        pairs = place % len(first)
+        details = partial(temperature_figures, rows, rows, (pairs, pairs), temperature, own=(place, place))
+        return StepOutput(loss, {"temperature": temperature}, details)
+
+    def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
+        """InfoNCE."""
+        return two_view_info_nce(
+            first, second, temperature, domain=self.domain_of(batch), other_domain=self.temperature.config.other_domain
+        )
+
+    def domain_of(self, batch: Batch) -> Tensor | None:
+        """The samples' domains, if the temperature asks for them."""
+        return batch.domain if self.temperature.config.other_domain is not None else None
+
+    def after_step(self, batch: Batch) -> None:
+        """A learned temperature keeps within its bounds."""
+        del batch
+        self.temperature.clamp()

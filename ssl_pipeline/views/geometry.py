@@ -1,8 +1,9 @@
 """Where a view comes from: which box of the image, mirrored or not, and how it is resized.
 
 A crop followed by an antialiased resize and a mirror is linear and separable: one matrix for the rows, one for the
-columns. A batch of equal-sized images is therefore cropped, resized and mirrored by two batched matrix products on the
-device. Files of different sizes go through Pillow in the workers, with the same boxes from the same draws.
+columns. A batch of equal-sized images on an accelerator is therefore cropped, resized and mirrored by two batched matrix
+products; on a CPU it goes through torch's resize for bytes, image by image. Files of different sizes go through Pillow in
+the workers. All have the same boxes from the same draws.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -19,20 +21,22 @@ from ssl_pipeline.config.base import Strict
 from ssl_pipeline.draws import Draws
 
 _ATTEMPTS = 10
+_SMALL = 48  # pixels up to which matrices are the faster way on a CPU
+_CACHE = 2**18  # values of float32: half of what a core's second cache usually holds
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class CropConfig(Strict):
-    """The random resized crop (Szegedy et al. 2015).
+class BoxConfig(Strict):
+    """Bounds of a random box.
 
     Attributes:
         scale: the least and the greatest share of the image's area.
         ratio: the least and the greatest width ÷ height.
     """
 
-    scale: tuple[Share, Share] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[Share, Share]
+    ratio: tuple[float, float]
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -42,14 +46,50 @@ class CropConfig(Strict):
         return value
 
 
-def crop_boxes(draws: Draws, heights: Tensor, widths: Tensor, crop: CropConfig) -> Tensor:
-    """Draws one box a sample; the same function serves both paths.
+class CropConfig(BoxConfig):
+    """The random resized crop (Szegedy et al. 2015)."""
 
-    As torchvision does, up to ten boxes of a random area and shape are tried, and the first that fits is taken; if none
-    does, the largest central box of an allowed shape. All attempts of all samples are drawn at once.
+    scale: tuple[Share, Share] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+def random_boxes(draws: Draws, name: str, heights: Tensor, widths: Tensor, config: BoxConfig) -> tuple[Tensor, Tensor]:
+    """Draws one box a sample.
+
+    As torchvision does, up to ten boxes of a random area and shape are tried, and the first that fits is taken. All
+    attempts of all samples are drawn at once.
 
     Args:
         draws: the samples' named draws, on the CPU (float rounding must not depend on the device).
+        name: what the box is for; its draws' first word.
+        heights: image heights in pixels, int64 of shape (B,).
+        widths: image widths in pixels, int64 of shape (B,).
+        config: bounds.
+
+    Returns:
+        int64 of shape (B, 4): top, left, height, width; and bool of shape (B,): whether any fitted.
+    """
+    area = (heights * widths).double()
+    log_ratio = (math.log(config.ratio[0]), math.log(config.ratio[1]))
+    shares = draws.uniforms([f"{name} area {i}" for i in range(_ATTEMPTS)], *config.scale).double()
+    ratios = draws.uniforms([f"{name} ratio {i}" for i in range(_ATTEMPTS)], *log_ratio).double().exp()
+    box_w = (area[:, None] * shares * ratios).sqrt().round().long()
+    box_h = (area[:, None] * shares / ratios).sqrt().round().long()
+    fits = (box_w > 0) & (box_h > 0) & (box_w <= widths[:, None]) & (box_h <= heights[:, None])
+    first = fits.int().argmax(1, keepdim=True)
+    height, width = box_h.gather(1, first)[:, 0], box_w.gather(1, first)[:, 0]
+    top = (draws.uniform(f"{name} top").double() * (heights - height + 1)).long()
+    left = (draws.uniform(f"{name} left").double() * (widths - width + 1)).long()
+    return torch.stack([top, left, height, width], 1), fits.any(1)
+
+
+def crop_boxes(draws: Draws, heights: Tensor, widths: Tensor, crop: CropConfig) -> Tensor:
+    """One box to crop a sample; the same function serves both paths.
+
+    Where no random box fits it is the largest central one of an allowed shape, as torchvision's.
+
+    Args:
+        draws: the samples' named draws, on the CPU.
         heights: image heights in pixels, int64 of shape (B,).
         widths: image widths in pixels, int64 of shape (B,).
         crop: bounds.
@@ -57,24 +97,12 @@ def crop_boxes(draws: Draws, heights: Tensor, widths: Tensor, crop: CropConfig) 
     Returns:
         int64 of shape (B, 4): top, left, height, width.
     """
-    area = (heights * widths).double()
-    log_ratio = (math.log(crop.ratio[0]), math.log(crop.ratio[1]))
-    shares = torch.stack([draws.uniform(f"crop area {i}", *crop.scale) for i in range(_ATTEMPTS)], 1).double()
-    ratios = torch.stack([draws.uniform(f"crop ratio {i}", *log_ratio) for i in range(_ATTEMPTS)], 1).double().exp()
-    box_w = (area[:, None] * shares * ratios).sqrt().round().long()
-    box_h = (area[:, None] * shares / ratios).sqrt().round().long()
-    fits = (box_w > 0) & (box_h > 0) & (box_w <= widths[:, None]) & (box_h <= heights[:, None])
-    first = fits.int().argmax(1, keepdim=True)
-    shape = (widths / heights).double().clamp(*crop.ratio)  # the fallback's: the image's own, if it is allowed
-    fallback_w = torch.minimum(widths, (heights * shape).round().long())
-    fallback_h = torch.minimum(heights, (widths / shape).round().long())
-    found = fits.any(1)
-    height = torch.where(found, box_h.gather(1, first)[:, 0], fallback_h)
-    width = torch.where(found, box_w.gather(1, first)[:, 0], fallback_w)
-    free_h, free_w = heights - height, widths - width
-    top = torch.where(found, (draws.uniform("crop top").double() * (free_h + 1)).long(), free_h // 2)
-    left = torch.where(found, (draws.uniform("crop left").double() * (free_w + 1)).long(), free_w // 2)
-    return torch.stack([top, left, height, width], 1)
+    boxes, fit = random_boxes(draws, "crop", heights, widths, crop)
+    shape = (widths / heights).double().clamp(*crop.ratio)  # the image's own, if it is allowed
+    width = torch.minimum(widths, (heights * shape).round().long())
+    height = torch.minimum(heights, (widths / shape).round().long())
+    central = torch.stack([(heights - height) // 2, (widths - width) // 2, height, width], 1)
+    return torch.where(fit[:, None], boxes, central)
 
 
 def central_boxes(heights: Tensor, widths: Tensor) -> Tensor:
@@ -99,37 +127,20 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, target: int, mirro
     Returns:
         float32 of shape (B, target, source); each row sums to 1.
     """
-    device = start.device
-    step = (length.float() / target)[:, None, None]
-    place = (torch.arange(target, device=device) + 0.5)[None, :, None] * step + (start.float() - 0.5)[:, None, None]
-    pixel = torch.arange(source, device=device)[None, None, :]
-    weights = (1 - (pixel - place).abs() / step.clamp_min(1.0)).clamp_min_(0)
-    outside = (pixel < start[:, None, None]) | (pixel >= (start + length)[:, None, None])
-    weights = weights.masked_fill_(outside, 0)
-    weights = weights / weights.sum(2, keepdim=True)
-    return weights if mirrored is None else torch.where(mirrored[:, None, None], weights.flip(1), weights)
-
-
-def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Applies one matrix to the rows and one to the columns of each image.
-
-    Args:
-        images: float of shape (B, C, H, W).
-        rows: float of shape (B, h, H).
-        columns: float of shape (B, w, W).
-
-    Returns:
-        float of shape (B, C, h, w).
-    """
-    count, channels, height, width = images.shape
-    out_h, out_w = rows.shape[1], columns.shape[1]
-    across = torch.bmm(images.reshape(count, channels * height, width), columns.transpose(1, 2))
-    across = across.reshape(count, channels, height, out_w).transpose(1, 2).reshape(count, height, channels * out_w)
-    return torch.bmm(rows, across).reshape(count, out_h, channels, out_w).transpose(1, 2)
+    pixel = torch.arange(source, device=start.device)
+    step = length.float() / target
+    place = (torch.arange(target, device=start.device) + 0.5) * step[:, None] + (start.float() - 0.5)[:, None]
+    if mirrored is not None:
+        place = torch.where(mirrored[:, None], place.flip(1), place)
+    sharpness = -1 / step.clamp_min(1.0)
+    weights = (pixel - place[:, :, None]).abs_().mul_(sharpness[:, None, None]).add_(1).clamp_min_(0)
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights.mul_(inside[:, None].float())
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def resize_boxes(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor | None = None) -> Tensor:
-    """Crops, resizes and mirrors equal-sized images on their device.
+    """Crops, resizes and mirrors equal-sized images on their device, by a matrix for the rows and one for the columns.
 
     Args:
         pixels: uint8 of shape (B, C, H, W).
@@ -140,11 +151,46 @@ def resize_boxes(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor | No
     Returns:
         float32 in [0, 1] of shape (B, C, size, size).
     """
+    count, channels, source_height, source_width = pixels.shape
     top, left, height, width = boxes.to(pixels.device).unbind(1)
     mirrored = None if mirrored is None else mirrored.to(pixels.device)
-    rows = resize_matrix(top, height, pixels.shape[2], size)
-    columns = resize_matrix(left, width, pixels.shape[3], size, mirrored)
-    return separable(pixels.float().div_(255), rows, columns)
+    rows = resize_matrix(top, height, source_height, size)
+    columns = resize_matrix(left, width, source_width, size, mirrored)
+    lines = pixels.reshape(count, channels * source_height, source_width).float().div_(255)
+    across = torch.bmm(lines, columns.transpose(1, 2)).reshape(count, channels, source_height, size)
+    return torch.matmul(rows[:, None], across)
+
+
+def resize_boxes_on_cpu(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor) -> Tensor:
+    """The same where it is fastest on a CPU: small images by matrices, large ones one by one by torch's kernel for bytes.
+
+    Args:
+        pixels: uint8 of shape (B, C, H, W), on the CPU.
+        boxes: int64 of shape (B, 4).
+        size: the view's height and width.
+        mirrored: bool of shape (B,).
+
+    Returns:
+        float32 in [0, 1] or uint8, of shape (B, C, size, size).
+    """
+    if max(size, *pixels.shape[2:]) <= _SMALL:
+        views = torch.empty((*pixels.shape[:2], size, size))
+        for rows in cache_parts(pixels):
+            views[rows] = resize_boxes(pixels[rows], boxes[rows], size, mirrored[rows])
+        return views
+    views = pixels.new_empty((*pixels.shape[:2], size, size))
+    for view, image, box, mirror in zip(views, pixels, boxes.tolist(), mirrored.tolist(), strict=True):
+        top, left, height, width = box
+        part = image[None, :, top : top + height, left : left + width]
+        resized = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+        view.copy_(resized.flip(2) if mirror else resized)
+    return views
+
+
+def cache_parts(images: Tensor) -> list[slice]:
+    """A batch on a CPU in parts for whose operations a core's cache has room; on another device the whole batch."""
+    count = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    return [slice(start, start + count) for start in range(0, len(images), count)]
 
 
 def resize_box_of_file(image: Image.Image, box: Tensor, size: int, mirrored: bool = False) -> Tensor:
@@ -176,3 +222,36 @@ def reductions(boxes: Tensor, size: int) -> Tensor:
     """
     side = torch.minimum(boxes[:, 2], boxes[:, 3])
     return 1 + (side >= 2 * size).long() + 2 * (side >= 4 * size) + 4 * (side >= 8 * size)
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotates square views about their centre, counter-clockwise, bilinear.
+
+    What lies outside is mirrored: black corners would tell a network the angle.
+
+    Args:
+        images: float of shape (B, C, S, S).
+        degrees: float of shape (B,).
+
+    Returns:
+        float of the same shape.
+    """
+    angle = torch.deg2rad(degrees)
+    cos, sin, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([torch.stack([cos, -sin, none], 1), torch.stack([sin, cos, none], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def erase_(images: Tensor, boxes: Tensor) -> None:
+    """Sets a box of each image to 0, in place.
+
+    Args:
+        images: float of shape (B, C, H, W).
+        boxes: int64 of shape (B, 4); a box of height 0 erases nothing.
+    """
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows = (row >= top) & (row < top + height)
+    columns = (column >= left) & (column < left + width)
+    images.mul_(~(rows[:, None, :, None] & columns[:, None, None, :]))

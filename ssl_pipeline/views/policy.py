@@ -1,96 +1,38 @@
-"""The random views of an image: what a policy may do, and how it is applied to a batch.
+"""The random views of an image: which there are, and how they are made of a batch.
 
-A batch's views are a list: ``count`` global ones, then the ``local`` ones of multi-crop. Every choice is a named draw (``ssl_pipeline.draws``), so a view depends on the seed, the epoch, the sample and the view's
-number alone. Colour jitter runs in the fixed order brightness, contrast, saturation, hue.
+A batch's views are a list: ``count`` global ones, then the ``local`` ones of multi-crop. Every choice is a named draw
+(``ssl_pipeline.draws``), so a view depends on the seed, the epoch, the sample and the view's number alone. Boxes and mirrors
+are applied first, in the workers where files differ in size; all else follows on the device, on views of one size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import Strict
 from ssl_pipeline.draws import Draws
-from ssl_pipeline.views import photometry
-from ssl_pipeline.views.geometry import CropConfig, crop_boxes, reductions, resize_box_of_file, resize_boxes
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0, le=1)]
-
-
-class JitterConfig(Strict):
-    """Colour jitter (SimCLR, Chen et al. 2020, appendix A).
-
-    Attributes:
-        probability: how often it is applied.
-        brightness: factors are drawn from [1 - b, 1 + b].
-        contrast: likewise.
-        saturation: likewise; ``auto`` is brightness on RGB, nothing on other images.
-        hue: turns are drawn from [-h, h], at most 0.5; ``auto`` is a quarter of brightness on RGB, nothing otherwise.
-    """
-
-    probability: Probability = 0.8
-    brightness: Strength = 0.4
-    contrast: Strength = 0.4
-    saturation: Strength | Literal["auto"] = "auto"
-    hue: Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"] = "auto"
-
-
-class BlurConfig(Strict):
-    """Gaussian blur; sigma in pixels is drawn between the two bounds."""
-
-    probability: Probability = 0.0
-    sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.1, 2.0)
-
-
-class ViewConfig(Strict):
-    """The policy of one view.
-
-    Attributes:
-        size: height and width of the view in pixels.
-        crop: the random resized crop.
-        flip: probability of a horizontal mirror.
-        jitter: colour jitter.
-        grey: probability of dropping the colours; ``auto`` is 0.2 on RGB, 0 otherwise.
-        blur: Gaussian blur.
-        solarise: probability of inverting the bright half of the values.
-    """
-
-    size: int = Field(32, ge=8)
-    crop: CropConfig = CropConfig()
-    flip: Probability = 0.5
-    jitter: JitterConfig = JitterConfig()
-    grey: Probability | Literal["auto"] = "auto"
-    blur: BlurConfig = BlurConfig()
-    solarise: Probability = 0.0
-
-    def settled(self, channels: int, key: str) -> tuple[ViewConfig, list[str]]:
-        """This policy without ``auto``, and the names of the colour operations that the images' channels forbid.
-
-        Raises:
-            ConfigError: a colour operation was asked for by name on images that have no colours.
-        """
-        jitter, rgb = self.jitter, channels == 3
-        asked = {"jitter.saturation": jitter.saturation, "jitter.hue": jitter.hue, "grey": self.grey}
-        refused = [name for name, value in asked.items() if not rgb and value not in ("auto", 0)]
-        if refused:
-            raise ConfigError(
-                [
-                    f"`{key}.{name}` needs RGB images, and these have {channels} channel(s): set it to 0 or auto."
-                    for name in refused
-                ]
-            )
-        defaults = {"jitter.saturation": jitter.brightness, "jitter.hue": jitter.brightness / 4, "grey": 0.2}
-        value = {name: (defaults[name] if rgb else 0.0) if asked[name] == "auto" else asked[name] for name in asked}
-        dropped = [name.removeprefix("jitter.") for name in asked if not rgb and asked[name] == "auto"]
-        colours = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
-        settled = self.model_copy(update={"jitter": jitter.model_copy(update=colours), "grey": value["grey"]})
-        return settled, dropped
+from ssl_pipeline.views.appearance import Appearance
+from ssl_pipeline.views.config import (
+    BlurConfig,
+    ErasingConfig,
+    JitterConfig,
+    Probability,
+    RotationConfig,
+    ViewConfig,
+)
+from ssl_pipeline.views.geometry import (
+    CropConfig,
+    crop_boxes,
+    reductions,
+    resize_box_of_file,
+    resize_boxes,
+    resize_boxes_on_cpu,
+)
 
 
 class ViewChanges(Strict):
@@ -103,6 +45,8 @@ class ViewChanges(Strict):
         grey: probability of dropping the colours.
         blur: Gaussian blur.
         solarise: probability of inverting the bright half of the values.
+        rotation: rotation by any angle.
+        erasing: erasing of a box.
     """
 
     crop: CropConfig | None = None
@@ -111,6 +55,8 @@ class ViewChanges(Strict):
     grey: Probability | Literal["auto"] | None = None
     blur: BlurConfig | None = None
     solarise: Probability | None = None
+    rotation: RotationConfig | None = None
+    erasing: ErasingConfig | None = None
 
     @model_serializer
     def _only_what_was_given(self) -> dict[str, Any]:
@@ -212,7 +158,7 @@ class Views:
     def __init__(self, config: ViewsConfig, mean: tuple[float, ...], std: tuple[float, ...], seed: int) -> None:
         self.config, self.seed = config, seed
         self._policies = config.each()
-        self._mean, self._std = (torch.tensor(values)[None, :, None, None] for values in (mean, std))
+        self._appearances = [Appearance(policy, mean, std) for policy in self._policies]
 
     def _draws(self, index: Tensor, epoch: int, view: int) -> Draws:
         return Draws(index, self.seed, "views", epoch, view)
@@ -226,14 +172,15 @@ class Views:
             epoch: the epoch.
 
         Returns:
-            One float32 tensor in [0, 1] per view, of shape (B, C, S, S) with the view's own size S.
+            Per view a tensor of shape (B, C, S, S), S its own size: float32 in [0, 1], or uint8.
         """
         heights, widths = (torch.full_like(index, side) for side in pixels.shape[2:])
+        resize = resize_boxes_on_cpu if pixels.device.type == "cpu" else resize_boxes
         crops = []
         for view, policy in enumerate(self._policies):
             draws = self._draws(index, epoch, view)
             boxes = crop_boxes(draws, heights, widths, policy.crop)
-            crops.append(resize_boxes(pixels, boxes, policy.size, draws.happens("flip", policy.flip)))
+            crops.append(resize(pixels, boxes, policy.size, draws.happens("flip", policy.flip)))
         return crops
 
     def reductions(self, sizes: tuple[Tensor, Tensor], index: Tensor, epoch: int) -> list[int]:
@@ -277,47 +224,16 @@ class Views:
         return crops
 
     def finish(self, crops: list[Tensor], index: Tensor, epoch: int) -> list[Tensor]:
-        """Photometry and normalisation, on the crops' device.
+        """What follows the crop: rotation, photometry, normalisation and erasing, on the crops' device.
 
         Args:
             crops: per view float in [0, 1] or uint8, of shape (B, C, S, S).
-            index: int64 of shape (B,).
+            index: int64 of shape (B,), on the CPU.
             epoch: the epoch.
 
         Returns:
             Per view float32 of the same shape, normalised.
         """
-        finished = []
-        for view, (policy, crop) in enumerate(zip(self._policies, crops, strict=True)):
-            images = crop.float() / 255 if crop.dtype == torch.uint8 else crop
-            images = _photometry(images, self._draws(index.to(images.device), epoch, view), policy)
-            mean, std = self._mean.to(images.device), self._std.to(images.device)
-            finished.append(images.sub(mean).div_(std))
-        return finished
-
-
-def _photometry(images: Tensor, draws: Draws, config: ViewConfig) -> Tensor:
-    jitter = config.jitter
-    assert jitter.saturation != "auto"
-    assert jitter.hue != "auto"
-    assert config.grey != "auto"
-    jittered = draws.happens("jitter", jitter.probability)
-    strengths: list[tuple[str, Callable[[Tensor, Tensor], Tensor], float, float]] = [
-        ("brightness", photometry.brightness, 1.0, jitter.brightness),
-        ("contrast", photometry.contrast, 1.0, jitter.contrast),
-        ("saturation", photometry.saturation, 1.0, jitter.saturation),
-        ("hue", photometry.hue, 0.0, jitter.hue),
-    ]
-    for name, operation, neutral, spread in strengths:
-        if spread > 0 and jitter.probability > 0:
-            drawn = draws.uniform(name, neutral - spread, neutral + spread)
-            images = operation(images, torch.where(jittered, drawn, neutral))
-    if config.grey > 0:
-        images = photometry.grey(images, draws.happens("grey", config.grey))
-    if config.blur.probability > 0:
-        blurred = draws.happens("blur", config.blur.probability)
-        sigma = draws.uniform("blur sigma", *config.blur.sigma)
-        images = torch.where(blurred[:, None, None, None], photometry.blur(images, sigma), images)
-    if config.solarise > 0:
-        images = photometry.solarise(images, draws.happens("solarise", config.solarise))
-    return images
+        index = index.cpu()
+        views = zip(self._appearances, crops, strict=True)
+        return [appearance(crop, self._draws(index, epoch, view)) for view, (appearance, crop) in enumerate(views)]

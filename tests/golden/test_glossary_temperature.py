@@ -37,5 +37,19 @@ def test_cross_entropy_of_the_top_logit_rises_towards_log_n() -> None:
 
 def test_identical_embeddings_give_the_log_of_the_candidates() -> None:
     rows = torch.ones(8, 4)
-    loss = info_nce(rows, rows, torch.arange(8).roll(1), 0.1, own=torch.arange(8))
+    place = torch.arange(8)
+    loss = info_nce(rows, rows, (place, place.roll(-1)), 0.1, own=(place, place))
     assert float(loss) == pytest.approx(math.log(7), abs=1e-6)
+
+
+def test_instance_discrimination_is_the_glossary_s_formula() -> None:
+    """p(i | x) = exp(K[i]·f / β) ÷ Σ_j exp(K[j]·f / β), and InfoNCE is -log p with the memory as keys."""
+    generator = torch.Generator().manual_seed(0)
+    memory = F.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=1)
+    features = F.normalize(torch.randn(3, 4, generator=generator, dtype=torch.float64), dim=1)
+    index, beta = torch.tensor([4, 0, 2]), 0.07
+    p = torch.exp(features @ memory.T / beta)
+    p /= p.sum(1, keepdim=True)
+    assert torch.allclose(p.sum(1), torch.ones(3, dtype=torch.float64))
+    loss = info_nce(features, memory, (index, torch.arange(6)), beta)
+    assert float(loss) == pytest.approx(float(-p[range(3), index].log().mean()), rel=1e-12)

@@ -61,3 +61,9 @@ def test_permutation_holds_each_once(count: int, seed: int) -> None:
 def test_permutation_is_stable_across_versions() -> None:
     assert permutation(8, 0, "order", 0).tolist() == permutation(8, 0, "order", 0).tolist()
     assert permutation(8, 0, "order", 0).tolist() != permutation(8, 0, "order", 1).tolist()
+
+
+def test_many_draws_at_once_are_the_single_ones() -> None:
+    draws = Draws(torch.tensor([3, 1, 4, 15]), 7, "views", 2, 1)
+    together = draws.uniforms(["hue", "grey"], -0.2, 0.7)
+    assert torch.equal(together, torch.stack([draws.uniform("hue", -0.2, 0.7), draws.uniform("grey", -0.2, 0.7)], 1))

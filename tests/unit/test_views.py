@@ -12,8 +12,10 @@ from ssl_pipeline.draws import Draws
 from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.pretrain import check_local_views, pretrain
 from ssl_pipeline.views import photometry
-from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes
-from ssl_pipeline.views.policy import BlurConfig, JitterConfig, Views, ViewsConfig
+from ssl_pipeline.views.appearance import Appearance
+from ssl_pipeline.views.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
+from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
+from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import tiny_pretrain
 
 SEED = torch.Generator().manual_seed(0)
@@ -51,19 +53,41 @@ def test_hue_of_grey_pixels_stays() -> None:
 
 def test_blur_is_torchvisions_inside() -> None:
     sigma = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.8])
-    ours = photometry.blur(PHOTOS, sigma)
+    ours = photometry.blur(PHOTOS, sigma, 1.5)
     theirs = torch.stack([tvf.gaussian_blur(p, [23, 23], [float(s)] * 2) for p, s in zip(PHOTOS, sigma, strict=True)])
     torch.testing.assert_close(ours[..., 8:16, 8:16], theirs[..., 8:16, 8:16], atol=1e-4, rtol=0)
-    torch.testing.assert_close(photometry.blur(torch.ones(2, 1, 9, 9), sigma[:2]), torch.ones(2, 1, 9, 9))
+    torch.testing.assert_close(photometry.blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
 
 
-def test_grey_and_solarise_touch_the_chosen_alone() -> None:
-    chosen = torch.tensor([True, False, True, False, False])
-    greyed, inverted = photometry.grey(PHOTOS, chosen), photometry.solarise(PHOTOS, chosen)
-    torch.testing.assert_close(greyed[0], tvf.rgb_to_grayscale(PHOTOS[0], 3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(inverted[2], tvf.solarize(PHOTOS[2], 0.5))
-    assert torch.equal(greyed[1], PHOTOS[1])
-    assert torch.equal(inverted[3], PHOTOS[3])
+def test_grey_and_solarise_are_torchvisions() -> None:
+    torch.testing.assert_close(photometry.grey(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(photometry.solarise(PHOTOS), tvf.solarize(PHOTOS, 0.5))
+
+
+@pytest.mark.parametrize("angle", [-130.0, 17.0, 90.0])
+def test_rotation_is_torchvisions_inside(angle: float) -> None:
+    ours = rotate(PHOTOS, torch.full((5,), angle))
+    theirs = tvf.rotate(PHOTOS, angle, tvf.InterpolationMode.BILINEAR)
+    torch.testing.assert_close(ours[..., 5:19, 5:19], theirs[..., 5:19, 5:19], atol=1e-4, rtol=0)
+    assert bool((ours[..., 0, 0] > 0).all())  # no black corners
+
+
+def test_erasing_takes_boxes_of_the_asked_share_and_leaves_the_mean() -> None:
+    size, count = 24, 2000
+    config = ViewConfig(
+        size=size, flip=0, jitter=JitterConfig(probability=0), grey=0,
+        erasing=ErasingConfig(probability=0.5, scale=(0.1, 0.3)),
+    )  # fmt: skip
+    look = Appearance(config.settled(3, "views")[0], (0.2,) * 3, (0.5,) * 3)
+    views = look(torch.ones(count, 3, size, size), Draws(torch.arange(count), 0, "views"))
+    erased = views == 0
+    assert torch.equal(erased[:, 0], erased[:, 2])
+    share = erased[:, 0].float().mean((1, 2))
+    assert abs(float((share > 0).float().mean()) - 0.5) < 4 * (0.25 / count) ** 0.5
+    assert float(share[share > 0].min()) > 0.08
+    assert float(share.max()) < 0.32
+    assert abs(float(share[share > 0].mean()) - 0.2) < 0.01
+    torch.testing.assert_close(views[~erased], torch.tensor(1.6).expand(int((~erased).sum())))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 24, 24), (3, 5, 7, 9), (10, 2, 13, 22), (23, 23, 1, 1)])
@@ -75,13 +99,35 @@ def test_resize_is_torchvisions(box: tuple[int, int, int, int], size: int) -> No
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_both_paths_make_the_same_view() -> None:
-    pixels = (torch.rand(8, 3, 40, 33, generator=SEED) * 255).to(torch.uint8)
+@pytest.mark.parametrize("sides", [(40, 33), (70, 90)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_paths_make_the_same_view(sides: tuple[int, int], channels: int) -> None:
+    """Files, images in memory on a CPU (small and large), and matrices as on an accelerator."""
+    pixels = (torch.rand(8, channels, *sides, generator=SEED) * 255).to(torch.uint8)
     index = torch.arange(100, 108)
-    views = Views(full(ViewsConfig(size=16)), (0.0,) * 3, (1.0,) * 3, seed=3)
-    files = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    for ours, theirs in zip(views.of_pixels(pixels, index, 2), views.of_files(files, index, 2), strict=True):
-        assert float((ours - theirs.float() / 255).abs().max()) <= 1.001 / 255
+    config = full(ViewsConfig(size=16, rotation=RotationConfig(probability=0.5)), channels)
+    views = Views(config, (0.0,) * channels, (1.0,) * channels, seed=3)
+    files = [Image.fromarray(p.squeeze(0).numpy() if channels == 1 else p.permute(1, 2, 0).numpy()) for p in pixels]
+    of_pixels, of_files = views.of_pixels(pixels, index, 2), views.of_files(files, index, 2)
+    for view in range(2):
+        draws = Draws(index, 3, "views", 2, view)
+        boxes = crop_boxes(draws, torch.full((8,), sides[0]), torch.full((8,), sides[1]), config.crop)
+        matrices = resize_boxes(pixels, boxes, 16, draws.happens("flip", 0.5))
+        for crops in (of_pixels[view], of_files[view]):
+            values = crops.float() / 255 if crops.dtype == torch.uint8 else crops
+            assert float((values - matrices).abs().max()) <= 1.001 / 255
+    same = zip(views.finish(of_pixels, index, 2), views.finish(of_files, index, 2), strict=True)
+    assert all(float((ours - theirs).abs().mean()) < 4 / 255 for ours, theirs in same)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_other_channels_keep_them(channels: int) -> None:
+    pixels = (torch.rand(3, channels, 60, 60, generator=SEED) * 255).to(torch.uint8)
+    views = Views(full(ViewsConfig(size=50), channels), (0.5,) * channels, (0.2,) * channels, seed=0)
+    index = torch.arange(3)
+    for view in views.finish(views.of_pixels(pixels, index, 0), index, 0):
+        assert view.shape == (3, channels, 50, 50)
+        assert bool(view.isfinite().all())
 
 
 def test_mirror_mirrors() -> None:

@@ -1,0 +1,148 @@
+"""Columns of a CSV, TSV, JSONL or Parquet file, as text."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+
+Columns = dict[str, list[str | None]]
+
+
+def read_columns(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
+    """Reads some columns of a table, by its ending.
+
+    Args:
+        path: a .csv, .tsv, .jsonl or .parquet file.
+        choose: from the names of the file's columns to those that are wanted; it raises where one is missing.
+
+    Returns:
+        Per wanted column its values as text, whole numbers without a decimal point; None where a value is missing or empty.
+
+    Raises:
+        ConfigError: the file is missing, damaged, empty, or of another kind.
+    """
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if not path.is_file():
+        raise ConfigError(f"`data.path`: there is no file {str(path)!r}: give a table, one row per image.")
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"`data.path`: {str(path)!r} must end in {', '.join(readers)}: its ending says how it is read."
+        )
+    try:
+        columns = reader(path, choose)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not written in UTF-8 ({error.reason}): save it so.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}): make it readable.") from error
+    if not columns or not next(iter(columns.values())):
+        raise ConfigError(f"{path} has no rows: it needs one per image.")
+    return columns
+
+
+def _read_csv(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            header = next(rows, None)
+            if header is None:
+                raise ConfigError(f"{path} is empty: it needs a line with the columns' names, and a row per image.")
+            columns: Columns = {name: [] for name in choose(header)}
+            place = {name: header.index(name) for name in columns}
+            for row in rows:
+                if not row:
+                    continue  # an empty line
+                if len(row) != len(header):
+                    raise ConfigError(
+                        f"{path}, line {rows.line_num}: {len(row)} values, and the first line names {len(header)} columns: put "
+                        "values with a comma in double quotes."
+                    )
+                for name, values in columns.items():
+                    values.append(text_of(row[place[name]]))
+        except csv.Error as error:
+            raise ConfigError(f"{path}, line {rows.line_num}: {error}: mend the line.") from error
+    return columns
+
+
+def _read_jsonl(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: no JSON ({error.msg}): one object a line.") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number}: {type(row).__name__}, and an object was expected: {{…}}.")
+            rows.append(row)
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows:
+        raise ConfigError(f"{path} is empty: it needs one JSON object a line, one line per image.")
+    return {name: [text_of(row.get(name)) for row in rows] for name in choose(found)}
+
+
+def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            'Parquet files are read by pyarrow, which is not installed: pip install "ssl-pipeline[parquet]".'
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            wanted = list(choose(file.schema_arrow.names))
+            table = file.read(columns=wanted)
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{path} is no whole Parquet file ({error}): write it anew.") from error
+    return {name: [text_of(value) for value in table[name].to_pylist()] for name in wanted}
+
+
+def text_of(value: Any) -> str | None:
+    """A cell as text; a whole number that a table keeps as a float (because others are missing) loses its point."""
+    if value is None or value == "" or value != value:  # the last is true of a float that is no number
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def number_names(values: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
+    """Names to numbers, in the names' order; whole numbers are in theirs.
+
+    Returns:
+        int64, −1 where there is no name; and the names in the order of their numbers.
+    """
+    names = {value for value in values if value is not None}
+    whole = all(name.lstrip("-").isdecimal() for name in names)
+    order = tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))
+    return numbers_of(values, order), order
+
+
+def numbers_of(values: Sequence[str | None], names: Sequence[str]) -> Tensor:
+    """The numbers of names that are known, int64, −1 where there is no name; an unknown one is a KeyError."""
+    number: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
+    return torch.tensor([number[value] for value in values], dtype=torch.int64)
+
+
+def one_of(wanted: str, found: Iterable[str], key: str, path: Path) -> str:
+    """A column that must be there.
+
+    Raises:
+        ConfigError: naming the columns that are.
+    """
+    found = list(found)
+    if wanted not in found:
+        raise ConfigError(
+            f"{path} has no column {wanted!r}; it has {', '.join(map(repr, found)) or 'none'}. Name the right one by "
+            f"`data.{key}`."
+        )
+    return wanted

@@ -1,0 +1,268 @@
+"""A stream's batches: shards shared out among processes and workers, shuffled and resumed by name.
+
+A process's shards are dealt to *lanes*, and step ``s`` takes its samples from lane ``s mod lanes``. A lane belongs to one
+worker, so that no worker reads what another needs, and their number changes nothing. Within a lane, shards come in an order
+that is drawn by name for each epoch, and their samples are dealt out in *blocks*: as many as are held to be shuffled, in an
+order drawn by name too. A block's content and order follow from its number alone, so a resume passes over what comes before
+without decoding it.
+
+What a process sees is a pure function of (seed, epoch, rank, processes, position). Other than with numbered samples, another
+number of processes deals the shards otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.decode import DecodeError, decode_bytes
+from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.draws import derive_seed, hash_bits, permutation
+from ssl_pipeline.schedules import Clock
+from ssl_pipeline.views.policy import Views
+
+_log = logging.getLogger("ssl_pipeline")
+
+
+def sample_id(shard: str, position: int, again: int = 0) -> int:
+    """The number of a sample that has none: 63 bits, of its shard's name and its place there.
+
+    Args:
+        shard: the name.
+        position: from 0.
+        again: how often the sample has been seen in this epoch before: its views should not be the same.
+    """
+    name = (shard, again) if again else (shard,)
+    return int(hash_bits(torch.tensor(position), derive_seed("sample", *name))) & ((1 << 63) - 1)
+
+
+def lanes_of_process(shards: int, processes: int) -> int:
+    """Lanes that each process deals its shards to: up to 8, as long as they hold about equally many."""
+    fits = [n for n in (8, 4, 2) if shards % (n * processes) == 0 or shards >= 4 * n * processes]
+    return fits[0] if fits else 1
+
+
+def samples_of_lane(
+    stream: Stream, seed: int, epoch: int, lane: int, lanes: int, block: int, start: int = 0
+) -> Iterator[tuple[int, Sample]]:
+    """A lane's samples without an end, each with its id.
+
+    A lane that has given all its samples begins again, on shards dealt anew: an epoch's length is declared, and a lane may
+    hold a little less or more than its share.
+
+    Args:
+        stream: the shards.
+        seed: the run's seed.
+        epoch: the epoch.
+        lane: which of all lanes of all processes.
+        lanes: how many there are.
+        block: samples that are held to be shuffled.
+        start: samples of the epoch to pass over.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    for again in itertools.count():
+        order = permutation(len(stream.shards), seed, "shards", epoch, again)[lane::lanes].tolist()
+        passed = start // block * block
+        stored, left = _from(stream, order, passed)
+        start -= passed - left
+        given = passed - left
+        for number in itertools.count(passed // block) if left == 0 else ():
+            held = list(itertools.islice(stored, block))
+            if not held:
+                break
+            for place in permutation(len(held), seed, "block", epoch, again, lane, number)[start:].tolist():
+                shard, sample = held[place]
+                yield sample_id(stream.shards[shard], sample.position, again), sample
+            given, start = given + len(held), max(0, start - len(held))
+        if given == 0:
+            raise ConfigError(
+                f"{stream.name}: {len(order)} shard(s) hold no image: see the keys of `data` in `configs/data`."
+            )
+
+
+def _from(stream: Stream, order: list[int], start: int) -> tuple[Iterator[tuple[int, Sample]], int]:
+    """The samples of shards in an order, from a place on; and how far that lies behind their end, 0 if it does not."""
+    for number, shard in enumerate(order):
+        size = stream.size(shard) if start else 0
+        if start and start >= size:
+            start -= size
+            continue
+        parts = [(shard, start), *((later, 0) for later in order[number + 1 :])]
+        return ((shard, sample) for shard, begin in parts for sample in stream.read(shard, begin)), 0
+    return iter(()), start
+
+
+@dataclass
+class _Crops:
+    """A step's crops, and what could not be decoded."""
+
+    index: Tensor
+    views: list[Tensor]
+    labels: list[int | None]
+    faults: list[str]
+
+
+class StreamBatches:
+    """The training batches of a run on a stream; to the loop the same as ``StepBatches``.
+
+    Args:
+        source: the stream.
+        views: the random views.
+        batch_size: samples of a step over all processes.
+        seed: the run's seed.
+        share: this process's share.
+        total_steps: the run's length.
+        workers: processes that read and decode; at most as many as there are lanes. None settles it by the machine.
+        with_labels: whether batches carry labels.
+
+    Raises:
+        ConfigError: there are fewer shards than processes.
+    """
+
+    def __init__(
+        self,
+        source: Stream,
+        views: Views,
+        batch_size: int,
+        seed: int,
+        share: Share,
+        total_steps: int,
+        workers: int | None = None,
+        with_labels: bool = False,
+    ) -> None:
+        if len(source.shards) < share.processes:
+            raise ConfigError(
+                f"{source.name} has {len(source.shards)} shard(s), and {share.processes} processes need one each: write "
+                "smaller shards, or start fewer processes."
+            )
+        self.source, self.views, self.share = source, views, share
+        self.batch_size, self.seed, self.total_steps, self.with_labels = batch_size, seed, total_steps, with_labels
+        # Of a length that nobody knows the whole run is one epoch; what is seen again in it gets an id of its own.
+        self.steps_per_epoch = total_steps if source.length is None else source.length // batch_size
+        self.lanes = lanes_of_process(len(source.shards), share.processes)
+        self.block = max(1, source.block // self.lanes)
+        wanted = len(os.sched_getaffinity(0)) // share.processes if workers is None else workers
+        self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
+        self.unreadable = 0
+
+    def clock(self, step: int) -> Clock:
+        """The clock of a step."""
+        return Clock(step, self.total_steps, self.steps_per_epoch)
+
+    def from_step(self, start: int) -> Iterator[Batch]:
+        """The batches from a step to the run's end; a resume is nothing but another start.
+
+        Raises:
+            UserError: a shard is missing or damaged, or an image is and is not to be skipped.
+        """
+        options: dict[str, Any] = {"prefetch_factor": 2} if self.workers else {}
+        loader = DataLoader(
+            _Steps(self, start),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.share.device.type == "cuda",
+            **options,
+        )
+        for step, item in enumerate(loader, start):
+            if isinstance(item, UserError):
+                raise item
+            self._count(item.faults)
+            clock, device = self.clock(step), self.share.device
+            views = self.views.finish(
+                [crop.to(device, non_blocking=True) for crop in item.views], item.index, clock.epoch
+            )
+            yield Batch(
+                clock,
+                item.index.to(device),
+                views,
+                torch.tensor(item.labels, device=device) if self.with_labels else None,
+            )
+
+    def _count(self, faults: list[str]) -> None:
+        if faults and not self.unreadable:
+            _log.warning("%s It is left out, and so are further ones, which are only counted.", faults[0])
+        self.unreadable += len(faults)
+
+
+def training_batches(
+    source: Indexed | Stream,
+    views: Views,
+    batch_size: int,
+    seed: int,
+    share: Share,
+    total_steps: int,
+    workers: int | None = None,
+    with_labels: bool = False,
+) -> StepBatches | StreamBatches:
+    """The batches of numbered samples or of a stream; see :class:`StepBatches` and :class:`StreamBatches`."""
+    settings = (views, batch_size, seed, share, total_steps, workers, with_labels)
+    return StreamBatches(source, *settings) if isinstance(source, Stream) else StepBatches(source, *settings)
+
+
+class _Steps(IterableDataset[_Crops | UserError]):
+    """The steps of a run that a worker makes: an error is returned, because the loader would wrap it in a traceback."""
+
+    def __init__(self, batches: StreamBatches, start: int) -> None:
+        self._batches, self._start = batches, start
+
+    def __iter__(self) -> Iterator[_Crops | UserError]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        batches, share = self._batches, self._batches.share
+        lanes, size = batches.lanes, batches.batch_size // share.processes
+        running: dict[int, tuple[int, Iterator[tuple[int, Sample]]]] = {}
+        for step in range(self._start + worker, batches.total_steps, workers):
+            lane, epoch = step % lanes, batches.clock(step).epoch
+            if lane not in running or running[lane][0] != epoch:
+                began = epoch * batches.steps_per_epoch
+                place = (step - began) // lanes  # of this lane's steps in the epoch
+                all_lanes, number = lanes * share.processes, share.rank * lanes + lane
+                running[lane] = (
+                    epoch,
+                    samples_of_lane(
+                        batches.source, batches.seed, epoch, number, all_lanes, batches.block, place * size
+                    ),
+                )
+            try:
+                yield self._crops(list(itertools.islice(running[lane][1], size)), epoch)
+            except UserError as error:
+                yield error
+                return
+
+    def _crops(self, drawn: list[tuple[int, Sample]], epoch: int) -> _Crops:
+        source = self._batches.source
+        good: list[tuple[int, Sample, Image.Image] | None] = []
+        faults: list[str] = []
+        for number, sample in drawn:
+            try:
+                good.append((number, sample, decode_bytes(sample.data, Path(sample.name), source.channels)))
+            except DecodeError as error:
+                faults.append(str(error))
+                if not source.skip_unreadable or len(faults) == len(drawn):
+                    raise
+                good.append(None)
+        # A bad image gives its place to the next good one, under that one's id: a loss can know it for a repeat.
+        whole = [next(one for one in [*good[i:], *good[:i]] if one is not None) for i in range(len(good))]
+        index = torch.tensor([number for number, _, _ in whole])
+        if self._batches.with_labels:
+            without = next((sample.name for _, sample, _ in whole if sample.label is None), None)
+            if without is not None:
+                raise ConfigError(f"{without} has no label, and this task reads labels: see `data.label`.")
+        crops = self._batches.views.of_files([image for _, _, image in whole], index, epoch)
+        return _Crops(index, crops, [sample.label for _, sample, _ in whole], faults)

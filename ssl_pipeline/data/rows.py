@@ -1,0 +1,221 @@
+"""Rows of a Hugging Face dataset as images: numbered, or as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.columns import number_names, numbers_of, text_of
+from ssl_pipeline.data.decode import decode_bytes
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.draws import derive_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+def encoded(cell: Any, name: str) -> bytes:
+    """The image file of a cell, which holds its bytes, or its path, or is its bytes.
+
+    Raises:
+        ConfigError: it is none of these, or the path leads nowhere.
+    """
+    if isinstance(cell, bytes):
+        return cell
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
+    if isinstance(data, bytes):
+        return data
+    if not isinstance(path, str):
+        raise ConfigError(f"{name} holds no image but {type(cell).__name__}: name the images' column by `data.image`.")
+    try:
+        with fsspec.open(path, "rb") as file:
+            content: bytes = file.read()
+            return content
+    except OSError as error:
+        raise ConfigError(f"{name} names {path!r}, which can't be read: {error}") from error
+
+
+class Rows(Indexed):
+    """Numbered rows; images are decoded when they are wanted.
+
+    Args:
+        name: for messages.
+        rows: the dataset, its images not decoded.
+        image: their column.
+        channels: 1 or 3.
+        labels: int64 of shape (N,).
+        classes: names, in the order of the labels.
+        domains: int64 of shape (N,).
+        domain_names: in the order of the domains' numbers.
+        licence: of the images.
+        index: which rows, int64 of shape (N,); all by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Dataset,
+        image: str,
+        channels: int,
+        labels: Tensor | None,
+        classes: tuple[str, ...] | None,
+        domains: Tensor | None = None,
+        domain_names: tuple[str, ...] | None = None,
+        licence: str | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.name, self.channels, self.labels, self.classes, self.licence = name, channels, labels, classes, licence
+        self.domains, self.domain_names = domains, domain_names
+        self._rows, self._image = rows, image
+        self._index = torch.arange(len(rows)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def open_image(self, index: int) -> Image.Image:
+        """The decoded image.
+
+        Raises:
+            DecodeError: naming the row.
+        """
+        cell = self._rows[int(self._index[index])][self._image]
+        return decode_bytes(encoded(cell, self.describe(index)), Path(self.describe(index)), self.channels)
+
+    def describe(self, index: int) -> str:
+        """The row's number in its dataset."""
+        return f"{self.name}/row {int(self._index[index])}"
+
+    def fingerprint(self) -> str:
+        """Of the images' sizes in bytes, or their paths, and of labels; contents are not read."""
+        digest = hashlib.blake2b(_marks(self._rows, self._image)[self._index].numpy().tobytes(), digest_size=16)
+        for numbers in (self.labels, self.domains):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> Rows:
+        """The chosen rows; nothing is copied."""
+        labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
+        return Rows(
+            self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
+            self.licence, self._index[index],
+        )  # fmt: skip
+
+
+def _marks(rows: Dataset, image: str) -> Tensor:
+    """Per row the image's size in bytes, or a number of its path: int64 of shape (N,).
+
+    Read in the rows' order, so that memory-mapped bytes stay on the disk.
+    """
+    from pyarrow import compute
+
+    marks: list[int] = []
+    for table in rows.select_columns([image]).with_format("arrow").iter(1000):
+        cells = table.column(image).combine_chunks()
+        is_struct = hasattr(cells, "field")
+        sizes = compute.binary_length(cells.field("bytes") if is_struct else cells).to_pylist()
+        paths = cells.field("path").to_pylist() if is_struct else [None] * len(sizes)
+        marks += [derive_seed(str(path)) if size is None else size for size, path in zip(sizes, paths, strict=True)]
+    return torch.tensor(marks, dtype=torch.int64)
+
+
+class RowStream(Stream):
+    """Rows of shards, read from front to back.
+
+    Args:
+        name: for messages.
+        rows: the dataset, its images not decoded.
+        image: their column.
+        label: the labels' column, or None.
+        classes: names of the labels' numbers, where declared.
+    """
+
+    def __init__(
+        self, name: str, rows: IterableDataset, image: str, label: str | None, classes: tuple[str, ...] | None
+    ) -> None:
+        self.name, self.classes = name, classes
+        self.shards = tuple(str(number) for number in range(rows.num_shards))
+        self._rows, self._image, self._label = rows, image, label
+        self._sizes: dict[int, int] = {}
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """A shard's rows in their order."""
+        rows = self._rows.shard(num_shards=len(self.shards), index=shard)
+        rows = rows.skip(start) if start else rows
+        position = start
+        # By batches: a row-wise loop in a worker would deal the shards out among the workers once more.
+        for batch in _told(self.name, rows.iter(batch_size=32)):
+            labels = batch[self._label] if self._label else [None] * len(batch[self._image])
+            for cell, label in zip(batch[self._image], labels, strict=True):
+                name = f"{self.name}/shard {shard}/row {position}"
+                yield Sample(position, encoded(cell, name), self._number(label, name), name)
+                position += 1
+
+    def _number(self, value: Any, name: str) -> int | None:
+        if value is None or (isinstance(value, int) and value < 0):
+            return None
+        if isinstance(value, int):
+            return value
+        if self.classes is None or str(value) not in self.classes:
+            raise ConfigError(
+                f"{name}: its label {str(value)[:40]!r} is no number: name another column, or set `data.label=null`."
+            )
+        return self.classes.index(str(value))
+
+    def size(self, shard: int) -> int:
+        """Counted by the rows of one column, once."""
+        if shard not in self._sizes:
+            rows = self._rows.shard(num_shards=len(self.shards), index=shard)
+            column = self._label or self._image
+            counted = _told(self.name, rows.select_columns([column]).iter(batch_size=1000))
+            self._sizes[shard] = sum(len(batch[column]) for batch in counted)
+        return self._sizes[shard]
+
+    def fingerprint(self) -> str:
+        """Of the dataset's name, its shards' number and its declared size."""
+        told = f"{self.name}\0{len(self.shards)}\0{self.length}"
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+def _told(name: str, batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches; what the library answers to damaged files or a lost connection is a sentence."""
+    try:
+        yield from batches
+    except Exception as error:  # pyarrow's, aiohttp's, datasets' own
+        raise ConfigError(f"{name} can't be read on: {type(error).__name__}: {error}") from error
+
+
+def numbers(rows: Dataset, column: str, known: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """A column's values as numbers, and their names.
+
+    Args:
+        rows: the dataset.
+        column: of class labels, numbers or texts.
+        known: the names of the training rows; None for those that the column declares, or has.
+
+    Raises:
+        ConfigError: a value is not among the known names.
+    """
+    values = rows.select_columns([column])[:][column]
+    declared = getattr(rows.features[column], "names", None)
+    if declared is not None:
+        # −1 is how published test sets say that they keep a label to themselves.
+        return torch.tensor([-1 if value is None else value for value in values]), tuple(declared)
+    texts = [text_of(value) for value in values]
+    if known is None:
+        return number_names(texts)
+    unseen = sorted({text for text in texts if text is not None and text not in known})
+    if unseen:
+        raise ConfigError(
+            f"column {column!r} has values that no training row has: {', '.join(unseen[:10])} ({len(unseen)} in all). Nothing "
+            "could learn them: name another split."
+        )
+    return numbers_of(texts, known), known

@@ -1,0 +1,150 @@
+"""A folder of domains, each a folder of classes: ``domain/class/image``, as of PACS, Office-Home or DomainNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.splits import share_out
+
+
+class Config(SourceConfig):
+    """Images of the same classes from several domains.
+
+    Classes and domains are numbered over the whole folder, so that a number means the same whichever domains are chosen.
+
+    Attributes:
+        path: the folder. Nothing in it is changed.
+        domains: those to train on; null takes all that are not in ``test_domains``.
+        test_domains: domains that are for the final figures alone, whole; null holds images of ``domains`` out.
+        channels: 3 for RGB, 1 for grey.
+        dev: the share of the training domains' images that is held out for choices, evenly over domains and classes.
+        test: the share that is held out for the final figures where there are no ``test_domains``.
+        licence: of the images, where you know it.
+    """
+
+    path: str
+    domains: tuple[str, ...] | None = None
+    test_domains: tuple[str, ...] | None = None
+    channels: Literal[1, 3] = 3
+    dev: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.2, gt=0, lt=0.5)
+    licence: str | None = None
+
+    def open(self, split: Split) -> FileSource:
+        """A split, the same for every seed.
+
+        Raises:
+            ConfigError: the folder is missing or is not ``domain/class/image``, or a domain is not in it.
+        """
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
+        tree = _scan(root.resolve())
+        test = tree.numbers(self.test_domains or (), "test_domains")
+        train = tree.numbers(self.domains or tree.names, "domains")
+        if self.domains is None:
+            train = [number for number in train if number not in test]
+        both = [tree.names[number] for number in train if number in test]
+        if both or not train:
+            raise ConfigError(
+                f"`data.test_domains`: {', '.join(both) or 'every domain'} would be trained on and tested on: name it in one "
+                f"place. The folder's domains: {', '.join(tree.names)}."
+            )
+        if split == "test" and test:
+            self._refuse_unseen_classes(tree, train, test)
+            return self._source(tree, tree.files_of(test))
+        pool = tree.files_of(train)
+        # Numbered by domain and class, so that each of both is held out in proportion.
+        cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
+        shares = share_out(cells, None if test else self.test, self.dev, "domain folder")
+        return self._source(tree, pool[shares[split]])
+
+    def _source(self, tree: _Tree, index: Tensor) -> FileSource:
+        files = [tree.files[i] for i in index.tolist()]
+        source = FileSource(
+            str(tree.root), tree.root, files, self.channels, tree.labels[index], tree.classes,
+            domains=tree.domains[index], domain_names=tree.names,
+        )  # fmt: skip
+        source.licence = self.licence
+        return source
+
+    def _refuse_unseen_classes(self, tree: _Tree, train: list[int], test: list[int]) -> None:
+        of_train, of_test = (set(tree.labels[tree.files_of(domains)].tolist()) for domains in (train, test))
+        unseen = [tree.classes[label] for label in sorted(of_test - of_train)]
+        if unseen:
+            raise ConfigError(
+                f"`data.test_domains`: the classes {', '.join(unseen[:10])} ({len(unseen)} in all) are in no training domain, "
+                "so nothing could learn them: leave their folders out, or train on another domain."
+            )
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What a folder of domains holds; files are posix paths relative to it, sorted.
+
+    Attributes:
+        root: the folder.
+        names: of the domains.
+        classes: of all domains together.
+        files: all of them.
+        domains: per file its domain, int64.
+        labels: per file its class, int64.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    files: tuple[str, ...]
+    domains: Tensor
+    labels: Tensor
+
+    def numbers(self, wanted: tuple[str, ...], key: str) -> list[int]:
+        """The numbers of domains by name."""
+        unknown = [name for name in wanted if name not in self.names]
+        if unknown:
+            raise ConfigError(
+                f"`data.{key}`: {str(self.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
+                f"{', '.join(self.names)}."
+            )
+        return [self.names.index(name) for name in wanted]
+
+    def files_of(self, domains: list[int]) -> Tensor:
+        """The files of some domains, a sorted int64 index."""
+        return torch.isin(self.domains, torch.tensor(domains, dtype=torch.int64)).nonzero()[:, 0]
+
+
+@lru_cache(maxsize=4)
+def _scan(root: Path) -> _Tree:
+    """Lists a folder once in the process's life."""
+    found = [
+        (domain.name, of_class.name, path.relative_to(root).as_posix())
+        for domain in _folders(root)
+        for of_class in _folders(domain)
+        for path in sorted(of_class.rglob("*"))
+        if path.suffix.lower() in ENDINGS and path.is_file()
+    ]
+    if not found:
+        raise ConfigError(
+            f"`data.path`: {str(root)!r} holds no image at domain/class/image. For a folder of classes without domains take "
+            "`data=folder`."
+        )
+    names, classes = (tuple(sorted({row[place] for row in found})) for place in (0, 1))
+    domain_of, class_of = ({name: i for i, name in enumerate(every)} for every in (names, classes))
+    return _Tree(
+        root, names, classes, tuple(row[2] for row in found),
+        torch.tensor([domain_of[row[0]] for row in found]), torch.tensor([class_of[row[1]] for row in found]),
+    )  # fmt: skip
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

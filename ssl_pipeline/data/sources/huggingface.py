@@ -1,0 +1,265 @@
+"""Datasets of Hugging Face's ``datasets``: of the hub, of local files, or streamed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
+from ssl_pipeline.data.source import Indexed, Split
+from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.stream import Handful, Sample, StreamConfig, channels_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_AUTO = {"dev": ("validation", "val", "valid", "dev"), "test": ("test",)}
+
+
+class Config(StreamConfig):
+    """A dataset of Hugging Face.
+
+    Attributes:
+        path: a name on the hub (``uoft-cs/cifar10``), a folder of files (Parquet, images, …), a folder that
+            ``save_to_disk`` wrote, or a kind of files (``parquet``, ``imagefolder``) with ``data_files``.
+        subset: the dataset's configuration, where it has several.
+        data_files: files or patterns, where ``path`` is a kind of files.
+        revision: the version on the hub.
+        streaming: read it from front to back instead of storing it whole; shuffled and resumed by position.
+        train_split: what is trained on, such as ``train`` or ``train+unsupervised``.
+        dev_split: labelled images for choices; ``auto``: the split ``validation`` where there is one; null or none: images
+            of ``train_split`` are held out, or of a stream there is no dev.
+        test_split: for the final figures; ``auto``: the split ``test``; otherwise likewise.
+        image: the images' column; ``auto``: the one of images.
+        label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
+        domain: the column that says where an image is from; null: none.
+        channels: 3 for RGB, 1 for grey; null: as of the first image.
+        dev: the share of labelled training images that is held out for choices where there is no ``dev_split``.
+        test: the share held out for the final figures, likewise.
+        length: images of a stream, where the dataset does not declare it.
+        shuffle: images of a stream that a process holds to deal them out in a random order.
+        held_images: most images of a stream's ``dev`` and ``test`` that are read, into memory.
+        on_unreadable: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
+    """
+
+    path: str
+    subset: str | None = None
+    data_files: str | tuple[str, ...] | None = None
+    revision: str | None = None
+    streaming: bool = False
+    train_split: str = "train"
+    dev_split: str | None = "auto"
+    test_split: str | None = "auto"
+    image: str = "auto"
+    label: str | None = "auto"
+    domain: str | None = None
+    channels: Literal[1, 3] | None = None
+    dev: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.2, gt=0, lt=0.5)
+    length: int | None = Field(None, ge=2)
+    shuffle: int = Field(4096, ge=1)
+    held_images: int = Field(5000, ge=1)
+    on_unreadable: Literal["stop", "skip"] = "stop"
+
+    def stream(self) -> RowStream | None:
+        """The training images, if they are streamed."""
+        return _stream(self, self.train_split) if self.streaming else None
+
+    def open(self, split: Split) -> Indexed | None:
+        """A split, the same for every seed; ``dev`` and ``test`` need labels.
+
+        Raises:
+            ConfigError: the dataset can't be loaded, has no such split or column, or is streamed and its training images
+                are asked for.
+        """
+        named = self._named(split)
+        if self.streaming:
+            if split == "train":
+                raise self.refuse_numbers()
+            return None if named is None else _held(self, named)
+        train = _rows(self, self.train_split)
+        if split != "train" and train.labels is None:
+            return None
+        if split != "train" and named is not None:
+            return _labelled(_rows(self, named), split)
+        if train.labels is None:
+            return train
+        test, dev = (None if self._named("test") else self.test), (None if self._named("dev") else self.dev)
+        shares = share_out(train.labels, test, dev, "huggingface")
+        return train.select(shares[split])
+
+    def _named(self, split: Split) -> str | None:
+        """The dataset's own split that plays a part; None where images are held out for it."""
+        given: str | None = getattr(self, f"{split}_split")
+        if given != "auto":
+            return given
+        there = _split_names(self)
+        return next((name for name in _AUTO[split] if name in there), None)
+
+
+def _labelled(rows: Rows, split: str) -> Rows:
+    assert rows.labels is not None
+    if bool((rows.labels < 0).all()):
+        raise ConfigError(
+            f"{rows.name} keeps its labels to itself, so nothing can be measured on it: name another by `data.{split}_split`, "
+            "or null to hold images out."
+        )
+    return rows.select((rows.labels >= 0).nonzero()[:, 0])
+
+
+@lru_cache(maxsize=8)
+def _rows(config: Config, split: str) -> Rows:
+    """A split of the dataset, whole, opened once in the process's life."""
+    datasets = import_datasets()
+    rows: Dataset = _load(config, split)
+    name = f"{config.path}/{split}"
+    image = _image_column(config, rows.features, name)
+    label = _label_column(config, rows.features, name)
+    if len(rows) == 0:
+        raise ConfigError(f"{name} has no rows.")
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    train = _rows(config, config.train_split) if split != config.train_split else None
+    labels = domains = classes = domain_names = None
+    if label is not None:
+        labels, classes = numbers(rows, label, train.classes if train else None)
+    if config.domain is not None:
+        domain = _there(config.domain, rows.features, "domain", name)
+        domains, domain_names = numbers(rows, domain, train.domain_names if train else None)
+    first = Sample(0, encoded(rows[0][image], f"{name}/row 0"), None, f"{name}/row 0")
+    channels = config.channels or (train.channels if train else channels_of(first))
+    return Rows(name, rows, image, channels, labels, classes, domains, domain_names, rows.info.license or None)
+
+
+def _stream(config: Config, split: str) -> RowStream:
+    """A split of the dataset, read from front to back."""
+    datasets = import_datasets()
+    rows = _load(config, split, streaming=True)
+    name = f"{config.path}/{split}"
+    features = rows.features
+    if features is None:  # files that don't declare what they hold: the first row tells
+        features = dict.fromkeys(next(iter(rows), {}))
+    image, label = _image_column(config, features, name), _label_column(config, features, name)
+    if isinstance(features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    classes = None if label is None else getattr(features[label], "names", None)
+    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None)
+    declared = (rows.info.splits or {}).get(split)
+    stream.length = config.length or (declared.num_examples if declared else None) or None
+    stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
+    stream.licence = rows.info.license or None
+    first = next(stream.read(0), None)
+    if first is None:
+        raise ConfigError(f"{name} has no rows in its first shard.")
+    stream.channels = config.channels or channels_of(first)
+    return stream
+
+
+@lru_cache(maxsize=4)
+def _held(config: Config, split: str) -> Handful:
+    held = _stream(config, split).head(config.held_images)
+    if held.labels is None:
+        raise ConfigError(
+            f"{held.name} has images without a label, and nothing can be measured on them: name another split."
+        )
+    return held
+
+
+def import_datasets() -> Any:
+    """The library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            'Hugging Face\'s datasets are read by its library, which is not installed: pip install "ssl-pipeline[hf]".'
+        ) from error
+    return datasets
+
+
+@lru_cache(maxsize=8)
+def _split_names(config: Config) -> tuple[str, ...]:
+    datasets = import_datasets()
+    if _saved(config):
+        return tuple(path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir())
+    return tuple(_asked(config, datasets.get_dataset_split_names))
+
+
+def _load(config: Config, split: str, streaming: bool = False) -> Any:
+    datasets = import_datasets()
+    if not _saved(config):
+        return _asked(config, datasets.load_dataset, split=split, streaming=streaming)
+    try:
+        saved = datasets.load_from_disk(str(Path(config.path).expanduser()))
+    except Exception as error:  # as below
+        raise ConfigError(f"`data.path`: {config.path!r} can't be loaded: {error}") from error
+    splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+    if split not in splits:
+        raise ConfigError(f"`data.path`: {config.path!r} has no split {split!r}; it has {', '.join(splits)}.")
+    rows = splits[split]
+    return rows.to_iterable_dataset(num_shards=max(1, min(64, len(rows) // 64))) if streaming else rows
+
+
+def _saved(config: Config) -> bool:
+    """Whether ``save_to_disk`` wrote the folder."""
+    folder = Path(config.path).expanduser()
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _asked(config: Config, function: Any, **keys: Any) -> Any:
+    """What the library says to the dataset's name, or why it can't."""
+    path = Path(config.path).expanduser()
+    files = list(config.data_files) if isinstance(config.data_files, tuple) else config.data_files
+    try:
+        return function(
+            str(path) if path.exists() else config.path,
+            config.subset,
+            data_files=files,
+            revision=config.revision,
+            **keys,
+        )
+    except Exception as error:  # its own, pyarrow's, the network's
+        raise ConfigError(
+            f"`data.path`: the dataset {config.path!r} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Without a network give a folder of files, or one that `save_to_disk` wrote."
+        ) from error
+
+
+def _there(column: str, features: Any, key: str, name: str) -> str:
+    if column not in features:
+        raise ConfigError(
+            f"{name} has no column {column!r}; it has {', '.join(map(repr, features))}: mend `data.{key}`."
+        )
+    return column
+
+
+def _image_column(config: Config, features: Any, name: str) -> str:
+    import datasets
+
+    if config.image != "auto":
+        return _there(config.image, features, "image", name)
+    found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{name} has {len(found)} columns of images; its columns are {', '.join(map(repr, features))}: name the right one by "
+            "`data.image`."
+        )
+    return str(found[0])
+
+
+def _label_column(config: Config, features: Any, name: str) -> str | None:
+    import datasets
+
+    if config.label is None:
+        return None
+    if config.label != "auto":
+        return _there(config.label, features, "label", name)
+    found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    return found[0] if len(found) == 1 else "label" if "label" in features else None

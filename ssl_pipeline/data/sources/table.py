@@ -1,0 +1,225 @@
+"""A table of image files: CSV, TSV, JSONL or Parquet, one row per image with its path and, perhaps, label, domain and split."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.columns import number_names, one_of, read_columns
+from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.splits import share_out
+
+_SPLITS: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_TOLD = 10
+_log = logging.getLogger("ssl_pipeline")
+
+
+class Config(SourceConfig):
+    """A table of image files.
+
+    Attributes:
+        path: the table: .csv, .tsv, .jsonl or .parquet.
+        root: the folder that relative paths start from; null for the table's own.
+        path_column: holds the images' paths.
+        label_column: holds the classes' names or numbers; ``auto`` is ``label`` where there is such a column; null reads none.
+            A table with several labels of an image is read for one of them at a time.
+        domain_column: holds the domains' names; likewise.
+        split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
+        channels: 3 for RGB, 1 for grey.
+        dev: the share of labelled training images that is held out for choices where the table names no such split.
+        test: the share held out for the final figures, likewise.
+        on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
+        licence: of the images, where you know it.
+    """
+
+    path: str
+    root: str | None = None
+    path_column: str = "path"
+    label_column: str | None = "auto"
+    domain_column: str | None = "auto"
+    split_column: str | None = "auto"
+    channels: Literal[1, 3] = 3
+    dev: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.2, gt=0, lt=0.5)
+    on_missing: Literal["stop", "skip"] = "stop"
+    licence: str | None = None
+
+    def open(self, split: Split) -> FileSource | None:
+        """A split, the same for every seed; ``dev`` and ``test`` need labels.
+
+        Raises:
+            ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
+        """
+        rows = _read(self)
+        pool, own = rows.of("train"), rows.of(split)
+        if len(pool) == 0:
+            raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
+        if split == "train" or len(own) == 0:
+            if rows.labels is None:
+                return self._source(rows, pool) if split == "train" else None
+            named = {part: len(rows.of(part)) > 0 for part in ("test", "dev")}
+            shares = share_out(
+                rows.labels[pool], None if named["test"] else self.test, None if named["dev"] else self.dev, "table"
+            )
+            own = pool[shares[split]]
+        elif rows.labels is None:
+            return None
+        return self._source(rows, own)
+
+    def _source(self, rows: _Rows, index: Tensor) -> FileSource:
+        files = [rows.files[i] for i in index.tolist()]
+        labels = None if rows.labels is None else rows.labels[index]
+        domains = None if rows.domains is None else rows.domains[index]
+        source = FileSource(
+            self.path, rows.root, files, self.channels, labels, rows.classes,
+            domains=domains, domain_names=rows.domain_names,
+        )  # fmt: skip
+        source.licence = self.licence
+        return source
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table's rows.
+
+    Attributes:
+        root: the folder that relative paths start from.
+        files: per row its path, absolute or relative to ``root``.
+        splits: per row its split; all are ``train`` without such a column.
+        labels: per row the number of its class, int64, −1 where there is none.
+        classes: their names: by number where all are numbers, by name otherwise.
+        domains: per row the number of its domain, int64.
+        domain_names: in the order of the numbers.
+    """
+
+    root: Path
+    files: list[str]
+    splits: list[Split]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+    domains: Tensor | None
+    domain_names: tuple[str, ...] | None
+
+    def of(self, split: Split) -> Tensor:
+        """The rows of a split, a sorted int64 index."""
+        return torch.tensor([i for i, own in enumerate(self.splits) if own == split], dtype=torch.int64)
+
+
+@lru_cache(maxsize=4)
+def _read(config: Config) -> _Rows:
+    """Reads a table once in the process's life."""
+    path = Path(config.path).expanduser()
+    names: dict[str, str] = {}
+
+    def choose(found: Sequence[str]) -> list[str]:
+        names["path"] = one_of(config.path_column, found, "path_column", path)
+        for kind in ("label", "domain", "split"):
+            key = f"{kind}_column"
+            wanted = getattr(config, key)
+            if wanted == "auto":
+                wanted = kind if kind in found else None
+            if wanted is not None:
+                names[kind] = one_of(wanted, found, key, path)
+        return list(dict.fromkeys(names.values()))
+
+    columns = read_columns(path, choose)
+    by_kind = {kind: columns[name] for kind, name in names.items()}
+    root = (path.parent if config.root is None else Path(config.root).expanduser()).resolve()
+    there = _existing(root, by_kind["path"], config)
+    files, *others = ([values[i] for i in there] for values in by_kind.values())
+    kept = dict(zip([*by_kind][1:], others, strict=True))
+    paths = [file for file in files if file is not None]
+    splits = _splits(kept.get("split", ["train"] * len(paths)), path)
+    _refuse_twice(paths, splits, path)
+    labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
+    if labels is not None and classes is not None:
+        _check_labels(labels, classes, splits, names["label"], path)
+    domains, domain_names = number_names(kept["domain"]) if "domain" in kept else (None, None)
+    if domains is not None and bool((domains < 0).any()):
+        raise ConfigError(
+            f"{path}: {int((domains < 0).sum())} rows have no value in {names['domain']!r}: fill them in, or set "
+            "`data.domain_column=null`."
+        )
+    return _Rows(root, paths, splits, labels, classes, domains, domain_names)
+
+
+def _existing(root: Path, files: list[str | None], config: Config) -> list[int]:
+    """The rows whose file is there."""
+    with ThreadPoolExecutor(8) as pool:  # a network's file system answers many at once
+        there = list(pool.map(lambda file: file is not None and (root / file).is_file(), files, chunksize=256))
+    missing = [
+        str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i, ok in enumerate(there) if not ok
+    ]
+    if missing and (config.on_missing == "stop" or len(missing) == len(files)):
+        raise ConfigError(
+            [
+                *missing[:_TOLD],
+                f"{len(missing)} of the {len(files)} files in {config.path!r} are not there"
+                f"{f', the first {_TOLD} of them are named' if len(missing) > _TOLD else ''}: mend the paths (relative ones "
+                f"start from {str(root)!r}, see `data.root`), or set `data.on_missing=skip`.",
+            ]
+        )
+    if missing:
+        _log.warning("left out %d rows of %d whose file is not there, such as %s", len(missing), len(files), missing[0])
+    return [i for i, ok in enumerate(there) if ok]
+
+
+def _splits(values: list[str | None], path: Path) -> list[Split]:
+    found = Counter("" if value is None else value.strip().lower() for value in values)
+    unknown = {name: count for name, count in found.items() if name not in _SPLITS}
+    if unknown:
+        told = ", ".join(f"{name!r} ({count} rows)" for name, count in list(unknown.items())[:_TOLD])
+        raise ConfigError(
+            f"{path}: these splits are not known: {told}. Known: {', '.join(_SPLITS)}; or set `data.split_column=null`."
+        )
+    return [_SPLITS[value.strip().lower()] for value in values if value is not None]
+
+
+def _refuse_twice(paths: list[str], splits: list[Split], path: Path) -> None:
+    """A file in two splits would be trained on and measured on."""
+    split_of: dict[str, Split] = {}
+    repeats = 0
+    for file, split in zip(paths, splits, strict=True):
+        repeats += file in split_of
+        if split_of.setdefault(file, split) != split:
+            raise ConfigError(f"{path}: {file} stands in `{split_of[file]}` and in `{split}`: leave it in one of them.")
+    if repeats:
+        _log.warning("%s names %d files more than once: each row counts as an image", path, repeats)
+
+
+def _check_labels(labels: Tensor, classes: tuple[str, ...], splits: list[Split], column: str, path: Path) -> None:
+    training = torch.tensor([split == "train" for split in splits])
+    known = set(labels[training].tolist())
+    for split in ("dev", "test"):
+        own = labels[torch.tensor([other == split for other in splits])]
+        unseen = [classes[label] for label in own.unique().tolist() if label >= 0 and label not in known]
+        if unseen:
+            raise ConfigError(
+                f"{path}: rows of `{split}` have labels that no training row has: {', '.join(unseen[:_TOLD])} "
+                f"({len(unseen)} in all). Nothing could learn them: mend the labels, or move rows to `train`."
+            )
+        if bool((own < 0).any()):
+            raise ConfigError(
+                f"{path}: {int((own < 0).sum())} rows of `{split}` have no value in {column!r}, and nothing can be measured on "
+                "them: fill them in, or leave the rows out."
+            )
+    without = int((labels < 0).sum())
+    if without == len(labels):
+        raise ConfigError(f"{path}: no row has a value in {column!r}: fill it in, or set `data.label_column=null`.")
+    if without:
+        _log.warning("%s: %d of %d rows have no label; stage one learns from them too", path, without, len(labels))

@@ -1,0 +1,259 @@
+"""The classification datasets of torchvision, by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import logging
+from functools import lru_cache
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torchvision import datasets
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, SourceConfig, Split
+from ssl_pipeline.data.splits import share_out
+
+# What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,
+# the validation part is the test. `train` and `test` are a flag where a value is no text.
+_FLAG: dict[Split, Any] = {"train": True, "test": False}
+_TWO: dict[Split, Any] = {"train": "train", "test": "test"}
+_THREE: dict[Split, Any] = {"train": "train", "dev": "val", "test": "test"}
+_VALIDATED: dict[Split, Any] = {"train": "train", "test": "val"}
+_WHOLE: dict[Split, Any] = {}
+DATASETS: dict[str, dict[Split, Any]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "EMNIST", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _FLAG),
+    **dict.fromkeys(("Food101", "GTSRB", "StanfordCars", "SVHN"), _TWO),
+    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2"), _THREE),
+    **dict.fromkeys(("ImageNet", "Imagenette"), _VALIDATED),
+    **dict.fromkeys(
+        ("Caltech101", "Caltech256", "EuroSAT", "FakeData", "ImageFolder", "INaturalist", "SEMEION", "SUN397"), _WHOLE
+    ),
+    "Country211": {"train": "train", "dev": "valid", "test": "test"},
+    "OxfordIIITPet": {"train": "trainval", "test": "test"},
+    "Places365": {"train": "train-standard", "test": "val"},
+    "STL10": {"train": "train+unlabeled", "test": "test"},
+}
+_log = logging.getLogger("ssl_pipeline")
+
+
+class Config(SourceConfig):
+    """A dataset of torchvision; it is read where torchvision would put it.
+
+    CIFAR's files are pickles; torchvision loads them only if their checksum is the published one.
+
+    Attributes:
+        dataset: its name, such as ``CIFAR10``, ``STL10``, ``Flowers102``, ``ImageFolder``.
+        path: the folder that torchvision calls ``root``.
+        download: whether torchvision may fetch what is missing.
+        options: further arguments of its class, such as ``{split: letters}`` for EMNIST.
+        channels: 3 for RGB, 1 for grey; null: as of the first image.
+        dev: the share of labelled training images that is held out for choices where the dataset has no such part.
+        test: the share held out for the final figures, likewise.
+        licence: of the images, where you know it.
+    """
+
+    dataset: str
+    path: str = "~/.cache/ssl_pipeline"
+    download: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+    channels: Literal[1, 3] | None = None
+    dev: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.2, gt=0, lt=0.5)
+    licence: str | None = None
+
+    def open(self, split: Split) -> Indexed:
+        """A split, the same for every seed.
+
+        Raises:
+            ConfigError: torchvision has no such dataset, its files are missing, or it holds no images with one label each.
+        """
+        named = _parts(self)
+        train = _part(self.model_dump_json(), "train")
+        if split in named and split != "train":
+            part = _part(self.model_dump_json(), split)
+            part.mean, part.std = train.mean, train.std
+            return part
+        assert train.labels is not None
+        test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
+        source = train.select(share_out(train.labels, test, dev, "torchvision")[split])
+        source.licence = self.licence
+        return source
+
+
+def _parts(config: Config) -> dict[Split, dict[str, Any]]:
+    """Per split that the dataset has of its own, the arguments that choose it; given ones choose one part alone."""
+    if config.dataset not in DATASETS:
+        folded = {name.lower(): name for name in DATASETS}
+        close = difflib.get_close_matches(config.dataset.lower().replace("-", ""), folded, n=1, cutoff=0.6)
+        hint = (
+            f"Did you mean `data.dataset={folded[close[0]]}`? "
+            if close and config.dataset not in datasets.__all__
+            else ""
+        )
+        raise ConfigError(
+            f"`data.dataset`: {config.dataset!r} is no dataset of torchvision with one class per image. {hint}Known: "
+            f"{', '.join(sorted(DATASETS))}."
+        )
+    parts = DATASETS[config.dataset]
+    key = "split" if any(isinstance(value, str) for value in parts.values()) else "train"
+    return (
+        {split: {key: value} for split, value in parts.items()}
+        if parts and key not in config.options
+        else {"train": {}}
+    )
+
+
+@lru_cache(maxsize=4)
+def _part(settings: str, split: Split) -> Indexed:
+    """A part of the dataset, whole, opened once in the process's life."""
+    config = Config.model_validate_json(settings)
+    found = _make(getattr(datasets, config.dataset), config, _parts(config)[split])
+    if len(found) == 0:
+        raise ConfigError(f"torchvision's {config.dataset} has no images in its folder.")
+    labels, classes = _labels(found, config.dataset)
+    name, pixels, samples = f"torchvision {config.dataset}", _pixels(found), getattr(found, "samples", None)
+    source: Indexed
+    if pixels is not None and config.channels in (None, pixels.shape[1]):
+        source = ArraySource(name, pixels, labels, classes)
+        source.mean, source.std = source.statistics()
+    elif samples is not None:  # files of its own: decoded as those of a folder
+        root = Path(found.root)
+        files = [str(path).removeprefix(f"{root}/") for path, _ in samples]
+        source = FileSource(name, root.resolve(), files, config.channels or 3, labels, classes)
+    else:
+        source = Pictures(name, found, config.channels or _channels(found, config.dataset), labels, classes)
+    source.licence = config.licence
+    return source
+
+
+def _make(made_by: Any, config: Config, part: dict[str, Any]) -> Any:
+    parameters = inspect.signature(made_by).parameters
+    root = Path(config.path).expanduser()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments = {**({"root": str(root)} if "root" in parameters else {}), **part, **config.options}
+    if config.download:
+        if "download" not in parameters and not takes_any:
+            raise ConfigError(
+                f"`data.download`: torchvision can't fetch {config.dataset}: put it into {str(root)!r} yourself."
+            )
+        arguments["download"] = True
+    unknown = [key for key in config.options if key not in parameters and not takes_any]
+    if unknown:
+        raise ConfigError(
+            f"`data.options`: {config.dataset} takes no {', '.join(map(repr, unknown))}; it takes {', '.join(parameters)}."
+        )
+    try:
+        return made_by(**arguments)
+    except ImportError as error:
+        raise ConfigError(f"{config.dataset} needs a further package: {error}") from error
+    except (OSError, RuntimeError, HTTPException, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{config.dataset} can't be read from {str(root)!r}: {error}. Give `data.path`, the folder that torchvision calls "
+            "`root`, or `data.download=true`."
+        ) from error
+
+
+def _labels(found: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """One class per image, int64, and the classes' names; torchvision keeps them under several names."""
+    rows = next((value for key in ("samples", "_samples") if (value := getattr(found, key, None)) is not None), None)
+    values = next(
+        (v for key in ("targets", "labels", "_labels", "y") if (v := getattr(found, key, None)) is not None), None
+    )
+    if name == "INaturalist":
+        values = [category for category, _ in found.index]
+    elif values is None and rows is not None:
+        values = [label for _, label in rows]
+    elif values is None:
+        _log.info("%s keeps its labels with the images: all %d are read once", name, len(found))
+        values = [found[i][1] for i in range(len(found))]
+    labels = torch.as_tensor(np.asarray(values)).long()
+    names = next((v for key in ("classes", "categories", "all_categories") if (v := getattr(found, key, None))), None)
+    if names is None:
+        names = range(int(labels.max()) + 1)
+    return labels, tuple(" / ".join(name) if isinstance(name, (tuple, list)) else str(name) for name in names)
+
+
+def _pixels(found: Any) -> Tensor | None:
+    """All images, uint8 of shape (N, C, H, W), of datasets that hold them in memory."""
+    data = getattr(found, "data", None)
+    if not isinstance(data, (np.ndarray, Tensor)):
+        return None
+    pixels = torch.as_tensor(data)
+    if pixels.dtype != torch.uint8 or len(pixels) != len(found):
+        return None
+    if pixels.ndim == 3:
+        return pixels[:, None]
+    if pixels.ndim != 4:
+        return None
+    return pixels if pixels.shape[1] in (1, 3) else pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def _channels(found: Any, name: str) -> int:
+    image = found[0][0]
+    if not isinstance(image, Image.Image):
+        raise ConfigError(f"torchvision's {name} gives {type(image).__name__} rather than images: take another.")
+    return 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
+
+
+class Pictures(Indexed):
+    """A dataset of torchvision that decodes its images itself.
+
+    Args:
+        name: for messages.
+        dataset: gives (image, …) by number.
+        channels: 1 or 3.
+        labels: int64 of shape (N,).
+        classes: names, in the order of the labels.
+        index: which samples, int64 of shape (N,); all by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Any,
+        channels: int,
+        labels: Tensor | None,
+        classes: tuple[str, ...] | None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
+        self._dataset = dataset
+        self._index = torch.arange(len(dataset)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def open_image(self, index: int) -> Image.Image:
+        """The decoded image.
+
+        Raises:
+            DecodeError: naming the sample.
+        """
+        try:
+            image: Image.Image = self._dataset[int(self._index[index])][0]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DecodeError(Path(self.describe(index)), str(error).rstrip(".")) from error
+        mode = "L" if self.channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+
+    def fingerprint(self) -> str:
+        """Of the dataset's name and size, and of the chosen samples and labels."""
+        digest = hashlib.blake2b(f"{self.name}\0{len(self._dataset)}".encode(), digest_size=16)
+        for numbers in (self._index, self.labels):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> Pictures:
+        """The chosen samples."""
+        labels = None if self.labels is None else self.labels[index]
+        return Pictures(self.name, self._dataset, self.channels, labels, self.classes, self._index[index])

@@ -1,0 +1,243 @@
+"""WebDataset shards: tar archives of images, local or wherever fsspec reaches, read from front to back."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+from pydantic import Field
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.data.source import Indexed, Split
+from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
+from ssl_pipeline.data.tar import Group, ShardError, read_groups, warn_once
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz")
+
+
+class Config(StreamConfig):
+    """Tar archives whose neighbouring members ``KEY.jpg``, ``KEY.cls`` are one sample. Write samples in random order.
+
+    Attributes:
+        path: an archive, a folder of them, or a pattern such as ``train-{0000..0099}.tar`` or ``train-*.tar``; several of
+            them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
+        dev: likewise, labelled images for choices; null: there are none, and no kNN accuracy is told.
+        test: likewise.
+        held_images: most images of ``dev`` and of ``test`` that are read, into memory.
+        length: samples in all of ``path``; null: unknown, then the run's length is given as ``steps``.
+        image: the ending of the image's member; ``auto``: that of any image file.
+        label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
+            null reads none.
+        classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
+        channels: 3 for RGB, 1 for grey; null: as of the first image.
+        shuffle: samples that a process holds to deal them out in a random order.
+        on_unreadable: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
+        licence: of the images, where you know it.
+    """
+
+    path: str | tuple[str, ...]
+    dev: str | tuple[str, ...] | None = None
+    test: str | tuple[str, ...] | None = None
+    held_images: int = Field(5000, ge=1)
+    length: int | None = Field(None, ge=2)
+    image: str = "auto"
+    label: str | None = "cls"
+    classes: tuple[str, ...] | None = None
+    channels: Literal[1, 3] | None = None
+    shuffle: int = Field(4096, ge=1)
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    licence: str | None = None
+
+    def stream(self) -> TarStream:
+        """The training images.
+
+        Raises:
+            ConfigError: there are no archives, or no image in the first.
+        """
+        return TarStream(self, "path", self.path)
+
+    def open(self, split: Split) -> Indexed | None:
+        """``dev`` and ``test``, labelled and held in memory.
+
+        Raises:
+            ConfigError: it is the training images that are asked for, or the images have no labels.
+        """
+        if split == "train":
+            raise self.refuse_numbers()
+        given = getattr(self, split)
+        return None if given is None else _held(self, split, given)
+
+
+@lru_cache(maxsize=4)
+def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> Handful:
+    stream = TarStream(config, split, given)
+    held = stream.head(config.held_images)
+    if held.labels is None:
+        raise ConfigError(
+            f"`data.{split}`: its images need labels (`data.label`) and `data.classes` their names, as nothing can be measured "
+            "without."
+        )
+    return held
+
+
+class TarStream(Stream):
+    """See :class:`Config`.
+
+    Args:
+        config: the source's.
+        key: which key of it names the archives.
+        given: the archives.
+    """
+
+    def __init__(self, config: Config, key: str, given: str | tuple[str, ...]) -> None:
+        self._config, self._urls = config, _expand(key, given)
+        self.name = given if isinstance(given, str) else f"{given[0]}, …"
+        self.shards = _names(self._urls)
+        self.classes, self.length, self.licence = config.classes, config.length, config.licence
+        self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
+        self._sizes: dict[int, int] = {}
+        self.channels = config.channels or self._channels()
+
+    def _channels(self) -> int:
+        first = next(itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls))), None)
+        if first is None:
+            raise ConfigError(
+                f"{self.name} holds no image: members must be named KEY.jpg, KEY.png, … (see `data.image`)."
+            )
+        return channels_of(first)
+
+    def _is_image(self, ending: str) -> bool:
+        return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
+
+    def _is_wanted(self, ending: str) -> bool:
+        label = self._config.label
+        own = None if label is None else "json" if label.startswith("json:") else label
+        return self._is_image(ending) or ending == own
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """An archive's samples; of one that is cut off, those before the cut, if it is to be skipped."""
+        url = self._urls[shard]
+        try:
+            for position, group in enumerate(read_groups(url, self._is_image, self._is_wanted, start), start):
+                name = f"{url}/{group.key}"
+                data = next(data for ending, data in group.files.items() if self._is_image(ending))
+                yield Sample(position, data, self._label(group, name), name)
+        except ShardError as error:
+            if not self.skip_unreadable:
+                raise
+            warn_once(f"{error} The rest of it is left out.")
+
+    def size(self, shard: int) -> int:
+        """Counted by the archive's headers, once."""
+        if shard not in self._sizes:
+            count = 0
+            try:
+                for _ in read_groups(self._urls[shard], self._is_image, lambda ending: False):
+                    count += 1
+            except ShardError:
+                if not self.skip_unreadable:
+                    raise
+            self._sizes[shard] = count
+        return self._sizes[shard]
+
+    def fingerprint(self) -> str:
+        """Of the archives' names and, of files, their sizes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, url in zip(self.shards, self._urls, strict=True):
+            size = Path(url).stat().st_size if Path(url).is_file() else -1
+            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _label(self, group: Group, name: str) -> int | None:
+        label = self._config.label
+        if label is None:
+            return None
+        if label.startswith("json:"):
+            if "json" not in group.files:
+                return None
+            try:
+                value = json.loads(group.files["json"])[label.removeprefix("json:")]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{name}.json has no key {label.removeprefix('json:')!r}: see `data.label`."
+                ) from error
+        elif label in group.files:
+            value = group.files[label].decode(errors="replace").strip()
+        else:
+            return None
+        return _number(value, self.classes, name)
+
+
+def _number(value: Any, classes: tuple[str, ...] | None, name: str) -> int:
+    """A label's number: a class's name, or a whole number below the number of classes."""
+    text = str(value)
+    if classes is not None and text in classes:
+        return classes.index(text)
+    if text.isdecimal() and (classes is None or int(text) < len(classes)):
+        return int(text)
+    known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or declare `data.classes`)"
+    raise ConfigError(f"{name}: its label is {text[:40]!r}, and {known} was expected.")
+
+
+def _expand(key: str, given: str | tuple[str, ...]) -> list[str]:
+    """The archives that a path, a folder, a pattern or a list of them means, each once."""
+    found: list[str] = []
+    for pattern in [given] if isinstance(given, str) else given:
+        if pattern.startswith("pipe:"):
+            raise ConfigError(f"`data.{key}`: {pattern!r} would run a command: give a file or a URL.")
+        for url in _braces(pattern):
+            archives = _archives(url, key)
+            if not archives:
+                raise ConfigError(
+                    f"`data.{key}`: {url!r} is no archive, folder of archives or pattern that fits any ({', '.join(_ARCHIVES)})."
+                )
+            found += archives
+    return list(dict.fromkeys(found))
+
+
+def _archives(url: str, key: str) -> list[str]:
+    if "://" in url or "::" in url:
+        if "*" not in url:
+            return [url]
+        try:
+            files, path = fsspec.core.url_to_fs(url)
+            return [str(files.unstrip_protocol(name)) for name in sorted(files.glob(path))]
+        except (ImportError, OSError, ValueError) as error:
+            raise ConfigError(f"`data.{key}`: {url!r} can't be listed: {error}") from error
+    path = Path(url).expanduser()
+    if path.is_dir():
+        return sorted(str(file.resolve()) for file in path.iterdir() if file.name.endswith(_ARCHIVES))
+    if path.is_file():
+        return [str(path.resolve())]
+    return sorted(str(Path(file).resolve()) for file in glob.glob(str(path)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def _braces(pattern: str) -> list[str]:
+    """``a-{08..11}.tar`` as its four names, ``{a,b}.tar`` as its two."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    inside = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if inside:
+        low, high, width = int(inside[1]), int(inside[2]), len(inside[1])
+        words = [f"{number:0{width}}" for number in range(low, high + 1)]
+    else:
+        words = match[1].split(",")
+    return [full for word in words for full in _braces(pattern[: match.start()] + word + pattern[match.end() :])]
+
+
+def _names(urls: list[str]) -> tuple[str, ...]:
+    """The archives' names without the place that they share, so that a copy elsewhere has the same ids."""
+    folders = [url.rsplit("/", 1)[0].split("/") for url in urls]
+    levels = zip(*folders, strict=False)  # as far as the shallowest goes
+    shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+    return tuple("/".join(url.split("/")[shared:]) for url in urls)

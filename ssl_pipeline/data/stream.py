@@ -1,0 +1,188 @@
+"""The contract of a source that is read from front to back: shards of encoded images."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.decode import decode_bytes
+from ssl_pipeline.data.source import Indexed, SourceConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of a shard, not decoded yet.
+
+    Attributes:
+        position: its place among the shard's samples, from 0.
+        data: the image file.
+        label: the number of its class; None where it has none.
+        name: what a message calls it.
+    """
+
+    position: int
+    data: bytes
+    label: int | None
+    name: str
+
+
+class Stream(ABC):
+    """Shards of samples, read from front to back.
+
+    There is no ``len``: a task that keeps a row per image can't take it.
+
+    Attributes:
+        name: for messages.
+        shards: their names, each once and without the place they lie at: ids are made of them.
+        channels: 1 or 3.
+        classes: names, in the order of the labels; None where they are not declared.
+        domains: none: a shard's samples don't say where they are from.
+        length: samples of all shards, as far as it is known.
+        block: samples that a process holds to be shuffled, encoded.
+        skip_unreadable: whether an image that can't be decoded is left out rather than an error.
+        licence: of the images, where known.
+        mean: per channel, of values in [0, 1], where known.
+        std: per channel, where known.
+    """
+
+    name: str
+    shards: tuple[str, ...]
+    channels: int
+    classes: tuple[str, ...] | None = None
+    domains: None = None
+    length: int | None = None
+    block: int = 4096
+    skip_unreadable: bool = False
+    licence: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @abstractmethod
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """A shard's samples in their order, from a position on; what comes before costs as little as can be.
+
+        Raises:
+            UserError: the shard is missing or damaged.
+        """
+
+    @abstractmethod
+    def size(self, shard: int) -> int:
+        """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes when the shards do, as far as can be told without reading them."""
+
+    def head(self, count: int) -> Handful:
+        """The first samples, as they lie, held in memory: something to look at while training runs."""
+        every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
+        return Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+
+
+class Handful(Indexed):
+    """A few encoded images in memory.
+
+    Args:
+        name: for messages.
+        samples: the images; labels are known if all of them have one.
+        channels: 1 or 3.
+        classes: names, in the order of the labels.
+
+    Raises:
+        ConfigError: there are none.
+    """
+
+    def __init__(self, name: str, samples: list[Sample], channels: int, classes: tuple[str, ...] | None = None) -> None:
+        if not samples:
+            raise ConfigError(f"{name} holds no image: see the keys of `data` in `configs/data`.")
+        self.name, self.channels, self.classes, self._samples = name, channels, classes, samples
+        labels = [sample.label for sample in samples if sample.label is not None]
+        if classes is not None and len(labels) == len(samples):
+            self.labels = torch.tensor(labels)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def open_image(self, index: int) -> Image.Image:
+        """The decoded image."""
+        sample = self._samples[index]
+        return decode_bytes(sample.data, Path(sample.name), self.channels)
+
+    def describe(self, index: int) -> str:
+        """The sample's name in its shard."""
+        return self._samples[index].name
+
+    def fingerprint(self) -> str:
+        """Of all bytes and labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in self._samples:
+            digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> Handful:
+        """The chosen samples."""
+        return Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+
+
+class StreamConfig(SourceConfig, ABC):
+    """The base of sources whose training images may be a stream."""
+
+    @abstractmethod
+    def stream(self) -> Stream | None:
+        """The training images; None where they are numbered, and ``open`` gives them."""
+
+    def refuse_numbers(self) -> ConfigError:
+        """What ``open("train")`` raises of a stream."""
+        return ConfigError(
+            f"`data={self.name}` is read from front to back, and numbered images are needed here: put them into a folder or "
+            "a table (`data=folder`, `data=table`)."
+        )
+
+
+def open_training(config: SourceConfig) -> Indexed | Stream:
+    """What stage one learns from."""
+    source = (config.stream() if isinstance(config, StreamConfig) else None) or config.open("train")
+    assert source is not None
+    return source
+
+
+def known_length(source: Indexed | Stream) -> int | None:
+    """How many samples there are; None where a stream does not know."""
+    return source.length if isinstance(source, Stream) else len(source)
+
+
+def amount(source: Indexed | Stream) -> str:
+    """How much there is, in words."""
+    if isinstance(source, Indexed):
+        return f"{len(source)} images"
+    return f"{source.length or 'uncounted'} images in {len(source.shards)} shard(s)"
+
+
+def numbered(source: Indexed | Stream, count: int = 1024) -> Indexed:
+    """What figures are taken of while training runs: the whole source, or the first images of a stream."""
+    return source.head(count) if isinstance(source, Stream) else source
+
+
+def channels_of(sample: Sample) -> int:
+    """What a stream's first image says of all: 1 if it is grey, 3 otherwise.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    try:
+        with Image.open(BytesIO(sample.data)) as image:
+            return 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"{sample.name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."
+        ) from error

@@ -1,0 +1,64 @@
+"""The momentum teacher: a copy of a network that follows it as a moving average."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import Strict
+from ssl_pipeline.schedules import Clock
+
+
+class MomentumConfig(Strict):
+    """The teacher's momentum: what is kept of it at each step; rises along half a cosine (Grill et al. 2020).
+
+    Attributes:
+        start: at the first step.
+        end: at the last one.
+    """
+
+    start: float = Field(0.99, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+
+    @field_validator("start")
+    @classmethod
+    def _moves(cls, value: float) -> float:
+        if value == 1:
+            raise ValueError("a momentum of 1.0 at the start never moves the teacher: take 0.99 or 0.996.")
+        return value
+
+    def at(self, clock: Clock) -> float:
+        """The momentum at a step."""
+        return self.end - (self.end - self.start) * (1 + math.cos(math.pi * clock.step / clock.total)) / 2
+
+
+class Teacher(nn.Module):
+    """A copy of a network without gradients.
+
+    Its parameters follow the student's. Its BatchNorm statistics are its own: it runs in training mode, on the same batches.
+
+    Args:
+        student: the network to copy and to follow.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """What the network gives."""
+        rows: Tensor = self.network(images)
+        return rows
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, momentum: float) -> None:
+        """``teacher ← momentum · teacher + (1 − momentum) · student``; called after the optimizer's step."""
+        kept: list[Tensor] = list(self.network.parameters())
+        new: list[Tensor] = list(student.parameters())
+        assert len(kept) == len(new)
+        torch._foreach_lerp_(kept, new, 1 - momentum)  # one kernel's start for all of them

@@ -1,0 +1,106 @@
+"""What most pretext tasks share: an encoder with a projection head behind it, and several views through it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.engine.task import PretextConfig, Task
+from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import projection_head
+
+
+class ProjectedConfig(PretextConfig):
+    """The projection head's measures, common to the tasks that have one.
+
+    Attributes:
+        hidden_width: of the projection head.
+        projection_width: where the loss is taken.
+        layers: of the projection head.
+    """
+
+    hidden_width: int = Field(2048, ge=1)
+    projection_width: int = Field(128, ge=2)
+    layers: int = Field(2, ge=1)
+
+
+class ContrastiveConfig(ProjectedConfig):
+    """Of the tasks with a temperature.
+
+    Attributes:
+        temperature: of InfoNCE.
+    """
+
+    temperature: TemperatureConfig = TemperatureConfig()
+
+    def check_domains(self, domains: object) -> None:
+        """A temperature per domain needs domains.
+
+        Raises:
+            ConfigError: the source has none.
+        """
+        if self.temperature.other_domain is not None and domains is None:
+            raise ConfigError(
+                "`pretext.temperature.other_domain` needs images with domains, and this data has none: set it to null, or take a "
+                "source with domains."
+            )
+
+
+class Projected(Task):
+    """An encoder with a projection head, which is thrown away after stage one.
+
+    Args:
+        config: the head's measures.
+        encoder: what is pretrained.
+        norm: whether batch norms stand between the head's layers.
+        final_norm: whether one follows the last.
+    """
+
+    def __init__(self, config: ProjectedConfig, encoder: Encoder, norm: bool = True, final_norm: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection = projection_head(
+            encoder.width, config.hidden_width, config.projection_width, config.layers, norm, final_norm
+        )
+
+    def project(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to projections (B, projection_width)."""
+        projections: Tensor = self.projection(self.encoder.features(images))
+        return projections
+
+    def student(self) -> nn.Sequential:
+        """Encoder and head as one network, for a teacher to copy and to follow."""
+        return nn.Sequential(self.encoder, self.projection)
+
+
+class Contrastive(Projected):
+    """A projected task with a temperature, which stays within its bounds."""
+
+    def __init__(
+        self, config: ContrastiveConfig, encoder: Encoder, norm: bool = True, final_norm: bool = False
+    ) -> None:
+        super().__init__(config, encoder, norm, final_norm)
+        self.temperature = Temperature(config.temperature)
+
+
+def through(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Several views through a network, those of one size as one batch, so that BatchNorm sees them together.
+
+    Args:
+        network: images (N, C, H, W) to rows (N, D).
+        views: each of shape (B, C, S, S), equal sizes side by side.
+
+    Returns:
+        Rows of shape (B, D) for each view.
+    """
+    rows: list[Tensor] = []
+    for _, group in itertools.groupby(views, key=lambda view: view.shape[2:]):
+        same = list(group)
+        rows += network(torch.cat(same)).chunk(len(same))
+    return rows

@@ -1,0 +1,69 @@
+"""BYOL: predict what a slowly moving teacher makes of the other view; no negatives."""
+
+from __future__ import annotations
+
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from pydantic import Field
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import prediction_head
+from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
+
+
+class Config(ProjectedConfig):
+    """BYOL (Grill et al. 2020).
+
+    Attributes:
+        momentum: of the teacher.
+        predictor_width: between the predictor's two layers.
+    """
+
+    hidden_width: int = Field(4096, ge=1)
+    projection_width: int = Field(256, ge=2)
+    momentum: MomentumConfig = MomentumConfig(start=0.996)
+    predictor_width: int = Field(4096, ge=1)
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> BYOL:
+        """The task around an encoder."""
+        del source  # neither labels nor the number of images matter
+        return BYOL(self, encoder)
+
+
+class BYOL(Projected):
+    """See :class:`Config`. The loss is the negative cosine, which differs from the paper's 2 − 2·cos by scale and offset."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder)
+        self.predictor = prediction_head(config.projection_width, config.predictor_width)
+        self.teacher = Teacher(self.student())
+        self.momentum = config.momentum
+        self.distance = NegativeCosineSimilarity()
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Predictions of the student, targets of the teacher."""
+        predictions = through(lambda images: self.predictor(self.project(images)), batch.views)
+        targets = through(self.teacher, batch.views)
+        return {
+            "prediction 0": predictions[0], "prediction 1": predictions[1], "target 0": targets[0], "target 1": targets[1],
+        }  # fmt: skip
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The mean of both ways, in [-1, 1]."""
+        del batch
+        with torch.autocast(embeddings["target 0"].device.type, enabled=False):
+            ways = [
+                self.distance(precise(embeddings[f"prediction {i}"]), precise(embeddings[f"target {1 - i}"].detach()))
+                for i in (0, 1)
+            ]
+            return StepOutput(torch.stack(ways).mean())
+
+    def after_step(self, batch: Batch) -> None:
+        """The teacher follows."""
+        self.teacher.follow(self.student(), self.momentum.at(batch.clock))

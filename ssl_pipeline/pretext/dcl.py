@@ -1,0 +1,33 @@
+"""DCL: SimCLR without the positive in the denominator, so that an easy positive does not quiet the negatives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.losses.info_nce import two_view_info_nce
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.pretext import simclr
+from ssl_pipeline.pretext._projected import ContrastiveConfig
+
+
+class Config(ContrastiveConfig):
+    """Decoupled contrastive learning (Yeh et al. 2022): learns from small batches. The loss can be negative."""
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> DCL:
+        """The task around an encoder."""
+        self.check_domains(source.domains)
+        return DCL(self, encoder)
+
+
+class DCL(simclr.SimCLR):
+    """See :class:`Config`."""
+
+    def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
+        """The decoupled InfoNCE."""
+        return two_view_info_nce(
+            first, second, temperature, domain=self.domain_of(batch),
+            other_domain=self.temperature.config.other_domain, decoupled=True,
+        )  # fmt: skip

@@ -1,0 +1,126 @@
+"""MoCo v2: a view against a slowly moving encoder's view of the same image, and a long queue of older ones."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream, known_length
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.info_nce import info_nce
+from ssl_pipeline.losses.memory import Queue
+from ssl_pipeline.losses.temperature import temperature_figures
+from ssl_pipeline.losses.tiles import Match
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+
+
+class Config(ContrastiveConfig):
+    """MoCo v2 (Chen, Fan et al. 2020).
+
+    Attributes:
+        queue: keys that are kept.
+        momentum: of the key encoder.
+        symmetric: whether each view is a query once (as in "MoCo v2+"), or the first alone.
+        leave_out_same_sample: whether older keys of the query's own image are no negatives.
+    """
+
+    queue: int = Field(65536, ge=1)
+    momentum: MomentumConfig = MomentumConfig(start=0.999, end=0.999)
+    symmetric: bool = False
+    leave_out_same_sample: bool = True
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV2:
+        """The task around an encoder.
+
+        Raises:
+            ConfigError: the queue would hold an image's own keys as its negatives.
+        """
+        check_queue(self.queue, self.leave_out_same_sample, source)
+        if self.temperature.other_domain is not None:
+            raise ConfigError(
+                "`pretext.temperature.other_domain` has no meaning for a queue without domains: use simclr."
+            )
+        return MoCoV2(self, encoder)
+
+
+def check_queue(size: int, leaves_out_same_sample: bool, source: Indexed | Stream) -> None:
+    """A queue longer than the data holds every image's own keys.
+
+    Raises:
+        ConfigError: it does, and they would count as negatives.
+    """
+    samples = known_length(source)
+    if samples is not None and size > samples and not leaves_out_same_sample:
+        raise ConfigError(
+            f"`pretext.queue` of {size} is longer than the {samples} images of {source.name}: each image would repel itself. "
+            "Lower it, or set `pretext.leave_out_same_sample` to true."
+        )
+
+
+class MoCoV2(Contrastive):
+    """See :class:`Config`. With several GPUs BatchNorm is synchronised, which takes the place of shuffling the batch."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder, norm=False)
+        self.teacher = Teacher(self.student())
+        self.queue = Queue(config.queue, config.projection_width)
+        self.momentum, self.symmetric = config.momentum, config.symmetric
+        self.leave_out_same_sample = config.leave_out_same_sample
+        self._keys: list[Tensor] = []
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Queries of the encoder, keys of its teacher; the one-way form needs one view of each."""
+        first, second = batch.views
+        queries = through(self.project, [first, second] if self.symmetric else [first])
+        keys = through(self.teacher, [second, first] if self.symmetric else [second])
+        return {f"query {i}": rows for i, rows in enumerate(queries)} | {
+            f"key {i}": rows for i, rows in enumerate(keys)
+        }
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """InfoNCE of each query against its key and the queue."""
+        temperature = self.temperature(batch.clock)
+        ways = 2 if self.symmetric else 1
+        queries = [embeddings[f"query {i}"] for i in range(ways)]
+        self._keys = [embeddings[f"key {i}"].detach() for i in range(ways)]
+        contrasts = [self._contrast(keys, batch) for keys in self._keys]
+        losses = [
+            info_nce(rows, keys, positive, temperature, left_out=left_out)
+            for rows, (keys, positive, left_out) in zip(queries, contrasts, strict=True)
+        ]
+        keys, positive, _ = contrasts[0]
+        details = partial(temperature_figures, queries[0].detach(), keys, positive, temperature)
+        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
+
+    def _contrast(self, keys: Tensor, batch: Batch) -> tuple[Tensor, Match, list[Match]]:
+        """The keys, which of them are positives, and which are none of a query's candidates."""
+        rank, _ = world()
+        older, older_samples = self.queue.keys()
+        keys = gather_rows(keys)
+        place = torch.arange(len(batch.index), device=keys.device) + rank * len(batch.index)
+        all_places = torch.arange(len(keys), device=keys.device)
+        positive = place, torch.cat([all_places, torch.full_like(older_samples, -1)])
+        # A query's candidates are its own key and the queue, not the batch's other keys: they share an id with all queries.
+        in_batch = torch.zeros_like(place), torch.cat([torch.zeros_like(all_places), torch.ones_like(older_samples)])
+        # Before the queue has rows, the other keys are all there is.
+        left_out = [in_batch] if len(older) else []
+        if self.leave_out_same_sample:
+            left_out.append((batch.index, torch.cat([gather_ids(batch.index), older_samples])))
+        return torch.cat([keys, older]), positive, left_out
+
+    def after_step(self, batch: Batch) -> None:
+        """The teacher follows, and the batch's keys join the queue."""
+        self.temperature.clamp()
+        self.teacher.follow(self.student(), self.momentum.at(batch.clock))
+        for keys in self._keys:
+            self.queue.push(keys, batch.index)
+        self._keys = []

@@ -1,0 +1,78 @@
+"""MoCo v3: a predictor on the encoder, a slowly moving teacher, and the batch itself as negatives."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.info_nce import info_nce
+from ssl_pipeline.losses.temperature import temperature_figures
+from ssl_pipeline.losses.tiles import Match
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import prediction_head
+from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+
+
+class Config(ContrastiveConfig):
+    """MoCo v3 (Chen, Xie and He 2021).
+
+    Attributes:
+        momentum: of the teacher.
+        predictor_width: between the predictor's two layers.
+    """
+
+    momentum: MomentumConfig = MomentumConfig(start=0.99)
+    predictor_width: int = Field(2048, ge=1)
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV3:
+        """The task around an encoder."""
+        self.check_domains(source.domains)
+        return MoCoV3(self, encoder)
+
+
+class MoCoV3(Contrastive):
+    """See :class:`Config`. The loss is scaled by 2τ, as in the paper."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder, final_norm=True)
+        self.predictor = prediction_head(config.projection_width, config.predictor_width)
+        self.teacher = Teacher(self.student())
+        self.momentum = config.momentum
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Queries of encoder, head and predictor; keys of the teacher."""
+        queries = through(lambda images: self.predictor(self.project(images)), batch.views)
+        keys = through(self.teacher, batch.views)
+        return {"query 0": queries[0], "query 1": queries[1], "key 0": keys[0], "key 1": keys[1]}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """Each view's query against the other view's keys of all images."""
+        temperature = self.temperature(batch.clock)
+        rank, _ = world()
+        place = torch.arange(len(batch.index), device=batch.index.device) + rank * len(batch.index)
+        match: Match = (place, gather_ids(place))
+        other_domain = self.temperature.config.other_domain
+        domain = None
+        if other_domain is not None and batch.domain is not None:
+            domain = batch.domain, gather_ids(batch.domain)
+        losses, keys = [], [gather_rows(embeddings[f"key {i}"].detach()) for i in (0, 1)]
+        for i in (0, 1):
+            query = embeddings[f"query {i}"]
+            losses.append(info_nce(query, keys[1 - i], match, temperature, domain=domain, other_domain=other_domain))
+        loss: Tensor = temperature * torch.stack(losses).sum()
+        details = partial(temperature_figures, embeddings["query 0"].detach(), keys[1], match, temperature)
+        return StepOutput(2 * loss, {"temperature": temperature}, details)
+
+    def after_step(self, batch: Batch) -> None:
+        """The teacher follows."""
+        self.temperature.clamp()
+        self.teacher.follow(self.student(), self.momentum.at(batch.clock))

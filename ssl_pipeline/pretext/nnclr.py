@@ -1,0 +1,96 @@
+"""NNCLR: the positive of a view is the nearest neighbour, among many past images, of the image's other view."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.info_nce import info_nce, unit_rows
+from ssl_pipeline.losses.memory import Queue
+from ssl_pipeline.losses.temperature import temperature_figures
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import prediction_head
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+
+
+class Config(ContrastiveConfig):
+    """NNCLR (Dwibedi et al. 2021).
+
+    Attributes:
+        queue: the support set's rows.
+        predictor_width: between the predictor's two layers.
+        normalised_projection: whether a batch norm follows the projection head, as in the paper.
+    """
+
+    layers: int = Field(3, ge=1)
+    projection_width: int = Field(256, ge=2)
+    queue: int = Field(65536, ge=1)
+    predictor_width: int = Field(4096, ge=1)
+    normalised_projection: bool = True
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> NNCLR:
+        """The task around an encoder.
+
+        Raises:
+            ConfigError: a temperature per domain, which a support set without domains can't have.
+        """
+        del source
+        if self.temperature.other_domain is not None:
+            raise ConfigError("`pretext.temperature.other_domain` has no meaning for neighbours: use simclr.")
+        return NNCLR(self, encoder)
+
+
+class NNCLR(Contrastive):
+    """See :class:`Config`. An image's own older rows may be its neighbours, as in the paper: they are positives anyway."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder, final_norm=config.normalised_projection)
+        self.predictor = prediction_head(config.projection_width, config.predictor_width)
+        self.queue = Queue(config.queue, config.projection_width)
+        self._projections: Tensor | None = None
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Projections and predictions of both views."""
+        projections = through(self.project, batch.views)
+        predictions = self.predictor(torch.cat(projections)).chunk(2)
+        return {
+            "projection 0": projections[0], "projection 1": projections[1],
+            "prediction 0": predictions[0], "prediction 1": predictions[1],
+        }  # fmt: skip
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """A view's neighbour tells the other view's prediction from those of all other images."""
+        temperature = self.temperature(batch.clock)
+        rank, _ = world()
+        place = torch.arange(len(batch.index), device=batch.index.device) + rank * len(batch.index)
+        match = place, gather_ids(place)
+        projections = [embeddings[f"projection {i}"].detach() for i in (0, 1)]
+        self._projections = projections[0]
+        neighbours = [self.nearest(rows) for rows in projections]
+        keys = [gather_rows(embeddings[f"prediction {i}"]) for i in (0, 1)]
+        losses = [info_nce(neighbours[i], keys[1 - i], match, temperature) for i in (0, 1)]
+        details = partial(temperature_figures, neighbours[0], keys[1].detach(), match, temperature)
+        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The support set's nearest rows, (B, D); the rows themselves while it is empty."""
+        support, _ = self.queue.keys()
+        if not len(support):
+            return rows
+        return support[(unit_rows(rows) @ support.T).argmax(1)]
+
+    def after_step(self, batch: Batch) -> None:
+        """The first view's projections join the support set."""
+        self.temperature.clamp()
+        assert self._projections is not None
+        self.queue.push(self._projections, batch.index)
+        self._projections = None

@@ -1,0 +1,50 @@
+"""Rotation prediction: by which quarter turn was the image rotated?"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
+from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.model.encoder import Encoder
+
+
+class Config(PretextConfig):
+    """Rotation prediction (Gidaris et al. 2018): the pretext task in its purest form, a label made of the image itself."""
+
+    views_needed: ClassVar[int | None] = None
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> Rotation:
+        """The task around an encoder."""
+        del source  # neither labels nor the number of images matter
+        return Rotation(encoder)
+
+
+class Rotation(Task):
+    """See :class:`Config`. Each view is seen in all four turns, as in the paper."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.width, 4)
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Logits of the four answers for each of the four turns of each view, (B, turns · views, 4)."""
+        images = torch.cat(batch.views)
+        turned = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
+        logits = self.head(self.encoder.features(turned))
+        return {"logits": logits.reshape(-1, len(batch.index), 4).transpose(0, 1)}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """Cross-entropy, and the share of right answers (a quarter is chance)."""
+        logits = precise(embeddings["logits"])
+        turns = torch.arange(4, device=logits.device).repeat_interleave(len(batch.views)).expand(logits.shape[:2])
+        accuracy = (logits.detach().argmax(2) == turns).float().mean()
+        return StepOutput(F.cross_entropy(logits.flatten(0, 1), turns.flatten()), {"accuracy": accuracy})

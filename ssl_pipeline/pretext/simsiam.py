@@ -1,0 +1,63 @@
+"""SimSiam: predict the other view's projection, through which no gradient flows; neither negatives nor a teacher."""
+
+from __future__ import annotations
+
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from pydantic import Field
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import prediction_head
+from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
+
+
+class Config(ProjectedConfig):
+    """SimSiam (Chen and He 2021).
+
+    Attributes:
+        predictor_width: between the predictor's two layers: a bottleneck, as a wide one collapses.
+    """
+
+    layers: int = Field(3, ge=1)
+    projection_width: int = Field(2048, ge=2)
+    predictor_width: int = Field(512, ge=1)
+
+    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimSiam:
+        """The task around an encoder."""
+        del source  # neither labels nor the number of images matter
+        return SimSiam(self, encoder)
+
+
+class SimSiam(Projected):
+    """See :class:`Config`."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder, final_norm=True)
+        self.predictor = prediction_head(config.projection_width, config.predictor_width)
+        self.distance = NegativeCosineSimilarity()
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Projections and predictions of both views."""
+        projections = through(self.project, batch.views)
+        predictions = self.predictor(torch.cat(projections)).chunk(2)
+        return {
+            "projection 0": projections[0], "projection 1": projections[1],
+            "prediction 0": predictions[0], "prediction 1": predictions[1],
+        }  # fmt: skip
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The mean of both ways, in [-1, 1]."""
+        del batch
+        with torch.autocast(embeddings["projection 0"].device.type, enabled=False):
+            ways = [
+                self.distance(
+                    precise(embeddings[f"prediction {i}"]), precise(embeddings[f"projection {1 - i}"].detach())
+                )
+                for i in (0, 1)
+            ]
+            return StepOutput(torch.stack(ways).mean())

@@ -1,0 +1,137 @@
+"""``ssl-pipeline temperature [RUN]``: a picture of what the temperature does, from the glossary's example to a real run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.data.lanes import training_batches
+from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.stream import known_length, open_training
+from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_figures
+from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
+from ssl_pipeline.track.progress import console
+from ssl_pipeline.views.policy import Views
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EXAMPLE = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+TEMPERATURES = [0.01 * 2 ** (step / 3) for step in range(24)]
+NAMES = {
+    "entropy_share": "entropy ÷ log of the candidates",
+    "p_positive": "p(positive)",
+    "hardest_1pct": "gradient on the hardest 1 %",
+    "hardest_5pct": "gradient on the hardest 5 %",
+}
+
+
+def draw(run: Path | None, output: Path) -> Path:
+    """Saves the picture.
+
+    Args:
+        run: a stage-one run's folder; without one the example alone is drawn.
+        output: an .svg, .png or .pdf file.
+
+    Raises:
+        ConfigError: the file's ending, or a folder that holds no run.
+    """
+    from matplotlib.figure import Figure
+
+    if output.suffix not in (".svg", ".png", ".pdf"):
+        raise ConfigError(f"--output: {str(output)!r} is no picture's name: end it in .svg, .png or .pdf.")
+    rows = 1 if run is None else 2
+    figure = Figure(figsize=(11, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    _example(axes[0, 0], axes[0, 1])
+    if run is not None:
+        _real_images(axes[1, 0], run)
+        _course(axes[1, 1], run)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
+    return output
+
+
+def _example(bars: Axes, curves: Axes) -> None:
+    for place, temperature in enumerate((0.5, 1.0, 2.0)):
+        heights = softmax(EXAMPLE, temperature).tolist()
+        drawn = bars.bar([x + 0.27 * (place - 1) for x in range(3)], heights, 0.25, label=f"τ = {temperature:g}")
+        bars.bar_label(drawn, [f"{height:.2f}" for height in heights], fontsize=8)
+    bars.set(title="The softmax of the logits 1, 2, 3", xticks=range(3), xticklabels=["1", "2", "3"], xlabel="logit")
+    bars.set(ylabel="probability", ylim=(0, 1))
+    bars.legend()
+    many = [0.1 * 2 ** (step / 4) for step in range(28)]
+    curves.plot(many, [float(entropy_share(EXAMPLE, t)) for t in many], label="entropy ÷ log 3")
+    curves.plot(many, [-math.log(float(softmax(EXAMPLE, t)[2])) for t in many], label="cross-entropy of the top logit")
+    curves.axhline(math.log(3), color="grey", linewidth=0.8, linestyle="--")
+    curves.annotate("log 3: all alike", (many[0], math.log(3)), (0, 3), textcoords="offset points", fontsize=8)
+    curves.set(title="Above 1 it smooths, below 1 it sharpens", xscale="log", xlabel="τ")
+    curves.legend()
+
+
+def _real_images(axes: Axes, run: Path) -> None:
+    """Two views of 256 images of the run's data, through the run's encoder, at every temperature."""
+    first, second, name = _two_views(run)
+    rows, place = torch.cat([first, second]), torch.arange(2 * len(first))
+    pairs = place % len(first)
+    found = [temperature_figures(rows, rows, (pairs, pairs), t, own=(place, place)) for t in TEMPERATURES]
+    for key, label in NAMES.items():
+        axes.plot(TEMPERATURES, [float(figures[key]) for figures in found], label=label)
+    axes.set(title=f"The encoder's features of {len(first)} images of {name}", xscale="log", xlabel="τ", ylim=(0, 1.02))
+    axes.legend(fontsize=8)
+
+
+@torch.no_grad()
+def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
+    encoder, card = load_encoder(run)
+    config = resolve(PretrainConfig, card.config)
+    train, blueprint = open_training(config.data), card.blueprint
+    views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
+    settled = Views(views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    length = known_length(train)
+    count = 256 if length is None else min(256, length)
+    share = Share(0, 1, torch.device("cpu"))
+    batches = training_batches(train, settled, count, config.seed, share, 1, 0, with_labels=False)
+    encoder.eval()
+    first, second = (encoder.features(view) for view in next(iter(batches.from_step(0))).views)
+    return first, second, train.name
+
+
+def _course(axes: Axes, run: Path) -> None:
+    lines = read_metrics(run / FILE_NAME)
+    for key, label in {"temperature": "τ, as it was used", **NAMES}.items():
+        points = [(line["step"], line[f"pretrain/{key}"]) for line in lines if f"pretrain/{key}" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color="black" if key == "temperature" else None)
+    axes.set(title="The course of the run (its projections)", xlabel="optimizer step", ylim=(0, 1.02))
+    if axes.lines:
+        axes.legend(fontsize=8)
+    else:
+        axes.annotate("this pretext task logs no temperature", (0.5, 0.5), xycoords="axes fraction", ha="center")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="ssl-pipeline temperature", description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="a stage-one run's folder")
+    parser.add_argument("--output", type=Path, help="an .svg, .png or .pdf file; by default beside the run")
+    options = parser.parse_args()
+    output = options.output or (options.run or Path()) / "temperature.svg"
+    try:
+        path: Any = draw(options.run, output)
+    except UserError as error:
+        leave(error)
+    console().print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Tiny pretext tasks and batches, without data, loop or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.engine.task import PretextConfig, Task
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.schedules import Clock
+from tests.runs import small_pretext
+
+
+def tiny_config(name: str, overrides: Sequence[str] = ()) -> PretextConfig:
+    """A task's configuration with small heads."""
+    config = load("pretrain", PretrainConfig, [*small_pretext(name), *overrides]).pretext
+    assert isinstance(config, PretextConfig)
+    return config
+
+
+def tiny_task(name: str, overrides: Sequence[str] = (), samples: int = 8, seed: int = 0) -> tuple[Task, Batch]:
+    """A task, primed, and a batch of all samples at step 0 of 10."""
+    config = tiny_config(name, overrides)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (samples, 1, 12, 12), generator=generator, dtype=torch.uint8)
+    source = ArraySource("random", pixels, torch.arange(samples) % 2, ("a", "b"))
+    blueprint = Blueprint(
+        backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
+    )
+    torch.manual_seed(seed)
+    task = config.build(blueprint.build()[0], source)
+    with torch.no_grad():
+        task.prime(lambda forward: forward(pixels.float() / 255))
+    return task, tiny_batch(task, config.views_needed or 2, samples, 0)
+
+
+def tiny_batch(task: Task, views: int, samples: int, step: int, local: int = 0) -> Batch:
+    """Random views of all samples."""
+    generator = torch.Generator().manual_seed(100 + step)
+    images: list[Tensor] = [torch.randn(samples, 1, 12, 12, generator=generator) for _ in range(views)]
+    images += [torch.randn(samples, 1, 8, 8, generator=generator) for _ in range(local)]
+    labels = torch.arange(samples) % 2 if task.reads_labels else None
+    return Batch(Clock(step, 10, 1), torch.arange(samples), images, labels)

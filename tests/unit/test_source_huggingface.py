@@ -1,0 +1,207 @@
+"""Hugging Face's datasets from local files, whole and streamed."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.lanes import StreamBatches, sample_id
+from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.rows import Rows, RowStream
+from ssl_pipeline.data.sources import huggingface
+from ssl_pipeline.views.policy import Views, ViewsConfig
+from tests.shards import png
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    yield
+    datasets.enable_progress_bars()
+
+
+def table(count: int, **columns: Any) -> Any:
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])}
+    values: dict[str, Any] = {
+        "image": [{"bytes": png(i), "path": None} for i in range(count)],
+        "label": [i % 2 for i in range(count)],
+    }
+    for name, column in columns.items():
+        values[name] = column
+        features[name] = datasets.Value("string" if isinstance(column[0], str) else "int64")
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+
+
+def write_parquet(folder: Path, rows: Any, shards: int = 1, split: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(shards):
+        rows.shard(shards, i, contiguous=True).to_parquet(folder / f"{split}-{i:05}-of-{shards:05}.parquet")
+    return folder
+
+
+def config(path: Path | str, **keys: Any) -> huggingface.Config:
+    return huggingface.Config(name="huggingface", path=str(path), **keys)
+
+
+def opened(path: Path | str, split: Any = "train", **keys: Any) -> Rows:
+    source = config(path, **keys).open(split)
+    assert isinstance(source, Rows)
+    return source
+
+
+def streamed(path: Path | str, **keys: Any) -> RowStream:
+    stream = config(path, streaming=True, **keys).stream()
+    assert stream is not None
+    return stream
+
+
+def greys(source: Rows) -> list[Any]:
+    return [source.open_image(i).getpixel((0, 0)) for i in range(len(source))]
+
+
+def test_images_are_held_out_where_the_dataset_has_one_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(40))
+    table(40).save_to_disk(tmp_path / "saved")
+    for place in ("d", "saved"):
+        parts = [opened(tmp_path / place, split) for split in ("train", "dev", "test")]
+        assert [len(part) for part in parts] == [29, 3, 8]
+        assert sorted(itertools.chain.from_iterable(greys(part) for part in parts)) == list(range(40))
+        for part in parts:
+            assert part.channels == 1
+            assert part.classes == ("even", "odd")
+            assert part.labels is not None
+            assert part.labels.tolist() == [grey % 2 for grey in greys(part)]
+    assert opened(tmp_path / "d").fingerprint() == opened(tmp_path / "saved").fingerprint()
+    assert opened(tmp_path / "d").fingerprint() != opened(tmp_path / "d", "test").fingerprint()
+    assert opened(tmp_path / "d", channels=3).open_image(0).mode == "RGB"
+
+
+def test_the_datasets_own_splits_are_taken(tmp_path: Path) -> None:
+    splits = {"train": table(20), "validation": table(6), "test": table(4)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for split, rows in splits.items():
+        write_parquet(tmp_path / "d", rows, split=split)
+    for place in ("d", "saved"):
+        assert [len(opened(tmp_path / place, split)) for split in ("train", "dev", "test")] == [20, 6, 4]
+        assert len(opened(tmp_path / place, test_split="validation", dev_split=None)) == 18
+    with pytest.raises(ConfigError, match="has no split 'extra'; it has train, validation, test"):
+        opened(tmp_path / "saved", train_split="extra")
+    with pytest.raises(ConfigError, match='Unknown split "extra"'):
+        opened(tmp_path / "d", train_split="extra")
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    rows = table(12, origin=["ink", "oil", "ink"] * 4, kind=[7, 11] * 6)
+    rows.save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved", label="kind", domain="origin")
+    assert source.classes == ("7", "11")
+    assert source.domain_names == ("ink", "oil")
+    assert source.domains is not None
+    chosen = source.select(source.domains.argsort(descending=True)[:1])
+    assert chosen.domains is not None
+    assert chosen.domains.tolist() == [1]
+    assert greys(chosen)[0] % 3 == 1
+    assert opened(tmp_path / "saved", label=None).labels is None
+    assert config(tmp_path / "saved", label=None).open("dev") is None
+    for key in ("label", "image", "domain"):
+        with pytest.raises(
+            ConfigError, match=rf"no column 'x'; it has 'image', 'label', 'origin', 'kind': mend `data\.{key}`"
+        ):
+            opened(tmp_path / "saved", **{key: "x"})
+    with pytest.raises(ConfigError, match="holds no image but str"):
+        opened(tmp_path / "saved", image="origin")
+    rows.remove_columns("image").save_to_disk(tmp_path / "none")
+    with pytest.raises(ConfigError, match="has 0 columns of images"):
+        opened(tmp_path / "none")
+
+
+def test_labels_that_training_lacks_or_that_are_kept_back_are_told(tmp_path: Path) -> None:
+    train, test = table(4, kind=["a", "b"] * 2), table(4, kind=["a", "b", "c", "b"])
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"no training row has: c \(1 in all\)"):
+        opened(tmp_path / "saved", "test", label="kind")
+    hidden = table(4).map(lambda row: {"label": -1})
+    datasets.DatasetDict(train=table(20), test=hidden).save_to_disk(tmp_path / "hidden")
+    with pytest.raises(ConfigError, match="keeps its labels to itself"):
+        opened(tmp_path / "hidden", "test")
+
+
+def test_files_beside_the_rows_are_read(tmp_path: Path) -> None:
+    for i in range(20):
+        path = tmp_path / "images" / ("a", "b")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+    source = opened(tmp_path / "images")
+    assert source.classes == ("a", "b")
+    assert set(greys(source)) <= set(range(20))
+    files = str(tmp_path / "images" / "**" / "*.png")
+    by_kind = opened("imagefolder", data_files=files)
+    assert by_kind.fingerprint() == source.fingerprint()
+
+
+def test_what_can_not_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"can't be loaded .*contain any data files"):
+        opened(tmp_path / "empty")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        opened(tmp_path / "bad")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"ssl-pipeline\[hf\]"):
+        opened(tmp_path / "empty", "dev")
+
+
+def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(20), shards=3)
+    stream = streamed(tmp_path / "d")
+    assert stream.shards == ("0", "1", "2")
+    assert stream.channels == 1
+    assert stream.classes == ("even", "odd")
+    assert [stream.size(i) for i in range(3)] == [7, 7, 6]
+    samples = [list(stream.read(i)) for i in range(3)]
+    assert [sample.data for part in samples for sample in part] == [png(i) for i in range(20)]
+    assert [sample.label for part in samples for sample in part] == [i % 2 for i in range(20)]
+    for start in range(8):
+        assert list(stream.read(1, start)) == samples[1][start:]
+    with pytest.raises(ConfigError, match="numbered images are needed"):
+        config(tmp_path / "d", streaming=True).open("train")
+    assert config(tmp_path / "d", streaming=True).open("dev") is None
+    write_parquet(tmp_path / "d", table(6), split="validation")
+    dev = config(tmp_path / "d", streaming=True, held_images=4).open("dev")
+    assert dev is not None
+    assert dev.labels is not None
+    assert dev.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_shard_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(20), shards=2)
+    stream = streamed(tmp_path / "d")
+    path = tmp_path / "d" / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert len(list(stream.read(0))) == 10
+    with pytest.raises(ConfigError, match="can't be read on: "):
+        list(stream.read(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_share_a_streams_shards_out_once(tmp_path: Path, workers: int) -> None:
+    write_parquet(tmp_path / "d", table(24), shards=4)
+    stream = streamed(tmp_path / "d", length=24)
+    views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
+    batches = StreamBatches(stream, views, 3, 0, Share(0, 1, torch.device("cpu")), 8, workers)
+    found = torch.cat([batch.index for batch in batches.from_step(0)]).tolist()
+    assert Counter(found) == Counter(sample_id(str(shard), i) for shard in range(4) for i in range(6))
+    assert torch.cat([batch.index for batch in batches.from_step(3)]).tolist() == found[9:]
