@@ -122,6 +122,7 @@ class StepBatches:
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
         self.workers = _workers(share) if workers is None else workers
+        self._known_bad = self._found_bad()
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
@@ -131,6 +132,23 @@ class StepBatches:
         """This process's samples of a step, int64 of shape (B,)."""
         clock, share = self.clock(step), self.share
         return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes)
+
+    def _found_bad(self) -> int:
+        return 0 if self.source.bad_files is None else len(self.source.bad_files.faults)
+
+    @property
+    def unreadable(self) -> int:
+        """How many files this process has found to be damaged since the start."""
+        return self._found_bad() - self._known_bad
+
+    def bear(self, unreadable: int) -> None:
+        """Goes on with so many damaged files, found by all processes since the start.
+
+        Raises:
+            ConfigError: together with those left out at the start they are too many.
+        """
+        if self.source.bad_files is not None and unreadable:
+            self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start."""

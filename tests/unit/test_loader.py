@@ -179,3 +179,20 @@ def test_limits(text: str, files: int, allowed: int) -> None:
 def test_what_is_no_limit(text: str) -> None:
     with pytest.raises(ValueError, match="write a share of the files or their number"):
         parse_limit(text)
+
+
+def test_a_thousand_steps_with_one_bad_file_in_ten(tmp_path: Path) -> None:
+    names = photos(tmp_path, 40, 12, 10)
+    bad = names[3::10]
+    for name in bad:
+        (tmp_path / name).write_bytes(b"no image")
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("10%"), 40))
+    made = StepBatches(source, views(8), 4, 0, Share(0, 1, CPU), 1000, 0)
+    steps = [batch.clock.step for batch in made.from_step(0)]
+    assert steps == list(range(1000))
+    assert made.unreadable == 4
+    assert source.bad_files is not None
+    assert sorted(source.bad_files.faults) == [str(tmp_path / name) for name in bad]
+    made.bear(4)
+    with pytest.raises(ConfigError, match="5 of 40 files"):
+        made.bear(5)  # what another process has found counts, too
