@@ -9,6 +9,10 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 VERBS = {
+    "prepare": (
+        "ssl_pipeline.data.prepare",
+        "reads a folder of images once: what is wrong with which, and fast starts",
+    ),
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,3 +13,16 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is kept for a user goes to a folder of its own, for the processes that tests start too."""
+    place = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("SSL_PIPELINE_CACHE")
+    os.environ["SSL_PIPELINE_CACHE"] = str(place)
+    yield place
+    if before is None:
+        del os.environ["SSL_PIPELINE_CACHE"]
+    else:
+        os.environ["SSL_PIPELINE_CACHE"] = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
+
+_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
+_TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
 class DecodeError(UserError):
@@ -47,62 +51,99 @@ def decode(path: Path, channels: int, min_size: int | None = None) -> Image.Imag
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
-    mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as file:
-            if min_size is not None:
-                file.draft(mode, (min_size, min_size))
-            file.load()
-            stored_as = file.format
-            image = ImageOps.exif_transpose(file)
-        return _to_8_bit(image, mode, stored_as)
+        return _decode(path, channels, min_size)
     except MemoryError:
         raise
     except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
-        raise DecodeError(path, _explain(path, error)) from error
+        raise DecodeError(path, explain(path, error)) from error
 
 
-def decode_bytes(data: bytes, name: Path, channels: int) -> Image.Image:
+def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = None) -> Image.Image:
     """Reads an image that is in memory, such as a member of an archive; see :func:`decode`.
 
     Args:
         data: the whole file.
         name: what a message calls it.
         channels: 1 for grey, 3 for RGB.
+        min_size: as in :func:`decode`.
 
     Raises:
         DecodeError: naming the image and what is wrong with it.
     """
     try:
-        with Image.open(BytesIO(data)) as file:
-            file.load()
-            return _to_8_bit(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB", file.format)
+        return _decode(BytesIO(data), channels, min_size)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
     except Exception as error:  # as above
-        raise DecodeError(name, _explain(name, error)) from error
+        raise DecodeError(name, explain(name, error)) from error
 
 
-def check_header(path: Path) -> tuple[int, int] | str:
+def _decode(stored: Path | BytesIO, channels: int, min_size: int | None) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    with Image.open(stored) as file:
+        if min_size is not None:
+            file.draft(mode, (min_size, min_size))
+        file.load()
+        stored_as = file.format
+        image = ImageOps.exif_transpose(file)
+    return _to_8_bit(image, mode, stored_as)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image.
+
+    Attributes:
+        width: in pixels, as it is seen after EXIF rotation.
+        height: likewise.
+        mode: Pillow's name of what is stored: ``RGB``, ``CMYK``, ``I;16``, ...
+        traits: of ``animated``, ``rotated`` and ``transparent``, those that hold.
+    """
+
+    width: int
+    height: int
+    mode: str
+    traits: frozenset[str] = frozenset()
+
+
+def read_header(stored: Path | BytesIO) -> Header:
     """Reads a file's header; much faster than decoding, and blind to damage further in.
 
-    Returns:
-        The stored width and height, before any EXIF rotation; or, in words, what is wrong.
+    Raises:
+        Exception: nearly any, by a decoder on damaged bytes; :func:`check_header` has them in words.
     """
+    with Image.open(stored) as file:
+        # A PNG without EXIF before its pixels would be decoded in search of it.
+        told = file.format != "PNG" or "exif" in file.info
+        orientation = file.getexif().get(_ORIENTATION, 1) if told else 1
+        found = {
+            "animated": bool(getattr(file, "is_animated", False)),
+            "rotated": orientation in range(2, 9),
+            "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
+        }
+        width, height = file.size
+        if orientation in _SIDEWAYS:
+            width, height = height, width
+        return Header(width, height, file.mode, frozenset(name for name, holds in found.items() if holds))
+
+
+def check_header(path: Path) -> Header | str:
+    """A file's header; or, in words, what is wrong."""
     try:
         if path.exists() and not path.is_file():
             return "it is no regular file"  # opening a pipe would wait for ever
-        with Image.open(path) as file:
-            return file.size if min(file.size) > 0 else "it has no pixels"
+        header = read_header(path)
+        return header if min(header.width, header.height) > 0 else "it has no pixels"
     except MemoryError:
         raise
     except Exception as error:  # as above
-        return _explain(path, error)
+        return explain(path, error)
 
 
-def _explain(path: Path, error: Exception) -> str:
+def explain(path: Path, error: Exception) -> str:
     """A decoder's error in words."""
     if isinstance(error, FileNotFoundError):
         return "it is not there (a broken link?)"
@@ -120,7 +161,7 @@ def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Ima
         # Pillow reads a PGM of more than 8 bits as 32-bit integers that it has spread over 16 bits.
         whole_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and stored_as == "PPM")
         image = _rescale(np.asarray(image), whole_16_bits)
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)

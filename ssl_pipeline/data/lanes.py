@@ -165,6 +165,9 @@ class StreamBatches:
         """The clock of a step."""
         return Clock(step, self.total_steps, self.steps_per_epoch)
 
+    def bear(self, unreadable: int) -> None:
+        """Goes on with any number of unreadable images, if the source skips them at all."""
+
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start.
 

@@ -21,6 +21,8 @@ from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.geometry import central_boxes, resize_box_of_file, resize_boxes
 from ssl_pipeline.views.policy import Views
 
+_NEIGHBOURS = 64
+
 
 @dataclass(frozen=True)
 class Share:
@@ -31,23 +33,62 @@ class Share:
     device: torch.device
 
 
-class _Crops(Dataset[tuple[Tensor, list[Tensor]] | DecodeError]):
-    """Decoded and cropped files, a whole step per item, so that a worker draws a batch's geometry at once.
+@dataclass
+class Crops:
+    """A step's cropped images.
 
-    A file that can't be decoded is returned rather than raised: the loader would wrap it in a traceback.
+    Attributes:
+        index: the samples, int64 of shape (B,); one that can't be decoded is replaced by a neighbour, here too.
+        views: per view uint8 of shape (B, C, S, S).
+        faults: of the samples that were replaced, what is wrong with them.
+    """
+
+    index: Tensor
+    views: list[Tensor]
+    faults: dict[int, DecodeError]
+
+
+def read_crops(source: Indexed, views: Views, index: Tensor, epoch: int) -> Crops:
+    """Decodes files, each once for all its views and as small as they allow, and crops them.
+
+    Raises:
+        DecodeError: so many neighbours can't be decoded either that something else must be wrong.
+    """
+    index, images, faults = index.clone(), dict[int, Image.Image](), dict[int, DecodeError]()
+    pending = list(range(len(index)))
+    for _ in range(_NEIGHBOURS):
+        sizes = source.sizes(index)
+        factors = [1] * len(index) if sizes is None else views.reductions(sizes, index, epoch)
+        failed = []
+        for place in pending:
+            try:
+                images[place] = source.open_reduced(int(index[place]), factors[place])
+            except DecodeError as error:
+                faults[int(index[place])] = error
+                failed.append(place)
+        if not failed:
+            return Crops(index, views.of_files([images[i] for i in range(len(index))], index, epoch, sizes), faults)
+        for place in failed:
+            index[place] = source.neighbour(int(index[place]))
+        pending = failed
+    raise next(reversed(faults.values()))
+
+
+class _Steps(Dataset[Crops | DecodeError]):
+    """A whole step per item, so that a worker draws a batch's geometry at once.
+
+    An error is returned rather than raised: the loader would wrap it in a traceback.
     """
 
     def __init__(self, batches: StepBatches) -> None:
         self._batches = batches
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[Tensor]] | DecodeError:
+    def __getitem__(self, step: int) -> Crops | DecodeError:
         batches = self._batches
-        index = batches.samples(step)
         try:
-            images = [batches.source.open_image(int(i)) for i in index]
+            return read_crops(batches.source, batches.views, batches.samples(step), batches.clock(step).epoch)
         except DecodeError as error:
             return error
-        return index, batches.views.of_files(images, index, batches.clock(step).epoch)
 
 
 class StepBatches:
@@ -80,8 +121,8 @@ class StepBatches:
         self.steps_per_epoch = len(source) // batch_size
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
-        cores = len(os.sched_getaffinity(0))
-        self.workers = max(1, min(8, cores // share.processes)) if workers is None else workers
+        self.workers = _workers(share) if workers is None else workers
+        self._known_bad = self._found_bad()
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
@@ -91,6 +132,23 @@ class StepBatches:
         """This process's samples of a step, int64 of shape (B,)."""
         clock, share = self.clock(step), self.share
         return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes)
+
+    def _found_bad(self) -> int:
+        return 0 if self.source.bad_files is None else len(self.source.bad_files.faults)
+
+    @property
+    def unreadable(self) -> int:
+        """How many files this process has found to be damaged since the start."""
+        return self._found_bad() - self._known_bad
+
+    def bear(self, unreadable: int) -> None:
+        """Goes on with so many damaged files, found by all processes since the start.
+
+        Raises:
+            ConfigError: together with those left out at the start they are too many.
+        """
+        if self.source.bad_files is not None and unreadable:
+            self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start."""
@@ -111,7 +169,7 @@ class StepBatches:
     def _crops_of_files(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         options: dict[str, Any] = {"prefetch_factor": 2} if self.workers else {}
         loader = DataLoader(
-            _Crops(self),
+            _Steps(self),
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=self.workers,
@@ -121,8 +179,27 @@ class StepBatches:
         for item in loader:
             if isinstance(item, DecodeError):
                 raise item
-            index, crops = item
-            yield index, [crop.to(self.share.device, non_blocking=True) for crop in crops]
+            for sample, fault in item.faults.items():
+                note_bad(self.source, sample, fault)
+            yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
+
+
+def _workers(share: Share) -> int:
+    """The cores of this machine, shared by the processes on it; more than sixteen wait for one another's memory."""
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
+
+
+def note_bad(source: Indexed, sample: int, error: DecodeError) -> None:
+    """Counts a sample that was replaced.
+
+    Raises:
+        DecodeError: the source bears none.
+        ConfigError: it bears no more.
+    """
+    if source.bad_files is None:
+        raise error
+    source.bad_files.note(source.describe(sample), error.fault)
 
 
 @dataclass(frozen=True)
@@ -149,6 +226,22 @@ class Preprocessing:
         return self._normalise(torch.stack(views).float() / 255)
 
 
+def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
+    """A decoded image; of one that can't be decoded its neighbour, of the same class, which is counted.
+
+    Raises:
+        DecodeError: the source bears no such image, or the neighbours can't be decoded either.
+        ConfigError: it bears no more.
+    """
+    for _ in range(_NEIGHBOURS):
+        try:
+            return source.open_image(index)
+        except DecodeError as error:
+            note_bad(source, index, error)
+            index, last = source.neighbour(index), error
+    raise last
+
+
 def read_in_order(
     source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor | None = None, chunk: int = 256
 ) -> Iterator[Tensor]:
@@ -170,5 +263,5 @@ def read_in_order(
             if source.pixels is not None:
                 yield preprocessing.of_pixels(source.pixels[part].to(device))
             else:
-                images = list(pool.map(source.open_image, part.tolist()))
+                images = list(pool.map(lambda i: open_or_neighbour(source, i), part.tolist()))
                 yield preprocessing.of_files(images).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from ssl_pipeline.draws import Name, permutation
 def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:
     """Per class its samples in a random order; label −1 means that there is none."""
     order = permutation(len(labels), *name)
-    return {int(c): order[labels[order] == c] for c in labels.unique() if c >= 0}
+    by_class = order[labels[order].argsort(stable=True)]
+    classes, sizes = labels.unique(return_counts=True)
+    return {int(c): part for c, part in zip(classes, by_class.split(sizes.tolist()), strict=True) if c >= 0}
 
 
 def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
@@ -30,12 +33,14 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     Returns:
         The rest and the held-out ones, each a sorted int64 index.
     """
-    ranked = [
-        ((rank + 0.5) / len(of_class), c, int(i))
-        for c, of_class in _shuffled_classes(labels, *name).items()
-        for rank, i in enumerate(of_class)
-    ]
-    held_out = torch.tensor(sorted(i for _, _, i in sorted(ranked)[:count]), dtype=torch.int64)
+    ranks, numbers, samples = [], [], []
+    for c, of_class in _shuffled_classes(labels, *name).items():
+        ranks.append((torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class))
+        numbers.append(torch.full((len(of_class),), c))
+        samples.append(of_class)
+    every = torch.cat([*samples, torch.empty(0, dtype=torch.int64)])
+    order = np.lexsort((every, torch.cat([*numbers, every[:0]]), torch.cat([*ranks, every[:0].double()])))
+    held_out = every[torch.from_numpy(order)][:count].sort().values
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out

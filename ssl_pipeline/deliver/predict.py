@@ -15,7 +15,7 @@ import torch
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
-from ssl_pipeline.data.sources.folder import ENDINGS
+from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.deliver.model import Model, load_model
 
 _CHUNK = 64

@@ -83,8 +83,10 @@ def fit(
             accelerator.scaler.load_state_dict(resume["scaler"])
     total, seed = batches.total_steps, batches.seed
     model.train()
-    since, images = time.perf_counter(), 0
+    since, images, waited = time.perf_counter(), 0, 0.0
+    asked = since
     for batch in batches.from_step(start):
+        waited += time.perf_counter() - asked
         clock, done = batch.clock, batch.clock.step + 1
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.
         reseed = partial(_reseed, seed, clock.step, accelerator.process_index)
@@ -114,27 +116,41 @@ def fit(
         figures: dict[str, float] = {}
         if done % log_every == 0 or done == total:
             now = time.perf_counter()
-            loss = accelerator.reduce(output.loss.detach(), reduction="mean")
-            figures |= {f"{prefix}/loss": float(loss), f"{prefix}/lr": rate}
+            loss, wait, bad_files = _over_processes(
+                accelerator, output.loss.detach().float(), waited / (now - since), batches.unreadable
+            )
+            batches.bear(bad_files)
+            figures |= {f"{prefix}/loss": loss, f"{prefix}/lr": rate, f"{prefix}/data_wait": wait}
+            figures |= {f"{prefix}/bad_files": bad_files} if bad_files else {}
             metrics = output.metrics | (output.details() if output.details is not None else {})
             figures |= {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
             figures |= {
                 f"{prefix}/images_per_s": images / (now - since),
                 f"{prefix}/epoch": done / clock.steps_per_epoch,
             }
-            since, images = now, 0
+            since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
         if looks or done == total:
             agree_on_buffers(task)
         if looks and evaluate is not None:
             figures |= evaluate(clock)
             model.train()
-            since, images = time.perf_counter(), 0
+            since, images, waited = time.perf_counter(), 0, 0.0
         if figures and accelerator.is_main_process:
             for listener in listeners:
                 listener(done, figures)
         if checkpoints is not None and checkpoints.due(done, total):
             checkpoints.save(done, _state(task, optimizer, accelerator))
+        asked = time.perf_counter()
+
+
+def _over_processes(
+    accelerator: Accelerator, loss: torch.Tensor, wait: float, bad_files: int
+) -> tuple[float, float, int]:
+    """The mean loss, the mean share of time spent waiting for data, and the sum of the bad files, in one exchange."""
+    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(bad_files)])
+    mean_loss, mean_wait, mean_bad_files = accelerator.reduce(mine, reduction="mean").tolist()
+    return mean_loss, mean_wait, round(mean_bad_files * accelerator.num_processes)
 
 
 def _due(done: int, total: int, every: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import collapse
@@ -88,7 +88,7 @@ class OnlineEvaluation:
         if source.pixels is not None:
             crops = self._views.of_pixels(source.pixels[index].to(self._share.device), index, epoch=0)
         else:
-            crops = self._views.of_files([source.open_image(int(i)) for i in index], index, epoch=0)
+            crops = self._views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch=0)
             crops = [crop.to(self._share.device) for crop in crops]
         finished = self._views.finish(crops, index, epoch=0)
         was_training = encoder.training

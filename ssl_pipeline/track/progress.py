@@ -17,6 +17,7 @@ _SHOWN = {
     "loss": "loss {:.3f}", "lr": "lr {:.2g}", "temperature": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
     "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
 }  # fmt: skip
+_WAITS_LONG, _WAITS_OFTEN = 0.2, 3
 _OF_EVALUATION = ("knn", "effective_rank")
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -58,6 +59,7 @@ class Progress:
         self._first: tuple[int, float] | None = (
             None  # step and time of the first update: what came before is no training
         )
+        self._waits = 0
         self._last_line, self._said = -math.inf, start_step
         self._bar = Bar(
             MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
@@ -88,10 +90,21 @@ class Progress:
             group, _, figure = name.rpartition("/")
             if group != "eval" or figure in _OF_EVALUATION:  # an evaluation's loss is not the step's
                 self._latest[figure] = value
+                if figure == "data_wait":
+                    self._watch_wait(value)
         self._bar.update(self._row, completed=step, figures=self._line())
         due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
         if due and not self._terminal:
             self._say_step()
+
+    def _watch_wait(self, share: float) -> None:
+        """Says once that the model starves: the first look, when workers start, is no sign of it, three in a row are."""
+        self._waits = self._waits + 1 if share > _WAITS_LONG or self._waits >= _WAITS_OFTEN else 0
+        if self._waits == _WAITS_OFTEN:
+            self.say(
+                f"{share:.0%} of the time of the last steps went into waiting for data. Of files: raise `workers` if there are "
+                "cores left, or decode them once with `ssl-pipeline prepare FOLDER --cache PIXELS` and set `data.cache=true`."
+            )
 
     def _say_step(self) -> None:
         self._last_line, self._said = time.monotonic(), self._done

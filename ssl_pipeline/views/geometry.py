@@ -188,10 +188,27 @@ def resize_boxes_on_cpu(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tens
 
 
 def resize_box_of_file(image: Image.Image, box: Tensor, size: int, mirrored: bool = False) -> Tensor:
-    """The same for one decoded file: uint8 of shape (C, size, size)."""
+    """The same for one decoded file: uint8 of shape (C, size, size).
+
+    A box of an image that was decoded at a fraction of its size may lie between pixels: then Pillow resizes it, which takes
+    three times as long as torch's kernel for bytes.
+    """
+    if bool((box != box.round()).any()):
+        return _resize_between_pixels(image, box, size, mirrored)
     top, left, height, width = (int(value) for value in box)
     part = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
     return _resize_bytes(part.reshape(height, width, -1).permute(2, 0, 1), size, mirrored).contiguous()
+
+
+def _resize_between_pixels(image: Image.Image, box: Tensor, size: int, mirrored: bool) -> Tensor:
+    top, left, height, width = (float(value) for value in box)
+    x, y = math.floor(left), math.floor(top)
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    inner = (left - x, top - y, right - x, bottom - y)
+    view = torch.from_numpy(np.array(part.resize((size, size), Image.Resampling.BILINEAR, box=inner)))
+    view = view.reshape(size, size, -1).permute(2, 0, 1)
+    return (view.flip(2) if mirrored else view).contiguous()
 
 
 def _resize_bytes(part: Tensor, size: int, mirrored: bool) -> Tensor:
@@ -205,6 +222,20 @@ def cache_parts(images: Tensor) -> list[slice]:
     most = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
     count = math.ceil(len(images) / math.ceil(len(images) / most))
     return [slice(start, start + count) for start in range(0, len(images), count)]
+
+
+def reductions(boxes: Tensor, size: int) -> Tensor:
+    """By how much an image may be shrunk so that its box still has the view's pixels: 1, 2, 4 or 8.
+
+    Args:
+        boxes: int64 of shape (B, 4).
+        size: the view's height and width.
+
+    Returns:
+        int64 of shape (B,).
+    """
+    side = torch.minimum(boxes[:, 2], boxes[:, 3])
+    return 1 + (side >= 2 * size).long() + 2 * (side >= 4 * size) + 4 * (side >= 8 * size)
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:

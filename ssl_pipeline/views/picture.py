@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.data.loader import Preprocessing, open_or_neighbour
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -49,7 +49,7 @@ def draw(config: PictureConfig) -> Path:
         if source.pixels is not None:
             crops = views.of_pixels(source.pixels[index], index, epoch)
         else:
-            crops = views.of_files([source.open_image(int(i)) for i in index], index, epoch)
+            crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch)
         columns += views.finish(crops, index, epoch)
     path = Path(config.output or "views.png")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -61,7 +61,7 @@ def draw(config: PictureConfig) -> Path:
 def _plain(source: Indexed, index: Tensor, preprocessing: Preprocessing) -> Tensor:
     if source.pixels is not None:
         return preprocessing.of_pixels(source.pixels[index])
-    return preprocessing.of_files([source.open_image(int(i)) for i in index])
+    return preprocessing.of_files([open_or_neighbour(source, int(i)) for i in index])
 
 
 def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:

@@ -25,7 +25,14 @@ from ssl_pipeline.views.config import (
     RotationConfig,
     ViewConfig,
 )
-from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, resize_boxes_on_cpu
+from ssl_pipeline.views.geometry import (
+    CropConfig,
+    crop_boxes,
+    reductions,
+    resize_box_of_file,
+    resize_boxes,
+    resize_boxes_on_cpu,
+)
 
 
 class ViewChanges(Strict):
@@ -177,14 +184,41 @@ class Views:
             crops.append(resize(pixels, boxes, policy.size, flips))
         return crops
 
-    def of_files(self, images: list[Image.Image], index: Tensor, epoch: int) -> list[Tensor]:
-        """The cropped views of decoded files, in a worker: one uint8 tensor of shape (B, C, S, S) per view."""
-        heights = torch.tensor([image.height for image in images])
-        widths = torch.tensor([image.width for image in images])
+    def reductions(self, sizes: tuple[Tensor, Tensor], index: Tensor, epoch: int) -> list[int]:
+        """By how much each image may be shrunk while it is decoded, so that no view loses pixels: 1, 2, 4 or 8.
+
+        Args:
+            sizes: the images' heights and widths, int64 of shape (B,).
+            index: int64 of shape (B,).
+            epoch: the epoch.
+        """
+        least = torch.full_like(index, 8)
+        for view, policy in enumerate(self._policies):
+            boxes = crop_boxes(self._draws(index, epoch, view), *sizes, policy.crop)
+            least = torch.minimum(least, reductions(boxes, policy.size))
+        return least.tolist()
+
+    def of_files(
+        self, images: list[Image.Image], index: Tensor, epoch: int, sizes: tuple[Tensor, Tensor] | None = None
+    ) -> list[Tensor]:
+        """The cropped views of decoded files, in a worker.
+
+        Args:
+            images: the images, perhaps shrunk.
+            index: int64 of shape (B,).
+            epoch: the epoch.
+            sizes: heights and widths of the whole images, which the boxes are drawn in; None if none is shrunk.
+
+        Returns:
+            One uint8 tensor of shape (B, C, S, S) per view.
+        """
+        shown = torch.tensor([[image.height, image.width] for image in images])
+        heights, widths = shown.unbind(1) if sizes is None else sizes
+        scale = (shown.double() / torch.stack([heights, widths], 1)).repeat(1, 2)
         crops = []
         for view, policy in enumerate(self._policies):
             draws = self._draws(index, epoch, view)
-            boxes = crop_boxes(draws, heights, widths, policy.crop)
+            boxes = crop_boxes(draws, heights, widths, policy.crop) * scale
             flips = draws.happens("flip", policy.flip).tolist()
             views = zip(images, boxes, flips, strict=True)
             crops.append(torch.stack([resize_box_of_file(i, box, policy.size, flip) for i, box, flip in views]))

@@ -24,7 +24,8 @@ from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.embedded.make import make
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.source import ArraySource, Indexed, Split
+from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
+from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.data.sources.fashion_mnist import CLASSES
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
@@ -373,9 +374,9 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert f"{tmp_path / 'cat' / 'bad00.jpg'}: it is no image of a known format" in text
     assert "… and 3 more" in text
     assert "bad11" not in text
-    assert "13 of 21 files are no images" in text
-    assert "data.on_unreadable=skip" in text
-    source = opened(folder(tmp_path, on_unreadable="skip"), "train")
+    assert "13 of 21 files can't be read as images" in text
+    assert "data.bad_files=1%" in text
+    source = opened(folder(tmp_path, bad_files="90%"), "train")
     assert len(source.skipped) == 13
     assert source.skipped[-1] == "dog/bad.png"
     assert not set(source.skipped) & set(source.files)
@@ -430,10 +431,11 @@ def test_a_folder_source_travels_and_is_recognised(tmp_path: Path) -> None:
     assert first.select(torch.tensor([1, 0])).fingerprint() != first.fingerprint()
     path = Path(copy.describe(0))
     path.write_bytes(path.read_bytes() + b"more")
-    assert first.fingerprint() != copy.fingerprint()
+    sources_folder._scan.cache_clear()  # a new process
+    assert first.fingerprint() != opened(folder(tmp_path / "b"), "train").fingerprint()
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path.name} has gone"):
-        copy.fingerprint()
+        FileSource("without a manifest", path.parent, [path.name], 3).fingerprint()
 
 
 def test_grey(tmp_path: Path) -> None:

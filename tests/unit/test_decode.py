@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.data.decode import DecodeError, check_header, decode
+from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode
 
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16
 IN_8_BIT = np.rint(RAMP / 257)
@@ -45,7 +45,9 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     stored = np.ascontiguousarray(undo[orientation](upright))
     Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
     np.testing.assert_array_equal(values(tmp_path / "photo.png"), upright)
-    assert check_header(tmp_path / "photo.png") == stored.shape[::-1]
+    header = check_header(tmp_path / "photo.png")
+    assert isinstance(header, Header)
+    assert (header.width, header.height, header.traits) == (40, 20, frozenset(["rotated"] if orientation > 1 else []))
 
 
 @pytest.mark.parametrize("name", ["ramp.png", "ramp.tif"])
@@ -121,7 +123,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["čeština ☃ 写真.jpg", "a\nb.jpg", "..x.jpg"])
 def test_odd_names(tmp_path: Path, name: str) -> None:
     assert decode(photo(tmp_path / name), 3).size == (80, 48)
-    assert check_header(tmp_path / name) == (80, 48)
+    assert check_header(tmp_path / name) == Header(80, 48, "RGB")
 
 
 @pytest.mark.parametrize("min_size", [1, 60, 128, 300, 512, 600, 5000])

@@ -223,7 +223,7 @@ def test_a_domain_may_be_kept_for_the_test(domains: Path) -> None:
     train, dev, test = (of_domains(domains, split, **keys) for split in ("train", "dev", "test"))
     assert [len(train), len(dev), len(test)] == [36, 4, 20]
     assert all(file.startswith("ink/") for file in test.files)
-    assert not any(file.startswith("ink/") for file in train.files + dev.files)
+    assert not any(file.startswith("ink/") for file in [*train.files, *dev.files])
 
 
 def test_what_is_no_folder_of_domains_is_told(domains: Path, tmp_path: Path) -> None:

@@ -176,9 +176,15 @@ def test_files_that_are_no_images_stop_with_a_list_or_are_left_out(
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(ConfigError) as told:
         folder.Config(name="folder", path=str(tmp_path)).open("train")
-    for text in ("text.jpg: it is no image", "empty.png: it is empty", "gone.png: it is not there", "3 of 7", "skip"):
+    for text in (
+        "text.jpg: it is no image",
+        "empty.png: it is empty",
+        "gone.png: it is not there",
+        "3 of 7",
+        "bad_files",
+    ):
         assert text in str(told.value)
-    source = folder.Config(name="folder", path=str(tmp_path), on_unreadable="skip").open("train")
+    source = folder.Config(name="folder", path=str(tmp_path), bad_files="90%").open("train")
     assert source is not None
     assert len(source) == 4
     assert "left out 3 files" in caplog.text

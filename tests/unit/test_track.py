@@ -365,6 +365,17 @@ def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> No
     assert said == "done [in brackets]"
 
 
+def test_a_starving_model_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for waits, told in (
+        ([0.9, 0.1, 0.9, 0.9, 0.1], 0),  # workers start, evaluations end: no sign of hunger
+        ([0.9, 0.3, 0.4, 0.1, 0.9, 0.9, 0.9], 1),
+    ):
+        with Progress(100) as progress:
+            for step, wait in enumerate(waits):
+                progress.update(step, {"pretrain/data_wait": wait})
+        assert capsys.readouterr().out.count("of the time of the last steps went into waiting for data") == told
+
+
 def test_a_stopped_run_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(100) as progress:
         progress.update(1, {})

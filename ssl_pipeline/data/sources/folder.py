@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -16,11 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.decode import check_header
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
+from ssl_pipeline.data.cache import Cache
+from ssl_pipeline.data.files import Files
+from ssl_pipeline.data.manifest import place_of
+from ssl_pipeline.data.scan import ENDINGS, cache_folder, look
 from ssl_pipeline.data.source import FileSource, SourceConfig, Split
 from ssl_pipeline.data.splits import hold_out
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 _TOLD = 10
 _log = logging.getLogger("ssl_pipeline")
 
@@ -38,8 +38,10 @@ class Config(SourceConfig):
         channels: 3 for RGB, 1 for grey.
         dev: the share of labelled training images that is held out for choices.
         test: the share that is held out for the final figures where there is no test folder.
-        on_unreadable: files whose header is no image's ``stop`` the run before it starts, with a list, or are left out
-            (``skip``).
+        bad_files: how many files that can't be read as images are borne, ``20`` or ``1%`` of all: those found at the start
+            are left out, one found later is replaced by its neighbour. More stop the run, with a list.
+        prepared: where ``ssl-pipeline prepare --output`` was told to write; null is this user's cache.
+        cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
     """
 
     path: str
@@ -47,7 +49,9 @@ class Config(SourceConfig):
     channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    on_unreadable: Literal["stop", "skip"] = "stop"
+    bad_files: Limit = parse_limit("1%")
+    prepared: str | None = None
+    cache: bool = False
 
     def open(self, split: Split) -> FileSource | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels.
@@ -55,20 +59,17 @@ class Config(SourceConfig):
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
         """
-        folders = self._folders()
-        skip = self.on_unreadable == "skip"
-        train = _scan(folders["train"], "data.path", skip)
+        folders, prepared = self.folders(), Path(self.prepared).expanduser().resolve() if self.prepared else None
+        train = _scan(folders["train"], "data.path", self.bad_files, prepared)
         if train.classes is None:
-            return train.source(self.channels) if split == "train" else None
+            return train.source(self) if split == "train" else None
         if split in folders and split != "train":
             key = "data.test_path" if split == "test" and self.test_path else "data.path"
-            return _scan(folders[split], key, skip).relabelled(train.classes).source(self.channels)
-        index = _held_out(
-            train.labels, None if "test" in folders else self.test, None if "dev" in folders else self.dev
-        )
-        return train.source(self.channels).select(index[split])
+            return _scan(folders[split], key, self.bad_files, prepared).relabelled(train.classes).source(self)
+        test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
+        return train.source(self).select(_held_out(folders["train"], self.bad_files, prepared, test, dev)[split])
 
-    def _folders(self) -> dict[Split, Path]:
+    def folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""
         root = _existing(self.path, "data.path")
         folders: dict[Split, Path] = {"train": root}
@@ -97,135 +98,128 @@ def _existing(given: str, key: str) -> Path:
     return path.resolve()
 
 
-@lru_cache(maxsize=8)
-def _held_out(labels: tuple[int, ...], test: float | None, dev: float | None) -> dict[str, Tensor]:
-    """Per split its samples of the training folder; None where a split has a folder of its own."""
-    every = torch.tensor(labels)
-    index = {"train": torch.arange(len(every))}
-    for split, share in (("test", test), ("dev", dev)):
-        if share is not None:
-            pool = index["train"]
-            rest, held_out = hold_out(every[pool], max(1, round(share * len(pool))), "folder", split)
-            index["train"], index[split] = pool[rest], pool[held_out]
-    return index
-
-
 @dataclass(frozen=True)
 class _Scan:
-    """What a folder holds: files relative to it, and per file its class.
+    """What a folder holds that can be used.
 
     Attributes:
         root: the folder.
-        files: posix paths relative to it, sorted.
+        files: the images in it.
         classes: the names of its subfolders, sorted; None without labels.
-        labels: per file the number of its class; empty without.
-        subfolder: the one subfolder that holds everything, if there is one: too few to be classes.
-        skipped: files left out because they are no images.
+        labels: per file the number of its class, int64 of shape (N,); None without.
+        tops: per folder the subfolder of the root it lies in, "" for the root itself.
+        faults: of the files left out, what is wrong with them.
+        place: where its manifest is.
+        cache_side: what the cached images' shorter sides are limited to; 0 without a cache.
     """
 
     root: Path
-    files: tuple[str, ...]
+    files: Files
     classes: tuple[str, ...] | None
-    labels: tuple[int, ...]
-    subfolder: str | None
-    skipped: tuple[str, ...]
+    labels: Tensor | None
+    tops: tuple[str, ...]
+    faults: dict[str, str]
+    place: Path
+    cache_side: int
 
-    def source(self, channels: int) -> FileSource:
-        labels: Tensor | None = torch.tensor(self.labels) if self.classes is not None else None
-        return FileSource(str(self.root), self.root, self.files, channels, labels, self.classes, self.skipped)
+    def source(self, config: Config) -> FileSource:
+        """As a source.
+
+        Raises:
+            ConfigError: the cache is wanted, and there is none.
+        """
+        cache = None
+        if config.cache:
+            if not self.cache_side:
+                raise ConfigError(
+                    f"`data.cache`: {str(self.root)!r} has no cache of decoded images yet. Make it first, with "
+                    f"`ssl-pipeline prepare {self.root} --cache 256`"
+                    + (f" --output {config.prepared}`." if config.prepared else ".")
+                )
+            cache = Cache(cache_folder(self.place, self.cache_side), self.cache_side)
+        bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), self.faults)
+        return FileSource(
+            str(self.root), self.root, self.files, config.channels, self.labels, self.classes, self.skipped(),
+            cache=cache, bad_files=bad_files,
+        )  # fmt: skip
+
+    def skipped(self) -> list[str]:
+        """The files left out, relative to the root."""
+        return [file.removeprefix(f"{self.root}/") for file in self.faults]
 
     def relabelled(self, classes: tuple[str, ...]) -> _Scan:
         """The same files, numbered by the training folder's classes."""
-        if self.classes is None and self.subfolder is None:
+        if "" in self.used():
             raise ConfigError(
                 f"{str(self.root)!r} has no class folders; it needs those of training: {_listed(classes)}."
             )
-        own = [file.split("/")[0] for file in self.files]
-        unknown = sorted(set(own) - set(classes))
+        unknown = sorted(self.used() - set(classes))
         if unknown:
             raise ConfigError(
                 f"{str(self.root)!r} has classes that training has not: {_listed(unknown)}; it may only have those of the "
                 f"training folder: {_listed(classes)}. Rename or remove the folders."
             )
+        return replace(self, classes=classes, labels=self.numbered(classes))
+
+    def _folders(self) -> Tensor:
+        folders = self.files.column("folder")
+        assert folders is not None
+        return folders.long()
+
+    def used(self) -> set[str]:
+        """The subfolders of the root that hold images."""
+        return {self.tops[folder] for folder in self._folders().unique().tolist()}
+
+    def numbered(self, classes: tuple[str, ...]) -> Tensor:
+        """Per file the number of its subfolder."""
         number = {name: place for place, name in enumerate(classes)}
-        return _Scan(self.root, self.files, classes, tuple(number[name] for name in own), None, self.skipped)
+        return torch.tensor([number.get(top, -1) for top in self.tops])[self._folders()]
 
 
 @lru_cache(maxsize=8)
-def _scan(root: Path, key: str, skip: bool) -> _Scan:
+def _scan(root: Path, key: str, limit: BadFilesLimit, prepared: Path | None) -> _Scan:
     """Reads a folder once in the process's life; ``key`` is what messages call it."""
-    found = sorted(_walk(root))
-    candidates = [file for file in found if Path(file).suffix.lower() in ENDINGS]
-    others = [file for file in found if Path(file).suffix.lower() not in ENDINGS]
-    files, skipped = _readable(root, candidates, skip)
+    place = place_of(root, prepared)
+    manifest = look(root, place)
+    codes = manifest.files.column("fault")
+    assert codes is not None
+    bad = codes.nonzero()[:, 0]
+    faults = {str(root / manifest.files[i]): manifest.faults[int(codes[i])] for i in bad.tolist()}
+    files = manifest.files if not faults else manifest.files.select((codes == 0).nonzero()[:, 0])
+    BadFiles(limit, len(manifest.files), faults).stop_if_too_many(len(faults))
     if len(files) < 2:
         what = "no image" if not files else f"only one image ({files[0]})"
         raise ConfigError(
             f"`{key}`: {str(root)!r} holds {what}, and at least two are needed; files with {', '.join(sorted(ENDINGS))} count."
         )
-    if others:
-        _log.info("ignored %d other files in %s, such as %s", len(others), root, others[0])
-    first = sorted({file.split("/")[0] for file in files})
-    if any("/" not in file for file in files):
-        return _Scan(root, files, None, (), None, skipped)
-    if len(first) == 1:
-        return _Scan(root, files, None, (), first[0], skipped)
-    number = {name: place for place, name in enumerate(first)}
-    return _Scan(root, files, tuple(first), tuple(number[file.split("/")[0]] for file in files), None, skipped)
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Relative posix paths of all visible files; links are followed, each real folder once, so that a loop ends.
-
-    Folders are visited in the order of their names: of two links to one folder the same is taken on every machine.
-    """
-    seen, pending = {root.resolve()}, [root]
-    while pending:
-        folder = pending.pop()
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise ConfigError(
-                f"{str(folder)!r} can't be listed ({error.strerror}): make it readable or take it out."
-            ) from error
-        below = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = Path(entry.path)
-            if not _is_folder(entry):
-                yield path.relative_to(root).as_posix()
-            elif path.resolve() not in seen:
-                seen.add(path.resolve())
-                below.append(path)
-        pending += reversed(below)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: a file that can't be read, which the check of headers tells
-        return False
-
-
-def _readable(root: Path, files: list[str], skip: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files whose header is an image's, and the others."""
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda file: check_header(root / file), files))
-    faults = {file: header for file, header in zip(files, headers, strict=True) if isinstance(header, str)}
-    told = [f"{root / file}: {fault}" for file, fault in list(faults.items())[:_TOLD]]
-    if faults and not skip:
-        more = [f"… and {len(faults) - _TOLD} more"] if len(faults) > _TOLD else []
-        raise ConfigError(
-            [
-                *told,
-                *more,
-                f"{len(faults)} of {len(files)} files are no images: remove them, or set `data.on_unreadable=skip`.",
-            ]
-        )
+    if manifest.others[0]:
+        _log.info("ignored %d other files in %s, such as %s", manifest.others[0], root, manifest.others[1])
     if faults:
-        _log.warning("left out %d files of %d that are no images, such as %s", len(faults), len(files), told[0])
-    return tuple(file for file in files if file not in faults), tuple(faults)
+        first = next(iter(faults.items()))
+        told = f"{first[0]}: {first[1]}"
+        _log.warning("left out %d files of %d that are no images, such as %s", len(faults), len(manifest.files), told)
+    tops = tuple("" if folder == "." else folder.split("/")[0] for folder in manifest.folders)
+    scan = _Scan(root, files, None, None, tops, faults, place, manifest.cache_side)
+    classes = tuple(sorted(scan.used()))
+    if "" in classes or len(classes) == 1:
+        return scan
+    return replace(scan, classes=classes, labels=scan.numbered(classes))
+
+
+@lru_cache(maxsize=8)
+def _held_out(
+    root: Path, limit: BadFilesLimit, prepared: Path | None, test: float | None, dev: float | None
+) -> dict[str, Tensor]:
+    """Per split its samples of the training folder; None where a split has a folder of its own."""
+    labels = _scan(root, "data.path", limit, prepared).labels
+    assert labels is not None
+    index = {"train": torch.arange(len(labels))}
+    for split, share in (("test", test), ("dev", dev)):
+        if share is not None:
+            pool = index["train"]
+            rest, held_out = hold_out(labels[pool], max(1, round(share * len(pool))), "folder", split)
+            index["train"], index[split] = pool[rest], pool[held_out]
+    return index
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:

@@ -16,8 +16,8 @@ import fsspec
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.data.sources.folder import ENDINGS
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
 from ssl_pipeline.data.tar import Group, ShardError, read_groups, warn_once
 

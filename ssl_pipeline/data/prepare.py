@@ -1,0 +1,198 @@
+"""``ssl-pipeline prepare FOLDER``: reads every image once, says what is wrong with which, and makes every start fast.
+
+What it finds is kept outside the folder, in which nothing is changed: a manifest, the list of bad files and, on wish, the
+decoded images. Stopped and started again, it goes on where it was; so it does when images were added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.command import leave
+from ssl_pipeline.data.manifest import TRAITS, Manifest, place_of
+from ssl_pipeline.data.scan import Wanted, look
+from ssl_pipeline.data.sources.folder import Config
+from ssl_pipeline.track.progress import console, print_table
+
+BAD_FILES = "bad_files.txt"
+_TOLD = 20
+_READ_AS = {
+    "I;16": "rescaled from 16 bits", "I;16B": "rescaled from 16 bits", "I": "rescaled from 32 bits",
+    "F": "rescaled from floats", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
+}  # fmt: skip
+
+
+def prepare(path: str, output: str | None = None, cache_side: int = 0, recheck: bool = False) -> int:
+    """Looks at a folder, or at each of its ``train``, ``val`` and ``test``.
+
+    Args:
+        path: the folder.
+        output: where to write; None is this user's cache.
+        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
+        recheck: read the files that have not changed, too, and compare their digests.
+
+    Returns:
+        The number of usable images.
+
+    Raises:
+        ConfigError: there is no such folder, nothing can be written, or fewer than two images are usable.
+    """
+    base = Path(output).expanduser().resolve() if output else None
+    usable = 0
+    for root in dict.fromkeys(Config(name="folder", path=path).folders().values()):
+        place = place_of(root, base)
+        if base is not None and base.is_relative_to(root):
+            raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+        manifest = look(root, place, Wanted(True, cache_side, recheck))
+        report = Report(manifest)
+        report.show(place)
+        usable += report.usable
+    if usable < 2:
+        raise ConfigError(f"{path!r} holds {usable} usable images, and at least two are needed.")
+    return usable
+
+
+class Report:
+    """What is told of a folder.
+
+    Args:
+        manifest: of the folder, all pixels checked.
+
+    Attributes:
+        usable: how many files are images.
+        bad: per file that is none, what is wrong with it.
+        alike: groups of files with the same bytes.
+        disagreeing: those of them that lie in different class folders.
+        classes: the names of the subfolders that hold usable images.
+        empty: the names of those that hold none.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest, files, rows = manifest, manifest.files, manifest.rows()
+        self._good = rows["fault"] == 0
+        self._rows = rows
+        self.usable = int(self._good.sum())
+        self.bad = {files[i]: manifest.faults[rows["fault"][i]] for i in (~self._good).nonzero()[0].tolist()}
+        self.alike = self._same_bytes()
+        tops = ["" if folder == "." else folder.split("/")[0] for folder in manifest.folders]
+        used = {tops[number] for number in np.unique(rows["folder"][self._good]).tolist()}
+        self.classes = sorted(used) if "" not in used and len(used) > 1 else []
+        self.empty = sorted(set(tops) - used - {""})
+        with_class = [group for group in self.alike if len({file.split("/")[0] for file in group}) > 1]
+        self.disagreeing = with_class if self.classes else []
+        self._one_class = next(iter(used)) if len(used) == 1 and "" not in used else None
+
+    def _same_bytes(self) -> list[list[str]]:
+        good = self._good.nonzero()[0]
+        _, group, sizes = np.unique(self._rows["digest"][good], return_inverse=True, return_counts=True)
+        repeated = good[sizes[group] > 1]
+        groups: dict[int, list[str]] = {}
+        for row in repeated.tolist():
+            groups.setdefault(int(self._rows["digest"][row]), []).append(self._manifest.files[row])
+        return list(groups.values())
+
+    def verdicts(self) -> list[tuple[str, int]]:
+        """Per verdict the number of files; numbers within a verdict are left out, so that it is one."""
+        kinds = Counter(re.sub(r"\d+", "N", fault) for fault in self.bad.values())
+        return [("usable", self.usable), *kinds.most_common()]
+
+    def remarks(self) -> list[str]:
+        """What is worth knowing of the usable ones."""
+        manifest, rows, remarks = self._manifest, self._rows[self._good], list[str]()
+        modes = Counter(manifest.modes[code] for code in rows["mode"].tolist())
+        stored = [
+            f"{n} {mode} ({_READ_AS[mode]})" if mode in _READ_AS else f"{n} {mode}" for mode, n in modes.most_common()
+        ]
+        remarks.append(f"stored as: {', '.join(stored)}")
+        treated = {
+            "animated": "the first frame is taken",
+            "rotated": "turned upright by EXIF",
+            "transparent": "laid on white",
+        }
+        for bit, name in enumerate(TRAITS):
+            count = int((rows["traits"] >> bit & 1).sum())
+            if count:
+                remarks.append(f"{name}: {count} ({treated[name]})")
+        if self.alike:
+            repeats = sum(len(group) - 1 for group in self.alike)
+            remarks.append(
+                f"repeats: {repeats} files have the bytes of another, such as {' = '.join(self.alike[0][:3])}"
+            )
+        if self.disagreeing:
+            told = " and ".join(self.disagreeing[0][:3])
+            remarks.append(f"labels disagree: {len(self.disagreeing)} images lie in several classes, such as {told}")
+        if self.classes:
+            remarks.append(f"classes: {len(self.classes)}")
+        if self._one_class is not None:
+            remarks.append(f"one class only, {self._one_class!r}: its images are taken without labels")
+        if self.empty:
+            remarks.append(f"folders without a usable image: {', '.join(self.empty[:_TOLD])}")
+        if manifest.others[0]:
+            remarks.append(f"ignored: {manifest.others[0]} files with other endings, such as {manifest.others[1]}")
+        if manifest.cache_side:
+            cached = rows["shard"] >= 0
+            size = (rows["cached_width"].astype(np.int64) * rows["cached_height"] * rows["cached_channels"])[
+                cached
+            ].sum()
+            remarks.append(
+                f"cache: {int(cached.sum())} images, shorter side {manifest.cache_side} px at most, {size / 2**30:.2f} GiB"
+            )
+        return remarks
+
+    def show(self, place: Path) -> None:
+        """Prints it, and writes the whole list of bad files beside the manifest."""
+        told = [f"{file}\t{fault}" for file, fault in self.bad.items()]
+        (place / BAD_FILES).write_bytes(os.fsencode("".join(f"{line}\n" for line in told)))
+        root = self._manifest.root
+        print_table(str(root), ["verdict", "files"], [[verdict, str(count)] for verdict, count in self.verdicts()])
+        for file, fault in list(self.bad.items())[:_TOLD]:
+            _say(f"  {file}: {fault}")
+        if len(self.bad) > _TOLD:
+            _say(f"  … and {len(self.bad) - _TOLD} more, in {place / BAD_FILES}")
+        for remark in self.remarks():
+            _say(remark)
+        _say(f"wrote {place}")
+
+
+def _say(text: str) -> None:
+    encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
+    console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="ssl-pipeline prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="your images; nothing in it is changed")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write; `data.prepared` tells a run")
+    parser.add_argument(
+        "--cache", metavar="PIXELS", type=int, default=0,
+        help="also write the decoded images, shorter side at most so many pixels; `data.cache=true` reads them",
+    )  # fmt: skip
+    parser.add_argument("--recheck", action="store_true", help="read unchanged files again, and compare their digests")
+    options = parser.parse_args()
+    if options.cache and options.cache < 8:
+        parser.error("--cache must be 8 pixels or more")
+    try:
+        prepare(options.folder, options.output, options.cache, options.recheck)
+    except UserError as error:
+        leave(error, "ssl-pipeline prepare --help")
+    then = [f"data.prepared={options.output}"] if options.output else []
+    _say(" ".join(["train: ssl-pipeline pretrain data=folder", f"data.path={options.folder}", *then,
+                   *(["data.cache=true"] if options.cache else [])]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""One look at a folder: what files are in it, and which of them are images. In parallel, resumed where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data import manifest as stored
+from ssl_pipeline.data.cache import CacheWriter, limited
+from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes, explain
+from ssl_pipeline.data.files import Files, pack
+from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
+from ssl_pipeline.track.progress import console
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+GREY = ("1", "L", "LA", "La", "I", "F")
+_CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
+_CHANGED = "its bytes have changed while its size and time have not: it is damaged (restore it), or changed on purpose"
+_log = logging.getLogger("ssl_pipeline")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a look is to find out.
+
+    Attributes:
+        pixels: decode every file and take its digest, rather than read its header.
+        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
+        recheck: read every file anew, the unchanged ones too.
+    """
+
+    pixels: bool = False
+    cache_side: int = 0
+    recheck: bool = False
+
+
+@dataclass
+class _Listing:
+    """A manifest in the making: what :class:`~ssl_pipeline.data.manifest.Manifest` has, to be written to."""
+
+    root: Path
+    names: list[str]
+    rows: np.ndarray
+    folders: list[str]
+    folder_mtimes: list[int]
+    others: tuple[int, str]
+    began: int
+    faults: dict[str, int] = field(default_factory=lambda: {"": 0})
+    modes: dict[str, int] = field(default_factory=lambda: {"": 0})
+    cache_side: int = 0
+
+    def manifest(self) -> Manifest:
+        """As it stands."""
+        columns = {name: torch.from_numpy(np.ascontiguousarray(self.rows[name])) for name in stored.COLUMNS}
+        return Manifest(
+            self.root, Files(*pack(self.names), columns), Files.of(self.folders),
+            torch.tensor(self.folder_mtimes, dtype=torch.int64), tuple(self.faults), tuple(self.modes), self.others,
+            self.began, bool((self.rows["checked"] > UNCHECKED).all()), self.cache_side,
+        )  # fmt: skip
+
+
+def look(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
+    """The manifest of a folder, made anew only where the folder has changed or more is wanted than is known.
+
+    Args:
+        root: the folder, resolved. Nothing in it is changed.
+        place: where its manifest is kept; if nothing can be written there, it is made for this process alone.
+        wanted: None takes a manifest that is there as it is, if the folder has not changed.
+
+    Raises:
+        ConfigError: a folder can't be listed.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        writable = os.access(place, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        _log.info("%s can't be written: every start reads the headers of all files in %s.", place, root)
+    with stored.locked(place) if writable else nullcontext():
+        old = stored.load(place, root)
+        if wanted is None and old is not None and old.whole and old.is_fresh():
+            return old
+        listing = _list(root)
+        if old is not None:
+            _reuse(listing, old)
+        _check(listing, place if writable else None, wanted or Wanted())
+        return (stored.load(place, root) if writable else None) or listing.manifest()
+
+
+def _list(root: Path) -> _Listing:
+    """All files, none of them checked."""
+    began = time.time_ns()
+    folders, mtimes, found, others = list[str](), list[int](), list[tuple[str, int, int, int]](), list[str]()
+    for number, (folder, mtime, files) in enumerate(_walk(root)):
+        folders.append(folder)
+        mtimes.append(mtime)
+        for name, size, changed in files:
+            path = name if folder == "." else f"{folder}/{name}"
+            if name[name.rfind(".") :].lower() in ENDINGS:
+                found.append((path, size, changed, number))
+            else:
+                others.append(path)
+    found.sort()
+    rows = stored.new_rows(len(found))
+    for place, name in enumerate(("bytes", "mtime", "folder"), 1):
+        rows[name] = [entry[place] for entry in found]
+    told = len(others), min(others, default="")
+    return _Listing(root, [entry[0] for entry in found], rows, folders, mtimes, told, began)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, list[tuple[str, int, int]]]]:
+    """Per folder its path, mtime, and visible files with their sizes and mtimes.
+
+    Links are followed, each real folder once, so that a loop ends; of two links to one folder the same is taken on every
+    machine, because folders are visited in the order of their names.
+    """
+    seen, pending = {root.resolve()}, [root]
+    while pending:
+        folder = pending.pop()
+        try:
+            mtime = folder.stat().st_mtime_ns
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ConfigError(
+                f"{str(folder)!r} can't be listed ({error.strerror}): make it readable or take it out."
+            ) from error
+        below, files = [], []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not _is_folder(entry):
+                files.append((entry.name, *_size(entry)))
+            elif (real := Path(entry.path).resolve()) not in seen:
+                seen.add(real)
+                below.append(Path(entry.path))
+        yield folder.relative_to(root).as_posix(), mtime, files
+        pending += reversed(below)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file that can't be read, which the check of headers tells
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        found = entry.stat()
+    except OSError:  # a link that leads nowhere
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _reuse(listing: _Listing, old: Manifest) -> None:
+    """Takes over what is known of files whose name, size and time have not changed."""
+    row_of = {name: row for row, name in enumerate(old.files)}
+    match = np.array([row_of.get(name, -1) for name in listing.names], np.int64)
+    kept = (match >= 0).nonzero()[0]
+    before, now = old.rows()[match[kept]], listing.rows[kept]
+    same = (before["bytes"] == now["bytes"]) & (before["mtime"] == now["mtime"])
+    same &= before["mtime"] < old.began - RACY_NS  # a later change might have the same time
+    before["folder"] = now["folder"]
+    listing.rows[kept[same]] = before[same]
+    listing.faults, listing.modes = (
+        {text: code for code, text in enumerate(table)} for table in (old.faults, old.modes)
+    )
+    listing.cache_side = old.cache_side
+
+
+def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
+    """Checks what is not yet known as well as is wanted, and saves it now and then."""
+    rows = listing.rows
+    if wanted.cache_side and wanted.cache_side != listing.cache_side:
+        rows["shard"], listing.cache_side = -1, wanted.cache_side
+    level = PIXELS if wanted.pixels or wanted.cache_side else HEADER
+    due = (rows["checked"] < level) | wanted.recheck
+    if wanted.cache_side:
+        due |= (rows["shard"] < 0) & (rows["fault"] == 0)
+    places = due.nonzero()[0].tolist()
+    began = saved = time.monotonic()
+    with ExitStack() as stack:
+        if place is not None:
+            stack.callback(lambda: stored.save(listing.manifest(), place))  # also of a look that is interrupted
+        writer = None
+        if wanted.cache_side and place is not None and places:
+            writer = stack.enter_context(CacheWriter(cache_folder(place, wanted.cache_side)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)) if level == PIXELS else 16))
+        bar = stack.enter_context(_bar())
+        row = bar.add_task(f"looking at {listing.root.name}", total=len(places))
+        for start in range(0, len(places), _CHUNK):
+            chunk = places[start : start + _CHUNK]
+            paths = [listing.root / listing.names[i] for i in chunk]
+            for i, found in zip(
+                chunk, pool.map(lambda path: _find(path, level, wanted.cache_side), paths), strict=True
+            ):
+                _enter(listing, i, found, level, writer)
+                bar.advance(row)
+            if place is not None and time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                if writer is not None:
+                    writer.flush()
+                stored.save(listing.manifest(), place)
+                saved = time.monotonic()
+    if places:
+        _log.info("looked at %d files of %s in %.1f s", len(places), listing.root, time.monotonic() - began)
+
+
+def cache_folder(place: Path, side: int) -> Path:
+    """Where the decoded images lie, beside the manifest."""
+    return place / f"cache-{side}"
+
+
+def _bar() -> Progress:
+    quiet = not console().is_terminal or os.environ.get("RANK", "0") != "0"
+    columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()
+    return Progress(*columns, console=console(), disable=quiet, transient=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    header: Header | None
+    fault: str = ""
+    digest: int = 0
+    image: Image.Image | None = None
+
+
+def _find(path: Path, level: int, cache_side: int) -> _Found:
+    header = check_header(path)
+    if isinstance(header, str) or level < PIXELS:
+        return _Found(None, header) if isinstance(header, str) else _Found(header)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _Found(header, explain(path, error))
+    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
+    channels = 1 if header.mode.split(";")[0] in GREY else 3
+    try:
+        # Without a cache a JPEG is decoded at an eighth of its size, which reads it to its end in a third of the time.
+        image = decode_bytes(data, path, channels, cache_side or 1)
+    except DecodeError as error:
+        return _Found(header, error.fault, digest)
+    return _Found(header, "", digest, limited(image, cache_side) if cache_side else None)
+
+
+def _enter(listing: _Listing, place: int, found: _Found, level: int, writer: CacheWriter | None) -> None:
+    row = listing.rows[place]
+    if found.header is not None:
+        row["width"], row["height"] = found.header.width, found.header.height
+        row["mode"] = listing.modes.setdefault(found.header.mode, len(listing.modes))
+        row["traits"] = sum(1 << bit for bit, name in enumerate(TRAITS) if name in found.header.traits)
+    changed = row["digest"] and found.digest and row["digest"] != found.digest
+    row["fault"] = listing.faults.setdefault(found.fault or (_CHANGED if changed else ""), len(listing.faults))
+    row["checked"] = level
+    if not changed:  # otherwise it is told again until the file is restored, or has another time
+        row["digest"] = found.digest
+    if writer is not None and found.image is not None:
+        for name, value in writer.add(found.image).items():
+            row[name] = value

@@ -1,0 +1,198 @@
+"""Loading files: any number of workers gives the same batches, photos are decoded small, damaged files are replaced."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_crops, read_in_order
+from ssl_pipeline.data.source import FileSource, Indexed
+from ssl_pipeline.views.geometry import reductions
+from ssl_pipeline.views.policy import Views, ViewsConfig
+
+CPU = torch.device("cpu")
+
+
+def photos(folder: Path, count: int, width: int = 96, height: int = 64) -> list[str]:
+    """Smooth pictures that differ, as JPEG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rough = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number:03}.jpg", quality=95)
+    return [f"{number:03}.jpg" for number in range(count)]
+
+
+def views(size: int = 16, **keys: object) -> Views:
+    config = ViewsConfig.model_validate({"size": size, **keys}).for_channels(3)[0]
+    return Views(config, (0.5,) * 3, (0.25,) * 3, seed=0)
+
+
+def batches(source: Indexed, workers: int, rank: int = 0, processes: int = 1, steps: int = 4) -> list[Batch]:
+    made = StepBatches(source, views(), 4, 3, Share(rank, processes, CPU), steps, workers, with_labels=True)
+    return list(made.from_step(0))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_number_of_workers_changes_no_bit(tmp_path: Path, workers: int) -> None:
+    names = photos(tmp_path, 11)
+    (tmp_path / names[4]).write_bytes(b"text")
+    source = FileSource("photos", tmp_path, names, 3, torch.arange(11) % 2, bad_files=BadFiles(parse_limit("1"), 11))
+    for one, other in zip(batches(source, 0), batches(source, workers), strict=True):
+        assert torch.equal(one.index, other.index)
+        assert one.label is not None
+        assert other.label is not None
+        assert torch.equal(one.label, other.label)
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_changes_no_bit(tmp_path: Path, processes: int) -> None:
+    names = photos(tmp_path, 11)
+    (tmp_path / names[4]).write_bytes(b"text")
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 11))
+    alone = [torch.cat([batch.views[1] for batch in batches(source, 0)[step : step + 1]]) for step in range(4)]
+    shares = [batches(source, 0, rank, processes) for rank in range(processes)]
+    for step, whole in enumerate(alone):
+        together = torch.cat([share[step].views[1] for share in shares])
+        assert torch.allclose(whole, together, atol=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=8), st.integers(8, 600))
+def test_a_reduction_leaves_the_view_its_pixels(shapes: list[tuple[int, int]], size: int) -> None:
+    boxes = torch.tensor([[0, 0, height, width] for height, width in shapes])
+    for (height, width), factor in zip(shapes, reductions(boxes, size).tolist(), strict=True):
+        side = min(height, width)
+        allowed = [f for f in (1, 2, 4, 8) if f == 1 or side >= f * size]
+        assert factor == max(allowed)
+
+
+def test_a_photo_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = photos(tmp_path, 6, 640, 480)
+    source = FileSource("photos", tmp_path, names, 3)
+    opened = []
+    whole = FileSource.open_reduced
+
+    def watched(self: FileSource, index: int, factor: int) -> Image.Image:
+        opened.append((index, factor, whole(self, index, factor).size))
+        return whole(self, index, factor)
+
+    monkeypatch.setattr(FileSource, "open_reduced", watched)
+    index = torch.arange(6)
+    small = read_crops(source, views(), index, 0)
+    assert [entry[0] for entry in opened] == list(range(6))
+    assert {factor for _, factor, _ in opened} <= {4, 8}
+    assert all(size == (640 // factor, 480 // factor) for _, factor, size in opened)
+    large = views().of_files([source.open_image(i) for i in range(6)], index, 0)
+    for one, other in zip(small.views, large, strict=True):
+        difference = (one.float() - other.float()).abs()
+        assert difference.mean() < 2  # the same boxes, of smooth pictures: shrinking in two steps changes little
+        assert difference.max() < 24
+
+
+def test_a_small_photo_is_decoded_whole(tmp_path: Path) -> None:
+    source = FileSource("photos", tmp_path, photos(tmp_path, 3, 40, 30), 3)
+    index = torch.arange(3)
+    whole = views(24).of_files([source.open_image(i) for i in range(3)], index, 2)
+    assert all(torch.equal(a, b) for a, b in zip(read_crops(source, views(24), index, 2).views, whole, strict=True))
+
+
+def test_a_bad_file_gives_way_to_its_neighbour(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = photos(tmp_path, 8)
+    for bad in (2, 3, 7):
+        (tmp_path / names[bad]).write_bytes((tmp_path / names[bad]).read_bytes()[:700])
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("3"), 8))
+    crops = read_crops(source, views(), torch.tensor([0, 2, 7, 3]), 0)
+    assert crops.index.tolist() == [0, 4, 0, 4]
+    assert sorted(crops.faults) == [2, 3, 7]
+    alone = read_crops(source, views(), torch.tensor([4]), 0)
+    assert torch.equal(crops.views[0][1], alone.views[0][0])  # under the neighbour's own number: its own views
+    made = StepBatches(source, views(), 4, 0, Share(0, 1, CPU), 8, 0)
+    with caplog.at_level(logging.WARNING):
+        assert len(list(made.from_step(0))) == 8
+    assert source.bad_files is not None
+    assert sorted(source.bad_files.faults) == [str(tmp_path / names[i]) for i in (2, 3, 7)]
+    assert sum("can't be read as an image" in text for text in caplog.messages) == 3  # once each, in four epochs
+
+
+def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
+    names = photos(tmp_path, 8)
+    for bad in (2, 3, 7):
+        (tmp_path / names[bad]).write_bytes(b"text")
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("25%"), 8))
+    with pytest.raises(ConfigError) as told:
+        list(StepBatches(source, views(), 4, 0, Share(0, 1, CPU), 8, 1).from_step(0))
+    assert all(names[bad] in str(told.value) for bad in (2, 3, 7))
+    assert "3 of 8 files can't be read as images, and `data.bad_files=25%` bears 2" in str(told.value)
+
+
+def test_a_neighbour_is_of_the_same_class(tmp_path: Path) -> None:
+    names = photos(tmp_path, 6)
+    source = FileSource("photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert [source.neighbour(i) for i in range(6)] == [2, 3, 4, 5, 0, 1]
+    assert FileSource("photos", tmp_path, names, 3).neighbour(5) == 0
+
+
+def test_evaluation_goes_on_with_a_neighbour(tmp_path: Path) -> None:
+    names = photos(tmp_path, 6)
+    (tmp_path / names[1]).write_bytes(b"")
+    source = FileSource(
+        "photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]), bad_files=BadFiles(parse_limit("1"), 6)
+    )
+    images = torch.cat(list(read_in_order(source, Preprocessing(16, (0.5,) * 3, (0.5,) * 3), CPU)))
+    assert len(images) == 6
+    assert torch.equal(images[1], images[3])
+    source.bad_files = None
+    with pytest.raises(ValueError, match=r"001\.jpg"):
+        list(read_in_order(source, Preprocessing(16, (0.5,) * 3, (0.5,) * 3), CPU))
+
+
+def test_a_file_that_has_changed_its_size_is_told(tmp_path: Path) -> None:
+    names = photos(tmp_path, 3, 320, 240)
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 3))
+    source.sizes(torch.arange(3))
+    photos(tmp_path, 1, 480, 240)
+    faults = read_crops(source, views(), torch.arange(3), 0).faults
+    assert "it is not 320×240 any more" in str(faults[0])
+
+
+@pytest.mark.parametrize(("text", "files", "allowed"), [("1%", 250, 2), ("20", 250, 20), ("0", 9, 0), ("100%", 7, 7)])
+def test_limits(text: str, files: int, allowed: int) -> None:
+    limit = parse_limit(text)
+    assert limit.of(files) == allowed
+    assert str(limit) == text
+    assert parse_limit(str(limit)) == limit
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "0.5", "1 percent"])
+def test_what_is_no_limit(text: str) -> None:
+    with pytest.raises(ValueError, match="write a share of the files or their number"):
+        parse_limit(text)
+
+
+def test_a_thousand_steps_with_one_bad_file_in_ten(tmp_path: Path) -> None:
+    names = photos(tmp_path, 40, 12, 10)
+    bad = names[3::10]
+    for name in bad:
+        (tmp_path / name).write_bytes(b"no image")
+    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("10%"), 40))
+    made = StepBatches(source, views(8), 4, 0, Share(0, 1, CPU), 1000, 0)
+    steps = [batch.clock.step for batch in made.from_step(0)]
+    assert steps == list(range(1000))
+    assert made.unreadable == 4
+    assert source.bad_files is not None
+    assert sorted(source.bad_files.faults) == [str(tmp_path / name) for name in bad]
+    made.bear(4)
+    with pytest.raises(ConfigError, match="5 of 40 files"):
+        made.bear(5)  # what another process has found counts, too
