@@ -79,8 +79,13 @@ def two_pass(
 
 @contextmanager
 def _statistics_kept(task: nn.Module) -> Iterator[None]:
-    """Lets BatchNorm use a batch's statistics without adding them to the running ones: the second pass will."""
-    norms = [module for module in task.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    """Lets BatchNorm use a batch's statistics without adding them to the running ones: the second pass will.
+
+    One that is in evaluation mode uses its running statistics, and keeps them.
+    """
+    norms = [
+        norm for norm in task.modules() if isinstance(norm, _BatchNorm) and norm.training and norm.track_running_stats
+    ]
     for norm in norms:
         norm.track_running_stats = False
     kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]

@@ -36,6 +36,15 @@ def test_loss_gradient_and_state_on_two_processes_equal_one_big_batch(
     assert single["state"] < 1e-6 if name != "barlow_twins" else single["state"] < 1e-3
 
 
+@pytest.mark.parametrize("name", ["simclr", "moco_v2", "swav", "barlow_twins"])
+def test_micro_batches_on_two_processes_equal_one_big_batch(
+    name: str, against_one: dict[str, dict[str, float]]
+) -> None:
+    found = against_one[f"two-pass {name}"]
+    assert found["loss"] < 1e-12
+    assert found["state"] < 1e-11
+
+
 @pytest.mark.parametrize("mutant", ["own-slice gradient", "divided by world", "labels not shifted", "self not masked"])
 def test_a_common_mistake_is_noticed(mutant: str, against_one: dict[str, dict[str, float]]) -> None:
     assert against_one[f"mutant: {mutant}"]["state"] > 1e-4
