@@ -7,6 +7,7 @@ epoch from the cache of decoded images. They alternate, so that a slow minute of
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -200,10 +202,10 @@ def _process(root: Path, prepared: Path) -> subprocess.Popen[str]:
 def _report_start(root: Path, prepared: Path) -> None:
     """What :func:`_process` runs: the first batch, then its own figures; ends when it is told to."""
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = _private(process)
     _, batches = _open_million(root, prepared)
     batches.samples(0)
-    private = process.memory_full_info().uss - before  # before a worker is forked, which shares all of it
+    private = _private(process) - before  # before a worker is forked, which shares all of it
     iterator = batches.from_step(0)
     next(iterator)
     family = [process, *process.children(recursive=True)]
@@ -211,6 +213,13 @@ def _report_start(root: Path, prepared: Path) -> None:
     sys.stdout.write(json.dumps(figures) + "\n")
     sys.stdout.flush()
     sys.stdin.readline()
+
+
+def _private(process: psutil.Process) -> int:
+    """Bytes that a process holds alone; what it has freed and the C library keeps for it does not count."""
+    with suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(process.memory_full_info().uss)
 
 
 if __name__ == "__main__":
