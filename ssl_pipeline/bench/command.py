@@ -38,7 +38,9 @@ def main() -> None:
     except UserError as error:
         leave(error)
     print_table(
-        str(module.__doc__).splitlines()[0], ["figure", "value"], [[k, f"{v:,.3f}"] for k, v in figures.items()]
+        str(module.__doc__).splitlines()[0],
+        ["figure", "value"],
+        [[k, f"{v:,.3f}" if abs(v) >= 0.001 or v == 0 else f"{v:.1e}"] for k, v in figures.items()],
     )
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,8 +1,9 @@
-"""Pretraining's throughput against the model alone: what data, views, logging and checkpoints cost.
+"""Pretraining's throughput: against the model alone, and against lightly's own SimCLR loop at the same work.
 
-Both sides train the same SimCLR task on the same images with the same optimizer. The model-only side repeats forward,
-backward and step on two views that are there already; the other side is the loop that ``pretrain`` runs. They alternate
-within one process, so that a slow minute of a shared machine hits both.
+All sides train SimCLR on the same images with the same optimizer and the same kinds of views. *Model only* repeats forward,
+backward and step on two views that are there already. *Pretraining* is the loop that ``pretrain`` runs, with logs and a checkpoint.
+*lightly* is its published example: PIL transforms in a DataLoader's workers, one forward a view, NT-Xent. They alternate within one
+process, so that a slow minute of a shared machine hits all. Workers are started, and have batches waiting, before the clock is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms.simclr_transform import SimCLRTransform
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
@@ -23,75 +32,177 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
+from ssl_pipeline.views.config import BlurConfig, JitterConfig
+from ssl_pipeline.views.geometry import CropConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
-_BATCH, _STEPS, _SIZE = 128, 6, 32
+_SIZE, _WAITING, _WORKERS = 32, 4, 2
 _OPTIM = OptimConfig(name="sgd")
+_NEUTRAL = (0.5,) * 3, (0.25,) * 3
+_VIEWS = ViewsConfig(  # what lightly's SimCLRTransform does by default
+    size=_SIZE,
+    crop=CropConfig(scale=(0.08, 1.0)),
+    jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+    grey=0.2,
+    blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Attributes:
+        backbone: of all sides.
+        batch: images of a step.
+        steps: of a measurement.
+    """
+
+    backbone: BackboneConfig
+    batch: int
+    steps: int
+
+    def source(self) -> ArraySource:
+        """Random colour images, as many as the steps take."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch * self.steps, 3, _SIZE, _SIZE)
+        return ArraySource("random images", torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+
+    def encoder(self) -> Encoder:
+        """A fresh one."""
+        mean, std = _NEUTRAL
+        blueprint = Blueprint(backbone=self.backbone, neck=NeckConfig(), channels=3, size=_SIZE, mean=mean, std=std)
+        return blueprint.build()[0]
+
+
+_RESNET18 = Setting(BackboneConfig(name="resnet18"), batch=128, steps=8)
+_SMALL = Setting(BackboneConfig(name="small_resnet", width=32, stem="imagenet"), batch=128, steps=16)
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """ResNet-18 at 32 px in colour, two views, fp32: images a second on both sides, and their ratio."""
+    """ResNet-18 and the quickstart's small ResNet at 32 px in colour, two views, fp32: images a second, and their ratios."""
     accelerator = start_accelerator()
-    share = share_of(accelerator)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (_BATCH * _STEPS, 3, _SIZE, _SIZE), generator=generator, dtype=torch.uint8)
-    source = ArraySource("random images", pixels)
-    neutral = (0.5,) * 3, (0.25,) * 3
-    views = Views(ViewsConfig(size=_SIZE).for_channels(3)[0], *neutral, seed=0)
-    batches = StepBatches(source, views, _BATCH, 0, share, _STEPS)
-    mean, std = neutral
-    blueprint = Blueprint(
-        backbone=BackboneConfig(name="resnet18"), neck=NeckConfig(), channels=3, size=_SIZE, mean=mean, std=std
-    )
-    task = simclr.Config(name="simclr").build(blueprint.build()[0], source)
-    task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    alone, whole = [], []
-    _model_only(task, batches, accelerator)  # warms allocators and kernels up
-    for _ in range(rounds):
-        alone.append(_model_only(task, batches, accelerator))
-        whole.append(_pretraining(task, batches, accelerator))
-    ratios = [one / other for one, other in zip(whole, alone, strict=True)]
+    large, small = _compare(_RESNET18, rounds, accelerator), _compare(_SMALL, rounds, accelerator)
     return {
-        "step.model_only_images_per_s": statistics.median(alone),
-        "step.pretraining_images_per_s": statistics.median(whole),
-        "step.efficiency": statistics.median(ratios),
+        "step.model_only_images_per_s": large["model only"],
+        "step.pretraining_images_per_s": large["pretraining"],
+        "step.lightly_loop_images_per_s": large["lightly"],
+        "step.efficiency": large["efficiency"],
+        "step.speedup_vs_lightly_loop": large["speedup"],
+        "step.model_only_images_per_s_small": small["model only"],
+        "step.pretraining_images_per_s_small": small["pretraining"],
+        "step.lightly_loop_images_per_s_small": small["lightly"],
+        "step.efficiency_small": small["efficiency"],
+        "step.speedup_vs_lightly_loop_small": small["speedup"],
     }
 
 
-def _wait(accelerator: Accelerator) -> None:
-    if accelerator.device.type == "cuda":
+def _compare(setting: Setting, rounds: int, accelerator: Accelerator) -> dict[str, float]:
+    """Medians over the rounds: of the rates, and of the ratios within a round."""
+    share, source = share_of(accelerator), setting.source()
+    views = Views(_VIEWS.for_channels(3)[0], *_NEUTRAL, seed=0)
+    batches = StepBatches(source, views, setting.batch, 0, share, setting.steps)
+    task = simclr.Config(name="simclr").build(setting.encoder(), source)
+    task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    theirs = _LightlyLoop(setting, source, share)
+    _model_only(task, batches, accelerator)  # warms allocators and kernels up
+    rates: dict[str, list[float]] = {"model only": [], "pretraining": [], "lightly": []}
+    for _ in range(rounds):
+        rates["model only"].append(_model_only(task, batches, accelerator))
+        rates["pretraining"].append(_pretraining(task, batches, accelerator))
+        rates["lightly"].append(theirs.run())
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    for name, below in (("efficiency", "model only"), ("speedup", "lightly")):
+        figures[name] = statistics.median(a / b for a, b in zip(rates["pretraining"], rates[below], strict=True))
+    return figures
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _model_only(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
-    batch = next(batches.from_step(0))
-    optimizer = build_optimizer(_OPTIM, task, _BATCH)
+    batch = next(iter(batches.from_step(0)))
+    optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     task.train()
-    _wait(accelerator)
+    _wait(accelerator.device)
     began = time.perf_counter()
-    for _ in range(_STEPS):
+    for _ in range(batches.total_steps):
         with accelerator.autocast():
             output = task(batch)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    _wait(accelerator)
-    return _STEPS * _BATCH / (time.perf_counter() - began)
+    _wait(accelerator.device)
+    return batches.total_steps * batches.batch_size / (time.perf_counter() - began)
 
 
 def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
-    optimizer = build_optimizer(_OPTIM, task, _BATCH)
+    optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         log = JsonlLog(Path(folder) / FILE_NAME)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", "bench")
-        _wait(accelerator)
+        _wait(accelerator.device)
         began = time.perf_counter()
         fit(task, batches, _OPTIM, optimizer, accelerator, checkpoints, listeners=(log.log,), log_every=2)
-        _wait(accelerator)
+        _wait(accelerator.device)
         seconds = time.perf_counter() - began
         log.finish()
     accelerator.free_memory()
-    return _STEPS * _BATCH / seconds
+    return batches.total_steps * batches.batch_size / seconds
+
+
+class _Pictures(Dataset[list[Tensor]]):
+    """The source's images through lightly's transform; as many more of them as wait before the clock starts."""
+
+    def __init__(self, source: ArraySource, more: int) -> None:
+        self._pictures: list[Image.Image] = [source.open_image(i) for i in range(len(source))]
+        self._more, self._transform = more, SimCLRTransform(input_size=_SIZE)
+
+    def __len__(self) -> int:
+        return len(self._pictures) + self._more
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        views = self._transform(self._pictures[index % len(self._pictures)])
+        return [torch.as_tensor(view) for view in views]
+
+
+class _LightlyLoop:
+    """lightly's SimCLR example."""
+
+    def __init__(self, setting: Setting, source: ArraySource, share: Share) -> None:
+        self._setting, self._device = setting, share.device
+        self._encoder = setting.encoder().to(share.device)
+        head = simclr.Config(name="simclr")
+        self._head = SimCLRProjectionHead(self._encoder.width, head.hidden_width, head.projection_width).to(
+            share.device
+        )
+        self._loss = NTXentLoss(temperature=head.temperature.value)
+        self._pictures = _Pictures(source, _WAITING * setting.batch)
+
+    def run(self) -> float:
+        """Images a second, once the workers have batches waiting."""
+        loader = DataLoader(self._pictures, self._setting.batch, shuffle=True, drop_last=True, num_workers=_WORKERS)
+        parameters = [*self._encoder.parameters(), *self._head.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.06, momentum=0.9, weight_decay=1e-4)
+        batches: Iterator[list[Tensor]] = iter(loader)
+        for _ in range(_WAITING):
+            self._step(next(batches), optimizer)
+        _wait(self._device)
+        began = time.perf_counter()
+        for views in batches:
+            self._step(views, optimizer)
+        _wait(self._device)
+        return self._setting.steps * self._setting.batch / (time.perf_counter() - began)
+
+    def _step(self, views: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        first, second = (self._head(self._encoder(view.to(self._device))) for view in views)
+        loss = self._loss(first, second)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -33,6 +33,9 @@ def measure(rounds: int) -> dict[str, float]:
     """Images a second at 32 px, and at 224 px from 256 px, and the ratios to lightly's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # A training process has freed large blocks before; from then on the C library keeps memory from batch to batch, where
+    # a fresh process hands it back to the system and pays for each page again.
+    torch.zeros(7 * 2**20)
     try:
         figures: dict[str, float] = {}
         for size, source, count in _CASES:

@@ -13,7 +13,7 @@ def feature_std(features: Tensor) -> float:
     1 for features spread evenly over the sphere, 0 for features that are all alike.
     """
     normal = F.normalize(features.float(), dim=1)
-    return float(normal.std(0).mean() * features.shape[1] ** 0.5)
+    return float(normal.std(0, correction=0).mean() * features.shape[1] ** 0.5)
 
 
 def effective_rank(features: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def projection_head(
-    in_width: int, hidden_width: int, out_width: int, layers: int = 2, norm: bool = True, final_norm: bool = False
+    in_width: int, hidden_width: int, out_width: int, layers: int = 2, *, norm: bool = True, final_norm: bool = False
 ) -> nn.Module:
     """Stage one's head: linear, norm and ReLU, and a linear layer last (Chen et al. 2020); (B, in) to (B, out).
 

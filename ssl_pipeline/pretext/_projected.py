@@ -66,7 +66,7 @@ class Projected(Task):
         super().__init__()
         self.encoder = encoder
         self.projection = projection_head(
-            encoder.width, config.hidden_width, config.projection_width, config.layers, norm, final_norm
+            encoder.width, config.hidden_width, config.projection_width, config.layers, norm=norm, final_norm=final_norm
         )
 
     def project(self, images: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def _course(axes: Axes, run: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, color="black" if key == "temperature" else None)
     axes.set(title="The course of the run (its projections)", xlabel="optimizer step", ylim=(0, 1.02))
     if axes.lines:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     else:
         axes.annotate("this pretext task logs no temperature", (0.5, 0.5), xycoords="axes fraction", ha="center")
 

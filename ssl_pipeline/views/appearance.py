@@ -20,6 +20,8 @@ from ssl_pipeline.views.geometry import cache_parts, erase_, random_boxes, rotat
 
 Drawn = dict[str, Tensor]
 
+_SPARED = -1  # in place of an operation's number: the sample is not jittered
+
 
 class Appearance:
     """Gives the crops of one view their final looks.
@@ -56,10 +58,12 @@ class Appearance:
         Returns:
             float32 of the same shape, normalised.
         """
-        drawn = self._draw(draws, crops.shape[-1])
         finished = torch.empty(crops.shape, device=crops.device)
-        for rows in cache_parts(crops):
-            self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
+        # Saves autograd's share of each small operation; ``finished`` was made outside, so a network may train on it.
+        with torch.inference_mode():
+            drawn = self._draw(draws, crops.shape[-1])
+            for rows in cache_parts(crops):
+                self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
         return finished
 
     def _draw(self, draws: Draws, size: int) -> Drawn:
@@ -84,7 +88,7 @@ class Appearance:
         drawn = {name: low + (high - low) * uniform[name] for name, (low, high) in ranges.items()}
         drawn |= {name: drawn[name] < chance for name, chance in chances.items()}
         spared = drawn.pop("jitter") >= config.jitter.probability
-        drawn["order"] = self._orders[drawn.pop("jitter order").long()].masked_fill(spared[:, None], -1)
+        drawn["order"] = self._orders[drawn.pop("jitter order").long()].masked_fill(spared[:, None], _SPARED)
         if config.erasing.probability > 0:
             sides = torch.full_like(draws.index, size)
             boxes, fit = random_boxes(draws, "erasing", sides, sides, config.erasing)
@@ -98,12 +102,13 @@ class Appearance:
             images = _where(drawn["rotation"], images, rotate, drawn["rotation degrees"])
         # What is first, second, … differs between samples: each place takes those together that have it in common.
         for place in drawn["order"].unbind(1):
-            for number, (name, operation, _, _) in enumerate(self._jitter):
+            for number in set(place.tolist()) - {_SPARED}:
+                name, operation, _, _ = self._jitter[number]
                 images = _where(place == number, images, operation, drawn[name])
         if "grey" in drawn:
             images = _where(drawn["grey"], images, photometry.grey)
         if "blur" in drawn:
-            blur = partial(photometry.blur, greatest=self._config.blur.sigma[1])
+            blur = partial(photometry.blur, greatest=float(drawn["blur sigma"].max()))
             images = _where(drawn["blur"], images, blur, drawn["blur sigma"])
         if "solarise" in drawn:
             images = _where(drawn["solarise"], images, photometry.solarise)
@@ -117,7 +122,7 @@ def _where(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *st
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return images
-    given = [strength[rows].to(images.device) for strength in strengths]
+    given = [strength.index_select(0, rows).to(images.device) for strength in strengths]
     if len(rows) == len(images):
         return operation(images, *given)
     rows = rows.to(images.device)

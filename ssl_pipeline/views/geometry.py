@@ -2,8 +2,8 @@
 
 A crop followed by an antialiased resize and a mirror is linear and separable: one matrix for the rows, one for the
 columns. A batch of equal-sized images on an accelerator is therefore cropped, resized and mirrored by two batched matrix
-products; on a CPU it goes through torch's resize for bytes, image by image. Files of different sizes go through Pillow in
-the workers. All have the same boxes from the same draws.
+products. On a CPU that is the fastest for small images alone; large ones, and files of different sizes in the workers, go
+through torch's resize for bytes, one by one. All have the same boxes from the same draws, and the same weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,7 +23,7 @@ from ssl_pipeline.draws import Draws
 
 _ATTEMPTS = 10
 _SMALL = 48  # pixels up to which matrices are the faster way on a CPU
-_CACHE = 2**18  # values of float32: half of what a core's second cache usually holds
+_CACHE = 300_000  # values of float32, 1.2 MB: what a core's second cache usually has room for
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -154,9 +155,9 @@ def resize_boxes(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tensor | No
     count, channels, source_height, source_width = pixels.shape
     top, left, height, width = boxes.to(pixels.device).unbind(1)
     mirrored = None if mirrored is None else mirrored.to(pixels.device)
-    rows = resize_matrix(top, height, source_height, size)
+    rows = resize_matrix(top, height, source_height, size).div_(255)
     columns = resize_matrix(left, width, source_width, size, mirrored)
-    lines = pixels.reshape(count, channels * source_height, source_width).float().div_(255)
+    lines = pixels.reshape(count, channels * source_height, source_width).float()
     across = torch.bmm(lines, columns.transpose(1, 2)).reshape(count, channels, source_height, size)
     return torch.matmul(rows[:, None], across)
 
@@ -175,39 +176,52 @@ def resize_boxes_on_cpu(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tens
     """
     if max(size, *pixels.shape[2:]) <= _SMALL:
         views = torch.empty((*pixels.shape[:2], size, size))
-        for rows in cache_parts(pixels):
-            views[rows] = resize_boxes(pixels[rows], boxes[rows], size, mirrored[rows])
+        with torch.inference_mode():
+            for rows in cache_parts(pixels):
+                views[rows] = resize_boxes(pixels[rows], boxes[rows], size, mirrored[rows])
         return views
     views = pixels.new_empty((*pixels.shape[:2], size, size))
     for view, image, box, mirror in zip(views, pixels, boxes.tolist(), mirrored.tolist(), strict=True):
         top, left, height, width = box
-        part = image[None, :, top : top + height, left : left + width]
-        resized = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
-        view.copy_(resized.flip(2) if mirror else resized)
+        view.copy_(_resize_bytes(image[:, top : top + height, left : left + width], size, mirror))
     return views
 
 
-def cache_parts(images: Tensor) -> list[slice]:
-    """A batch on a CPU in parts for whose operations a core's cache has room; on another device the whole batch."""
-    count = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    return [slice(start, start + count) for start in range(0, len(images), count)]
-
-
 def resize_box_of_file(image: Image.Image, box: Tensor, size: int, mirrored: bool = False) -> Tensor:
-    """The same for one decoded file, by Pillow: uint8 of shape (C, size, size).
+    """The same for one decoded file: uint8 of shape (C, size, size).
 
-    A box of an image that was decoded at a fraction of its size may lie between pixels.
+    A box of an image that was decoded at a fraction of its size may lie between pixels: then Pillow resizes it, which takes
+    three times as long as torch's kernel for bytes.
     """
+    if bool((box != box.round()).any()):
+        return _resize_between_pixels(image, box, size, mirrored)
+    top, left, height, width = (int(value) for value in box)
+    part = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+    return _resize_bytes(part.reshape(height, width, -1).permute(2, 0, 1), size, mirrored).contiguous()
+
+
+def _resize_between_pixels(image: Image.Image, box: Tensor, size: int, mirrored: bool) -> Tensor:
     top, left, height, width = (float(value) for value in box)
     x, y = math.floor(left), math.floor(top)
     right, bottom = min(left + width, image.width), min(top + height, image.height)
     part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
     inner = (left - x, top - y, right - x, bottom - y)
-    view = part.resize((size, size), Image.Resampling.BILINEAR, box=inner)
-    if mirrored:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    flat = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8)
-    return flat.reshape(size, size, -1).permute(2, 0, 1).contiguous()
+    view = torch.from_numpy(np.array(part.resize((size, size), Image.Resampling.BILINEAR, box=inner)))
+    view = view.reshape(size, size, -1).permute(2, 0, 1)
+    return (view.flip(2) if mirrored else view).contiguous()
+
+
+def _resize_bytes(part: Tensor, size: int, mirrored: bool) -> Tensor:
+    """uint8 (C, h, w) to (C, size, size)."""
+    resized = F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
+    return resized.flip(2) if mirrored else resized
+
+
+def cache_parts(images: Tensor) -> list[slice]:
+    """A batch on a CPU in parts for whose operations a core's cache has room; on another device the whole batch."""
+    most = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    count = math.ceil(len(images) / math.ceil(len(images) / most))
+    return [slice(start, start + count) for start in range(0, len(images), count)]
 
 
 def reductions(boxes: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
 _REACH = 5.0  # the blur's kernel ends after so many sigmas
-_BLOCK = 64  # pixels of an output block of the blur
+_BLOCK = 32  # pixels of an output block of the blur
 
 
 def _per_sample(strength: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     place = from_red.copysign_(green - blue).div_(6)
     # A channel is at its greatest up to a sixth of the circle from its own hue, at its least from a third on.
     channels = images.new_tensor([0, 1 / 3, -1 / 3])[None, :, None, None]
-    away: Tensor = place + (_per_sample(turn) - channels)
-    away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
+    away: Tensor = place + (_per_sample(turn) - channels + 1.5)
+    away.frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
     return away.mul_(chroma * -6).add_(high.add_(chroma))
 
 
@@ -95,6 +95,9 @@ def blur(images: Tensor, sigma: Tensor, greatest: float) -> Tensor:
     rows = _gaussian_matrix(sigma, height)
     columns = rows if width == height else _gaussian_matrix(sigma, width)
     lines = images.reshape(count, channels * height, width)
+    if max(height, width) <= _BLOCK:
+        across = torch.bmm(lines, columns.transpose(1, 2)).reshape(count, channels, height, width)
+        return torch.matmul(rows[:, None], across)
     across, blurred = torch.empty_like(lines), torch.empty_like(images)
     for out, source in _blocks(width, reach):
         across[:, :, out] = torch.bmm(lines[:, :, source], columns[:, out, source].transpose(1, 2))

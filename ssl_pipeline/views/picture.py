@@ -22,7 +22,7 @@ class PictureConfig(Strict):
 
     Attributes:
         rows: images.
-        epochs: pairs of views of an image, side by side.
+        epochs: sets of views of an image, side by side.
         output: the picture's file.
     """
 
@@ -45,7 +45,7 @@ def draw(config: PictureConfig) -> Path:
     views = Views(settled, *neutral, config.seed)
     index = torch.arange(min(config.rows, len(source)))
     columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
-    for epoch in range(min(config.epochs, 4)):
+    for epoch in range(config.epochs):
         if source.pixels is not None:
             crops = views.of_pixels(source.pixels[index], index, epoch)
         else:
@@ -65,18 +65,25 @@ def _plain(source: Indexed, index: Tensor, preprocessing: Preprocessing) -> Tens
 
 
 def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:
-    """Columns of (rows, C, S, S) in [0, 1] as one picture, small images enlarged."""
-    size = columns[0].shape[-1]
-    zoom = max(1, 96 // size)
-    cell = size * zoom + gap
-    picture = Image.new("RGB", (cell * len(columns) + gap, cell * len(columns[0]) + gap), "white")
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            values = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            tile = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values).convert("RGB")
-            tile = tile.resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
-            picture.paste(tile, (gap + x * cell, gap + y * cell))
+    """Columns of (rows, C, S, S) in [0, 1], each with its own S, as one picture; small images are enlarged alike."""
+    largest = max(column.shape[-1] for column in columns)
+    zoom = max(1, 96 // largest)
+    cell = largest * zoom + gap
+    width = sum(column.shape[-1] * zoom + gap for column in columns) + gap
+    picture, left = Image.new("RGB", (width, cell * len(columns[0]) + gap), "white"), gap
+    for column in columns:
+        side = column.shape[-1] * zoom
+        for row, image in enumerate(column):
+            tile = _tile(image).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(tile, (left, gap + row * cell))
+        left += side + gap
     return picture
+
+
+def _tile(image: Tensor) -> Image.Image:
+    """RGB as it is; the mean of any other channels in grey."""
+    values = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
+    return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def main() -> None:

@@ -178,9 +178,10 @@ class Views:
         resize = resize_boxes_on_cpu if pixels.device.type == "cpu" else resize_boxes
         crops = []
         for view, policy in enumerate(self._policies):
-            draws = self._draws(index, epoch, view)
-            boxes = crop_boxes(draws, heights, widths, policy.crop)
-            crops.append(resize(pixels, boxes, policy.size, draws.happens("flip", policy.flip)))
+            with torch.inference_mode():  # saves autograd's share of many small operations
+                draws = self._draws(index, epoch, view)
+                boxes, flips = crop_boxes(draws, heights, widths, policy.crop), draws.happens("flip", policy.flip)
+            crops.append(resize(pixels, boxes, policy.size, flips))
         return crops
 
     def reductions(self, sizes: tuple[Tensor, Tensor], index: Tensor, epoch: int) -> list[int]:

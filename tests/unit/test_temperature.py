@@ -32,6 +32,10 @@ def test_a_cosine_starts_high_and_returns_after_its_period() -> None:
     """Kukleva et al. 2023: between 0.1 and 1.0, starting high."""
     config = TemperatureConfig.model_validate({"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps"}})
     assert [at(config, step) for step in (0, 5, 10, 15, 20)] == pytest.approx([1.0, 0.55, 0.1, 0.55, 1.0])
+    falling = TemperatureConfig.model_validate(
+        {"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps", "phase": 0.25}}
+    )
+    assert [at(falling, step) for step in (0, 5)] == pytest.approx([0.55, 0.1])
     low_first = TemperatureConfig.model_validate(
         {"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps", "phase": 0.5}}
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as T
@@ -7,16 +8,13 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.draws import Draws
-from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
-from ssl_pipeline.pretrain import check_local_views, pretrain
 from ssl_pipeline.views import photometry
 from ssl_pipeline.views.appearance import Appearance
 from ssl_pipeline.views.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
 from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
 from ssl_pipeline.views.policy import Views, ViewsConfig
-from tests.runs import tiny_pretrain
 
 SEED = torch.Generator().manual_seed(0)
 PHOTOS = torch.rand(5, 3, 24, 24, generator=SEED)
@@ -127,7 +125,20 @@ def test_images_of_other_channels_keep_them(channels: int) -> None:
     index = torch.arange(3)
     for view in views.finish(views.of_pixels(pixels, index, 0), index, 0):
         assert view.shape == (3, channels, 50, 50)
+        grey = photometry.contrast(view, torch.zeros(3)).clamp(0, 1)
+        torch.testing.assert_close(grey, view.mean((1, 2, 3), keepdim=True).clamp(0, 1).expand_as(view))
         assert bool(view.isfinite().all())
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_files_are_resized_as_by_pillow(mode: str) -> None:
+    pixels = (torch.rand(70, 90, 4, generator=SEED) * 255).to(torch.uint8).numpy()
+    image = Image.fromarray(pixels, "CMYK").convert(mode)
+    for size in (16, 100):
+        theirs = image.crop((7, 3, 67, 53)).resize((size, size), Image.Resampling.BILINEAR)
+        expected = torch.from_numpy(np.array(theirs)).reshape(size, size, -1).permute(2, 0, 1)
+        ours = resize_box_of_file(image, torch.tensor([3, 7, 50, 60]), size)
+        assert int((ours.int() - expected.int()).abs().max()) <= 1
 
 
 def test_mirror_mirrors() -> None:
@@ -195,73 +206,3 @@ def test_grey_images_lose_colour_operations_under_auto_and_refuse_them_by_name()
     assert full(ViewsConfig()).jitter.hue == pytest.approx(0.1)
     with pytest.raises(ConfigError, match=r"views\.jitter\.hue"):
         ViewsConfig(jitter=JitterConfig(hue=0.1)).for_channels(1)
-
-
-def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
-    config = ViewsConfig.model_validate(
-        {
-            "count": 3,
-            "blur": {"probability": 1.0, "sigma": [0.5, 1.5]},
-            "second": {"blur": {"probability": 0.1}, "solarise": 0.2, "jitter": {"brightness": 0.2}},
-            "local": {"count": 2, "size": 16},
-        }
-    )
-    first, second, third, local, last = full(config).each()
-    assert config.total == 5
-    assert (first.blur.probability, first.solarise, first.size) == (1.0, 0.0, 32)
-    assert (second.blur, second.solarise) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
-    assert second.jitter.hue == pytest.approx(0.05)  # settled from its own brightness
-    assert second == third
-    assert (local.size, local.crop.scale, local.crop.ratio) == (16, (0.05, 0.14), first.crop.ratio)
-    assert local == last
-    assert local.blur == first.blur
-    assert ViewsConfig.model_validate(dump(config)) == config
-    assert full(ViewsConfig.model_validate(dump(config))).each() == full(config).each()
-
-
-def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match="second=null"):
-        ViewsConfig.model_validate({"count": 1, "second": {"solarise": 0.2}})
-
-
-def test_changed_views_obey_the_channels_by_name() -> None:
-    for key, count in (("second", {}), ("local", {"count": 1})):
-        config = ViewsConfig.model_validate({key: {"jitter": {"hue": 0.1}, **count}})
-        with pytest.raises(ConfigError, match=rf"views\.{key}\.jitter\.hue"):
-            config.for_channels(1)
-
-
-def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
-    """Views are numbered, and the number is in the draw's name: a further view never moves the others."""
-    pixels = (torch.rand(4, 3, 40, 40, generator=SEED) * 255).to(torch.uint8)
-    index = torch.arange(4)
-    plain = Views(full(ViewsConfig(size=24)), (0.0,) * 3, (1.0,) * 3, seed=3)
-    config = ViewsConfig.model_validate({"size": 24, "local": {"count": 3, "size": 12}})
-    multi = Views(full(config), (0.0,) * 3, (1.0,) * 3, seed=3)
-    expected = plain.finish(plain.of_pixels(pixels, index, 0), index, 0)
-    found = multi.finish(multi.of_pixels(pixels, index, 0), index, 0)
-    assert [view.shape[-1] for view in found] == [24, 24, 12, 12, 12]
-    for ours, theirs in zip(found, expected, strict=False):
-        assert torch.equal(ours, theirs)
-    files = multi.of_files([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels], index, 0)
-    assert [view.shape[-1] for view in files] == [24, 24, 12, 12, 12]
-    assert not torch.equal(found[2], found[3])
-
-
-def test_local_views_are_refused_where_they_do_not_go() -> None:
-    local = ["views.local.count=2", "views.local.size=8"]
-    with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
-        pretrain(tiny_pretrain(None, *local))
-    views = tiny_pretrain(None, *local).views
-    for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
-        backbone, _ = build_backbone(BackboneConfig(name=name, width=4), 3, size)
-        if name == "small_resnet":
-            check_local_views(views, backbone, name)
-        else:
-            with pytest.raises(ConfigError, match=r"`views\.local` needs a backbone that takes images of any size"):
-                check_local_views(views, backbone, name)
-
-
-def test_second_view_by_override() -> None:
-    views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarise=0.2").views
-    assert views.each()[1].blur.probability == 0.1

@@ -1,0 +1,116 @@
+"""Which views there are: changes of the second, multi-crop, the policies of the papers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.command import load
+from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
+from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
+from ssl_pipeline.views.config import BlurConfig, ViewConfig
+from ssl_pipeline.views.picture import PictureConfig, draw
+from ssl_pipeline.views.policy import Views, ViewsConfig
+from tests.runs import tiny_pretrain
+
+SEED = torch.Generator().manual_seed(0)
+
+
+def full(config: ViewsConfig, channels: int = 3) -> ViewsConfig:
+    return config.for_channels(channels)[0]
+
+
+def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
+    config = ViewsConfig.model_validate(
+        {
+            "count": 3,
+            "blur": {"probability": 1.0, "sigma": [0.5, 1.5]},
+            "second": {"blur": {"probability": 0.1}, "solarise": 0.2, "jitter": {"brightness": 0.2}},
+            "local": {"count": 2, "size": 16},
+        }
+    )
+    first, second, third, local, last = full(config).each()
+    assert config.total == 5
+    assert (first.blur.probability, first.solarise, first.size) == (1.0, 0.0, 32)
+    assert (second.blur, second.solarise) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
+    assert second.jitter.hue == pytest.approx(0.05)  # settled from its own brightness
+    assert second == third
+    assert (local.size, local.crop.scale, local.crop.ratio) == (16, (0.05, 0.14), first.crop.ratio)
+    assert local == last
+    assert local.blur == first.blur
+    assert ViewsConfig.model_validate(dump(config)) == config
+    assert full(ViewsConfig.model_validate(dump(config))).each() == full(config).each()
+
+
+def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="second=null"):
+        ViewsConfig.model_validate({"count": 1, "second": {"solarise": 0.2}})
+
+
+def test_changed_views_obey_the_channels_by_name() -> None:
+    for key, count in (("second", {}), ("local", {"count": 1})):
+        config = ViewsConfig.model_validate({key: {"jitter": {"hue": 0.1}, **count}})
+        with pytest.raises(ConfigError, match=rf"views\.{key}\.jitter\.hue"):
+            config.for_channels(1)
+
+
+def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
+    """Views are numbered, and the number is in the draw's name: a further view never moves the others."""
+    pixels = (torch.rand(4, 3, 40, 40, generator=SEED) * 255).to(torch.uint8)
+    index = torch.arange(4)
+    plain = Views(full(ViewsConfig(size=24)), (0.0,) * 3, (1.0,) * 3, seed=3)
+    config = ViewsConfig.model_validate({"size": 24, "local": {"count": 3, "size": 12}})
+    multi = Views(full(config), (0.0,) * 3, (1.0,) * 3, seed=3)
+    expected = plain.finish(plain.of_pixels(pixels, index, 0), index, 0)
+    found = multi.finish(multi.of_pixels(pixels, index, 0), index, 0)
+    assert [view.shape[-1] for view in found] == [24, 24, 12, 12, 12]
+    for ours, theirs in zip(found, expected, strict=False):
+        assert torch.equal(ours, theirs)
+    files = multi.of_files([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels], index, 0)
+    assert [view.shape[-1] for view in files] == [24, 24, 12, 12, 12]
+    assert not torch.equal(found[2], found[3])
+
+
+def test_local_views_are_refused_where_they_do_not_go() -> None:
+    local = ["views.local.count=2", "views.local.size=8"]
+    with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
+        pretrain(tiny_pretrain(None, *local))
+    views = tiny_pretrain(None, *local).views
+    for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
+        backbone, _ = build_backbone(BackboneConfig(name=name, width=4), 3, size)
+        if name == "small_resnet":
+            check_local_views(views, backbone, name)
+        else:
+            with pytest.raises(ConfigError, match=r"`views\.local` needs a backbone that takes images of any size"):
+                check_local_views(views, backbone, name)
+
+
+def test_second_view_by_override() -> None:
+    views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarise=0.2").views
+    assert views.each()[1].blur.probability == 0.1
+
+
+def test_policies_are_the_papers() -> None:
+    def policy(name: str) -> list[ViewConfig]:
+        return full(load("pretrain", PretrainConfig, [f"views={name}"]).views).each()
+
+    assert [view.jitter.hue for view in policy("simclr")] == [0.2, 0.2]
+    assert [(view.blur.probability, view.solarise) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [view.crop.scale[0] for view in policy("moco")] == [0.2, 0.2]
+    assert [(view.size, *view.crop.scale) for view in policy("swav")] == [(224, 0.14, 1.0)] * 2 + [(96, 0.05, 0.14)] * 6
+    dino = [(view.size, view.blur.probability, view.solarise) for view in policy("dino")]
+    assert dino == [(224, 1.0, 0.0), (224, 0.1, 0.2)] + [(96, 0.5, 0.0)] * 8
+
+
+def test_the_picture_shows_all_views(tmp_path: Path) -> None:
+    words = ["views.size=28", "views.local.count=3", "views.local.size=12", "++rows=2", "++epochs=1"]
+    config = load("pretrain", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
+    with Image.open(draw(config)) as picture:
+        size = picture.size
+    assert size == (4 + 3 * (28 * 3 + 4) + 3 * (12 * 3 + 4), 4 + 2 * (28 * 3 + 4))
+    with pytest.raises(ConfigError, match="no picture's name"):
+        draw(config.model_copy(update={"output": "views.txt"}))
