@@ -87,9 +87,10 @@ def _decode(stored: Path | BytesIO, channels: int, min_size: int | None) -> Imag
         if min_size is not None:
             file.draft(mode, (min_size, min_size))
         file.load()
-        stored_as = file.format
-        image = ImageOps.exif_transpose(file)
-    return _to_8_bit(image, mode, stored_as)
+        # Asked for first, because what need not be turned would be copied.
+        turned = file.getexif().get(_ORIENTATION, 1) != 1
+        image = ImageOps.exif_transpose(file) if turned else file
+        return _to_8_bit(image, mode, file.format)
 
 
 @dataclass(frozen=True)

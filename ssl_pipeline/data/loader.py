@@ -121,7 +121,7 @@ class StepBatches:
         self.steps_per_epoch = len(source) // batch_size
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
-        self.workers = _workers(share) if workers is None else workers
+        self.workers = default_workers(share) if workers is None else workers
         self._known_bad = self._found_bad()
 
     def clock(self, step: int) -> Clock:
@@ -184,7 +184,7 @@ class StepBatches:
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
 
 
-def _workers(share: Share) -> int:
+def default_workers(share: Share) -> int:
     """The cores of this machine, shared by the processes on it; more than sixteen wait for one another's memory."""
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
     return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))

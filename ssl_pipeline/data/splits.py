@@ -33,14 +33,14 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     Returns:
         The rest and the held-out ones, each a sorted int64 index.
     """
-    ranks, numbers, samples = [], [], []
-    for c, of_class in _shuffled_classes(labels, *name).items():
-        ranks.append((torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class))
-        numbers.append(torch.full((len(of_class),), c))
-        samples.append(of_class)
-    every = torch.cat([*samples, torch.empty(0, dtype=torch.int64)])
-    order = np.lexsort((every, torch.cat([*numbers, every[:0]]), torch.cat([*ranks, every[:0].double()])))
-    held_out = every[torch.from_numpy(order)][:count].sort().values
+    order = permutation(len(labels), *name)
+    order = order[labels[order] >= 0]
+    order = order[labels[order].argsort(stable=True)]  # class by class
+    classes = labels[order]
+    sizes = classes.bincount()
+    rank = torch.arange(len(order), dtype=torch.float64) - (sizes.cumsum(0) - sizes)[classes]
+    first = np.lexsort((order, classes, (rank + 0.5) / sizes[classes]))[:count]
+    held_out = order[torch.from_numpy(first)].sort().values
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out
