@@ -274,7 +274,7 @@ def test_bottleneck(norm: str, activation: str) -> None:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("final_norm", [False, True])
 def test_projection_head(layers: int, final_norm: bool) -> None:
-    head = projection_head(12, 16, 8, layers, final_norm)
+    head = projection_head(12, 16, 8, layers, final_norm=final_norm)
     assert head(torch.randn(4, 12)).shape == (4, 8)
     kinds = [type(m) for m in head.modules()]
     assert kinds.count(nn.Linear) == layers
