@@ -58,5 +58,6 @@ def load_model(path: str | Path) -> Model:
     config = component("downstream", "downstream", card.config["downstream"])
     assert isinstance(config, DownstreamConfig)
     task = config.build(encoder, len(card.classes))
+    task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
     return Model(task.eval(), card)

@@ -6,6 +6,7 @@ Two kinds stand below it, by what a head reads: a row of features (``downstream.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -52,6 +53,10 @@ class DownstreamTask(Task, ABC):
     def look_at(self, train: Indexed) -> None:
         """What must be known of the training labels before the first step: class weights, a value's mean."""
         del train
+
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        """Fits what has no fixed size to weights that are about to be loaded."""
+        del state
 
     def train(self, mode: bool = True) -> DownstreamTask:
         """As torch's; an encoder that is fixed keeps its running statistics, too."""

@@ -26,7 +26,9 @@ from ssl_pipeline.study.label_efficiency import StudyConfig
 from tests.runs import small_pretext
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
-REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset", "huggingface")}
+REQUIRED = {
+    name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset", "huggingface", "mask_folder")
+}
 REQUIRED["torchvision"] = ["data.dataset=CIFAR10"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 ROOT = Path(__file__).parents[2]
