@@ -69,6 +69,7 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         problems.append(f"{pool.name} has no `{config.split}` split to measure on: see its keys in `configs/data`.")
     if config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
+    problems += config.downstream.check_views(config.views)
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if config.views.local.count:

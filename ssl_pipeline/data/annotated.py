@@ -165,10 +165,12 @@ class AnnotatedBatches(StepBatches):
 
 
 def to_device(target: Any, device: torch.device) -> Any:
-    """A target on another device: a tensor, or a list of dictionaries of tensors."""
+    """A target on another device: a tensor, or lists and dictionaries of them."""
     if isinstance(target, Tensor):
         return target.to(device, non_blocking=True)
-    return [{key: value.to(device, non_blocking=True) for key, value in entry.items()} for entry in target]
+    if isinstance(target, dict):
+        return {key: to_device(value, device) for key, value in target.items()}
+    return [to_device(entry, device) for entry in target]
 
 
 def place_of_views(index: Tensor, views: Views, epoch: int, sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,19 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_view
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.views.policy import ViewsConfig
+
+
+class DenseConfig(DownstreamConfig):
+    """The base of the ``Config`` of tasks on feature maps."""
+
+    def check_views(self, views: ViewsConfig) -> list[str]:
+        """Masks and boxes follow a crop and a mirror."""
+        if views.rotation.probability > 0:
+            return ["`views.rotation.probability` turns images away from their masks and boxes: set it to 0."]
+        return []
 
 
 class DenseTask(DownstreamTask):

@@ -12,14 +12,13 @@ from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.masks import IGNORE, Masks
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.dense import DenseTask
-from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.model.dense_head import DeepLab, SkipHead
 from ssl_pipeline.model.encoder import Encoder
 
 
-class Config(DownstreamConfig):
+class Config(DenseConfig):
     """Segmentation by cross-entropy over the pixels; those of value 255 count for nothing.
 
     Attributes:

@@ -18,6 +18,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.views.policy import ViewsConfig
 
 
 class DownstreamTask(Task, ABC):
@@ -106,6 +107,11 @@ class DownstreamConfig(ComponentConfig, ABC):
     def check_regime(self, regime: str) -> list[str]:
         """What does not go together with a regime, as sentences."""
         del regime
+        return []
+
+    def check_views(self, views: ViewsConfig) -> list[str]:
+        """What views do that the task's labels can't follow, as sentences."""
+        del views
         return []
 
     def strata(self, source: Indexed) -> Tensor | None:

@@ -165,6 +165,11 @@ def test_another_image_size_is_taken_or_refused(folder: Path, stage_one: Path, t
         run(folder, tmp_path / "no", "regime=scratch", "backbone.name=vit_b_32", "size=48")
 
 
+def test_views_that_masks_cannot_follow_are_refused(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="turns images away from their masks"):
+        run(folder, tmp_path / "no", f"encoder={stage_one}", "views.rotation.probability=0.5")
+
+
 def save(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path)
 
