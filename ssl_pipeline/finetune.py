@@ -134,7 +134,7 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
     result = finetune(config)
     if start_accelerator().is_main_process:
         unit = ", in %" if config.downstream.in_percent else ""
-        title = f"{config.downstream.name}, {config.regime.name}, on {config.split}, {config.seeds} seed(s){unit}"
+        title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
         print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))
         console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")
 
