@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class Batch:
         views: per view the normalised images, float32 of shape (B, C, H, W).
         label: int64 of shape (B,), or None where the task does not read labels.
         domain: int64 of shape (B,), or None where the source has no domains.
+        target: what stands beside the first view where a class is not enough (``data.annotated``): a tensor with the samples
+            in its first dimension, or a list with one entry a sample; None otherwise.
     """
 
     clock: Clock
@@ -26,6 +29,7 @@ class Batch:
     views: list[Tensor]
     label: Tensor | None = None
     domain: Tensor | None = None
+    target: Any = None
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size`` samples, the last one perhaps smaller."""
@@ -37,6 +41,7 @@ class Batch:
                 [view[low : low + size] for view in self.views],
                 None if self.label is None else self.label[low : low + size],
                 None if self.domain is None else self.domain[low : low + size],
+                None if self.target is None else self.target[low : low + size],
             )
             for low in parts
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,27 @@ def numbers_of(values: Sequence[str | None], names: Sequence[str]) -> Tensor:
     """The numbers of names that are known, int64, −1 where there is no name; an unknown one is a KeyError."""
     number: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
     return torch.tensor([number[value] for value in values], dtype=torch.int64)
+
+
+def numbers_in(values: Sequence[str | None], column: str, path: Path) -> list[float]:
+    """A column's values as numbers, NaN where there is none.
+
+    Raises:
+        ConfigError: a value is no finite number.
+    """
+    numbers = []
+    for row, value in enumerate(values, 1):
+        try:
+            number = math.nan if value is None else float(value)
+        except ValueError:
+            number = math.inf
+        if math.isinf(number):
+            raise ConfigError(
+                f"{path}, row {row}: {value!r} in {column!r} is no number: mend it, or leave the cell empty where the value is "
+                "not known."
+            )
+        numbers.append(number)
+    return numbers
 
 
 def one_of(wanted: str, found: Iterable[str], key: str, path: Path) -> str:

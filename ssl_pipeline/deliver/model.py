@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import component
@@ -35,10 +35,11 @@ class Model:
         return self.card.blueprint.channels
 
     @torch.no_grad()
-    def predict(self, images: list[Image.Image]) -> Tensor:
-        """The task's predictions for decoded images, one row each."""
+    def predict(self, images: list[Image.Image]) -> Any:
+        """The task's predictions for decoded images, one entry each; what they are is the task's to say."""
         blueprint = self.card.blueprint
-        return self.task.predict(Preprocessing(blueprint.size, blueprint.mean, blueprint.std).of_files(images))
+        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        return self.task.predict(self.task.prepare(images, preprocessing))
 
 
 def load_model(path: str | Path) -> Model:
@@ -57,5 +58,6 @@ def load_model(path: str | Path) -> Model:
     config = component("downstream", "downstream", card.config["downstream"])
     assert isinstance(config, DownstreamConfig)
     task = config.build(encoder, len(card.classes))
+    task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
     return Model(task.eval(), card)

@@ -11,47 +11,79 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
+from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.evaluate.probe import fit_linear
-from ssl_pipeline.model.bottleneck import build_bottleneck
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import CosineHead, LinearHead
 
 
-class Config(DownstreamConfig):
+class Config(VectorConfig):
     """Single-label classification by cross-entropy.
 
     Attributes:
         head: ``linear``, or ``cosine`` (normalised features and weights over a temperature).
-        label_smoothing: share of the target that is spread over all classes.
+        label_smoothing: share of the target that is spread over all classes; the solved probe has none.
+        class_weights: ``balanced`` weights a sample by one over its class's number of training labels (mean 1).
     """
 
     head: Literal["linear", "cosine"] = "linear"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] = "none"
 
     def build(self, encoder: Encoder, classes: int) -> Classification:
         """The task on top of an encoder."""
         return Classification(self, encoder, classes)
 
-    def check(self, source: Indexed) -> list[str]:
-        """Labels must exist."""
-        if source.labels is None or source.classes is None:
-            return [
-                f"classification needs labels, and {source.name} has none: put the images into one folder per class, "
-                "or name another `data`."
-            ]
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """Labels must exist, and those to measure on must have been there to learn."""
+        return check_labels("classification", source, held_out)
+
+    def strata(self, source: Indexed) -> Tensor | None:
+        """The labels."""
+        return source.labels
+
+
+def check_labels(task: str, source: Indexed, held_out: Indexed | None) -> list[str]:
+    """What is wrong with the class labels of training and of the images to measure on, as sentences."""
+    if source.labels is None or source.classes is None:
+        return [
+            f"{task} needs labels, and {source.name} has none: put the images into one folder per class, "
+            "or name another `data`."
+        ]
+    if held_out is None or held_out.labels is None:
         return []
+    unseen = set(held_out.labels.tolist()) - set(source.labels.tolist()) - {-1}
+    problems = []
+    if unseen:
+        named = ", ".join(repr(source.classes[label]) for label in sorted(unseen))
+        problems.append(
+            f"{held_out.name}: images to measure on are of classes that no training image has: {named}. Nothing could learn "
+            "them: add training images, or take these out."
+        )
+    if bool((held_out.labels < 0).any()):
+        count = int((held_out.labels < 0).sum())
+        problems.append(f"{held_out.name}: {count} images to measure on have no label: label them, or take them out.")
+    return problems
 
 
-class Classification(DownstreamTask):
+class Classification(VectorTask):
     """See :class:`Config`."""
 
+    class_weight: Tensor
+
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
-        super().__init__()
-        self.encoder, self.classes, self.label_smoothing = encoder, classes, config.label_smoothing
-        self.bottleneck, width = build_bottleneck(config.bottleneck, encoder.width)
-        self.head = (LinearHead if config.head == "linear" else CosineHead)(width, classes)
+        super().__init__(config, encoder)
+        self.classes, self.label_smoothing = classes, config.label_smoothing
+        self.balanced = config.class_weights == "balanced"
+        self.head = (LinearHead if config.head == "linear" else CosineHead)(self.width, classes)
+        self.register_buffer("class_weight", torch.ones(classes))
+
+    def look_at(self, train: Indexed) -> None:
+        """Counts the classes, for balanced weights; a class without a label has none to weigh."""
+        if self.balanced:
+            counts = targets_of(train).bincount(minlength=self.classes).to(self.class_weight)
+            self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
 
     def embed(self, batch: Batch) -> Embeddings:
         """Logits of the first view."""
@@ -61,28 +93,23 @@ class Classification(DownstreamTask):
         """Cross-entropy; accuracy beside it."""
         assert batch.label is not None
         logits = embeddings["logits"].float()
-        loss = F.cross_entropy(logits, batch.label, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, batch.label, self.class_weight, label_smoothing=self.label_smoothing)
         return StepOutput(loss, {"accuracy": (logits.argmax(1) == batch.label).float().mean()})
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits of shape (B, classes)."""
-        logits: Tensor = self.head(self.neck_features(images))
-        return logits
-
-    def fit_head(self, features: Tensor, labels: Tensor, decay: float) -> None:
+    def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
         """Logistic regression for the linear head; class means for the cosine head, which has no bias to fit."""
         with torch.no_grad():
             if isinstance(self.head, LinearHead):
-                weight, bias = fit_linear(features, labels, self.classes, decay)
+                weight, bias = fit_linear(features, targets, self.classes, decay, class_weight=self.class_weight)
                 self.head.weight.copy_(weight)
                 self.head.bias.copy_(bias)
             else:
                 assert isinstance(self.head, CosineHead)
-                members = F.one_hot(labels, self.classes).float()
+                members = F.one_hot(targets, self.classes).float()
                 self.head.weight.copy_(members.T @ F.normalize(features, dim=1))
 
-    def score(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
+    def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """Accuracy, and the mean of the classes' accuracies."""
-        right = (predictions.argmax(1) == labels).float()
-        of_class = [right[labels == c].mean() for c in labels.unique()]
+        right = (predictions.argmax(1) == targets).float()
+        of_class = [right[targets == c].mean() for c in targets.unique()]
         return {"accuracy": float(right.mean()), "class_mean_accuracy": float(torch.stack(of_class).mean())}

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
 
 from ssl_pipeline.config.base import Strict
+from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.downstream.vector import VectorTask, targets_of
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.evaluate.features import extract
@@ -26,27 +27,39 @@ from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.views.policy import Views
 
 
-class RegimeConfig(Strict):
-    """A regime.
+class TrainingConfig(Strict):
+    """A training by the loop.
+
+    Attributes:
+        length: of the training.
+        least_steps: and at least so many steps: few labels make short epochs.
+        optim: the optimizer and its rate.
+    """
+
+    length: Duration = parse_duration("30 epochs")
+    least_steps: int = Field(0, ge=0)
+    optim: OptimConfig = OptimConfig()
+
+
+class RegimeConfig(TrainingConfig):
+    """A regime. ``length``, ``least_steps`` and ``optim`` are for the training of all layers.
 
     Attributes:
         name: ``frozen``: the probe alone. ``lp_ft``: the probe, then all layers. ``end_to_end``: all layers from a
             random head. ``scratch``: all layers, the encoder random too.
         decays: the probe's weight decays to choose from on validation labels; the first one when there are none.
-        length: of the training of all layers.
-        least_steps: and at least so many steps: few labels make short epochs.
+        probe: how a head that can't be solved is trained on the encoder as it is.
         batch: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
-        optim: for the training of all layers.
+        layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
     """
 
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"
     decays: tuple[float, ...] = Field((0.1, 0.001, 0.01, 1.0), min_length=1)
-    length: Duration = parse_duration("30 epochs")
-    least_steps: int = Field(0, ge=0)
+    probe: TrainingConfig = TrainingConfig(optim=OptimConfig(name="adamw", lr=0.002, scaling="none"))
     batch: int = Field(64, ge=2)
     backbone_lr_factor: float = Field(1.0, gt=0)
-    optim: OptimConfig = OptimConfig()
+    layer_decay: float = Field(1.0, gt=0, le=1)
 
     @property
     def probes(self) -> bool:
@@ -60,101 +73,90 @@ class RegimeConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """What a regime learns from: a source's labelled part, and held-out *training* labels for selection, or None."""
+class Surroundings:
+    """What a regime trains with, the same for probe and training.
 
-    train: Indexed
-    validation: Indexed | None
+    Attributes:
+        labelled: the images to learn from.
+        views: the random views of a training image.
+        preprocessing: what is done to an image without randomness.
+        seed: of this training.
+        accelerator: gives precision and processes.
+        share: this process's share of the work.
+        workers: processes that decode files; None settles it by the machine.
+    """
+
+    labelled: Labelled
+    views: Views
+    preprocessing: Preprocessing
+    seed: int
+    accelerator: Accelerator
+    share: Share
+    workers: int | None = None
 
 
-def score(task: DownstreamTask, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
-    """The task's figures on a labelled source."""
-    assert source.labels is not None
-    return task.score(extract(task, source, preprocessing, share, forward=task.predict), source.labels)
-
-
-def train(
-    regime: RegimeConfig,
-    task: DownstreamTask,
-    labelled: Labelled,
-    views: Views,
-    preprocessing: Preprocessing,
-    seed: int,
-    accelerator: Accelerator,
-    share: Share,
-    workers: int | None = None,
-) -> None:
+def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
     """Trains a task in place by a regime; selection looks at validation labels alone."""
-    if regime.probes:
-        _probe(regime, task, labelled, preprocessing, share)
+    task.look_at(around.labelled.train)
+    task.backbone_lr_factor, task.layer_decay = regime.backbone_lr_factor, regime.layer_decay
+    if regime.probes and isinstance(task, VectorTask):
+        _solve_head(regime, task, around)
+    elif regime.probes:
+        task.fix_encoder(True)
+        _run_loop(regime.probe, regime.batch, task, around)
+        task.fix_encoder(False)
     if regime.trains_all:
-        _train_all(regime, task, labelled, views, preprocessing, seed, accelerator, share, workers)
+        _run_loop(regime, regime.batch, task, around)
 
 
-def _probe(
-    regime: RegimeConfig, task: DownstreamTask, labelled: Labelled, preprocessing: Preprocessing, share: Share
-) -> None:
-    labels, held_out = labelled.train.labels, labelled.validation
-    assert labels is not None
-    features = extract(task, labelled.train, preprocessing, share, forward=task.neck_features)
+def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
+    train, held_out = around.labelled.train, around.labelled.validation
+    features = extract(task, train, around.preprocessing, around.share, forward=task.neck_features)
+    features, targets = features.to(around.share.device), targets_of(train).to(around.share.device)
     decay = regime.decays[0]
     if held_out is not None and len(regime.decays) > 1:
         scores = dict.fromkeys(sorted(regime.decays, reverse=True), 0.0)
         for candidate in scores:
-            _fit_head(task, features, labels, candidate)
-            scores[candidate] = _first(score(task, held_out, preprocessing, share))
+            task.fit_head(features, targets, candidate)
+            scores[candidate] = _first(task.evaluate(held_out, around.preprocessing, around.share))
         decay = max(scores, key=lambda d: scores[d])
-    _fit_head(task, features, labels, decay)
+    task.fit_head(features, targets, decay)
 
 
-def _fit_head(task: DownstreamTask, features: Tensor, labels: Tensor, decay: float) -> None:
-    device = next(task.head.parameters()).device
-    task.fit_head(features.to(device), labels.to(device), decay)
-
-
-def _train_all(
-    regime: RegimeConfig,
-    task: DownstreamTask,
-    labelled: Labelled,
-    views: Views,
-    preprocessing: Preprocessing,
-    seed: int,
-    accelerator: Accelerator,
-    share: Share,
-    workers: int | None,
-) -> None:
-    task.backbone_lr_factor = regime.backbone_lr_factor
+def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings) -> None:
+    labelled, share = around.labelled, around.share
     labels = len(labelled.train)
-    size = labels // math.ceil(labels / regime.batch) // share.processes * share.processes
+    size = max(labels // math.ceil(labels / batch) // share.processes, 1) * share.processes
     steps_per_epoch = labels // size
-    total = max(1, regime.least_steps, regime.length.steps(steps_per_epoch, 0))
-    batches = StepBatches(labelled.train, views, size, seed, share, total, workers, with_labels=True)
-    optimizer = build_optimizer(regime.optim, task, size)
-    evaluate, every, best = None, 0, _Best(task)
-    if labelled.validation is not None:
-        held_out = labelled.validation
-        evaluate = best.watch(lambda: score(task, held_out, preprocessing, share))
-        every = max(steps_per_epoch, total // 20)
-    fit(task, batches, regime.optim, optimizer, accelerator, evaluate=evaluate, evaluate_every=every, log_every=total)
+    total = max(1, training.least_steps, training.length.steps(steps_per_epoch, 0))
+    make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
+    batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
+    optimizer = build_optimizer(training.optim, task, size)
+    best = _Best(task, around)
+    every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
+    fit(
+        task, batches, training.optim, optimizer, around.accelerator,
+        evaluate=best.evaluate, evaluate_every=every, log_every=total,
+    )  # fmt: skip
     best.restore()
-    accelerator.free_memory()
+    around.accelerator.free_memory()
 
 
 class _Best:
     """Keeps the weights that scored best on validation labels; the earliest of equals."""
 
-    def __init__(self, task: DownstreamTask) -> None:
-        self._task, self._value, self._state = task, float("-inf"), dict[str, Any]()
+    def __init__(self, task: DownstreamTask, around: Surroundings) -> None:
+        self._task, self._around = task, around
+        self._value, self._state = float("-inf"), dict[str, Any]()
 
-    def watch(self, run: Callable[[], dict[str, float]]) -> Callable[[Clock], Mapping[str, float]]:
-        def evaluate(clock: Clock) -> Mapping[str, float]:
-            del clock
-            figures = run()
-            if _first(figures) > self._value:
-                self._value, self._state = _first(figures), copy.deepcopy(self._task.state_dict())
-            return {f"validation/{name}": value for name, value in figures.items()}
-
-        return evaluate
+    def evaluate(self, clock: Clock) -> Mapping[str, float]:
+        del clock
+        held_out, around = self._around.labelled.validation, self._around
+        assert held_out is not None
+        figures = self._task.evaluate(held_out, around.preprocessing, around.share)
+        if _first(figures) > self._value:
+            self._value, self._state = _first(figures), copy.deepcopy(self._task.state_dict())
+        return {f"validation/{name}": value for name, value in figures.items()}
 
     def restore(self) -> None:
         if self._state:

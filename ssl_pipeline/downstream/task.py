@@ -1,67 +1,120 @@
-"""The contract of a downstream task: a stage-two task that also predicts and is scored."""
+"""The contract of a downstream task: a stage-two task that also predicts and is measured.
+
+Two kinds stand below it, by what a head reads: a row of features (``downstream.vector``) or maps (``downstream.dense``).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from PIL import Image
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
+from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.model.bottleneck import BottleneckConfig
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.views.policy import ViewsConfig
 
 
 class DownstreamTask(Task, ABC):
-    """An encoder, perhaps a bottleneck, and a head.
+    """An encoder and a head.
 
     Attributes:
-        bottleneck: features to fewer features; the identity by default.
         head: features to the prediction.
+        head_is_solved: whether ``fit_head`` finds the best head on fixed features; otherwise the loop trains it.
         backbone_lr_factor: the encoder's share of the learning rate.
+        layer_decay: what a layer's rate is of that of the layer after it (Clark et al. 2020).
+        encoder_is_fixed: whether the encoder keeps its weights and statistics while the task trains.
     """
 
     reads_labels = True
-    bottleneck: nn.Module
+    head_is_solved: ClassVar[bool]
     head: nn.Module
     backbone_lr_factor: float = 1.0
-
-    def neck_features(self, images: Tensor) -> Tensor:
-        """What the head reads, of shape (B, D)."""
-        features: Tensor = self.bottleneck(self.encoder.features(images))
-        return features
+    layer_decay: float = 1.0
+    encoder_is_fixed: bool = False
 
     @abstractmethod
-    def predict(self, images: Tensor) -> Tensor:
-        """The prediction for normalised images (B, C, H, W), one row a sample."""
+    def predict(self, images: Tensor) -> Any:
+        """The prediction for normalised images (B, C, H, W), one entry a sample."""
+
+    def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
+        """Decoded images as ``predict`` wants them, float32 of shape (B, C, H, W)."""
+        return preprocessing.of_files(images)
 
     @abstractmethod
-    def fit_head(self, features: Tensor, labels: Tensor, decay: float) -> None:
-        """The probe: sets the head to the best one on fixed features."""
+    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+        """Named figures on a source; the first one is what selection looks at, and larger is better."""
 
-    @abstractmethod
-    def score(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
-        """Named figures of predictions; the first one is what selection looks at, and larger is better."""
+    def look_at(self, train: Indexed) -> None:
+        """What must be known of the training labels before the first step: class weights, a value's mean."""
+        del train
+
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        """Fits what has no fixed size to weights that are about to be loaded."""
+        del state
+
+    def train(self, mode: bool = True) -> DownstreamTask:
+        """As torch's; an encoder that is fixed keeps its running statistics, too."""
+        super().train(mode)
+        if self.encoder_is_fixed:
+            self.encoder.eval()
+        return self
+
+    def fix_encoder(self, fixed: bool) -> None:
+        """Whether the encoder takes part in training."""
+        self.encoder_is_fixed = fixed
+        self.encoder.requires_grad_(not fixed)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The encoder with its share of the rate; bottleneck and head with all of it."""
-        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        encoder = [(name, parameter) for name, parameter in named if name.startswith("encoder.")]
-        rest = [(name, parameter) for name, parameter in named if not name.startswith("encoder.")]
-        return [{"params": rest, "lr_factor": 1.0}, {"params": encoder, "lr_factor": self.backbone_lr_factor}]
+        """The head with all of the rate, and the encoder's layers with theirs: the nearer to the image, the smaller."""
+        layers = layer_of(self.encoder)
+        last = max(layers.values())
+        groups: dict[float, list[Any]] = {1.0: []}
+        for name, parameter in self.named_parameters():
+            factor = 1.0
+            if name.startswith("encoder."):
+                factor = self.backbone_lr_factor * self.layer_decay ** (last - layers[name.removeprefix("encoder.")])
+            if parameter.requires_grad:
+                groups.setdefault(factor, []).append((name, parameter))
+        return [{"params": params, "lr_factor": factor} for factor, params in groups.items()]
 
 
 class DownstreamConfig(ComponentConfig, ABC):
-    """The base of every downstream task's ``Config``."""
+    """The base of every downstream task's ``Config``.
 
-    bottleneck: BottleneckConfig = BottleneckConfig()
+    Attributes:
+        selects: whether validation labels choose something; a task that chooses nothing keeps them for training.
+        in_percent: whether the figures are shares, to be told in %.
+    """
+
+    selects: ClassVar[bool] = True
+    in_percent: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, encoder: Encoder, classes: int) -> DownstreamTask:
-        """The task on top of an encoder."""
+        """The task on top of an encoder, for a number of classes or values."""
 
     @abstractmethod
-    def check(self, source: Indexed) -> list[str]:
-        """What the source lacks for this task, as sentences."""
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """What the training images, or those to measure on, lack for this task, as sentences."""
+
+    def check_regime(self, regime: str) -> list[str]:
+        """What does not go together with a regime, as sentences."""
+        del regime
+        return []
+
+    def check_views(self, views: ViewsConfig) -> list[str]:
+        """What views do that the task's labels can't follow, as sentences."""
+        del views
+        return []
+
+    def strata(self, source: Indexed) -> Tensor | None:
+        """What label draws are even over: int64 of shape (N,), −1 where nothing is known; None: an image has no one class."""
+        del source
+        return None

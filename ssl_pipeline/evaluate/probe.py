@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, classes: int, decay: float, iterations: int = 200
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    decay: float,
+    iterations: int = 200,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fits a linear classifier by L-BFGS, without any randomness.
 
@@ -20,6 +25,7 @@ def fit_linear(
         classes: number of classes.
         decay: weight of ½‖W‖² beside the mean cross-entropy.
         iterations: most L-BFGS iterations.
+        class_weight: of each class's samples, shape (classes,); all alike by default.
 
     Returns:
         Weight of shape (classes, D) and bias of shape (classes,), float32.
@@ -29,11 +35,12 @@ def fit_linear(
     standard = (features - mean) / std
     weight = standard.new_zeros(classes, features.shape[1], requires_grad=True)
     bias = standard.new_zeros(classes, requires_grad=True)
+    weights = None if class_weight is None else class_weight.double()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(standard @ weight.T + bias, labels) + 0.5 * decay * weight.square().sum()
+        loss = F.cross_entropy(standard @ weight.T + bias, labels, weights) + 0.5 * decay * weight.square().sum()
         loss.backward()
         return loss
 

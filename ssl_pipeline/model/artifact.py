@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.backbone import BackboneConfig, stem_at
 from ssl_pipeline.model.encoder import Encoder, build_encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import load_strictly
@@ -56,6 +56,11 @@ class Blueprint(Strict):
         stem = "small" if self.backbone.name == "small_resnet" else "imagenet"
         update = {"weights": None, **({"stem": stem} if decided else {})}
         return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
+
+    def at_size(self, size: int) -> Blueprint:
+        """The same network for images of another size; the stem that the old size chose is written down."""
+        backbone = self.backbone.model_copy(update={"stem": stem_at(self.backbone, self.size)})
+        return self.model_copy(update={"backbone": backbone, "size": size})
 
 
 class Card(Strict):

@@ -11,7 +11,7 @@ from torchvision import models
 from torchvision.models import VisionTransformer, get_model, list_models
 
 from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.model.families import Anatomy, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
+from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
 from ssl_pipeline.model.small_resnet import SmallResNet
 from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
@@ -67,6 +67,11 @@ class Backbone(nn.Module):
         self.strides = {name: level.stride for name, level in anatomy.levels.items()}
         self.has_token = anatomy.token
         self.fixed_input = int(trunk.image_size) if isinstance(trunk, VisionTransformer) else _timm_size(trunk)
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """What leads to each level, from fine to coarse; timm's trunks and transformers don't say."""
+        return self._anatomy.levels
 
     @property
     def final_norm(self) -> nn.Module:
@@ -143,6 +148,14 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
         sum_stem_kernels(trunk, channels)
         notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
     return Backbone(trunk, found), notes
+
+
+def stem_at(config: BackboneConfig, image_size: int) -> Literal["auto", "imagenet", "small"]:
+    """The stem that ``auto`` chooses for an image size; it stays ``auto`` where the size decides nothing."""
+    if config.stem != "auto" or config.is_timm or config.name == "small_resnet":
+        return config.stem
+    automatic = config.weights is None and image_size <= _SMALL_IMAGES
+    return "small" if automatic and shrink_stem(_torchvision(config, image_size)) else "imagenet"
 
 
 def _fit_stem(trunk: nn.Module, config: BackboneConfig, image_size: int) -> list[str]:

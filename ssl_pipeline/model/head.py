@@ -63,17 +63,37 @@ class CosineHead(nn.Module):
         return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1)) / self.temperature
 
 
-class DenseHead(nn.Sequential):
-    """A prediction for every pixel of a feature map: 3×3 convolution, norm, ReLU, 1×1 convolution."""
+class NeighbourHead(nn.Module):
+    """Votes of the nearest labelled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); nothing in it learns.
 
-    def __init__(self, in_width: int, classes: int) -> None:
-        hidden = max(in_width // 4, 1)
-        super().__init__(
-            nn.Conv2d(in_width, hidden, 3, padding=1, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, classes, 1),
+    Args:
+        in_width: features.
+        classes: number of classes.
+        k: neighbours that vote; all rows if there are fewer.
+        temperature: sharpness of the weights.
+    """
+
+    rows: Tensor
+    labels: Tensor
+
+    def __init__(self, in_width: int, classes: int, k: int, temperature: float) -> None:
+        super().__init__()
+        self.classes, self.k, self.temperature = classes, k, temperature
+        self.register_buffer("rows", torch.zeros(1, in_width))
+        self.register_buffer("labels", torch.zeros(1, dtype=torch.int64))
+
+    def remember(self, features: Tensor, labels: Tensor) -> None:
+        """Keeps rows, (N, in_width), and their labels, int64 of shape (N,)."""
+        self.rows, self.labels = F.normalize(features, dim=1), labels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_width) to the logarithm of the classes' shares of the votes, (B, classes)."""
+        similarity, neighbours = (F.normalize(features.float(), dim=1) @ self.rows.T).topk(
+            min(self.k, len(self.rows)), dim=1
         )
+        shares = (similarity / self.temperature).softmax(1)
+        votes = shares.new_zeros(len(features), self.classes).scatter_add_(1, self.labels[neighbours], shares)
+        return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
 class PrototypeHead(nn.Module):

@@ -16,7 +16,7 @@ from ssl_pipeline.config.resolve import names, resolve
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import ArraySource, Split
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
@@ -26,7 +26,10 @@ from ssl_pipeline.study.label_efficiency import StudyConfig
 from tests.runs import small_pretext
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
-REQUIRED = {name: ["data.path=x"] for name in ("folder", "domain_folder", "table", "webdataset", "huggingface")}
+REQUIRED = {
+    name: ["data.path=x"]
+    for name in ("folder", "domain_folder", "table", "webdataset", "huggingface", "mask_folder", "coco")
+}
 REQUIRED["torchvision"] = ["data.dataset=CIFAR10"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 ROOT = Path(__file__).parents[2]
@@ -140,6 +143,24 @@ def test_a_users_own_source_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch
     assert [len(data.open(split) or ()) for split in SPLITS] == [72, 8, 20]
     linked = {name for name in choices("data") if f"configs/data/{name}.yaml" in page}
     assert linked == set(choices("data"))
+
+
+def test_a_users_own_downstream_task_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "add_downstream.md").read_text()
+    code, yaml = page.split("```python\n")[1].split("```")[0], page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "their_tasks").mkdir()
+    (tmp_path / "their_tasks" / "mine.py").write_text(code)
+    (tmp_path / "conf" / "downstream").mkdir(parents=True)
+    (tmp_path / "conf" / "downstream" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_tasks.mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [
+        "downstream=mine", "initialisation=random", "backbone.width=4", "views.size=12", "tracking=off", "data.dev=4000",
+        "labels.per_class=20", "split=dev", "regime.length=4 steps", "regime.least_steps=0", f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    result = finetune(load("finetune", FinetuneConfig, words, tmp_path / "conf"))
+    assert result.interval().mean > 0.15  # of ten classes
+    rows = (ROOT / "docs" / "downstream.md").read_text()
+    assert all(f"[`{name}`]" in rows for name in names("downstream"))
 
 
 def test_names_that_are_nowhere_are_told() -> None:

@@ -14,9 +14,10 @@ from torchvision.models.convnext import CNBlockConfig
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
+from ssl_pipeline.model.dense_head import DeepLab, SkipHead
 from ssl_pipeline.model.encoder import Encoder, build_encoder
 from ssl_pipeline.model.families import anatomy_of, cut_classifier
-from ssl_pipeline.model.head import CosineHead, DenseHead, LinearHead, prediction_head, projection_head
+from ssl_pipeline.model.head import CosineHead, LinearHead, prediction_head, projection_head
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import load_strictly
 
@@ -292,5 +293,13 @@ def test_other_heads() -> None:
     expected = nn.functional.cosine_similarity(rows[:, None], cosine.weight[None], dim=2) / 0.1
     torch.testing.assert_close(cosine(rows), expected)
     torch.testing.assert_close(cosine(7 * rows), expected)
-    for width in (2, 16):
-        assert DenseHead(width, 3)(torch.randn(2, width, 5, 5)).shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("head", [SkipHead, DeepLab])
+def test_dense_heads_learn_in_all_their_parts(head: type[SkipHead | DeepLab]) -> None:
+    widths = {"c4": 4, "c5": 8}
+    made = head(widths, 3)
+    scores = made({"c4": torch.randn(2, 4, 6, 10), "c5": torch.randn(2, 8, 3, 5)})
+    assert scores.shape == ((2, 3, 6, 10) if head is SkipHead else (2, 3, 3, 5))
+    scores.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())

@@ -58,7 +58,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
 
 def opened(path: Path, split: Any = "train", **keys: Any) -> FileSource:
     source = table.Config(name="table", path=str(path), **keys).open(split)
-    assert source is not None
+    assert isinstance(source, FileSource)
     return source
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.columns import number_names, one_of, read_columns
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.columns import number_names, numbers_in, one_of, read_columns
+from ssl_pipeline.data.source import FileSource, Indexed, SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 _SPLITS: dict[str, Split] = {
@@ -37,7 +38,9 @@ class Config(SourceConfig):
         root: the folder that relative paths start from; null for the table's own.
         path_column: holds the images' paths.
         label_column: holds the classes' names or numbers; ``auto`` is ``label`` where there is such a column; null reads none.
-            A table with several labels of an image is read for one of them at a time.
+            Of several labels of an image one is read, or all as ``target_columns``.
+        target_columns: hold numbers beside an image: several labels of 0 and 1, or values to predict; an empty cell is not
+            known. With them no label is read.
         domain_column: holds the domains' names; likewise.
         split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
         channels: 3 for RGB, 1 for grey.
@@ -51,6 +54,7 @@ class Config(SourceConfig):
     root: str | None = None
     path_column: str = "path"
     label_column: str | None = "auto"
+    target_columns: tuple[str, ...] = ()
     domain_column: str | None = "auto"
     split_column: str | None = "auto"
     channels: Literal[1, 3] = 3
@@ -59,8 +63,14 @@ class Config(SourceConfig):
     on_missing: Literal["stop", "skip"] = "stop"
     licence: str | None = None
 
-    def open(self, split: Split) -> FileSource | None:
-        """A split, the same for every seed; ``dev`` and ``test`` need labels.
+    @model_validator(mode="after")
+    def _labels_or_targets(self) -> Config:
+        if self.target_columns and self.label_column not in (None, "auto"):
+            raise ValueError("give `label_column` or `target_columns`, not both.")
+        return self
+
+    def open(self, split: Split) -> Indexed | None:
+        """A split, the same for every seed; ``dev`` and ``test`` need labels or targets.
 
         Raises:
             ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
@@ -70,18 +80,18 @@ class Config(SourceConfig):
         if len(pool) == 0:
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
         if split == "train" or len(own) == 0:
-            if rows.labels is None:
+            if rows.strata is None:
                 return self._source(rows, pool) if split == "train" else None
             named = {part: len(rows.of(part)) > 0 for part in ("test", "dev")}
             shares = share_out(
-                rows.labels[pool], None if named["test"] else self.test, None if named["dev"] else self.dev, "table"
+                rows.strata[pool], None if named["test"] else self.test, None if named["dev"] else self.dev, "table"
             )
             own = pool[shares[split]]
-        elif rows.labels is None:
+        elif rows.strata is None:
             return None
         return self._source(rows, own)
 
-    def _source(self, rows: _Rows, index: Tensor) -> FileSource:
+    def _source(self, rows: _Rows, index: Tensor) -> Indexed:
         files = [rows.files[i] for i in index.tolist()]
         labels = None if rows.labels is None else rows.labels[index]
         domains = None if rows.domains is None else rows.domains[index]
@@ -90,7 +100,7 @@ class Config(SourceConfig):
             domains=domains, domain_names=rows.domain_names,
         )  # fmt: skip
         source.licence = self.licence
-        return source
+        return source if rows.targets is None else Annotated(source, rows.targets.select(index))
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class _Rows:
         splits: per row its split; all are ``train`` without such a column.
         labels: per row the number of its class, int64, −1 where there is none.
         classes: their names: by number where all are numbers, by name otherwise.
+        targets: per row its numbers; None without such columns.
         domains: per row the number of its domain, int64.
         domain_names: in the order of the numbers.
     """
@@ -112,8 +123,16 @@ class _Rows:
     splits: list[Split]
     labels: Tensor | None
     classes: tuple[str, ...] | None
+    targets: Numbers | None
     domains: Tensor | None
     domain_names: tuple[str, ...] | None
+
+    @property
+    def strata(self) -> Tensor | None:
+        """What held-out rows are even over; those of −1 are not held out. None where nothing could be measured on them."""
+        if self.targets is None:
+            return self.labels
+        return torch.where(self.targets.values.isnan().all(1), -1, 0)
 
     def of(self, split: Split) -> Tensor:
         """The rows of a split, a sorted int64 index."""
@@ -132,9 +151,10 @@ def _read(config: Config) -> _Rows:
             key = f"{kind}_column"
             wanted = getattr(config, key)
             if wanted == "auto":
-                wanted = kind if kind in found else None
+                wanted = kind if kind in found and not (kind == "label" and config.target_columns) else None
             if wanted is not None:
                 names[kind] = one_of(wanted, found, key, path)
+        names.update({f"target {name}": one_of(name, found, "target_columns", path) for name in config.target_columns})
         return list(dict.fromkeys(names.values()))
 
     columns = read_columns(path, choose)
@@ -149,13 +169,15 @@ def _read(config: Config) -> _Rows:
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
+    numbers = [numbers_in(kept[f"target {name}"], name, path) for name in config.target_columns]
+    targets = Numbers(torch.tensor(numbers).T.contiguous(), config.target_columns) if numbers else None
     domains, domain_names = number_names(kept["domain"]) if "domain" in kept else (None, None)
     if domains is not None and bool((domains < 0).any()):
         raise ConfigError(
             f"{path}: {int((domains < 0).sum())} rows have no value in {names['domain']!r}: fill them in, or set "
             "`data.domain_column=null`."
         )
-    return _Rows(root, paths, splits, labels, classes, domains, domain_names)
+    return _Rows(root, paths, splits, labels, classes, targets, domains, domain_names)
 
 
 def _existing(root: Path, files: list[str | None], config: Config) -> list[int]:

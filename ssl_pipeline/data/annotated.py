@@ -1,0 +1,227 @@
+"""Images with more than one class each: numbers, a mask, or boxes beside every image, and the batches that carry them.
+
+A view is a pure function of the draws' names, so an annotation need not travel through the loader with its image: the box
+and the mirror of a view are drawn again, by the same names, and applied to the annotation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.loader import Preprocessing, StepBatches
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.draws import Draws
+from ssl_pipeline.views.geometry import crop_boxes, resize_box_of_file, resize_boxes
+from ssl_pipeline.views.policy import Views
+
+Kind = TypeVar("Kind", bound="Annotations")
+
+
+class Annotations(ABC):
+    """One annotation per sample of a source.
+
+    Attributes:
+        names: of the classes or values that a model has an output for, in their order.
+    """
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> Annotations:
+        """Those of the samples of an int64 index."""
+
+    @abstractmethod
+    def digest(self) -> bytes:
+        """Changes when the annotations do."""
+
+    @abstractmethod
+    def of_views(self, index: Tensor, views: Views, epoch: int) -> Any:
+        """The annotations of the samples' first views, as ``Batch.target`` has them, on the CPU.
+
+        Args:
+            index: int64 of shape (B,).
+            views: which crops and mirrors the images get.
+            epoch: the epoch.
+        """
+
+    @abstractmethod
+    def whole(self, index: int) -> Any:
+        """One sample's annotation in its image's own pixels."""
+
+
+class Numbers(Annotations):
+    """Numbers beside every image: several labels of 0 and 1, or values to predict.
+
+    Args:
+        values: float32 of shape (N, K); NaN where a value is not known.
+        names: of the K columns.
+    """
+
+    def __init__(self, values: Tensor, names: tuple[str, ...]) -> None:
+        self.values, self.names = values, names
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def select(self, index: Tensor) -> Numbers:
+        """Those of the samples of an int64 index."""
+        return Numbers(self.values[index], self.names)
+
+    def digest(self) -> bytes:
+        """Of the values."""
+        return hashlib.blake2b(self.values.numpy().tobytes(), digest_size=16).digest()
+
+    def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
+        """(B, K); a crop does not change them."""
+        del views, epoch
+        return self.values[index]
+
+    def whole(self, index: int) -> Tensor:
+        """(K,)."""
+        return self.values[index]
+
+
+class Annotated(Indexed):
+    """A source's images with annotations beside them. It has no labels, so stage one reads it like any images.
+
+    Args:
+        images: numbered images.
+        annotations: one per image.
+    """
+
+    def __init__(self, images: Indexed, annotations: Annotations) -> None:
+        assert len(images) == len(annotations)
+        self.images, self.annotations = images, annotations
+        self.name, self.channels, self.pixels, self.licence = (
+            images.name,
+            images.channels,
+            images.pixels,
+            images.licence,
+        )
+        self.mean, self.std, self.classes = images.mean, images.std, annotations.names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open_image(self, index: int) -> Image.Image:
+        """One decoded image."""
+        return self.images.open_image(index)
+
+    def describe(self, index: int) -> str:
+        """As the images' source says it."""
+        return self.images.describe(index)
+
+    def fingerprint(self) -> str:
+        """Of images and annotations."""
+        digest = hashlib.blake2b(self.images.fingerprint().encode(), digest_size=16)
+        digest.update(self.annotations.digest())
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> Annotated:
+        """The samples of an int64 index."""
+        return Annotated(self.images.select(index), self.annotations.select(index))
+
+
+def annotations_of(source: Indexed, kind: type[Kind]) -> Kind | None:
+    """A source's annotations of a kind; None if it has none of that kind."""
+    if isinstance(source, Annotated) and isinstance(source.annotations, kind):
+        return source.annotations
+    return None
+
+
+class AnnotatedBatches(StepBatches):
+    """The training batches of an annotated source; see :class:`StepBatches`."""
+
+    def from_step(self, start: int) -> Iterator[Batch]:
+        """The batches from a step to the run's end, each with its ``target``; masks are read a few steps ahead."""
+        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+            coming = iter(range(start, self.total_steps))
+            ahead = deque(pool.submit(self._target, step) for step in islice(coming, 4))
+            for batch in super().from_step(start):
+                batch.target = to_device(ahead.popleft().result(), self.share.device)
+                ahead.extend(pool.submit(self._target, step) for step in islice(coming, 1))
+                yield batch
+
+    def _target(self, step: int) -> Any:
+        source = self.source
+        assert isinstance(source, Annotated)
+        return source.annotations.of_views(self.samples(step), self.views, self.clock(step).epoch)
+
+
+def to_device(target: Any, device: torch.device) -> Any:
+    """A target on another device: a tensor, or lists and dictionaries of them."""
+    if isinstance(target, Tensor):
+        return target.to(device, non_blocking=True)
+    if isinstance(target, dict):
+        return {key: to_device(value, device) for key, value in target.items()}
+    return [to_device(entry, device) for entry in target]
+
+
+def place_of_views(index: Tensor, views: Views, epoch: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the first views of samples come from: their crops and mirrors, drawn by the names that the images' have.
+
+    Args:
+        index: int64 of shape (B,).
+        views: the views' policy and seed.
+        epoch: the epoch.
+        sizes: heights and widths of all images, int64 of shape (N, 2).
+
+    Returns:
+        int64 of shape (B, 4): top, left, height, width; and which are mirrored, bool of shape (B,).
+    """
+    draws = Draws(index, views.seed, "views", epoch, 0)
+    heights, widths = sizes[index].unbind(1)
+    return crop_boxes(draws, heights, widths, views.config.crop), draws.happens("flip", views.config.flip)
+
+
+def read_whole(
+    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 16
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Reads whole images, once and in order: a dense task must not lose what a central square would cut off.
+
+    Args:
+        source: numbered samples.
+        preprocessing: size and normalisation.
+        device: where the images are wanted.
+        index: which samples, int64 of shape (N,).
+        chunk: samples at a time.
+
+    Yields:
+        The samples' numbers, and their images, resized to a square without regard to their shape and normalised: float32 of
+        shape (≤ chunk, C, size, size).
+    """
+    size = preprocessing.size
+    mean, std = (
+        torch.tensor(values, device=device)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+    )
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for part in index.split(chunk):
+            if source.pixels is not None:
+                pixels = source.pixels[part].to(device)
+                box = torch.tensor([0, 0, *pixels.shape[2:]]).expand(len(part), -1)
+                images = resize_boxes(pixels, box, size)
+            else:
+                opened = pool.map(source.open_image, part.tolist())
+                images = torch.stack([whole_view(image, size) for image in opened]).to(device).float() / 255
+            yield part.tolist(), (images - mean) / std
+
+
+def whole_view(image: Image.Image, size: int) -> Tensor:
+    """A decoded image resized to a square, uint8 of shape (C, size, size)."""
+    return resize_box_of_file(image, torch.tensor([0, 0, image.height, image.width]), size)

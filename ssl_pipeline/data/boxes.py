@@ -1,0 +1,70 @@
+"""Boxes: where the objects of an image are, and of which class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.data.annotated import Annotations, place_of_views
+from ssl_pipeline.views.policy import Views
+
+
+class Boxes(Annotations):
+    """Any number of boxes per image.
+
+    Args:
+        boxes: per image float32 of shape (n, 4): left, top, right, bottom in its pixels, all of them inside it.
+        labels: per image their classes, int64 of shape (n,).
+        sizes: heights and widths of the images, int64 of shape (N, 2).
+        names: of the classes.
+    """
+
+    def __init__(
+        self, boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor, names: tuple[str, ...]
+    ) -> None:
+        self.boxes, self.labels, self.sizes, self.names = list(boxes), list(labels), sizes, names
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def select(self, index: Tensor) -> Boxes:
+        """Those of the samples of an int64 index."""
+        chosen = index.tolist()
+        return Boxes([self.boxes[i] for i in chosen], [self.labels[i] for i in chosen], self.sizes[index], self.names)
+
+    def digest(self) -> bytes:
+        """Of boxes, classes and sizes."""
+        digest = hashlib.blake2b(self.sizes.numpy().tobytes(), digest_size=16)
+        for boxes, labels in zip(self.boxes, self.labels, strict=True):
+            digest.update(len(boxes).to_bytes(4) + boxes.numpy().tobytes() + labels.numpy().tobytes())
+        return digest.digest()
+
+    def counts(self) -> Tensor:
+        """Boxes of each class, int64 of shape (K,)."""
+        return torch.cat([*self.labels, torch.empty(0, dtype=torch.int64)]).bincount(minlength=len(self.names))
+
+    def of_views(self, index: Tensor, views: Views, epoch: int) -> list[dict[str, Tensor]]:
+        """The boxes in the first views, per sample ``boxes`` (n, 4) in the view's pixels and ``labels`` (n,).
+
+        A box whose centre lies outside of the crop is dropped (Liu et al. 2016); one that reaches out of it is cut off.
+        """
+        crops, mirrored = place_of_views(index, views, epoch, self.sizes)
+        size, targets = views.config.size, []
+        for i, crop, mirror in zip(index.tolist(), crops.float(), mirrored.tolist(), strict=True):
+            (top, left, height, width), boxes = crop.unbind(), self.boxes[i]
+            scale = size / torch.stack([width, height, width, height])
+            boxes = (boxes - torch.stack([left, top, left, top])) * scale
+            if mirror:
+                boxes = torch.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], 1)
+            centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+            boxes, inside = boxes.clamp(0, size), ((centre > 0) & (centre < size)).all(1)
+            kept = inside & (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # less than a pixel is nothing to look at
+            targets.append({"boxes": boxes[kept], "labels": self.labels[i][kept]})
+        return targets
+
+    def whole(self, index: int) -> dict[str, Tensor]:
+        """One image's ``boxes`` and ``labels``, and its ``size``: height and width."""
+        return {"boxes": self.boxes[index], "labels": self.labels[index], "size": self.sizes[index]}

@@ -1,0 +1,135 @@
+"""Masks: the class of every pixel of an image, in an image file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.annotated import Annotations, place_of_views
+from ssl_pipeline.views.policy import Views
+
+IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
+T = TypeVar("T")
+
+
+class Masks(Annotations):
+    """A mask per image, read when it is wanted.
+
+    Args:
+        files: the masks' paths.
+        sizes: heights and widths of the images, int64 of shape (N, 2).
+        counts: pixels of each class, int64 of shape (N, K).
+        names: of the classes.
+    """
+
+    def __init__(self, files: Sequence[Path], sizes: Tensor, counts: Tensor, names: tuple[str, ...]) -> None:
+        self.files, self.sizes, self.counts, self.names = list(files), sizes, counts, names
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def select(self, index: Tensor) -> Masks:
+        """Those of the samples of an int64 index."""
+        return Masks([self.files[i] for i in index.tolist()], self.sizes[index], self.counts[index], self.names)
+
+    def digest(self) -> bytes:
+        """Of names, sizes, and how many pixels each class has in each mask."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update("\0".join(file.name for file in self.files).encode(errors="surrogateescape"))
+        digest.update(self.sizes.numpy().tobytes() + self.counts.numpy().tobytes())
+        return digest.digest()
+
+    def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
+        """The classes of the first views' pixels, int64 of shape (B, S, S); by the nearest pixel, classes have no mean."""
+        boxes, mirrored = place_of_views(index, views, epoch, self.sizes)
+        places = zip(index.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
+        masks = [_view_of(read_mask(self.files[i]), box, mirror, views.config.size) for i, box, mirror in places]
+        return torch.stack(masks)
+
+    def whole(self, index: int) -> Tensor:
+        """One image's classes, int64 of shape (H, W)."""
+        return torch.from_numpy(np.array(read_mask(self.files[index]))).long()
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask as an image of mode ``L`` that holds the classes' numbers.
+
+    Raises:
+        ConfigError: it can't be read, or holds colours.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            mode = file.mode
+            if mode in ("L", "P"):  # a palette's colours are for people; its indices are the classes
+                return Image.fromarray(np.asarray(file))
+            if mode == "1":
+                return Image.fromarray(np.asarray(file).astype(np.uint8))
+            if mode.startswith("I") and np.asarray(file).max() <= IGNORE:
+                return Image.fromarray(np.asarray(file).astype(np.uint8))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders answer damaged bytes with nearly any error
+        raise ConfigError(f"{path} can't be read as a mask ({error}): write it anew.") from error
+    raise ConfigError(
+        f"{path} is a mask of mode {mode}, and a mask has one channel with the classes' numbers from 0 to 254 ({IGNORE}: no "
+        "class): save it as a grey or palette PNG."
+    )
+
+
+def _view_of(mask: Image.Image, box: list[int], mirrored: bool, size: int) -> Tensor:
+    top, left, height, width = box
+    view = mask.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(ImageOps.mirror(view) if mirrored else view)).long()
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as it is decoded, its EXIF rotation applied, by its header.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (file.width, file.height) if turned else (file.height, file.width)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"{path} can't be read as an image ({error}): remove or replace the file.") from error
+
+
+def for_all(paths: Sequence[Path], look: Callable[[Path], T]) -> list[T]:
+    """Looks at many files at once, and tells all mistakes together.
+
+    Raises:
+        ConfigError: naming the first of the files with a mistake.
+    """
+
+    def careful(path: Path) -> T | ConfigError:
+        try:
+            return look(path)
+        except ConfigError as error:
+            return error
+
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(careful, paths))
+    tell([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
+    return [one for one in found if not isinstance(one, ConfigError)]
+
+
+def tell(problems: Sequence[str], most: int = 10) -> None:
+    """Raises a ConfigError if there are any problems; of many the first are told."""
+    if problems:
+        more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
+        raise ConfigError([*problems[:most], *more])

@@ -1,0 +1,157 @@
+"""A folder of images and their masks, for semantic segmentation."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.annotated import Annotated
+from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
+from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.splits import share_out
+
+_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("val", "dev"), "test": ("test",)}
+
+
+class Config(SourceConfig):
+    """Images in ``images`` and masks in ``masks``, in pairs by the name before the ending.
+
+    If the folder holds ``train`` (with ``images`` and ``masks`` in it), so may it ``val`` (as ``dev``) and ``test``; without
+    ``test``, ``val`` is the test. Splits that have no folder are held out of the training images.
+
+    Attributes:
+        path: the folder. Nothing in it is changed.
+        classes: their names, in the order of the masks' numbers; null reads ``classes.txt`` in the folder, a name a line, or
+            else numbers them.
+        channels: 3 for RGB, 1 for grey.
+        dev: the share of training images that is held out for choices where there is no folder of them.
+        test: the share held out for the final figures, likewise.
+        licence: of the images, where you know it.
+    """
+
+    path: str
+    classes: tuple[str, ...] | None = None
+    channels: Literal[1, 3] = 3
+    dev: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.2, gt=0, lt=0.5)
+    licence: str | None = None
+
+    def open(self, split: Split) -> Annotated:
+        """A split, the same for every seed.
+
+        Raises:
+            ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
+        """
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise ConfigError(
+                f"`data.path`: there is no folder {self.path!r}: give the one that holds `images` and `masks`."
+            )
+        folders = _folders(root.resolve())
+        names = self.classes or _names_in(root / "classes.txt")
+        read = {own: _read(folder) for own, folder in folders.items()}
+        classes = _checked(names, read)
+        own = read[split] if split in read else read["train"]
+        source = Annotated(
+            FileSource(str(own.folder), own.folder, own.images, self.channels),
+            Masks(own.masks, own.sizes, own.counts[:, : len(classes)], classes),
+        )
+        source.licence = self.licence
+        if split in read and split != "train":
+            return source
+        shares = {part: None if part in read else share for part, share in (("test", self.test), ("dev", self.dev))}
+        strata = torch.zeros(len(source), dtype=torch.int64)
+        return source.select(share_out(strata, shares["test"], shares["dev"], "mask folder")[split])
+
+
+class _Pairs:
+    """Images and masks of one folder, all of them looked at."""
+
+    def __init__(self, folder: Path, images: list[str], masks: list[Path], sizes: Tensor, counts: Tensor) -> None:
+        self.folder, self.images, self.masks, self.sizes, self.counts = folder, images, masks, sizes, counts
+
+
+def _folders(root: Path) -> dict[Split, Path]:
+    if not (root / "train").is_dir():
+        return {"train": root}
+    found = {split: root / name for split, names in _FOLDERS.items() for name in names if (root / name).is_dir()}
+    if "test" not in found and "dev" in found:
+        found["test"] = found.pop("dev")
+    return found
+
+
+def _names_in(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not written in UTF-8 ({error.reason}): save it so.") from error
+
+
+@lru_cache(maxsize=8)
+def _read(folder: Path) -> _Pairs:
+    """Reads a folder once in the process's life: every mask is looked at, so that no run stops at one hours later."""
+    images, masks = (_by_stem(folder / part) for part in ("images", "masks"))
+    without = sorted(set(images) - set(masks))
+    alone = sorted(set(masks) - set(images))
+    tell(
+        [f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / 'masks'}." for stem in without]
+        + [f"{masks[stem]} is a mask of no image: remove it, or add the image." for stem in alone]
+    )
+    stems = sorted(images)
+    sizes = for_all([images[stem] for stem in stems], upright_size)
+    expected = {masks[stem]: (images[stem], size) for stem, size in zip(stems, sizes, strict=True)}
+    counts = for_all(list(expected), partial(_count, expected=expected))
+    names = [images[stem].relative_to(folder).as_posix() for stem in stems]
+    return _Pairs(folder, names, list(expected), torch.tensor(sizes), torch.stack(counts))
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {str(folder)!r}: images go into `images`, masks into `masks`.")
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    if len(found) < len(files):
+        twice = next(path for path in files if found[path.relative_to(folder).with_suffix("").as_posix()] != path)
+        raise ConfigError(f"{twice} is not the only file of that name before the ending: rename it, or take it out.")
+    if not files:
+        raise ConfigError(f"{str(folder)!r} holds no image; files with {', '.join(sorted(ENDINGS))} count.")
+    return found
+
+
+def _count(path: Path, expected: dict[Path, tuple[Path, tuple[int, int]]]) -> Tensor:
+    """How many pixels of each number a mask has, int64 of shape (255,); it must have its image's size."""
+    mask = np.asarray(read_mask(path))
+    image, size = expected[path]
+    if mask.shape != size:
+        raise ConfigError(
+            f"{path} has {mask.shape[1]}×{mask.shape[0]} pixels, and its image {image} has {size[1]}×{size[0]}: a mask has a "
+            "pixel for every pixel of its image."
+        )
+    return torch.from_numpy(np.bincount(mask.ravel(), minlength=256)[:IGNORE])
+
+
+def _checked(names: tuple[str, ...] | None, read: dict[Split, _Pairs]) -> tuple[str, ...]:
+    """The classes' names; every number in a mask must have one."""
+    found = torch.cat([pairs.counts for pairs in read.values()])
+    greatest = int(found.sum(0).nonzero().max()) if bool(found.any()) else 0
+    if names is None:
+        return tuple(str(number) for number in range(greatest + 1))
+    problems = [
+        f"{mask} holds the number {int(counts[len(names) :].nonzero()[0]) + len(names)}, and {len(names)} classes are named "
+        f"({', '.join(names[:10])}), from 0 on: name the others, or mend the mask ({IGNORE} is no class)."
+        for pairs in read.values()
+        for mask, counts in zip(pairs.masks, pairs.counts, strict=True)
+        if bool(counts[len(names) :].any())
+    ]
+    tell(problems)
+    return names

@@ -1,0 +1,86 @@
+"""Tasks whose head reads feature maps. An image is looked at whole, and figures are taken at its own resolution."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_view
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.views.policy import ViewsConfig
+
+
+class DenseConfig(DownstreamConfig):
+    """The base of the ``Config`` of tasks on feature maps."""
+
+    def check_views(self, views: ViewsConfig) -> list[str]:
+        """Masks and boxes follow a crop and a mirror."""
+        if views.rotation.probability > 0:
+            return ["`views.rotation.probability` turns images away from their masks and boxes: set it to 0."]
+        return []
+
+
+class DenseTask(DownstreamTask):
+    """An encoder whose maps a head reads; the loop trains the head. The neck, which makes a row of the maps, is idle."""
+
+    head_is_solved = False
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._rest_neck()
+
+    def _rest_neck(self) -> None:
+        # Several processes would wait for ever for the gradient of what takes no part.
+        self.encoder.neck.requires_grad_(False)
+        self.encoder.backbone.final_norm.requires_grad_(False)
+
+    def fix_encoder(self, fixed: bool) -> None:
+        """Whether the encoder takes part in training; its neck never does."""
+        super().fix_encoder(fixed)
+        self._rest_neck()
+
+    def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
+        """Whole images, resized to a square and normalised."""
+        views = torch.stack([whole_view(image, preprocessing.size) for image in images]).float() / 255
+        mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+        return (views - mean) / std
+
+    @abstractmethod
+    def compare(self, prediction: Any, target: Any) -> Any:
+        """What is to be known of one image's prediction, at the image's own resolution, to score it.
+
+        Args:
+            prediction: an entry of what ``predict`` gives.
+            target: as ``Annotations.whole`` has it.
+        """
+
+    @abstractmethod
+    def score(self, compared: list[Any]) -> dict[str, float]:
+        """Named figures of what was compared; the first one is what selection looks at, and larger is better."""
+
+    @torch.no_grad()
+    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+        """The figures of all images, each exactly once on any number of processes."""
+        assert isinstance(source, Annotated)
+        own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
+        was_training = self.training
+        self.eval()
+        compared = []
+        for index, images in read_whole(source, preprocessing, share.device, own):
+            for i, prediction in zip(index, self.predict(images), strict=True):
+                compared.append(self.compare(prediction, to_device(source.annotations.whole(i), share.device)))
+        self.train(was_training)
+        if share.processes > 1:
+            parts: list[list[Any]] = [[] for _ in range(share.processes)]
+            dist.all_gather_object(parts, compared)
+            compared = [one for part in parts for one in part]
+        return self.score(compared)

@@ -1,0 +1,113 @@
+"""Object detection: boxes and their classes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.data.annotated import annotations_of
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.model.detector import FasterRCNNHead
+from ssl_pipeline.model.encoder import Encoder
+
+
+class Config(DenseConfig):
+    """Faster R-CNN with a feature pyramid over the encoder (Ren et al. 2015; Lin et al. 2017).
+
+    Attributes:
+        width: channels of the pyramid.
+        hidden: width of the box head.
+        proposals: regions of an image that the box head is given at most.
+        sampled: of which so many, one quarter of them objects at best, are learned from in a step.
+        least_score: predictions below it are dropped.
+    """
+
+    width: int = Field(256, ge=1)
+    hidden: int = Field(1024, ge=1)
+    proposals: int = Field(1000, ge=1)
+    sampled: int = Field(512, ge=4)
+    least_score: float = Field(0.05, ge=0, lt=1)
+
+    def build(self, encoder: Encoder, classes: int) -> Detection:
+        """The task on top of an encoder."""
+        return Detection(self, encoder, classes)
+
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """Boxes to learn from and to measure on, of the same classes."""
+        boxes = annotations_of(source, Boxes)
+        measured = boxes if held_out is None else annotations_of(held_out, Boxes)
+        if boxes is None or measured is None:
+            return [f"detection needs boxes, and {source.name} has none: take data=coco."]
+        problems = []
+        if importlib.util.find_spec("pycocotools") is None:
+            problems.append(
+                'detection is measured by pycocotools, which is not installed: pip install "ssl-pipeline[detection]".'
+            )
+        known, wanted = boxes.counts(), measured.counts()
+        for counts, where in ((known, "training images"), (wanted, "images to measure on")):
+            if not bool(counts.any()):
+                problems.append(f"{source.name}: the {where} hold no box: annotate some.")
+        unseen = [name for name, here, there in zip(boxes.names, known, wanted, strict=True) if there and not here]
+        if unseen:
+            problems.append(
+                f"{source.name}: images to measure on hold classes that no training image has: {', '.join(map(repr, unseen))}. "
+                "Nothing could learn them: add training images, or take these out."
+            )
+        return problems
+
+
+class Detection(DenseTask):
+    """See :class:`Config`."""
+
+    head: FasterRCNNHead
+
+    def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
+        super().__init__(encoder)
+        self.classes = classes
+        self.head = FasterRCNNHead(
+            encoder.widths, encoder.strides, classes, config.width, config.hidden,
+            rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals,
+            box_batch_size_per_image=config.sampled, box_score_thresh=config.least_score,
+        )  # fmt: skip
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """The maps of the first view."""
+        return self.encoder.feature_maps(batch.views[0])
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The sum of Faster R-CNN's four losses."""
+        losses = self.head.losses(embeddings, batch.views[0].shape[-1], batch.target)
+        return StepOutput(
+            torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
+        )
+
+    def predict(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """Per image ``boxes`` (n, 4) in shares of its width and height, ``labels`` (n,) and ``scores`` (n,), best first."""
+        size = images.shape[-1]
+        found = self.head.detect(self.encoder.feature_maps(images), size)
+        return [{**one, "boxes": one["boxes"] / size} for one in found]
+
+    def compare(self, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> Any:
+        """Prediction and truth in the image's own pixels, on the CPU."""
+        height, width = target["size"].float()
+        scaled = {**prediction, "boxes": prediction["boxes"] * torch.stack([width, height, width, height])}
+        return tuple({key: value.cpu() for key, value in one.items()} for one in (scaled, target))
+
+    def score(self, compared: list[Any]) -> dict[str, float]:
+        """COCO's average precision over IoUs from 0.5 to 0.95, at 0.5 and at 0.75, and recall with 100 boxes an image."""
+        from torchmetrics.detection import MeanAveragePrecision
+
+        measure = MeanAveragePrecision(backend="pycocotools")
+        measure.warn_on_many_detections = False
+        measure.update([prediction for prediction, _ in compared], [truth for _, truth in compared])
+        figures = measure.compute()
+        named = {"map": "map", "map_50": "map_50", "map_75": "map_75", "mar_100": "recall_100"}
+        return {name: float(figures[key]) for key, name in named.items()}

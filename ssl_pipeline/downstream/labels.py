@@ -1,0 +1,63 @@
+"""Which labels stage two may read, and which of them are held out for selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, model_validator
+
+from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.downstream.task import DownstreamConfig
+
+
+class LabelsConfig(Strict):
+    """How many labels stage two may read; all of them by default.
+
+    Attributes:
+        per_class: labels of each class, drawn by the seed.
+        fraction: or a share of all labels, drawn by the seed.
+        validation: the share of the drawn labels that is held out for selection; 0 selects nothing.
+    """
+
+    per_class: int | None = Field(None, ge=1)
+    fraction: float | None = Field(None, gt=0, le=1)
+    validation: float = Field(0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LabelsConfig:
+        if self.per_class is not None and self.fraction is not None:
+            raise ValueError("give `per_class` or `fraction`, not both.")
+        return self
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a regime learns from: a source's labelled part, and held-out *training* labels for selection, or None."""
+
+    train: Indexed
+    validation: Indexed | None
+
+
+def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Labelled:
+    """Draws a seed's labels, evenly over the classes where an image has one, and holds some of them out for selection.
+
+    Raises:
+        ConfigError: a class has fewer labels than are asked for, or an image has no one class to count by.
+    """
+    strata = downstream.strata(pool)
+    if strata is None:
+        if labels.per_class is not None:
+            raise ConfigError(
+                f"`labels.per_class` counts images of one class, and {downstream.name} has no one class for an image: give "
+                "`labels.fraction`, a share of all images."
+            )
+        strata = torch.zeros(len(pool), dtype=torch.int64)
+    index = draw_labels(strata, labels.per_class, labels.fraction, seed, pool.classes)
+    count = round(labels.validation * len(index)) if downstream.selects else 0
+    if count == 0:
+        return Labelled(pool.select(index), None)
+    rest, held_out = hold_out(strata[index], count, seed, "validation")
+    return Labelled(pool.select(index[rest]), pool.select(index[held_out]))

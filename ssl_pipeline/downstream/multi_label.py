@@ -1,0 +1,82 @@
+"""Multi-label classification: any number of the labels hold for an image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+
+from ssl_pipeline.data.annotated import Numbers, annotations_of
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.numbers import check_numbers
+from ssl_pipeline.downstream.solve import fit_labels, known_mean
+from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import LinearHead
+
+_UNKNOWN = -1  # what torchmetrics is told of a target that is not known
+
+
+class Config(VectorConfig):
+    """Several labels of 0 and 1, each by its own binary cross-entropy; one that is not known counts for nothing."""
+
+    def build(self, encoder: Encoder, classes: int) -> MultiLabel:
+        """The task on top of an encoder."""
+        return MultiLabel(self, encoder, classes)
+
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """Columns of 0 and 1, both of which occur in training."""
+        problems = check_numbers("multi-label classification", source, held_out)
+        numbers = annotations_of(source, Numbers)
+        if problems or numbers is None:
+            return problems
+        values = numbers.values
+        for name, column in zip(numbers.names, values.unbind(1), strict=True):
+            found = column[~column.isnan()].unique().tolist()
+            if set(found) - {0.0, 1.0}:
+                other = next(value for value in found if value not in (0.0, 1.0))
+                problems.append(
+                    f"{source.name}: {name!r} holds {other:g}, and a label is 0 or 1; numbers are downstream=regression."
+                )
+            elif len(found) < 2:
+                problems.append(
+                    f"{source.name}: {name!r} is {found[0]:g} in every training image: leave the column out."
+                )
+        return problems
+
+
+class MultiLabel(VectorTask):
+    """See :class:`Config`."""
+
+    def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
+        super().__init__(config, encoder)
+        self.classes = classes
+        self.head: LinearHead = LinearHead(self.width, classes)
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Logits of the first view."""
+        return {"logits": self.predict(batch.views[0])}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The mean of the labels' binary cross-entropies."""
+        logits = embeddings["logits"].float()
+        return StepOutput(known_mean(F.binary_cross_entropy_with_logits, logits, batch.target).mean())
+
+    def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
+        """A logistic regression a label."""
+        weight, bias = fit_labels(features, targets, decay)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.copy_(bias)
+
+    def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+        """Mean average precision over the labels, and the labels' mean F1 at a probability of one half."""
+        chances, known = predictions.sigmoid(), targets.nan_to_num(nan=_UNKNOWN).long()
+        kinds = {
+            "mean_average_precision": multilabel_average_precision(chances, known, self.classes, ignore_index=_UNKNOWN),
+            "f1": multilabel_f1_score(chances, known, self.classes, ignore_index=_UNKNOWN),
+        }
+        return {name: float(value) for name, value in kinds.items()}

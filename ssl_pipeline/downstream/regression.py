@@ -1,0 +1,101 @@
+"""Regression: one or several numbers for an image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_pipeline.data.annotated import Numbers, annotations_of
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.numbers import check_numbers
+from ssl_pipeline.downstream.solve import fit_ridge, known_mean
+from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import LinearHead
+
+
+class Config(VectorConfig):
+    """Regression of numbers, each standardised by its training values; one that is not known counts for nothing.
+
+    Attributes:
+        loss: ``squared``, or ``huber`` (linear beyond one standard deviation), which outliers move less; the solved probe is
+            least squares.
+    """
+
+    in_percent = False
+    loss: Literal["squared", "huber"] = "squared"
+
+    def build(self, encoder: Encoder, classes: int) -> Regression:
+        """The task on top of an encoder, for a number of values."""
+        return Regression(self, encoder, classes)
+
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """Columns of numbers that vary."""
+        problems = check_numbers("regression", source, held_out)
+        numbers = annotations_of(source, Numbers)
+        if problems or numbers is None:
+            return problems
+        for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True):
+            known = column[~column.isnan()]
+            if bool((known == known[0]).all()):
+                problems.append(
+                    f"{source.name}: {name!r} is {known[0]:g} in every training image: leave the column out."
+                )
+        return problems
+
+
+class Regression(VectorTask):
+    """See :class:`Config`. The head predicts standardised values, ``predict`` the values themselves."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config, encoder: Encoder, values: int) -> None:
+        super().__init__(config, encoder)
+        self.head: LinearHead = LinearHead(self.width, values)
+        self.loss = {"squared": F.mse_loss, "huber": F.smooth_l1_loss}[config.loss]
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("std", torch.ones(values))
+
+    def look_at(self, train: Indexed) -> None:
+        """The training values' mean and standard deviation."""
+        values = targets_of(train)
+        mean = values.nanmean(0)
+        self.mean.copy_(mean)
+        self.std.copy_((values - mean).square().nanmean(0).sqrt().clamp_min(1e-6))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Standardised predictions of the first view."""
+        return {"standardised": self.head(self.neck_features(batch.views[0]))}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The mean of the values' losses."""
+        targets = (batch.target - self.mean) / self.std
+        return StepOutput(known_mean(self.loss, embeddings["standardised"].float(), targets).mean())
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(B, values), in their own units."""
+        return super().predict(images).float() * self.std + self.mean
+
+    def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
+        """Ridge regression."""
+        weight, bias = fit_ridge(features, (targets - self.mean) / self.std, decay)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.copy_(bias)
+
+    def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+        """R² (1 is perfect, 0 is predicting the mean), and the absolute error in the values' own units; means over the values."""
+        of_value = []
+        for predicted, value in zip(predictions.double().unbind(1), targets.double().unbind(1), strict=True):
+            known = ~value.isnan()
+            error, spread = (value - predicted)[known], (value - value[known].mean())[known]
+            r2 = 1 - error.square().sum() / spread.square().sum().clamp_min(1e-12)
+            of_value.append(torch.stack([r2, error.abs().mean()]))
+        r2, absolute = torch.stack(of_value).mean(0).tolist()
+        return {"r2": r2, "mean_absolute_error": absolute}

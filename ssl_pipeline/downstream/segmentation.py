@@ -1,0 +1,110 @@
+"""Semantic segmentation: a class for every pixel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_pipeline.data.annotated import annotations_of
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.masks import IGNORE, Masks
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.model.dense_head import DeepLab, SkipHead
+from ssl_pipeline.model.encoder import Encoder
+
+
+class Config(DenseConfig):
+    """Segmentation by cross-entropy over the pixels; those of value 255 count for nothing.
+
+    Attributes:
+        head: ``fcn``: a linear layer on every level of the maps, summed from coarse to fine (Long et al. 2015), on a frozen
+            encoder a linear probe of each pixel. ``deeplab``: atrous pyramid pooling of the last level (Chen et al. 2017).
+        class_weights: ``balanced`` weighs a pixel by one over its class's number of training pixels (mean 1).
+    """
+
+    head: Literal["fcn", "deeplab"] = "fcn"
+    class_weights: Literal["none", "balanced"] = "none"
+
+    def build(self, encoder: Encoder, classes: int) -> Segmentation:
+        """The task on top of an encoder."""
+        return Segmentation(self, encoder, classes)
+
+    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+        """Masks of two classes at least, and none to measure on that training lacks."""
+        masks = annotations_of(source, Masks)
+        measured = masks if held_out is None else annotations_of(held_out, Masks)
+        if masks is None or measured is None:
+            return [f"segmentation needs masks, and {source.name} has none: take data=mask_folder."]
+        known, wanted = masks.counts.sum(0) > 0, measured.counts.sum(0) > 0
+        problems = []
+        if int(known.sum()) < 2:
+            problems.append(
+                f"{source.name}: the training masks hold fewer than two classes, and there is nothing to tell apart."
+            )
+        unseen = [name for name, here, there in zip(masks.names, known, wanted, strict=True) if there and not here]
+        if unseen:
+            problems.append(
+                f"{source.name}: masks to measure on hold classes that no training mask has: {', '.join(map(repr, unseen))}. "
+                "Nothing could learn them: add training images, or take these out."
+            )
+        return problems
+
+
+class Segmentation(DenseTask):
+    """See :class:`Config`."""
+
+    class_weight: Tensor
+
+    def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
+        super().__init__(encoder)
+        self.classes, self.balanced = classes, config.class_weights == "balanced"
+        self.head = SkipHead(encoder.widths, classes) if config.head == "fcn" else DeepLab(encoder.widths, classes)
+        self.register_buffer("class_weight", torch.ones(classes))
+
+    def look_at(self, train: Indexed) -> None:
+        """Counts the classes' pixels, for balanced weights."""
+        masks = annotations_of(train, Masks)
+        if self.balanced and masks is not None:
+            counts = masks.counts.sum(0).to(self.class_weight)
+            self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Logits of the first view."""
+        return {"logits": self.predict(batch.views[0])}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The mean cross-entropy of the pixels that have a class; 0 where none has."""
+        logits = embeddings["logits"].float()
+        losses = F.cross_entropy(logits, batch.target, self.class_weight, ignore_index=IGNORE, reduction="none")
+        known = batch.target != IGNORE
+        weight = self.class_weight[batch.target.where(known, 0)] * known
+        right = (logits.argmax(1) == batch.target)[known].float().mean()
+        return StepOutput(losses.sum() / weight.sum().clamp_min(1e-6), {"pixel_accuracy": right})
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits of every pixel, of shape (B, classes, H, W)."""
+        logits: Tensor = self.head(self.encoder.feature_maps(images))
+        return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """How many pixels of each class (rows) were taken for each (columns), int64 of shape (classes, classes)."""
+        logits = F.interpolate(prediction[None], target.shape, mode="bilinear", align_corners=False)[0]
+        known = target != IGNORE
+        places = target[known] * self.classes + logits.argmax(0)[known]
+        return places.bincount(minlength=self.classes**2).view(self.classes, self.classes).cpu()
+
+    def score(self, compared: list[Tensor]) -> dict[str, float]:
+        """Mean intersection over union of the classes that occur, and the share of pixels that are right."""
+        confusion = torch.stack(compared).sum(0).double()
+        right, occurs = confusion.diag(), confusion.sum(1) > 0
+        union = confusion.sum(0) + confusion.sum(1) - right
+        figures = {
+            "mean_iou": (right / union.clamp_min(1))[occurs].mean(),
+            "pixel_accuracy": right.sum() / confusion.sum(),
+        }
+        return {name: float(value) for name, value in figures.items()}

@@ -1,0 +1,50 @@
+"""What stage two starts from."""
+
+from __future__ import annotations
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.model.artifact import Blueprint, load_encoder
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.weights import normalisation
+
+
+def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blueprint, Encoder]:
+    """Stage one's encoder and its architecture.
+
+    Args:
+        path: of its artifact.
+        pool: the images it is to read.
+        size: their height and width in pixels; None takes those that it was pretrained on.
+
+    Raises:
+        ConfigError: it can't be loaded, or reads other images.
+    """
+    encoder, card = load_encoder(path)
+    blueprint = card.blueprint.without_weights()
+    if blueprint.channels != pool.channels:
+        raise ConfigError(
+            f"the encoder in {path!r} reads {blueprint.channels} channel(s), and {pool.name} has "
+            f"{pool.channels}: set `data.channels` or pretrain on such images."
+        )
+    bound = encoder.backbone.fixed_input
+    if size is not None and bound not in (None, size):
+        raise ConfigError(
+            f"`size`: {blueprint.backbone.name} is bound to images of {bound} px, those that it was pretrained on, and {size} was "
+            "asked for: leave `size` out, or pretrain a convolutional network."
+        )
+    return (blueprint if size is None else blueprint.at_size(size)), encoder
+
+
+def new_encoder(backbone: BackboneConfig, neck: NeckConfig, pool: Indexed, size: int) -> tuple[Blueprint, Encoder]:
+    """An encoder of official weights or with fresh ones, and its architecture.
+
+    Raises:
+        ConfigError: an unknown name, weights that do not fit, or a size that the network can't take.
+    """
+    mean, std = normalisation(backbone, pool.channels, pool.mean, pool.std)
+    blueprint = Blueprint(backbone=backbone, neck=neck, channels=pool.channels, size=size, mean=mean, std=std)
+    encoder, _ = blueprint.build()
+    return blueprint.without_weights(), encoder

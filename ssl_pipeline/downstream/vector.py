@@ -1,0 +1,85 @@
+"""Tasks whose head reads one row of features for an image, and whose head is solved on fixed features."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from ssl_pipeline.data.annotated import Numbers, annotations_of
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
+from ssl_pipeline.model.encoder import Encoder
+
+
+class VectorTask(DownstreamTask):
+    """An encoder, perhaps a bottleneck, and a head; evaluation looks at an image's central square.
+
+    Attributes:
+        bottleneck: features to fewer features; the identity by default.
+        width: the features that the head reads.
+    """
+
+    head_is_solved = True
+
+    def __init__(self, config: VectorConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.bottleneck: nn.Module
+        self.bottleneck, self.width = build_bottleneck(config.bottleneck, encoder.width)
+
+    def neck_features(self, images: Tensor) -> Tensor:
+        """What the head reads, of shape (B, D)."""
+        features: Tensor = self.bottleneck(self.encoder.features(images))
+        return features
+
+    def predict(self, images: Tensor) -> Tensor:
+        """What the head makes of it, of shape (B, K)."""
+        prediction: Tensor = self.head(self.neck_features(images))
+        return prediction
+
+    @abstractmethod
+    def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
+        """The probe: sets the head to the best one on fixed features.
+
+        Args:
+            features: float32 of shape (N, D).
+            targets: as :func:`targets_of` has them.
+            decay: the weight decay.
+        """
+
+    @abstractmethod
+    def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+        """Named figures of predictions (N, K); the first one is what selection looks at, and larger is better."""
+
+    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+        """The figures of all predictions, each sample exactly once."""
+        return self.score(extract(self, source, preprocessing, share, forward=self.predict), targets_of(source))
+
+
+class VectorConfig(DownstreamConfig):
+    """The base of the ``Config`` of tasks on a row of features.
+
+    Attributes:
+        bottleneck: a narrow layer between features and head.
+    """
+
+    bottleneck: BottleneckConfig = BottleneckConfig()
+
+    def check_regime(self, regime: str) -> list[str]:
+        """A frozen regime trains no bottleneck."""
+        if regime == "frozen" and self.bottleneck.width is not None:
+            return ["`downstream.bottleneck` is new and must be trained, and regime `frozen` trains the head alone."]
+        return []
+
+
+def targets_of(source: Indexed) -> Tensor:
+    """What a head is to predict of a source that was checked: numbers (N, K), or class labels, int64 of shape (N,)."""
+    numbers = annotations_of(source, Numbers)
+    if numbers is not None:
+        return numbers.values
+    assert source.labels is not None
+    return source.labels

@@ -1,0 +1,44 @@
+"""Stage two's figures over its seeds: with their intervals, as rows for people, and as a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssl_pipeline.evaluate.interval import Interval, interval
+from ssl_pipeline.track.run import write_text_atomic
+
+
+@dataclass(frozen=True)
+class Result:
+    """What stage two gives.
+
+    Attributes:
+        folder: the run's.
+        split: the held-out split that was measured on.
+        figures: per seed.
+    """
+
+    folder: Path
+    split: str
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+    def interval(self, name: str | None = None) -> Interval:
+        """A figure's mean over the seeds, with its 95 % interval; the first figure by default."""
+        name = name or next(iter(self.figures[0]))
+        return interval([figures[name] for figures in self.figures])
+
+    def rows(self, in_percent: bool) -> list[list[str]]:
+        """Each figure's name, and its mean with its interval."""
+        found = {name: self.interval(name) for name in self.figures[0]}
+        return [[name, value.percent() if in_percent else _plain(value)] for name, value in found.items()]
+
+    def write(self) -> None:
+        """Writes ``results.json`` into the run's folder."""
+        record = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
+        write_text_atomic(self.folder / "results.json", json.dumps(record, indent=1))
+
+
+def _plain(value: Interval) -> str:
+    return f"{value.mean:.4g}" if value.half == float("inf") else f"{value.mean:.4g} ± {value.half:.2g}"

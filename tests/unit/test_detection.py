@@ -1,0 +1,224 @@
+"""Detection, and the boxes it learns from, on images whose right answer is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, annotations_of
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.sources import coco
+from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.detection import Config
+from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.schedules import Clock
+from ssl_pipeline.views.policy import Views
+from tests.runs import same_bytes
+from tests.shapes import box_folder, scene
+from tests.unit.test_downstream_vector import encoder
+
+CPU = Share(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return box_folder(tmp_path_factory.mktemp("boxes") / "all", 60, height=48, width=48)
+
+
+@pytest.fixture(scope="module")
+def stage_one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [
+        "tracking=off", "workers=0", "data=coco", f"data.path={folder / 'annotations.json'}", "views=small", "backbone.width=8",
+        "backbone.stem=imagenet", "batch.size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16",
+        "evaluate_every=0 steps",
+    ]  # fmt: skip
+    return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
+
+
+def run(folder: Path, output: Path, *overrides: str) -> Result:
+    words = [
+        "tracking=off",
+        "workers=0",
+        "data=coco",
+        f"data.path={folder / 'annotations.json'}",
+        "downstream=detection",
+    ]
+    small = [f"downstream.{key}" for key in ("width=16", "hidden=32", "proposals=100", "sampled=32")]
+    short = ["size=48", "regime.least_steps=0", "regime.batch=8"]
+    return finetune(load("finetune", FinetuneConfig, [*words, *small, *short, f"output={output}", *overrides]))
+
+
+def test_squares_and_circles_are_found(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    length = ["regime.length=100 steps", "regime.optim.lr=0.01", "regime.backbone_lr_factor=1", "labels.validation=0"]
+    result = run(folder, tmp_path / "run", "regime=end_to_end", f"encoder={stage_one}", *length)
+    assert next(iter(result.figures[0])) == "map"
+    assert result.interval("map_50").mean > 0.6
+    model = load_model(result.folder)
+    assert model.card.classes == ("square", "circle")
+    wanted = scene(500, 48, 48)
+    (found,) = model.predict([Image.fromarray(wanted.image).resize((480, 480))])
+    best = found["boxes"][0] * 48
+    assert any((best - torch.tensor([x, y, x + w, y + h])).abs().max() < 5 for x, y, w, h in wanted.boxes)
+    assert found["boxes"].max() <= 1
+    assert (found["scores"].diff() <= 0).all()
+
+
+SHORT = ["regime.length=2 steps", "regime.probe.length=2 steps", "regime.probe.least_steps=0"]
+
+
+@pytest.mark.parametrize("regime", ["frozen", "lp_ft", "scratch"])
+def test_every_regime_holds(folder: Path, stage_one: Path, tmp_path: Path, regime: str) -> None:
+    result = run(folder, tmp_path / "run", f"regime={regime}", f"encoder={stage_one}", *SHORT)
+    assert 0 <= result.interval("map").mean <= 1
+    before = load_encoder(stage_one)[0].state_dict()
+    after = load_model(result.folder).task.encoder.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items()) == (regime == "frozen")
+
+
+def test_boxes_follow_their_images_through_the_views() -> None:
+    """An image is black but for its box: each view of it shows where its target must be."""
+    pixels, boxes = torch.zeros(12, 3, 40, 50, dtype=torch.uint8), []
+    for i in range(12):
+        left, top, right, bottom = 2 * i + 3, i + 8, 2 * i + 3 + 14, i + 8 + 12
+        pixels[i, :, top:bottom, left:right] = 255
+        boxes.append(torch.tensor([[left, top, right, bottom]], dtype=torch.float32))
+    sizes = torch.tensor([[40, 50]]).expand(12, -1)
+    source = Annotated(
+        ArraySource("x", pixels), Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
+    )
+    config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.8]", "views.size=40"]).views
+    views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 3)
+    kept = dropped = 0
+    for batch in AnnotatedBatches(source, views, 4, 3, CPU, 12, workers=0, with_labels=True).from_step(0):
+        for view, target in zip(batch.views[0], batch.target, strict=True):
+            rows, columns = (view[0] > 0.5).nonzero(as_tuple=True)
+            if len(target["boxes"]) == 0:
+                dropped += 1
+                continue
+            shown = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (target["boxes"][0] - shown).abs().max() <= 1
+            kept += 1
+    assert kept > 20
+    assert dropped > 0
+
+
+def test_permuting_test_boxes_changes_no_weight_and_runs_reproduce(
+    folder: Path, stage_one: Path, tmp_path: Path
+) -> None:
+    record = json.loads((folder / "annotations.json").read_text())
+    held = {image["id"] for image in record["images"][::4]}
+
+    def written(name: str, shift: int) -> Path:
+        root = tmp_path / f"data_{name}"
+        root.mkdir()
+        for part, measured in (("annotations", False), ("test", True)):
+            images = [one for one in record["images"] if (one["id"] in held) == measured]
+            own = [one for one in record["annotations"] if (one["image_id"] in held) == measured]
+            moved = [{**one, "category_id": 30 - one["category_id"]} if shift and measured else one for one in own]
+            whole = {"images": images, "annotations": moved, "categories": record["categories"]}
+            (root / f"{part}.json").write_text(json.dumps(whole))
+        more = [f"data.test_path={root / 'test.json'}", f"data.images={folder / 'images'}", "labels.validation=0.3"]
+        return run(root, tmp_path / name, "regime=end_to_end", f"encoder={stage_one}", *SHORT, *more).folder
+
+    first, again, other = written("a", 0), written("b", 0), written("c", 1)
+    assert same_bytes(first, again, ["model.safetensors", "results.json"])
+    assert same_bytes(first, other, ["model.safetensors"])
+
+
+def change(root: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    path = box_folder(root, 6) / "annotations.json"
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_what_is_wrong_with_boxes_is_told(tmp_path: Path) -> None:
+    def first(key: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
+        return lambda record: record[key][0].update(changes)
+
+    wrong = {
+        "outside": (
+            first("annotations", bbox=[40, 3, 5, 5]),
+            r"annotation 0 on image 100: .* lies outside of its image of 32×32",
+        ),
+        "flat": (first("annotations", bbox=[4, 3, 0, 5]), "has no area"),
+        "corners": (first("annotations", bbox=[4, 3]), "four numbers were expected"),
+        "category": (first("annotations", category_id=7), "no category has that id"),
+        "image": (first("annotations", image_id=7), "no image has that id"),
+        "size": (first("images", width=64), r"said to have 64×32 pixels, and the file has 32×32"),
+        "file": (first("images", file_name="x.png"), r"x\.png is not there"),
+        "twice": (first("images", id=101), "image id 101 stands there more than once"),
+        "keys": (lambda record: record["annotations"][0].pop("bbox"), "entry 0 of `annotations` has no 'bbox'"),
+        "list": (lambda record: record.pop("categories"), "has no list `categories`"),
+    }
+    for name, (edit, sentence) in wrong.items():
+        path = change(tmp_path / name, edit)
+        with pytest.raises(ConfigError, match=sentence):
+            coco.Config(name="coco", path=str(path)).open("train")
+    (tmp_path / "half.json").write_text("{")
+    for path, sentence in (
+        (tmp_path / "half.json", "no whole JSON file"),
+        (tmp_path / "none.json", "there is no file"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            coco.Config(name="coco", path=str(path)).open("train")
+
+
+def test_boxes_at_the_edge_are_cut_off_and_crowds_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def edit(record: dict[str, Any]) -> None:
+        record["annotations"] = [
+            {"id": 0, "image_id": 100, "category_id": 10, "bbox": [-4, 20, 10, 30.5]},
+            {"id": 1, "image_id": 100, "category_id": 20, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+            {"id": 2, "image_id": 101, "category_id": 20, "bbox": [0, 0, 9, 9]},
+        ]
+
+    path = change(tmp_path / "edge", edit)
+    with caplog.at_level(logging.WARNING):
+        _, source = coco._read(path, path.parent / "images", None, 3)
+    boxes = annotations_of(source, Boxes)
+    assert boxes is not None
+    assert boxes.boxes[0].tolist() == [[0, 20, 6, 32]]
+    assert boxes.counts().tolist() == [1, 1]
+    assert [len(one) for one in boxes.boxes] == [1, 1, 0, 0, 0, 0]
+    assert "1 of 3 boxes reach out" in caplog.text
+    assert "1 regions marked iscrowd" in caplog.text
+
+
+def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(name="detection")
+    none = ArraySource("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert "take data=coco" in config.check(none)[0]
+    source = coco.Config(name="coco", path=str(folder / "annotations.json")).open("train")
+    boxes = annotations_of(source, Boxes)
+    assert boxes is not None
+    squares = torch.tensor([i for i, labels in enumerate(boxes.labels) if 1 not in labels])
+    assert "that no training image has: 'circle'" in config.check(source.select(squares), source)[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "ssl-pipeline[detection]" in config.check(source)[0]
+
+
+def test_an_image_without_an_object_teaches_the_background() -> None:
+    task = Config(name="detection", width=8, hidden=8, proposals=20, sampled=8).build(encoder(size=32), 2)
+    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}
+    batch = Batch(Clock(0, 1, 1), torch.arange(2), [torch.randn(2, 3, 32, 32)], target=[nothing, nothing])
+    loss = task(batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    learned = [p for p in task.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)

@@ -1,0 +1,269 @@
+"""Tasks on one row of features, on images whose right answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import average_precision_score, r2_score
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
+from ssl_pipeline.downstream.labels import LabelsConfig, draw
+from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
+from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.head import LinearHead, NeighbourHead
+from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from tests.runs import same_bytes
+from tests.shapes import number_table, scene
+
+
+def encoder(name: str = "small_resnet", size: int = 16) -> Encoder:
+    blueprint = Blueprint(
+        backbone=BackboneConfig(name=name, width=4),
+        neck=NeckConfig(),
+        channels=3,
+        size=size,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    return blueprint.build()[0]
+
+
+def run(output: Path, *overrides: str) -> Result:
+    known = any(override.startswith("encoder=") for override in overrides)
+    fresh = [] if known else ["initialisation=random", "backbone.width=8"]
+    common = ["tracking=off", "workers=0", f"output={output}", *fresh]
+    return finetune(load("finetune", FinetuneConfig, [*common, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return number_table(tmp_path_factory.mktemp("numbers"), 160)
+
+
+@pytest.fixture(scope="module")
+def stage_one(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps, for BatchNorm's statistics: without them the features of a probe are not those of training."""
+    words = [
+        "tracking=off", "workers=0", "data=table", f"data.path={table}", "views=small", "backbone.width=8", "batch.size=32",
+        "steps=20", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
+    ]  # fmt: skip
+    return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
+
+
+LABELS = ["downstream=multi_label", "data.target_columns=[square,circle]"]
+VALUES = ["downstream=regression", "data.target_columns=[red]"]
+
+
+@pytest.mark.parametrize(("task", "figure", "least"), [(LABELS, "mean_average_precision", 0.9), (VALUES, "r2", 0.5)])
+@pytest.mark.parametrize("regime", ["frozen", "lp_ft", "end_to_end", "scratch"])
+def test_numbers_are_learned_in_every_regime(
+    table: Path, stage_one: Path, tmp_path: Path, task: list[str], figure: str, least: float, regime: str
+) -> None:
+    lengths = [] if regime == "frozen" else ["regime.length=40 steps", "regime.least_steps=0", "regime.batch=32"]
+    data = ["data=table", f"data.path={table}", f"regime={regime}", "labels.validation=0"]
+    rate = [] if regime == "frozen" else ["regime.optim.lr=0.01"]
+    result = run(tmp_path / "run", *data, *task, *lengths, *rate, "regime.decays=[1.0]", f"encoder={stage_one}")
+    assert result.interval(figure).mean > least
+    assert next(iter(result.figures[0])) == figure
+    model = load_model(result.folder)
+    assert model.card.classes == (("square", "circle") if figure != "r2" else ("red",))
+    blank = scene(0)
+    blank.image[:] = 90
+    answer = model.predict([Image.fromarray(blank.image)])
+    assert answer.shape == (1, len(model.card.classes or ()))
+
+
+@given(seed=st.integers(0, 2**31), decay=st.sampled_from([1e-3, 0.1]))
+@settings(max_examples=15, deadline=None)
+def test_solved_heads_are_sklearns(seed: int, decay: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(60, 5, generator=generator) * torch.tensor([1.0, 5, 0.1, 2, 1]) + 3
+    values = features @ torch.randn(5, 2, generator=generator) + torch.randn(60, 2, generator=generator)
+    values[torch.rand(60, 2, generator=generator) < 0.2] = torch.nan
+    weight, bias = fit_ridge(features, values, decay)
+    standard = (features - features.mean(0)) / features.std(0, correction=0)
+    labels = torch.where(values.isnan(), values, (values > values.nanmean(0)).float())
+    label_weight, label_bias = fit_labels(features, labels, decay)
+    for column in range(2):
+        known = ~values[:, column].isnan()
+        x, y = standard[known].double().numpy(), values[known, column].double().numpy()
+        ridge = Ridge(alpha=decay * len(y)).fit(x, y)
+        mine = (features @ weight[column] + bias[column])[known]
+        np.testing.assert_allclose(mine.numpy(), ridge.predict(x), rtol=1e-3, atol=1e-3)
+        logistic = LogisticRegression(C=1 / (decay * len(y)), tol=1e-8, max_iter=1000)
+        logistic.fit(x, labels[known, column].numpy())
+        logits = (features @ label_weight[column] + label_bias[column])[known]
+        np.testing.assert_allclose(logits.numpy(), logistic.decision_function(x), rtol=0.02, atol=0.02)
+
+
+def test_figures_of_numbers_are_sklearns_and_pass_over_what_is_not_known() -> None:
+    torch.manual_seed(0)
+    predictions, truth = torch.randn(50, 2), torch.randn(50, 2)
+    truth[::7, 0] = torch.nan
+    known = ~truth.isnan()
+    values = regression.Config(name="regression").build(encoder(), 2)
+    expected = np.mean([r2_score(truth[known[:, k], k], predictions[known[:, k], k]) for k in range(2)])
+    assert values.score(predictions, truth)["r2"] == pytest.approx(expected, abs=1e-5)
+    labels = torch.where(truth.isnan(), truth, (truth > 0).float())
+    task = multi_label.Config(name="multi_label").build(encoder(), 2)
+    expected = np.mean([average_precision_score(labels[known[:, k], k], predictions[known[:, k], k]) for k in range(2)])
+    assert task.score(predictions, labels)["mean_average_precision"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_value_that_is_not_known_teaches_nothing() -> None:
+    torch.manual_seed(0)
+    task = regression.Config(name="regression", loss="huber").build(encoder(), 2)
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    values = torch.tensor([[1.0, torch.nan], [3.0, 5.0], [5.0, torch.nan], [7.0, 9.0]])
+    task.look_at(Annotated(ArraySource("x", pixels), Numbers(values, ("a", "b"))))
+    torch.testing.assert_close(task.mean, torch.tensor([4.0, 7.0]))
+    torch.testing.assert_close(task.std, torch.tensor([5**0.5, 2.0]))
+    from ssl_pipeline.data.batch import Batch
+    from ssl_pipeline.schedules import Clock
+
+    images = torch.randn(4, 3, 16, 16)
+    losses = []
+    for images_of_unknown in (images, torch.cat([10 * images[:1], images[1:]])):
+        standardised = {
+            "standardised": torch.tensor([[0.0, 9.0 * float(images_of_unknown[0, 0, 0, 0])], [0, 0], [0, 1], [0, 0]])
+        }
+        losses.append(
+            task.objective(standardised, Batch(Clock(0, 1, 1), torch.arange(4), [images], target=values)).loss
+        )
+    assert torch.equal(*losses)
+
+
+def test_balanced_weights_make_a_rare_class_count_as_much() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    features = torch.randn(100, 3) + labels[:, None] * 0.8
+    source = ArraySource("x", torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels, ("many", "few"))
+    figures = {}
+    for kind in ("none", "balanced"):
+        config = classification.Config.model_validate({"name": "classification", "class_weights": kind})
+        task = config.build(encoder(), 2)
+        task.head = LinearHead(3, 2)
+        task.look_at(source)
+        task.fit_head(features, labels, 1e-3)
+        figures[kind] = task.score(task.head(features).detach(), labels)
+        assert float(task.class_weight @ torch.tensor([90.0, 10.0])) == pytest.approx(100)
+    assert figures["balanced"]["class_mean_accuracy"] > figures["none"]["class_mean_accuracy"] + 0.05
+    assert figures["balanced"]["accuracy"] < figures["none"]["accuracy"]
+
+
+def test_ranking_is_that_of_a_loop() -> None:
+    torch.manual_seed(0)
+    queries, bank = torch.randn(20, 4), torch.randn(40, 4)
+    labels, bank_labels = torch.randint(0, 6, (20,)), torch.randint(0, 5, (40,))  # of class 5 there is none
+    precision, first = retrieval.ranking(queries, labels, bank, bank_labels)
+    for i in range(20):
+        cosines = torch.nn.functional.cosine_similarity(queries[i][None], bank)
+        right = bank_labels == labels[i]
+        if not right.any():
+            assert (float(precision[i]), int(first[i])) == (0, 40)
+            continue
+        assert float(precision[i]) == pytest.approx(average_precision_score(right, cosines), abs=1e-5)
+        assert int(first[i]) == int((cosines > cosines[right].max()).sum())
+
+
+def test_retrieval_trains_nothing_and_its_memory_travels(tmp_path: Path) -> None:
+    overrides = ["data.dev=4000", "labels.per_class=10", "split=dev", "downstream=retrieval", "views.size=12"]
+    with pytest.raises(ConfigError, match=r"retrieval trains nothing.*regime=frozen"):
+        run(tmp_path / "no", *overrides)
+    result = run(tmp_path / "run", *overrides, "regime=frozen", "downstream.k=5")
+    assert result.interval("recall_at_5").mean > result.interval("recall_at_1").mean > 0.3
+    model = load_model(result.folder)
+    assert isinstance(model.task.head, NeighbourHead)
+    assert len(model.task.head.rows) == 100  # nothing is chosen, so nothing is held out
+    file = Image.new("L", (28, 28), 0)
+    assert float(model.predict([file]).exp().sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_permuting_held_out_numbers_changes_no_weight(table: Path, tmp_path: Path) -> None:
+    lines = table.read_text().splitlines()
+    split = [line + (",test" if i % 4 == 0 else ",train") for i, line in enumerate(lines[1:])]
+    changed = [line.replace(",0,", ",1,") if line.endswith("test") else line for line in split]
+    assert split != changed
+    folders = []
+    for name, rows in (("a", split), ("b", changed)):
+        path = table.parent / f"{name}.csv"
+        path.write_text("\n".join([lines[0] + ",split", *rows]))
+        overrides = ["data=table", f"data.path={path}", *LABELS, "regime.length=4 steps", "regime.least_steps=0"]
+        folders.append(run(tmp_path / name, *overrides, "labels.validation=0.3").folder)
+    assert same_bytes(folders[0], folders[1], ["model.safetensors"])
+    assert not same_bytes(folders[0], folders[1], ["results.json"])
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "vit_b_32", "timm/resnet18", "convnext_tiny"])
+def test_deeper_layers_learn_faster(name: str) -> None:
+    built = encoder(name, 32)
+    layers = layer_of(built)
+    assert min(layers.values()) == 0
+    places = list(layers.values())
+    assert places == sorted(places)
+    assert len(set(places)) == {"vit_b_32": 12}.get(name, 4)
+    task: DownstreamTask = classification.Config(name="classification").build(built, 2)
+    task.backbone_lr_factor, task.layer_decay = 0.1, 0.5
+    groups = {group["lr_factor"]: [n for n, _ in group["params"]] for group in task.param_groups()}
+    assert sorted(groups, reverse=True)[:3] == [1.0, 0.1, 0.05]
+    assert set(groups[1.0]) == {"head.weight", "head.bias"}
+    first = next(n for n, _ in built.named_parameters())
+    assert f"encoder.{first}" in groups[min(groups)]
+    assert sum(map(len, groups.values())) == len(list(task.parameters()))
+
+
+def test_what_is_missing_is_told(table: Path, tmp_path: Path) -> None:
+    data = ["data=table", f"data.path={table}"]
+    wrong = {
+        ("downstream=multi_label", "data.target_columns=[red]"): "a label is 0 or 1; numbers are downstream=regression",
+        ("downstream=multi_label",): "needs numbers beside its images",
+        ("downstream=regression", "data.target_columns=[path]"): "'000.png' in 'path' is no number",
+        ("downstream=regression", "data.target_columns=[hue]"): "no column 'hue'",
+        ("downstream=classification", "data.target_columns=[red]"): "needs labels",
+        ("downstream=regression", "data.target_columns=[red]", "labels.per_class=3"): "labels.fraction",
+    }
+    for overrides, sentence in wrong.items():
+        with pytest.raises(ConfigError, match=sentence):
+            run(tmp_path / "x", *data, *overrides)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match="not both"):
+        load("finetune", FinetuneConfig, [*data, "data.target_columns=[red]", "data.label_column=square"])
+
+
+def test_a_class_that_only_the_test_has_is_told() -> None:
+    pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    train = ArraySource("t", pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
+    held_out = ArraySource("t", pixels, torch.tensor([0, 1, 2, -1]), ("a", "b", "c"))
+    unseen, unlabelled = classification.Config(name="classification").check(train, held_out)
+    assert "'c'" in unseen
+    assert "1 images to measure on have no label" in unlabelled
+
+
+def test_numbers_are_drawn_by_share(table: Path) -> None:
+    config = load("finetune", FinetuneConfig, ["data=table", f"data.path={table}", *VALUES])
+    pool = config.data.open("train")
+    assert isinstance(pool, Annotated)
+    half = draw(LabelsConfig(fraction=0.5, validation=0.5), config.downstream, pool, 3)
+    assert half.validation is not None
+    assert len(half.train) == len(half.validation)
+    again = draw(LabelsConfig(fraction=0.5, validation=0.5), config.downstream, pool, 3)
+    assert half.train.fingerprint() == again.train.fingerprint() != half.validation.fingerprint()

@@ -1,0 +1,229 @@
+"""Segmentation, and the masks it learns from, on images whose right answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.classification import multiclass_jaccard_index
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, read_whole
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.sources import mask_folder
+from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.segmentation import Config, Segmentation
+from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.views.policy import Views
+from tests.runs import same_bytes
+from tests.shapes import NAMES, scene
+from tests.shapes import mask_folder as write_folder
+from tests.unit.test_downstream_vector import encoder
+
+CPU = Share(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("scenes") / "all", 80, height=32, width=40)
+
+
+@pytest.fixture(scope="module")
+def stage_one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [
+        "tracking=off", "workers=0", "data=mask_folder", f"data.path={folder}", "views=small", "backbone.width=8",
+        "batch.size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
+    ]  # fmt: skip
+    return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
+
+
+def run(folder: Path, output: Path, *overrides: str) -> Result:
+    words = ["tracking=off", "workers=0", "data=mask_folder", f"data.path={folder}", "downstream=segmentation"]
+    short = [f"regime.{key}" for key in ("least_steps=0", "batch=16", "optim.lr=0.01")]
+    return finetune(load("finetune", FinetuneConfig, [*words, *short, f"output={output}", *overrides]))
+
+
+@pytest.mark.parametrize(("regime", "least"), [("frozen", 0.5), ("lp_ft", 0.7), ("end_to_end", 0.6), ("scratch", 0.7)])
+def test_squares_and_circles_are_told_apart_in_every_regime(
+    folder: Path, stage_one: Path, tmp_path: Path, regime: str, least: float
+) -> None:
+    probe = ["regime.probe.length=40 steps", "regime.probe.least_steps=0", "regime.probe.optim.lr=0.02"]
+    length = ["regime.length=40 steps"] if regime != "frozen" else []
+    result = run(
+        folder, tmp_path / "run", f"regime={regime}", f"encoder={stage_one}", "labels.validation=0", *probe, *length
+    )
+    assert result.interval("mean_iou").mean > least
+    model = load_model(result.folder)
+    assert model.card.classes == NAMES
+    wanted = scene(500, 64, 90)
+    logits = model.predict([Image.fromarray(wanted.image)])
+    compared = model.task.compare(logits[0], torch.from_numpy(wanted.mask).long())  # type: ignore[operator]
+    assert int(compared.sum()) == 64 * 90
+
+
+def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
+    """The images are pictures of their masks, so each view of an image shows what its target must be."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(6):
+        mask = scene(i, 60 + i, 50 - 2 * i).mask
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+        Image.fromarray(mask * 100).convert("RGB").save(tmp_path / "images" / f"{i}.png")
+    source = mask_folder.Config(name="mask_folder", path=str(tmp_path)).open("train")
+    config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.6]", "views.size=24"]).views
+    views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 7)
+    seen = 0
+    for batch in AnnotatedBatches(source, views, 2, 7, CPU, 6, workers=0, with_labels=True).from_step(0):
+        shown = batch.views[0][:, 0] * 2.55
+        assert batch.target.shape == (2, 24, 24)
+        sure = (shown - shown.round()).abs() < 0.02  # away from edges, where an image is interpolated
+        assert float(sure.float().mean()) > 0.5
+        agrees = (shown.round().long() == batch.target)[sure].float().mean()
+        assert float(agrees) > 0.98
+        seen += int((batch.target > 0).sum())
+    assert seen > 100
+
+
+def test_images_are_read_whole() -> None:
+    pixels = torch.zeros(1, 3, 20, 40, dtype=torch.uint8)
+    pixels[..., 36:] = 255
+    from ssl_pipeline.data.source import ArraySource
+
+    ((index, images),) = read_whole(
+        ArraySource("x", pixels), Preprocessing(10, (0.0,) * 3, (1.0,) * 3), CPU.device, torch.arange(1)
+    )
+    assert index == [0]
+    assert images[0, 0, :, -1].min() > 0.8  # a central square would have cut it off
+
+
+def test_figures_are_torchmetrics_and_passes_over_what_has_no_class() -> None:
+    torch.manual_seed(0)
+    task = Config(name="segmentation").build(encoder(), 4)
+    logits, masks = torch.randn(5, 4, 9, 7), torch.randint(0, 3, (5, 9, 7))
+    masks[:, :2] = 255
+    figures = task.score([task.compare(one, mask) for one, mask in zip(logits, masks, strict=True)])
+    guessed = logits.argmax(1)
+    each = multiclass_jaccard_index(guessed, masks, 4, average="none", ignore_index=255)
+    assert figures["mean_iou"] == pytest.approx(float(each[:3].mean()), abs=1e-5)  # class 3 occurs in no mask
+    assert figures["pixel_accuracy"] == pytest.approx(float((guessed == masks)[masks != 255].float().mean()), abs=1e-6)
+
+
+def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    from ssl_pipeline.model.artifact import load_encoder
+
+    result = run(
+        folder,
+        tmp_path / "run",
+        "regime=frozen",
+        f"encoder={stage_one}",
+        "regime.probe.length=3 steps",
+        "regime.probe.least_steps=0",
+    )
+    before = load_encoder(stage_one)[0].state_dict()
+    after = load_model(result.folder).task.encoder.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
+    folder: Path, stage_one: Path, tmp_path: Path
+) -> None:
+    def whole(name: str, flipped: bool) -> Path:
+        root = tmp_path / f"data_{name}"
+        source = mask_folder.Config(name="mask_folder", path=str(folder))
+        for split, part in (("train", "train"), ("test", "test")):
+            annotated = source.open(split)  # type: ignore[arg-type]
+            assert isinstance(annotated, Annotated)
+            for kind in ("images", "masks"):
+                (root / part / kind).mkdir(parents=True)
+            for i in range(len(annotated)):
+                mask = annotated.annotations.whole(i).numpy().astype(np.uint8)
+                changed = mask[::-1] if flipped and part == "test" else mask
+                annotated.open_image(i).save(root / part / "images" / f"{i}.png")
+                Image.fromarray(changed).save(root / part / "masks" / f"{i}.png")
+            (root / "classes.txt").write_text("\n".join(NAMES))
+        short = ["regime=lp_ft", "regime.length=3 steps", "regime.probe.length=3 steps", "regime.probe.least_steps=0"]
+        return run(root, tmp_path / name, f"encoder={stage_one}", *short, "labels.validation=0.3").folder
+
+    first, again, other = whole("a", False), whole("b", False), whole("c", True)
+    assert same_bytes(first, again, ["model.safetensors", "results.json"])
+    assert same_bytes(first, other, ["model.safetensors"])
+    assert not same_bytes(first, other, ["results.json"])
+
+
+def test_another_image_size_is_taken_or_refused(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    short = ["regime=frozen", "regime.probe.length=2 steps", "regime.probe.least_steps=0"]
+    result = run(folder, tmp_path / "run", f"encoder={stage_one}", "size=48", *short)
+    assert load_model(result.folder).card.blueprint.size == 48
+    with pytest.raises(ConfigError, match="no multiple of vit_b_32's patches"):
+        run(folder, tmp_path / "no", "regime=scratch", "backbone.name=vit_b_32", "size=48")
+
+
+def test_views_that_masks_cannot_follow_are_refused(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="turns images away from their masks"):
+        run(folder, tmp_path / "no", f"encoder={stage_one}", "views.rotation.probability=0.5")
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    Image.fromarray(array).save(path)
+
+
+def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
+    def opened(root: Path) -> Annotated:
+        return mask_folder.Config(name="mask_folder", path=str(root)).open("train")
+
+    blank = np.zeros((32, 32), np.uint8)
+    changes: dict[str, tuple[Callable[[Path], object], str]] = {
+        "size": (
+            lambda r: save(r / "masks" / "001.png", blank[:20]),
+            r"001\.png has 32×20 pixels, and its image .* has 32×32",
+        ),
+        "number": (lambda r: save(r / "masks" / "001.png", blank + 7), r"holds the number 7, and 3 classes are named"),
+        "colour": (lambda r: save(r / "masks" / "001.png", np.zeros((32, 32, 3), np.uint8)), "mask of mode RGB"),
+        "missing": (lambda r: (r / "masks" / "001.png").unlink(), r"001\.png has no mask"),
+        "alone": (lambda r: (r / "images" / "001.png").unlink(), "mask of no image"),
+        "damaged": (lambda r: (r / "masks" / "001.png").write_bytes(b"half"), "can't be read as a mask"),
+        "nowhere": (lambda r: (r / "masks").rename(r / "labels"), "there is no folder .*masks"),
+    }
+    for name, (change, sentence) in changes.items():
+        root = write_folder(tmp_path / name, 4)
+        change(root)
+        with pytest.raises(ConfigError, match=sentence):
+            opened(root)
+    root = write_folder(tmp_path / "fine", 10)
+    (root / "classes.txt").unlink()
+    assert opened(root).classes == ("0", "1", "2")
+    for path in (root / "masks").iterdir():
+        save(path, blank)
+    mask_folder._read.cache_clear()
+    problems = Config(name="segmentation").check(opened(root))
+    assert "nothing to tell apart" in problems[0]
+
+
+def test_a_class_that_only_the_test_has_is_told_and_balanced_weights_are_even(tmp_path: Path) -> None:
+    blank = np.zeros((16, 16), np.uint8)
+    for part, number in (("train", 1), ("test", 2)):
+        for kind in ("images", "masks"):
+            (tmp_path / part / kind).mkdir(parents=True)
+        for i in range(3):
+            save(tmp_path / part / "images" / f"{i}.png", np.zeros((16, 16, 3), np.uint8))
+            mask = blank.copy()
+            mask[:4] = number
+            mask[4] = 255
+            save(tmp_path / part / "masks" / f"{i}.png", mask)
+    source = mask_folder.Config(name="mask_folder", path=str(tmp_path))
+    train, test = source.open("train"), source.open("test")
+    problems = Config(name="segmentation").check(train, test)
+    assert "classes that no training mask has: '2'" in problems[0]
+    task = Config(name="segmentation", class_weights="balanced").build(encoder(), 3)
+    assert isinstance(task, Segmentation)
+    task.look_at(train)
+    pixels = torch.tensor([11.0, 4.0, 0.0])
+    assert (task.class_weight * pixels)[:2].diff().abs() < 1e-4
+    assert float((task.class_weight * pixels).sum()) == pytest.approx(15)
