@@ -11,6 +11,10 @@ from difflib import get_close_matches
 VERBS = {
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
+    "evaluate": (
+        "ssl_pipeline.evaluate.command",
+        "how good are an encoder's features? kNN, probe, few labels, corruptions",
+    ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
     "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),

@@ -12,6 +12,7 @@ from torchvision.models import VisionTransformer, get_model, list_models
 
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.families import Anatomy, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
+from ssl_pipeline.model.foreign import own_names
 from ssl_pipeline.model.small_resnet import SmallResNet
 from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
@@ -134,7 +135,8 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
     cut_classifier(trunk, found)
     fitted = channels == 3
     if config.weights is not None:
-        state = read_weights(config.name, config.weights)
+        state, renamed = own_names(trunk, read_weights(config.name, config.weights))
+        notes += renamed
         if not fitted and holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)  # only for the shape: the file has kernels for these images
             fitted = True
