@@ -17,6 +17,10 @@ VERBS = {
     ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
+    "export": (
+        "ssl_pipeline.deliver.export",
+        "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
+    ),
     "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),
     "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "bench": ("ssl_pipeline.bench.command", "the measurements that README quotes"),

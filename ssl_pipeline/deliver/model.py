@@ -34,6 +34,12 @@ class Model:
         """How images must be decoded: 1 for grey, 3 for RGB."""
         return self.card.blueprint.channels
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the predictions."""
+        assert self.card.classes is not None
+        return self.card.classes
+
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Tensor:
         """The task's predictions for decoded images, one row each."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
@@ -19,21 +18,12 @@ from ssl_pipeline.evaluate.encoder import leading_words
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
-
-COLOURS = {"blue": (30, 60, 200), "green": (40, 190, 70), "red": (210, 50, 40)}
+from tests.pictures import colour_folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for name, colour in COLOURS.items():
-        (root / name).mkdir()
-        for i in range(20):
-            noise = torch.randint(-25, 26, (18, 20, 3), generator=generator)
-            pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
-    return root
+    return colour_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
