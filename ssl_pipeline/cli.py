@@ -17,6 +17,8 @@ VERBS = {
     ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
+    "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
+    "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),
     "export": (
         "ssl_pipeline.deliver.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
