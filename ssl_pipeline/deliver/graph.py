@@ -90,10 +90,25 @@ def _shapes(raw: bool) -> dict[str, dict[int, Any]]:
     return {"images": {0: torch.export.Dim("batch"), **sides}}
 
 
+def _trace(graph: Graph, parts: Parts, form: str) -> Any:
+    """The graph for batches of any length.
+
+    torch's ONNX exporter could trace by itself, but where that fails it falls back to a batch of one fixed length without a word.
+    """
+    try:
+        return torch.export.export(graph, (_sample(parts, graph.raw, 2),), dynamic_shapes=_shapes(graph.raw))
+    except Exception as error:  # the tracer's errors have no common base
+        name = parts.card.blueprint.backbone.name
+        raise ConfigError(
+            f"{form} can't hold {name} for batches of any length: {_first_line(error)} Export --to safetensors, or to the "
+            "library that the backbone is from."
+        ) from error
+
+
 def write_torch_export(parts: Parts, path: Path, raw: bool) -> float:
     """Writes a ``.pt2``; returns the greatest difference from the model itself, on a batch of another size."""
     graph = Graph(parts, raw).eval()
-    program = torch.export.export(graph, (_sample(parts, raw, 2),), dynamic_shapes=_shapes(raw))
+    program = _trace(graph, parts, "torch.export")
     torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata(parts, raw))})
     again = torch.export.load(path).module()
     return _difference(graph, lambda images: again(images), _sample(parts, raw, 3), path)
@@ -109,13 +124,18 @@ def write_onnx(parts: Parts, path: Path, raw: bool) -> float:
     import onnx
 
     graph = Graph(parts, raw).eval()
-    with warnings.catch_warnings(), torch.no_grad():
+    program = _trace(graph, parts, "ONNX")
+    with warnings.catch_warnings():
         # torch's exporter uses parts of torch and onnxscript that these have declared old; nothing of ours.
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
         written = torch.onnx.export(
-            graph, (_sample(parts, raw, 2),), dynamo=True, opset_version=_OPSET, dynamic_shapes=_shapes(raw), verbose=False,
-            input_names=["images"], output_names=[parts.output],
-        )  # fmt: skip
+            program,
+            dynamo=True,
+            opset_version=_OPSET,
+            verbose=False,
+            input_names=["images"],
+            output_names=[parts.output],
+        )
     assert written is not None
     model = written.model_proto
     onnx.helper.set_model_props(model, metadata(parts, raw))

@@ -119,12 +119,19 @@ def _classifier(parts: Parts, theirs: Any, library: Library) -> dict[str, Tensor
 
 def _load(theirs: nn.Module, state: dict[str, Tensor], name: str, library: Library) -> None:
     own = theirs.state_dict()
-    odd = sorted(key for key in own.keys() | state.keys() if key not in own or key not in state)
-    odd += [key for key in own if key in state and own[key].shape != state[key].shape]
-    if odd:
+    stem = f"{first_convolution(theirs)[0]}.weight"
+    named = sorted(own.keys() ^ state.keys())
+    shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if not named and shaped == [stem]:
         raise ConfigError(
-            f"{library}'s {name} has other tensors than this encoder ({', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}); the "
-            "stem for small images is one that neither library builds by name. Export --to torch.export, onnx or safetensors."
+            f"the encoder has the stem for small images ({stem}), which {library} builds under no name: export --to torch.export, "
+            "onnx or safetensors, or pretrain with backbone.stem=imagenet."
+        )
+    if named or shaped:
+        odd = [*named, *shaped]
+        raise ConfigError(
+            f"{library}'s {name} has other tensors than this encoder ({', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}): export "
+            "--to the library that the backbone is from, or to torch.export, onnx or safetensors."
         )
     theirs.load_state_dict(state)
 
@@ -149,12 +156,18 @@ def _compare(parts: Parts, theirs: nn.Module, library: Library) -> list[str]:
 
 
 def _how_to_load(parts: Parts, library: Library, name: str, path: Path) -> list[str]:
-    """Lines of Python."""
-    classes = len(parts.card.classes or ())
+    """Lines of Python that build and load it."""
+    classes, trunk, size = len(parts.card.classes or ()), parts.encoder.backbone, parts.card.blueprint.size
     if library == "timm":
-        return [f'timm.create_model("{name}", num_classes={classes}, checkpoint_path="{path.name}")']
-    if classes:
-        made = f'model = torchvision.models.get_model("{name}", num_classes={classes})'
-        return [made, f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))']
-    trunk = f'model = torchvision.models.get_model("{name}"), its classifier replaced by torch.nn.Identity()'
-    return [trunk, f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))']
+        bound = f", img_size={size}" if trunk.fixed_input is not None else ""
+        made = f'timm.create_model("{name}", num_classes={classes}{bound}, checkpoint_path="{path}")'
+        return ["import timm", f"model = {made}"]
+    bound = f", image_size={size}" if trunk.fixed_input is not None else ""
+    counted = f", num_classes={classes}" if classes else ""
+    lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
+    lines.append(f'model = torchvision.models.get_model("{name}"{counted}{bound})')
+    anatomy = anatomy_of(trunk.trunk)
+    if not classes and anatomy is not None:
+        owner, _, child = anatomy.classifier[0].rstrip(".").partition(".")
+        lines.append(f"model.{owner}{f'[{child}]' if child else ''} = torch.nn.Identity()")
+    return [*lines, f'model.load_state_dict(load_file("{path}"))']

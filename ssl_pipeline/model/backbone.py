@@ -95,8 +95,8 @@ class Backbone(nn.Module):
         return maps
 
     def _tokens(self, trunk: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-        patches = trunk._process_input(images)
-        tokens = trunk.encoder(torch.cat([trunk.class_token.expand(len(patches), -1, -1), patches], 1))
+        patches = trunk._process_input(images)  # its shape and not its len, which an export would take for a constant
+        tokens = trunk.encoder(torch.cat([trunk.class_token.expand(patches.shape[0], -1, -1), patches], 1))
         side = images.shape[-1] // trunk.patch_size
         return {"c5": tokens[:, 1:].transpose(1, 2).unflatten(2, (-1, side)), "token": tokens[:, 0]}
 

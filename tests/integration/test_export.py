@@ -27,7 +27,7 @@ from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver import hub
 from ssl_pipeline.deliver.export import FORMATS, export, main
 from ssl_pipeline.deliver.model import Model, load_model
-from ssl_pipeline.deliver.parts import open_parts
+from ssl_pipeline.deliver.parts import Part, Parts, open_parts
 from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
 from ssl_pipeline.deliver.predict import main as predict_main
 from ssl_pipeline.finetune import FinetuneConfig, finetune
@@ -72,6 +72,15 @@ def normalised(model: Model, images: Path) -> Tensor:
     blueprint = model.card.blueprint
     preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
     return preprocessing.of_files([decode(file, blueprint.channels) for file in photos(images)])
+
+
+def run_lines(lines: list[str]) -> nn.Module:
+    """What the lines of Python that an export prints make."""
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    model = names["model"]
+    assert isinstance(model, nn.Module)
+    return model.eval()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "hub", "torch.export", "onnx"])
@@ -123,16 +132,47 @@ def test_onnx_stands_alone_and_carries_the_classes(small: Path, images: Path, tm
 def test_torchvision_and_timm_load_it_strictly(resnet: Path, images: Path, tmp_path: Path) -> None:
     model = load_model(resnet)
     expected = model.task.predict(normalised(model, images)).detach()
+    written = dict[str, list[str]]()
     for form in ("torchvision", "timm"):
-        assert export(open_parts(resnet), form, tmp_path / f"{form}.safetensors")
+        written[form] = export(open_parts(resnet), form, tmp_path / f"{form}.safetensors")
     theirs = models.resnet18(num_classes=3)
     theirs.load_state_dict(load_file(tmp_path / "torchvision.safetensors"))
     timms = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(tmp_path / "timm.safetensors"))
+    told = [run_lines(lines) for lines in written.values()]
     with torch.no_grad():
-        for network in (theirs.eval(), timms.eval()):
+        for network in (theirs.eval(), timms.eval(), *told):
             torch.testing.assert_close(network(normalised(model, images)), expected, atol=1e-4, rtol=1e-4)
     with safe_open(tmp_path / "torchvision.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("part", ["model", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "neck", "size", "form"),
+    [
+        ("vit_b_16", "tokens", 32, "torchvision"),
+        ("convnext_tiny", "gap", 32, "torchvision"),
+        ("mobilenet_v2", "gap", 32, "torchvision"),
+        ("swin_t", "gap", 32, "torchvision"),
+        ("efficientnet_b0", "gap", 32, "torchvision"),
+        ("timm/vit_tiny_patch16_224", "tokens", 32, "timm"),
+        ("timm/convnext_atto", "gap", 32, "timm"),
+    ],
+)
+@pytest.mark.slow
+def test_every_family_is_loaded_by_the_lines_that_are_told(
+    name: str, neck: str, size: int, form: str, part: Part, images: Path, tmp_path: Path
+) -> None:
+    words = [f"backbone.name={name}", "backbone.stem=imagenet", f"neck.name={neck}", f"views.size={size}"]
+    run = trained(images, tmp_path / "run", *words)
+    parts = open_parts(run, part)
+    theirs = run_lines(export(parts, form, tmp_path / "x.safetensors"))
+    every = normalised(load_model(run), images)
+    with torch.no_grad():
+        expected = parts.run(every)
+        torch.testing.assert_close(theirs(every), expected, atol=1e-4, rtol=1e-4)
+    for graph in ("torch.export", "onnx"):
+        assert export(parts, graph, tmp_path / FORMATS[graph][1])
 
 
 def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
@@ -142,11 +182,8 @@ def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
     every = normalised(load_model(resnet), images)
     with torch.no_grad():
         expected = encoder.eval()(every)
-        export(parts, "torchvision", tmp_path / "t.safetensors")
-        theirs = models.resnet18()
-        theirs.fc = nn.Identity()
-        theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
-        torch.testing.assert_close(theirs.eval()(every), expected)
+        lines = export(parts, "torchvision", tmp_path / "t.safetensors")
+        torch.testing.assert_close(run_lines(lines)(every), expected)
     assert card.kind == "encoder"
     assert card.classes is None
     with pytest.raises(ConfigError, match="holds an encoder and no model"):
@@ -158,9 +195,7 @@ def test_grey_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
     run = trained(images, tmp_path / "run", *words)
     notes = export(open_parts(run), "torchvision", tmp_path / "t.safetensors")
     assert any("feed grey images as RGB" in note for note in notes)
-    theirs = models.resnet18(num_classes=3)
-    theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
-    model = load_model(run)
+    model, theirs = load_model(run), run_lines(notes[:-1])
     every = normalised(model, images)
     with torch.no_grad():
         found = theirs.eval()(every.expand(-1, 3, -1, -1))
@@ -189,7 +224,7 @@ def test_what_can_not_be_exported_is_told(small: Path, resnet: Path, images: Pat
     refused(resnet, "timm", tmp_path / "x.safetensors", "no graph", preprocessing=True)
     refused(small, "hub", images, "not empty and holds no model")
     shrunk = trained(images, tmp_path / "shrunk", "backbone.name=resnet18")
-    refused(shrunk, "torchvision", tmp_path / "x.safetensors", r"other tensors than this encoder \(conv1\.weight\)")
+    refused(shrunk, "torchvision", tmp_path / "x.safetensors", r"has the stem for small images \(conv1\.weight\)")
     pooled = trained(
         images,
         tmp_path / "pooled",
@@ -219,6 +254,19 @@ def test_files_of_others_and_damaged_ones_are_told(small: Path, tmp_path: Path) 
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             open_predictor(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["torch.export", "onnx"])
+def test_a_network_that_fixes_its_batch_is_refused(
+    form: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_two(self: Parts, images: Tensor) -> Tensor:
+        return self.encoder.features(images)[torch.arange(len(images))]
+
+    monkeypatch.setattr(Parts, "run", of_two)
+    with pytest.raises(ConfigError, match="can't hold small_resnet for batches of any length"):
+        export(open_parts(small), form, tmp_path / FORMATS[form][1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_that_computes_something_else_is_removed(
