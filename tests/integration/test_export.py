@@ -54,6 +54,16 @@ def small(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def exports(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small model in every format that ``predict`` reads."""
+    folders = {form: tmp_path_factory.mktemp("export") for form in ("safetensors", "hub", "torch.export", "onnx")}
+    paths = {form: folder / FORMATS[form][1] for form, folder in folders.items()}
+    for form, path in paths.items():
+        export(open_parts(small), form, path)
+    return paths
+
+
+@pytest.fixture(scope="module")
 def resnet(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32"]
     return trained(images, tmp_path_factory.mktemp("resnet") / "run", *words)
@@ -85,11 +95,9 @@ def run_lines(lines: list[str]) -> nn.Module:
 
 @pytest.mark.parametrize("form", ["safetensors", "hub", "torch.export", "onnx"])
 def test_every_format_that_predict_reads_predicts_the_same(
-    form: str, small: Path, images: Path, tmp_path: Path
+    form: str, small: Path, exports: dict[str, Path], images: Path
 ) -> None:
-    path = tmp_path / FORMATS[form][1]
-    export(open_parts(small), form, path)
-    again = open_predictor(path)
+    again = open_predictor(exports[form])
     assert again.classes == ("blue", "green", "red")
     torch.testing.assert_close(logits(again, images), logits(load_model(small), images), atol=1e-4, rtol=1e-4)
 
@@ -113,10 +121,9 @@ def test_preprocessing_inside_takes_raw_images_of_any_size(
     torch.testing.assert_close(again.predict([decode(big, 3)]), exact.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_stands_alone_and_carries_the_classes(small: Path, images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export(open_parts(small), "onnx", path)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]  # no data in a second file
+def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[str, Path], images: Path) -> None:
+    path = exports["onnx"]
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]  # no data in a second file
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == ["blue", "green", "red"]
@@ -202,12 +209,12 @@ def test_grey_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, model.task.predict(every), atol=1e-4, rtol=1e-4)
 
 
-def test_no_place_of_this_machine_leaves_the_house(small: Path, tmp_path: Path) -> None:
-    export(open_parts(small), "hub", tmp_path / "mine")
-    for file in (tmp_path / "mine").iterdir():
+def test_no_place_of_this_machine_leaves_the_house(exports: dict[str, Path]) -> None:
+    mine = exports["hub"]
+    for file in mine.iterdir():
         if file.suffix != ".safetensors":
-            assert str(tmp_path.parent.parent) not in file.read_text()
-    text = (tmp_path / "mine" / "README.md").read_text()
+            assert str(mine.parent.parent) not in file.read_text()
+    text = (mine / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: ssl-pipeline\npipeline_tag: image-classification\n")
     assert "blue, green, red" in text
     assert "| accuracy | 1 |" in text
@@ -237,20 +244,19 @@ def test_what_can_not_be_exported_is_told(small: Path, resnet: Path, images: Pat
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_files_of_others_and_damaged_ones_are_told(small: Path, tmp_path: Path) -> None:
-    export(open_parts(small), "onnx", tmp_path / "ours.onnx")
-    proto = onnx.load(tmp_path / "ours.onnx")
+def test_files_of_others_and_damaged_ones_are_told(small: Path, exports: dict[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(exports["onnx"])
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "theirs.onnx")
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "theirs.pt2")
-    export(open_parts(small, "encoder"), "onnx", tmp_path / "encoder.onnx")
+    export(open_parts(small, "encoder"), "torch.export", tmp_path / "encoder.pt2")
     (tmp_path / "damaged.onnx").write_bytes(b"half a fi")
     (tmp_path / "damaged.pt2").write_bytes(b"half a fi")
     for name, message in {
         "theirs.onnx": "carries no metadata of ours", "theirs.pt2": "carries no metadata of ours",
         "damaged.onnx": "can't be read as an ONNX file", "damaged.pt2": r"can't be read as a torch\.export file",
-        "encoder.onnx": "is an encoder", "nowhere.onnx": "there is no file",
+        "encoder.pt2": "is an encoder", "nowhere.onnx": "there is no file",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             open_predictor(tmp_path / name)
