@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_pipeline.draws import permutation
-from ssl_pipeline.evaluate.knn import knn_predict, neighbours
+from ssl_pipeline.evaluate.knn import _greatest, knn_predict, neighbours
 from ssl_pipeline.evaluate.sweep import Probes, choose, sweep
 from ssl_pipeline.schedules import warmup_cosine
 
@@ -70,6 +72,19 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch:
     assert [len(part) for part, _ in parts] == [4, 4, 3]
     assert torch.equal(torch.cat([found for _, found in parts]), index)
     torch.testing.assert_close(torch.cat([found for found, _ in parts]), value)
+
+
+@given(st.integers(1, 9), st.integers(1, 150), st.sampled_from([2, 3, 8]), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_the_greatest_are_topks_with_blocks_or_without(k: int, count: int, block: int, seed: int) -> None:
+    similarity = torch.randperm(4 * count, generator=torch.Generator().manual_seed(seed)).float().reshape(4, count)
+    k = min(k, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl_pipeline.evaluate.knn._BLOCK", block)
+        value, index = _greatest(similarity, k)
+    expected = similarity.topk(k, dim=1)
+    assert torch.equal(value, expected.values)
+    assert torch.equal(index, expected.indices)
 
 
 def test_a_very_small_temperature_does_not_overflow() -> None:
