@@ -15,8 +15,18 @@ VERBS = {
     ),
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
+    "evaluate": (
+        "ssl_pipeline.evaluate.command",
+        "how good are an encoder's features? kNN, probe, few labels, corruptions",
+    ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
+    "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
+    "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),
+    "export": (
+        "ssl_pipeline.deliver.export",
+        "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
+    ),
     "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),
     "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "bench": ("ssl_pipeline.bench.command", "the measurements that README quotes"),

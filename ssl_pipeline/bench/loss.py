@@ -118,14 +118,15 @@ def print_peak(name: str, rows: int) -> None:
     """Prints the MiB that one forward and backward needs above what the process and its inputs hold already."""
     loss, pair = _loss(name), _random_rows(rows)
     _step(loss, _random_rows(512))
-    before = _resident("VmRSS")
+    before = resident_kib("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 (the kernel's reset of the greatest size)
         file.write("5")
     _step(loss, pair)
-    sys.stdout.write(f"{(_resident('VmHWM') - before) / 1024:.1f}\n")
+    sys.stdout.write(f"{(resident_kib('VmHWM') - before) / 1024:.1f}\n")
 
 
-def _resident(key: str) -> int:
+def resident_kib(key: str) -> int:
+    """A figure of this process by the kernel: ``VmRSS`` (now) or ``VmHWM`` (the greatest), in KiB."""
     with open("/proc/self/status") as file:  # noqa: PTH123
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 

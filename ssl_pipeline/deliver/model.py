@@ -24,15 +24,23 @@ class Model:
     Attributes:
         task: encoder and head, in evaluation mode.
         card: what it is.
+        gives_classes: whether a prediction is one row of logits, one a class.
     """
 
     task: DownstreamTask
     card: Card
+    gives_classes: bool
 
     @property
     def channels(self) -> int:
         """How images must be decoded: 1 for grey, 3 for RGB."""
         return self.card.blueprint.channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the predictions."""
+        assert self.card.classes is not None
+        return self.card.classes
 
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Any:
@@ -60,4 +68,20 @@ def load_model(path: str | Path) -> Model:
     task = config.build(encoder, len(card.classes))
     task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
-    return Model(task.eval(), card)
+    return Model(task.eval(), card, config.gives_classes)
+
+
+def load_classifier(path: str | Path) -> Model:
+    """The same, for those who can tell classes alone.
+
+    Raises:
+        ConfigError: likewise, or its predictions are something else.
+    """
+    model = load_model(path)
+    if not model.gives_classes:
+        name = model.card.config["downstream"]["name"]
+        raise ConfigError(
+            f"{str(path)!r} is a model for {name}, whose predictions are no classes of an image: from Python, "
+            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.deliver.model)."
+        )
+    return model

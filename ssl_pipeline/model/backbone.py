@@ -12,6 +12,7 @@ from torchvision.models import VisionTransformer, get_model, list_models
 
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
+from ssl_pipeline.model.foreign import own_names
 from ssl_pipeline.model.small_resnet import SmallResNet
 from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
@@ -99,8 +100,8 @@ class Backbone(nn.Module):
         return maps
 
     def _tokens(self, trunk: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-        patches = trunk._process_input(images)
-        tokens = trunk.encoder(torch.cat([trunk.class_token.expand(len(patches), -1, -1), patches], 1))
+        patches = trunk._process_input(images)  # its shape and not its len, which an export would take for a constant
+        tokens = trunk.encoder(torch.cat([trunk.class_token.expand(patches.shape[0], -1, -1), patches], 1))
         side = images.shape[-1] // trunk.patch_size
         return {"c5": tokens[:, 1:].transpose(1, 2).unflatten(2, (-1, side)), "token": tokens[:, 0]}
 
@@ -139,7 +140,8 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
     cut_classifier(trunk, found)
     fitted = channels == 3
     if config.weights is not None:
-        state = read_weights(config.name, config.weights)
+        state, renamed = own_names(trunk, read_weights(config.name, config.weights))
+        notes += renamed
         if not fitted and holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)  # only for the shape: the file has kernels for these images
             fitted = True

@@ -13,6 +13,7 @@ from torchvision.models import list_models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.model.families import Anatomy, Level, sum_stem_kernels
+from ssl_pipeline.model.foreign import own_names
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
 
 if TYPE_CHECKING:
@@ -45,14 +46,14 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
         name = f"{name.split('.')[0]}.{config.weights}"
     # A file is read into the network it was written for; its stem is fitted to the images after that.
     trunk = _create(name, official, image_size, channels if path is None else 3)
-    notes = []
+    notes = list[str]()
     if path is not None:
-        state = read_weights(name, path)
+        state, notes = own_names(trunk, read_weights(name, path))
         if channels != 3 and holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)
         prefixes = trunk.default_cfg["classifier"]
         prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
-        notes = load_trunk(trunk, state, tuple(f"{p}." for p in prefixes), f"`backbone.weights` {path}")
+        notes += load_trunk(trunk, state, tuple(f"{p}." for p in prefixes), f"`backbone.weights` {path}")
         if channels != 3 and not holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)
             notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")

@@ -21,7 +21,7 @@ from ssl_pipeline.model.families import first_convolution
 if TYPE_CHECKING:
     from ssl_pipeline.model.backbone import BackboneConfig
 
-_FILES = (".safetensors", ".pth", ".pt", ".bin")
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -1,0 +1,126 @@
+"""``ssl-pipeline export MODEL --to FORMAT``: an encoder or a whole model, for others' tools; each is checked as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.command import leave
+from ssl_pipeline.deliver import hub
+from ssl_pipeline.deliver.graph import write_onnx, write_torch_export
+from ssl_pipeline.deliver.parts import Part, Parts, open_parts
+from ssl_pipeline.deliver.state_dict import write_state_dict
+from ssl_pipeline.track.progress import console
+
+# What each is, and its name under `exports/` beside the model.
+FORMATS = {
+    "safetensors": ("a folder of safetensors and card.json, which every verb of ours reads", "safetensors"),
+    "torchvision": ("a state dict that torchvision loads strictly", "torchvision.safetensors"),
+    "timm": ("a state dict that timm loads strictly", "timm.safetensors"),
+    "torch.export": ("a graph for torch, without our code", "model.pt2"),
+    "onnx": ("a graph for onnxruntime and others", "model.onnx"),
+    "hub": ("a folder with a model card for the Hugging Face Hub", "hub"),
+}
+
+
+def export(parts: Parts, form: str, path: Path, preprocessing: bool = False) -> list[str]:
+    """Writes one format.
+
+    Args:
+        parts: what is exported.
+        form: a key of :data:`FORMATS`.
+        path: the file or folder.
+        preprocessing: whether a graph takes raw uint8 images of any size.
+
+    Returns:
+        What a person should know, a line each.
+
+    Raises:
+        ConfigError: the format is unknown or can't hold it, or the path can't be written.
+    """
+    _check(form, path, preprocessing)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if form == "safetensors":
+            hub.write_folder(parts, path)
+            return []
+        if form == "hub":
+            hub.write_hub_folder(parts, path)
+            return [f"nothing was sent; --push OWNER/NAME does that. Read {path / 'README.md'} first"]
+        if form == "torchvision":
+            return write_state_dict(parts, path, "torchvision")
+        if form == "timm":
+            return write_state_dict(parts, path, "timm")
+        far = (write_onnx if form == "onnx" else write_torch_export)(parts, path, preprocessing)
+        runner = "onnxruntime" if form == "onnx" else "torch"
+        takes = "raw uint8 images of any size" if preprocessing else "normalised images"
+        return [
+            f"takes batches of any length of {takes}; read again in {runner}, it differs from the model by {far:.1e}"
+        ]
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {str(path)!r} can't be written ({error.strerror}): choose another place."
+        ) from error
+
+
+def _check(form: str, path: Path, preprocessing: bool) -> None:
+    """What can't be, before anything is written."""
+    if form not in FORMATS:
+        close = difflib.get_close_matches(form.lower(), FORMATS, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(FORMATS)}."
+        raise ConfigError(f"--to: there is no format {form!r}. {hint}")
+    if preprocessing and form not in ("torch.export", "onnx"):
+        raise ConfigError(f"--preprocessing: {form} holds weights and no graph; torch.export and onnx do.")
+    ending = Path(FORMATS[form][1]).suffix
+    if ending and path.suffix != ending:
+        raise ConfigError(f"--output: {str(path)!r} must end in {ending} for {form}.")
+    if not ending and path.is_dir() and any(path.iterdir()) and not (path / "card.json").exists():
+        raise ConfigError(f"--output: {str(path)!r} is not empty and holds no model: choose another folder.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    forms = "\n".join(f"  {name:<13} {text}" for name, (text, _) in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        prog="ssl-pipeline export", description=__doc__, epilog=f"formats:\n{forms}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("model", help="a run's folder, or its model.safetensors or encoder.safetensors")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--part", choices=["model", "encoder"], help="the encoder of a model; by default all there is")
+    parser.add_argument("--output", type=Path, help="file or folder; by default in exports/ beside the model")
+    parser.add_argument(
+        "--preprocessing", action="store_true", help="put crop, resize and normalisation into the graph"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="with --to hub: also send it, to a private repository")
+    parser.add_argument("--public", action="store_true", help="with --push: to a public one")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        leave(error)
+
+
+def _run(options: Any) -> None:
+    if options.push and options.to != "hub":
+        raise ConfigError("--push goes with --to hub: the page that it writes is the repository's face.")
+    if options.public and not options.push:
+        raise ConfigError("--public goes with --push OWNER/NAME.")
+    place = Path(options.model).expanduser()
+    beside = (place if place.is_dir() else place.parent) / "exports"
+    path = options.output or beside / FORMATS.get(options.to, ("", "x"))[1]
+    _check(options.to, path, options.preprocessing)
+    part: Part | None = options.part
+    for line in export(open_parts(place, part), options.to, path, options.preprocessing):
+        console().print(line, markup=False)
+    console().print(f"wrote {path}", markup=False)
+    if options.push:
+        console().print(f"sent to {hub.push(path, options.push, options.public)}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What can leave the house: an encoder, or a whole model, with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.deliver.model import load_classifier, load_model
+from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.model.artifact import Card, load_encoder
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.track.run import redact
+
+Part = Literal["model", "encoder"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is exported, in evaluation mode.
+
+    Attributes:
+        encoder: the encoder.
+        task: encoder and head; None where the encoder alone is wanted.
+        card: of what is exported; places on this machine are left out of it.
+    """
+
+    encoder: Encoder
+    task: DownstreamTask | None
+    card: Card
+
+    @property
+    def module(self) -> nn.Module:
+        """All of it."""
+        return self.encoder if self.task is None else self.task
+
+    @property
+    def output(self) -> str:
+        """What it gives."""
+        return "features" if self.task is None else "logits"
+
+    def run(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) to features (B, D) or logits (B, classes)."""
+        return self.encoder.features(images) if self.task is None else self.task.predict(images)
+
+
+def open_parts(path: str | Path, part: Part | None = None) -> Parts:
+    """Opens what is to be exported.
+
+    Args:
+        path: a run's folder, or the ``.safetensors`` in it.
+        part: ``encoder`` takes the encoder out of a model; by default all that is there.
+
+    Raises:
+        ConfigError: it is not there, or not whole, or a model is asked of an encoder.
+    """
+    place = Path(path).expanduser()
+    folder = place if place.is_dir() else place.parent
+    has_model = (folder / "model.safetensors").exists() and place.name != "encoder.safetensors"
+    if not has_model:
+        if part == "model":
+            raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
+        encoder, card = load_encoder(place)
+        return Parts(encoder.eval(), None, _public(card))
+    model = load_model(place) if part == "encoder" else load_classifier(place)
+    encoder = model.task.encoder
+    assert isinstance(encoder, Encoder)
+    if part == "encoder":
+        card = model.card.model_copy(update={"kind": "encoder", "classes": None})
+        return Parts(encoder, None, _public(card))
+    return Parts(encoder, model.task, _public(model.card))
+
+
+def _public(card: Card) -> Card:
+    """The card without secrets and without places on this machine: a path keeps its last name."""
+    blueprint = card.blueprint.without_weights()
+    told = {"config": _without_places(redact(card.config)), "data": _without_places(card.data)}
+    return card.model_copy(update={**told, "blueprint": blueprint})
+
+
+def _without_places(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_places(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_places(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith(("/", "~", "./", "../")) else tree
+
+
+def example(card: Card, count: int = 2, seed: int = 0) -> Tensor:
+    """Normalised noise in the shape of the images, to trace and to compare with."""
+    blueprint = card.blueprint
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, blueprint.channels, blueprint.size, blueprint.size, generator=generator)

@@ -1,0 +1,153 @@
+"""Features in files, and the neighbours of an image."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ssl_pipeline.cli import VERBS
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.deliver import embed, neighbours
+from ssl_pipeline.deliver.embed import EmbedConfig
+from ssl_pipeline.deliver.neighbours import NeighboursConfig, find
+from ssl_pipeline.evaluate.encoder import leading_words
+from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, save
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from tests.pictures import colour_folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folder(tmp_path_factory.mktemp("images"), 10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    blueprint = Blueprint(
+        backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=16, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    save(
+        folder,
+        blueprint.build()[0],
+        Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}),
+    )
+    return folder
+
+
+def source_of(images: Path) -> Indexed:
+    source = load("embed", EmbedConfig, ["data=folder", f"data.path={images}"]).data.open("train")
+    assert isinstance(source, Indexed)
+    return source
+
+
+def embed_to(run: Path, images: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", str(run), "data=folder", f"data.path={images}", f"output={output}"])
+    embed.main()
+
+
+def test_parquet_and_npz_hold_each_images_features_under_its_path(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("f.parquet", "f.npz"):
+        embed_to(run, images, tmp_path / name, monkeypatch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npz", "f.parquet"]
+    source, (encoder, card) = source_of(images), load_encoder(run)
+    table, arrays = pq.read_table(tmp_path / "f.parquet"), np.load(tmp_path / "f.npz")
+    ids = table["id"].to_pylist()
+    assert ids == arrays["id"].tolist() == [source.describe(i) for i in range(len(source))]
+    assert table["label"].to_pylist() == [Path(path).parent.name for path in ids]
+    assert arrays["classes"][arrays["label"]].tolist() == table["label"].to_pylist()
+    rows = np.array(table["features"].to_pylist(), dtype=np.float32)
+    assert np.array_equal(rows, arrays["features"])
+    blueprint = card.blueprint
+    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    with torch.no_grad():
+        alone = encoder.eval()(preprocessing.of_files([source.open_image(5)]))
+    assert rows[5] == pytest.approx(alone[0].numpy(), abs=1e-5)
+    about = json.loads(str(arrays["about"]))
+    assert json.loads(about["classes"]) == ["blue", "green", "red"]
+    assert table.schema.metadata[b"split"] == b'"train"'
+    assert rows.shape == (len(source), encoder.width)
+
+
+def test_the_neighbours_are_those_of_the_features(run: Path, images: Path) -> None:
+    words = [*leading_words([str(run), "4"], ["encoder", "image"]), "data=folder", f"data.path={images}", "k=5"]
+    config = load("neighbours", NeighboursConfig, words)
+    source = source_of(images)
+    _, found = find(config, source)
+    features = embed.embed(load("embed", EmbedConfig, [words[0], *words[2:4]])).features
+    cosines = F.cosine_similarity(features[4:5], features)
+    cosines[4] = -2
+    assert [neighbour.index for neighbour in found] == cosines.topk(5).indices.tolist()
+    assert [neighbour.similarity for neighbour in found] == pytest.approx(cosines.topk(5).values.tolist(), abs=1e-5)
+    assert {neighbour.label for neighbour in found} == {Path(source.describe(4)).parent.name}
+
+
+def test_a_file_finds_itself_and_the_picture_is_drawn(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = source_of(images).describe(7)
+    words = [str(run), file, "data=folder", f"data.path={images}", "k=12", f"output={tmp_path / 'strip.png'}"]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    neighbours.main()
+    first = capsys.readouterr().out.splitlines()[0].split("  ")
+    assert first[1] == file
+    assert float(first[0]) == pytest.approx(1, abs=1e-4)
+    with Image.open(tmp_path / "strip.png") as picture:
+        assert picture.width == 1800  # ten tiles wide
+        assert picture.height == pytest.approx(456)  # two rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["image=3", "k=500"], "`k` is 500, and there are only"),
+        (["image=999"], "numbered from 0, and none has number 999"),
+        ([], "`image` is required"),
+    ],
+)
+def test_what_can_not_be_found_is_told(run: Path, images: Path, overrides: list[str], message: str) -> None:
+    words = [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images}", *overrides]
+    with pytest.raises(ConfigError, match=message):
+        find(load("neighbours", NeighboursConfig, words), source_of(images))
+
+
+def test_a_query_that_is_no_image_is_named(run: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    words = leading_words([str(run), str(tmp_path / "text.png")], ["encoder", "image"])
+    with pytest.raises(DecodeError, match=r"text\.png can't be read as an image"):
+        find(load("neighbours", NeighboursConfig, [*words, "data=folder", f"data.path={images}"]), source_of(images))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("f.parqet", r"ends in no format .* Did you mean \.parquet"), ("nowhere/f.npz", "there is no folder")],
+)
+def test_outputs_are_checked_before_the_work(output: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        embed.check_output(output)
+
+
+def test_a_flat_folder_has_no_test_split(run: Path, images: Path) -> None:
+    words = [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images / 'red'}", "split=test"]
+    with pytest.raises(ConfigError, match="this data has no `test`"):
+        embed.embed(load("embed", EmbedConfig, words))
+
+
+def test_every_new_verb_is_listed() -> None:
+    assert {"evaluate", "embed", "neighbours", "export", "predict"} <= set(VERBS)

@@ -1,0 +1,356 @@
+"""One model in every format: the same probabilities, by the readers of others and by ``predict``."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.decode import decode
+from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.deliver import hub
+from ssl_pipeline.deliver.export import FORMATS, export, main
+from ssl_pipeline.deliver.model import Model, load_model
+from ssl_pipeline.deliver.parts import Part, Parts, open_parts
+from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
+from ssl_pipeline.deliver.predict import main as predict_main
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.model.artifact import load_encoder
+from tests.pictures import colour_folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folder(tmp_path_factory.mktemp("images"), 10)
+
+
+def trained(images: Path, output: Path, *overrides: str) -> Path:
+    wanted = [
+        "data=folder", f"data.path={images}", "initialisation=random", "regime=frozen", "labels.validation=0", "tracking=off",
+        "views.size=16", "backbone.width=4", f"output={output}",
+    ]  # fmt: skip
+    return finetune(load("finetune", FinetuneConfig, [*wanted, *overrides])).folder
+
+
+@pytest.fixture(scope="module")
+def small(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(images, tmp_path_factory.mktemp("small") / "run")
+
+
+@pytest.fixture(scope="module")
+def exports(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small model in every format that ``predict`` reads."""
+    folders = {form: tmp_path_factory.mktemp("export") for form in ("safetensors", "hub", "torch.export", "onnx")}
+    paths = {form: folder / FORMATS[form][1] for form, folder in folders.items()}
+    for form, path in paths.items():
+        export(open_parts(small), form, path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def resnet(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32"]
+    return trained(images, tmp_path_factory.mktemp("resnet") / "run", *words)
+
+
+def photos(images: Path) -> list[Path]:
+    return sorted(images.rglob("*.png"))[::7]
+
+
+def logits(model: Any, images: Path) -> Tensor:
+    found: Tensor = model.predict([decode(file, model.channels) for file in photos(images)])
+    return found
+
+
+def normalised(model: Model, images: Path) -> Tensor:
+    blueprint = model.card.blueprint
+    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    return preprocessing.of_files([decode(file, blueprint.channels) for file in photos(images)])
+
+
+def run_lines(lines: list[str]) -> nn.Module:
+    """What the lines of Python that an export prints make."""
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    model = names["model"]
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "hub", "torch.export", "onnx"])
+def test_every_format_that_predict_reads_predicts_the_same(
+    form: str, small: Path, exports: dict[str, Path], images: Path
+) -> None:
+    again = open_predictor(exports[form])
+    assert again.classes == ("blue", "green", "red")
+    torch.testing.assert_close(logits(again, images), logits(load_model(small), images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["torch.export", "onnx"])
+def test_preprocessing_inside_takes_raw_images_of_any_size(
+    form: str, small: Path, images: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / FORMATS[form][1]
+    export(open_parts(small), form, path, preprocessing=True)
+    big = tmp_path / "wide.png"
+    Image.open(photos(images)[0]).resize((61, 37)).save(big)
+    model, again = load_model(small), open_predictor(path)
+    for file in (big, photos(images)[1]):
+        image = decode(file, 3)
+        ours, theirs = (torch.softmax(m.predict([image]), 1) for m in (model, again))
+        torch.testing.assert_close(theirs, ours, atol=0.02, rtol=0)  # Pillow rounds the resized image to 1/255
+    raw = torch.from_numpy(np.array(decode(big, 3))).permute(2, 0, 1)[None]
+    blueprint = model.card.blueprint
+    exact = model.task.predict(Preprocessing(blueprint.size, blueprint.mean, blueprint.std).of_pixels(raw))
+    torch.testing.assert_close(again.predict([decode(big, 3)]), exact.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[str, Path], images: Path) -> None:
+    path = exports["onnx"]
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]  # no data in a second file
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == ["blue", "green", "red"]
+    model = load_model(small)
+    every = normalised(model, images)
+    for count in (1, len(every)):
+        (found,) = session.run(["logits"], {"images": every[:count].numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(found), model.task.predict(every[:count]).detach(), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_torchvision_and_timm_load_it_strictly(resnet: Path, images: Path, tmp_path: Path) -> None:
+    model = load_model(resnet)
+    expected = model.task.predict(normalised(model, images)).detach()
+    written = dict[str, list[str]]()
+    for form in ("torchvision", "timm"):
+        written[form] = export(open_parts(resnet), form, tmp_path / f"{form}.safetensors")
+    theirs = models.resnet18(num_classes=3)
+    theirs.load_state_dict(load_file(tmp_path / "torchvision.safetensors"))
+    timms = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(tmp_path / "timm.safetensors"))
+    told = [run_lines(lines) for lines in written.values()]
+    with torch.no_grad():
+        for network in (theirs.eval(), timms.eval(), *told):
+            torch.testing.assert_close(network(normalised(model, images)), expected, atol=1e-4, rtol=1e-4)
+    with safe_open(tmp_path / "torchvision.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("part", ["model", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "neck", "size", "form"),
+    [
+        ("vit_b_16", "tokens", 32, "torchvision"),
+        ("convnext_tiny", "gap", 32, "torchvision"),
+        ("mobilenet_v2", "gap", 32, "torchvision"),
+        ("swin_t", "gap", 32, "torchvision"),
+        ("efficientnet_b0", "gap", 32, "torchvision"),
+        ("timm/vit_tiny_patch16_224", "tokens", 32, "timm"),
+        ("timm/convnext_atto", "gap", 32, "timm"),
+    ],
+)
+@pytest.mark.slow
+def test_every_family_is_loaded_by_the_lines_that_are_told(
+    name: str, neck: str, size: int, form: str, part: Part, images: Path, tmp_path: Path
+) -> None:
+    words = [f"backbone.name={name}", "backbone.stem=imagenet", f"neck.name={neck}", f"views.size={size}"]
+    run = trained(images, tmp_path / "run", *words)
+    parts = open_parts(run, part)
+    theirs = run_lines(export(parts, form, tmp_path / "x.safetensors"))
+    every = normalised(load_model(run), images)
+    with torch.no_grad():
+        expected = parts.run(every)
+        torch.testing.assert_close(theirs(every), expected, atol=1e-4, rtol=1e-4)
+    for graph in ("torch.export", "onnx"):
+        assert export(parts, graph, tmp_path / FORMATS[graph][1])
+
+
+def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
+    parts = open_parts(resnet, "encoder")
+    export(parts, "safetensors", tmp_path / "folder")
+    encoder, card = load_encoder(tmp_path / "folder")
+    every = normalised(load_model(resnet), images)
+    with torch.no_grad():
+        expected = encoder.eval()(every)
+        lines = export(parts, "torchvision", tmp_path / "t.safetensors")
+        torch.testing.assert_close(run_lines(lines)(every), expected)
+    assert card.kind == "encoder"
+    assert card.classes is None
+    with pytest.raises(ConfigError, match="holds an encoder and no model"):
+        open_parts(tmp_path / "folder", "model")
+
+
+def test_grey_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
+    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32", "data.channels=1"]
+    run = trained(images, tmp_path / "run", *words)
+    notes = export(open_parts(run), "torchvision", tmp_path / "t.safetensors")
+    assert any("feed grey images as RGB" in note for note in notes)
+    model, theirs = load_model(run), run_lines(notes[:-1])
+    every = normalised(model, images)
+    with torch.no_grad():
+        found = theirs.eval()(every.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(found, model.task.predict(every), atol=1e-4, rtol=1e-4)
+
+
+def test_no_place_of_this_machine_leaves_the_house(exports: dict[str, Path]) -> None:
+    mine = exports["hub"]
+    for file in mine.iterdir():
+        if file.suffix != ".safetensors":
+            assert str(mine.parent.parent) not in file.read_text()
+    text = (mine / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: ssl-pipeline\npipeline_tag: image-classification\n")
+    assert "blue, green, red" in text
+    assert "| accuracy | 1 |" in text
+
+
+def test_what_can_not_be_exported_is_told(small: Path, resnet: Path, images: Path, tmp_path: Path) -> None:
+    def refused(run: Path, form: str, path: Path, message: str, preprocessing: bool = False) -> None:
+        with pytest.raises(ConfigError, match=message):
+            export(open_parts(run), form, path, preprocessing)
+
+    refused(small, "onxx", tmp_path / "x.onnx", r"no format 'onxx'\. Did you mean 'onnx'")
+    refused(small, "torchvision", tmp_path / "x.safetensors", "small_resnet is a network of ours")
+    refused(small, "onnx", tmp_path / "x.pt", r"must end in \.onnx")
+    refused(resnet, "timm", tmp_path / "x.safetensors", "no graph", preprocessing=True)
+    refused(small, "hub", images, "not empty and holds no model")
+    shrunk = trained(images, tmp_path / "shrunk", "backbone.name=resnet18")
+    refused(shrunk, "torchvision", tmp_path / "x.safetensors", r"has the stem for small images \(conv1\.weight\)")
+    pooled = trained(
+        images,
+        tmp_path / "pooled",
+        "backbone.name=resnet18",
+        "backbone.stem=imagenet",
+        "neck.name=gem",
+        "views.size=64",
+    )
+    refused(pooled, "torchvision", tmp_path / "x.safetensors", "computes other values")
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_files_of_others_and_damaged_ones_are_told(small: Path, exports: dict[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(exports["onnx"])
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "theirs.onnx")
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "theirs.pt2")
+    export(open_parts(small, "encoder"), "torch.export", tmp_path / "encoder.pt2")
+    (tmp_path / "damaged.onnx").write_bytes(b"half a fi")
+    (tmp_path / "damaged.pt2").write_bytes(b"half a fi")
+    for name, message in {
+        "theirs.onnx": "carries no metadata of ours", "theirs.pt2": "carries no metadata of ours",
+        "damaged.onnx": "can't be read as an ONNX file", "damaged.pt2": r"can't be read as a torch\.export file",
+        "encoder.pt2": "is an encoder", "nowhere.onnx": "there is no file",
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            open_predictor(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["torch.export", "onnx"])
+def test_a_network_that_fixes_its_batch_is_refused(
+    form: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_two(self: Parts, images: Tensor) -> Tensor:
+        return self.encoder.features(images)[torch.arange(len(images))]
+
+    monkeypatch.setattr(Parts, "run", of_two)
+    with pytest.raises(ConfigError, match="can't hold small_resnet for batches of any length"):
+        export(open_parts(small), form, tmp_path / FORMATS[form][1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_computes_something_else_is_removed(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_pipeline.deliver.graph._onnx_run", lambda session, images: torch.zeros(len(images), 3))
+    with pytest.raises(ConfigError, match="computes other values than the model"):
+        export(open_parts(small), "onnx", tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_by_the_input_one_broken_among_them(
+    small: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, broken = photos(images)[:2], tmp_path / "broken.png"
+    broken.write_bytes(good[0].read_bytes()[:60])
+    lines = [str(good[0]), str(broken), str(tmp_path / "gone.png"), str(good[1]), str(good[1])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n\n"))
+    with pytest.raises(SystemExit) as left:
+        predict_main([str(small), "-", "--format", "jsonl", "--top", "1"])
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert left.value.code == 2
+    assert "2 file(s) could not be read as images; all others were predicted" in told.err
+    assert [row["file"] for row in rows] == lines
+    assert ["error" in row for row in rows] == [False, True, True, False, False]
+    assert rows[0]["classes"] == [good[0].parent.name]
+    assert rows[3] == rows[4]
+
+
+def test_files_are_read_a_few_at_a_time(small: Path, images: Path) -> None:
+    asked = 0
+
+    def without_end() -> Any:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield photos(images)[0]
+
+    next(predict(load_model(small), without_end()))
+    assert asked <= 64
+    with pytest.raises(ConfigError, match="there is no file or folder"):
+        image_files([str(images), "nowhere.png"])
+
+
+def test_the_command_writes_beside_the_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(small), "--to", "torch.export", "--part", "encoder"])
+    assert (small / "exports" / "model.pt2").is_file()
+    assert "wrote" in capsys.readouterr().out
+    for words, message in {
+        ("--to", "onnx", "--push", "me/mine"): "--push goes with --to hub",
+        ("--to", "hub", "--public"): "--public goes with --push",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([str(small), *words])
+        assert message in capsys.readouterr().err
+
+
+def test_pushing_is_private_unless_asked_and_its_failures_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+            calls.append((repository, private))
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert hub.push(tmp_path, "me/mine", public=False) == "https://hub/me/mine"
+    assert calls == [("me/mine", True), ("me/mine", tmp_path)]
+
+    def offline(self: Api, repository: str, private: bool, exist_ok: bool) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(Api, "create_repo", offline)
+    with pytest.raises(ConfigError, match="was not sent to 'me/mine': no route"):
+        hub.push(tmp_path, "me/mine", public=False)

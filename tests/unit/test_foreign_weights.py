@@ -1,0 +1,82 @@
+"""Checkpoints of others: the features are those of the network that was saved, whatever its tensors are called there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.evaluate.command import EvaluateConfig
+from ssl_pipeline.evaluate.encoder import Opened, leading_words, open_encoder
+
+Names = Callable[[models.ResNet], dict[str, Tensor]]
+
+
+def lightlys_sequence(network: models.ResNet) -> nn.Module:
+    return nn.Sequential(*list(network.children())[:-1])
+
+
+def beside_a_head(network: models.ResNet) -> dict[str, Tensor]:
+    module = nn.Module()
+    module.backbone = lightlys_sequence(network)
+    module.projection_head = nn.Linear(512, 8)
+    return module.state_dict()
+
+
+SAVED: dict[str, Names] = {
+    "torchvision": lambda network: network.state_dict(),
+    "of a sequence": lambda network: lightlys_sequence(network).state_dict(),
+    "of a Lightning module": beside_a_head,
+    "of a wrapped model": lambda network: {f"_model.backbone.{k}": v for k, v in network.state_dict().items()},
+}
+
+
+def opened(encoder: Path | str | None, *overrides: str) -> Opened:
+    words = [] if encoder is None else leading_words([str(encoder)], ["encoder"])
+    return open_encoder(load("evaluate", EvaluateConfig, [*words, "size=64", *overrides]), 3)
+
+
+@pytest.mark.parametrize("names", SAVED)
+def test_features_are_the_saved_networks(names: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = models.resnet18().eval()
+    torch.save({"state_dict": SAVED[names](network)}, tmp_path / "theirs.ckpt")
+    ours = opened(tmp_path / "theirs.ckpt", "backbone.name=resnet18")
+    network.fc = nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encoder(images), network(images))
+    assert any("left out" in note for note in ours.notes) == (names != "of a sequence")
+
+
+def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    state = models.resnet18().state_dict()
+    path = tmp_path / "theirs.safetensors"
+    save_file({**state, "surprise": torch.ones(1)}, path)
+    with pytest.raises(ConfigError, match=r"1 key unknown \(surprise\)"):
+        opened(path, "backbone.name=resnet18")
+    with pytest.raises(ConfigError, match=r"say of which network by `backbone\.name"):
+        opened(path)
+    with pytest.raises(ConfigError, match="another architecture"):
+        opened(path, "backbone.name=resnet34")
+    with pytest.raises(ConfigError, match="there is no file"):
+        opened(tmp_path / "nowhere.pth", "backbone.name=resnet18")
+    with pytest.raises(ConfigError, match="there is no"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no multiple of vit_b_16's patches"):
+        opened(None, "backbone.name=vit_b_16", "size=60")
+
+
+def test_leading_words_are_quoted_for_hydra(tmp_path: Path) -> None:
+    assert leading_words(["data=folder", "x"], ["encoder"]) == ["data=folder", "x"]
+    assert leading_words(["--help"], ["encoder"]) == ["--help"]
+    words = leading_words(["a run, of 'mine' (1)", "photo=1", "size=32"], ["encoder", "image"])
+    assert words == [r"encoder='a run, of \'mine\' (1)'", "photo=1", "size=32"]
+    assert load("evaluate", EvaluateConfig, [words[0]]).encoder == "a run, of 'mine' (1)"
