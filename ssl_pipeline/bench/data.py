@@ -100,6 +100,7 @@ def _make_photos(folder: Path) -> None:
         noise = generator.integers(-6, 7, (_HEIGHT, _WIDTH, 1), dtype=np.int16)
         pixels = layers[0] * 3 // 4 + layers[1] // 4 + noise
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    _age(folder, [*(path.name for path in folder.iterdir()), "."])
 
 
 def _views(size: int) -> Views:
@@ -182,9 +183,10 @@ def _make_million(root: Path, prepared: Path) -> None:
     _age(root, folders)
 
 
-def _age(root: Path, folders: list[str]) -> None:
-    for folder in folders:
-        os.utime(root / folder, ns=(_LONG_AGO, _LONG_AGO))
+def _age(root: Path, names: list[str]) -> None:
+    """As if they had been written long ago: what has changed just now is looked at again at the next start."""
+    for name in names:
+        os.utime(root / name, ns=(_LONG_AGO, _LONG_AGO))
 
 
 def _open_million(root: Path, prepared: Path) -> tuple[FileSource, StepBatches]:

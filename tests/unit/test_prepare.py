@@ -299,6 +299,20 @@ def test_a_damaged_cache_gives_way_to_the_file(tmp_path: Path, caplog: pytest.Lo
         Cache(place, 32).read(row)
 
 
+def test_images_that_the_cache_lacks_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "in"
+    photos(root, 3)
+    aged(root)
+    prepare(str(root), str(tmp_path / "out"), cache_side=32)
+    photos(root, 5)
+    aged(root)
+    os.utime(root, (OLD + 9, OLD + 9))
+    source = opened(root, prepared=str(tmp_path / "out"), cache=True)
+    assert [source.open_image(i).size for i in (0, 4)] == [(48, 32), (96, 64)]
+    assert f"2 of 5 images in {root} are new since its cache was made" in caplog.text
+    assert "--cache 32" in caplog.text
+
+
 def test_shards_and_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 5)

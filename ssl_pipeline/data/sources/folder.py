@@ -137,6 +137,14 @@ class _Scan:
                     + (f" --output {config.prepared}`." if config.prepared else ".")
                 )
             cache = Cache(cache_folder(self.place, self.cache_side), self.cache_side)
+            shards = self.files.column("shard")
+            lacking = 0 if shards is None else int((shards < 0).sum())
+            if lacking:
+                _log.warning(
+                    "%d of %d images in %s are new since its cache was made, and are decoded anew each time: "
+                    "`ssl-pipeline prepare` with `--cache %d` adds them.",
+                    lacking, len(self.files), self.root, self.cache_side,
+                )  # fmt: skip
         bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), self.faults)
         return FileSource(
             str(self.root), self.root, self.files, config.channels, self.labels, self.classes, self.skipped(),
