@@ -123,7 +123,7 @@ def fit(
             figures |= {f"{prefix}/loss": loss, f"{prefix}/lr": rate, f"{prefix}/data_wait": wait}
             figures |= {f"{prefix}/bad_files": bad_files} if bad_files else {}
             metrics = output.metrics | (output.details() if output.details is not None else {})
-            figures |= {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+            figures |= {f"{prefix}/{name}": float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
             figures |= {
                 f"{prefix}/images_per_s": images / (now - since),
                 f"{prefix}/epoch": done / clock.steps_per_epoch,

@@ -10,7 +10,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.jsonl import read_metrics
-from tests.runs import same_bytes, tiny_pretrain
+from tests.runs import same_bytes, small_pretext, tiny_pretrain
 
 LENGTH = ["steps=10", "checkpoint_every=5 steps"]
 
@@ -19,8 +19,21 @@ class StoppedError(Exception):
     """The plug was pulled."""
 
 
-def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pretrain(tiny_pretrain(tmp_path / "whole", *LENGTH))
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [*small_pretext("instance_discrimination"), "batch.micro=16"],
+        [*small_pretext("moco_v2"), "pretext.temperature.learned.least=0.05"],
+        [*small_pretext("swav"), "views.local.count=2", "views.local.size=8", "pretext.queue_start=3 steps"],
+    ],
+    ids=["simclr", "a memory, two passes", "a queue, a teacher, a learned temperature", "prototypes, multi-crop"],
+)
+def test_a_stopped_run_continues_to_the_same_bits(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = [*LENGTH, *words]
+    whole = pretrain(tiny_pretrain(tmp_path / "whole", *length))
     save = Checkpoints.save
 
     def save_and_stop(self: Checkpoints, done: int, state) -> None:  # type: ignore[no-untyped-def]
@@ -29,9 +42,9 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(StoppedError):
-        pretrain(tiny_pretrain(tmp_path / "parts", *LENGTH))
+        pretrain(tiny_pretrain(tmp_path / "parts", *length))
     monkeypatch.setattr(Checkpoints, "save", save)
-    parts = pretrain(tiny_pretrain(tmp_path / "parts", *LENGTH, "resume=auto"))
+    parts = pretrain(tiny_pretrain(tmp_path / "parts", *length, "resume=auto"))
     assert same_bytes(whole, parts, ["encoder.safetensors"])
     for folder in (whole, parts):
         assert [line["step"] for line in read_metrics(folder)] == list(range(11))
