@@ -85,10 +85,14 @@ def embed(config: EmbedConfig) -> Embedded:
 
 
 def open_split(config: EncoderConfig, split: Split) -> Indexed:
-    """A split that must be there."""
+    """A split that must be there; a file of it that can't be decoded will be an error.
+
+    While training its neighbour would take its place; here the neighbour's features would stand under its name.
+    """
     source = config.data.open(split)
     if source is None:
         raise ConfigError(f"`split`: this data has no `{split}`; `train` is always there.")
+    source.bad_files = None
     return source
 
 

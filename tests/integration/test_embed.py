@@ -85,6 +85,22 @@ def test_parquet_and_npz_hold_each_images_features_under_its_path(
     assert rows.shape == (len(source), encoder.width)
 
 
+def test_no_features_stand_under_the_name_of_a_broken_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = colour_folder(tmp_path / "images", 4)
+    broken = images / "red" / "broken.png"
+    broken.write_bytes((images / "red" / "0.png").read_bytes()[:-500])
+    monkeypatch.setattr(
+        sys, "argv", ["x", str(run), "data=folder", f"data.path={images / 'red'}", f"output={tmp_path / 'f.npz'}"]
+    )
+    with pytest.raises(SystemExit) as left:
+        embed.main()
+    assert left.value.code == 2
+    assert f"{broken} can't be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "f.npz").exists()
+
+
 def test_the_neighbours_are_those_of_the_features(run: Path, images: Path) -> None:
     words = [*leading_words([str(run), "4"], ["encoder", "image"]), "data=folder", f"data.path={images}", "k=5"]
     config = load("neighbours", NeighboursConfig, words)
