@@ -228,7 +228,7 @@ class Views:
         """What follows the crop: rotation, photometry, normalisation and erasing, on the crops' device.
 
         Args:
-            crops: per view float in [0, 1] or uint8, of shape (B, C, S, S).
+            crops: per view float in [0, 1] or uint8, of shape (B, C, S, S); float ones are worked on in place.
             index: int64 of shape (B,), on the CPU.
             epoch: the epoch.
 
