@@ -157,7 +157,8 @@ class StepBatches:
             clock = self.clock(step)
             finished = self.views.finish(views, index, clock.epoch)
             label = None if self._labels is None else self._labels[index].to(self.share.device)
-            yield Batch(clock, index.to(self.share.device), finished, label)
+            domain = None if self.source.domains is None else self.source.domains[index].to(self.share.device)
+            yield Batch(clock, index.to(self.share.device), finished, label, domain)
 
     def _crops_of_pixels(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         assert self._pixels is not None
