@@ -23,7 +23,7 @@ def test_the_domains_of_a_folder_reach_the_loss(tmp_path: Path) -> None:
     for name, words in (("one", []), ("same", ["0.5"]), ("two", ["2.0"])):
         overrides = [f"pretext.temperature.other_domain={value}" for value in words]
         config = tiny_pretrain(
-            tmp_path / name, "data=domain_folder", f"data.path={tmp_path / 'images'}", "batch.size=16",
+            tmp_path / name, "data=domain_folder", f"data.path={tmp_path / 'images'}", "data.dev=0.1", "batch.size=16",
             "steps=1", "workers=0", *overrides,
         )  # fmt: skip
         losses.append(read_metrics(pretrain(config))[-1]["pretrain/loss"])
