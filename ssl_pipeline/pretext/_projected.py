@@ -10,7 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.engine.task import PretextConfig, Task
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
+from ssl_pipeline.losses.gather import gather_rows
+from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import projection_head
@@ -87,6 +90,41 @@ class Contrastive(Projected):
     ) -> None:
         super().__init__(config, encoder, norm, final_norm)
         self.temperature = Temperature(config.temperature)
+
+
+class WholeBatch(Projected):
+    """Two views, and a loss between the rows of all processes: its statistics belong to the whole batch.
+
+    Args:
+        config: the head's measures.
+        encoder: what is pretrained.
+        loss: rows of both views (N, D) to a scalar.
+    """
+
+    def __init__(self, config: ProjectedConfig, encoder: Encoder, loss: nn.Module) -> None:
+        super().__init__(config, encoder)
+        self.loss = loss
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Both views' projections."""
+        first, second = through(self.project, batch.views)
+        return {"first": first, "second": second}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """The loss in fp32 at least."""
+        del batch
+        first, second = embeddings["first"], embeddings["second"]
+        with torch.autocast(first.device.type, enabled=False):
+            return StepOutput(self.loss(gather_rows(precise(first)), gather_rows(precise(second))))
+
+
+def with_predictions(projections: Sequence[Tensor], predictor: nn.Module) -> Embeddings:
+    """Two views' projections, and what a predictor makes of them as one batch."""
+    predictions = predictor(torch.cat(list(projections))).chunk(2)
+    return {
+        "projection 0": projections[0], "projection 1": projections[1],
+        "prediction 0": predictions[0], "prediction 1": predictions[1],
+    }  # fmt: skip
 
 
 def through(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:

@@ -28,6 +28,6 @@ class DCL(simclr.SimCLR):
     def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
         """The decoupled InfoNCE."""
         return two_view_info_nce(
-            first, second, temperature, domain=self.domain_of(batch),
+            first, second, temperature, batch.index, domain=self.domain_of(batch),
             other_domain=self.temperature.config.other_domain, decoupled=True,
         )  # fmt: skip

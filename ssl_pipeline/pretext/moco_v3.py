@@ -12,7 +12,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.gather import gather_ids, gather_rows
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
@@ -57,9 +57,7 @@ class MoCoV3(Contrastive):
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Each view's query against the other view's keys of all images."""
         temperature = self.temperature(batch.clock)
-        rank, _ = world()
-        place = torch.arange(len(batch.index), device=batch.index.device) + rank * len(batch.index)
-        match: Match = (place, gather_ids(place))
+        match: Match = (batch.index, gather_ids(batch.index))
         other_domain = self.temperature.config.other_domain
         domain = None
         if other_domain is not None and batch.domain is not None:

@@ -13,13 +13,13 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.gather import gather_ids, gather_rows
 from ssl_pipeline.losses.info_nce import info_nce, unit_rows
 from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import prediction_head
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through, with_predictions
 
 
 class Config(ContrastiveConfig):
@@ -60,19 +60,12 @@ class NNCLR(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Projections and predictions of both views."""
-        projections = through(self.project, batch.views)
-        predictions = self.predictor(torch.cat(projections)).chunk(2)
-        return {
-            "projection 0": projections[0], "projection 1": projections[1],
-            "prediction 0": predictions[0], "prediction 1": predictions[1],
-        }  # fmt: skip
+        return with_predictions(through(self.project, batch.views), self.predictor)
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """A view's neighbour tells the other view's prediction from those of all other images."""
         temperature = self.temperature(batch.clock)
-        rank, _ = world()
-        place = torch.arange(len(batch.index), device=batch.index.device) + rank * len(batch.index)
-        match = place, gather_ids(place)
+        match = batch.index, gather_ids(batch.index)
         projections = [embeddings[f"projection {i}"].detach() for i in (0, 1)]
         self._projections = projections[0]
         neighbours = [self.nearest(rows) for rows in projections]

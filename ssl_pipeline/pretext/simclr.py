@@ -44,9 +44,14 @@ class SimCLR(Contrastive):
         return StepOutput(loss, {"temperature": temperature}, details)
 
     def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
-        """InfoNCE."""
+        """InfoNCE; an image that comes twice, for a damaged neighbour, is no negative of itself."""
         return two_view_info_nce(
-            first, second, temperature, domain=self.domain_of(batch), other_domain=self.temperature.config.other_domain
+            first,
+            second,
+            temperature,
+            batch.index,
+            domain=self.domain_of(batch),
+            other_domain=self.temperature.config.other_domain,
         )
 
     def domain_of(self, batch: Batch) -> Tensor | None:

@@ -13,7 +13,7 @@ from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import prediction_head
-from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
+from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through, with_predictions
 
 
 class Config(ProjectedConfig):
@@ -43,12 +43,7 @@ class SimSiam(Projected):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Projections and predictions of both views."""
-        projections = through(self.project, batch.views)
-        predictions = self.predictor(torch.cat(projections)).chunk(2)
-        return {
-            "projection 0": projections[0], "projection 1": projections[1],
-            "prediction 0": predictions[0], "prediction 1": predictions[1],
-        }  # fmt: skip
+        return with_predictions(through(self.project, batch.views), self.predictor)
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """The mean of both ways, in [-1, 1]."""

@@ -336,3 +336,13 @@ def test_details_are_what_the_temperature_does() -> None:
         assert set(figures) == {"entropy_share", "effective_negatives", "p_positive", "hardest_1pct", "hardest_5pct"}
         assert all(math.isfinite(float(value)) for value in figures.values()), name
         assert 0 <= float(figures["p_positive"]) <= 1
+
+
+@pytest.mark.parametrize("name", ["simclr", "dcl", "moco_v3", "nnclr"])
+def test_an_image_that_comes_twice_is_no_negative_of_itself(name: str) -> None:
+    """A damaged file gives way to its neighbour, which may be in the batch already."""
+    task, batch = tiny_task(name)
+    embeddings = task.embed(batch)
+    apart = task.objective(embeddings, batch).loss.item()
+    batch.index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])
+    assert task.objective(embeddings, batch).loss.item() != apart
