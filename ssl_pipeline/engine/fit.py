@@ -130,7 +130,8 @@ def fit(
             }
             since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
-        if looks or done == total:
+        saves = checkpoints is not None and checkpoints.due(done, total)
+        if looks or saves or done == total:  # what one process saves, all will continue from
             agree_on_buffers(task)
         if looks and evaluate is not None:
             figures |= evaluate(clock)
@@ -139,7 +140,7 @@ def fit(
         if figures and accelerator.is_main_process:
             for listener in listeners:
                 listener(done, figures)
-        if checkpoints is not None and checkpoints.due(done, total):
+        if checkpoints is not None and saves:
             checkpoints.save(done, _state(task, optimizer, accelerator))
         asked = time.perf_counter()
 
