@@ -169,7 +169,8 @@ def pretrain(config: PretrainConfig) -> Path:
         run or nullcontext(),
         checkpoints,
         Progress(total, start, enabled=run is not None) as progress,
-        open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
+        # A run that starts again from nothing also measures step 0 again.
+        open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:

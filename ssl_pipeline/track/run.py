@@ -82,7 +82,7 @@ def open_run(
             other data, and keeps note of it in ``run.json``.
         config: the resolved configuration.
         root: where numbered folders are made.
-        data: fingerprints of what the run learns from and is measured on, by name.
+        data: fingerprints of what the run starts from, learns from and is measured on, by name.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written.
@@ -239,7 +239,7 @@ def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:
 
 def _changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [
-        f"the data of `{name}` has changed: its images or labels are no longer those that the run was started on."
+        f"`{name}` is not what the run was started on: its images, labels or weights have changed since."
         for name in sorted(before.keys() & now.keys())
         if before[name] != now[name]
     ]

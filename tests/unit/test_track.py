@@ -92,7 +92,8 @@ def test_changes_need_a_word_and_are_kept_note_of(tmp_path: Path, caplog: pytest
 
     opened("changed", 0, "a1")  # a word too much does no harm
     with pytest.raises(
-        ConfigError, match=r"`seed` was 0 and is now 1\.\nthe data of `train` has changed.*\n.*resume=changed"
+        ConfigError,
+        match=r"`seed` was 0 and is now 1\.\n`train` is not what the run was started on.*\n.*resume=changed",
     ):
         opened("auto", 1, "b2")
     opened("changed", 1, "b2")
@@ -261,7 +262,7 @@ def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
         assert [(line["step"], line["loss"]) for line in read_metrics(file)] == [
             (0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0),
         ]  # fmt: skip
-        with open_trackers(run, "pretrain", CONFIG, OFF, 0) as trackers:  # killed before the first checkpoint
+        with open_trackers(run, "pretrain", CONFIG, OFF, -1) as trackers:  # killed before the first checkpoint
             trackers.log(0, {"loss": 3.0})
         assert [line["loss"] for line in read_metrics(file)] == [3.0]
 
