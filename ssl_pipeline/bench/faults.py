@@ -1,8 +1,8 @@
 """SIGKILLs at random moments of a real run: is each resume exact, and how much is done twice? ``--rounds`` is the kills.
 
-Every run is a process of its own, forked when all is imported, on files with worker processes or without. It is killed in a
-step, before an evaluation is told, or while a checkpoint is written, in turn, up to five times on its way; then it goes on
-to its end, and all that it leaves is compared with what a run leaves that nobody stopped. Every other kill hits the process
+Every run is a process of its own, forked when all is imported, on files with worker processes or without. It is killed
+while it starts, in a step, before an evaluation is told, or while a checkpoint is written, in turn, up to five times; then it
+goes on to its end, and all that it leaves is compared with what a run leaves that nobody stopped. Every other kill hits the process
 alone and not its workers: the run folder must be free at once though they are still there.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class _Process:
         config = load("pretrain", PretrainConfig, words)
         self.output, self.began = output, time.perf_counter()
         self._log = output.with_suffix(".log")
-        self._came, self._old_figures = self.saved(), self._figures()
+        self.came, self._old_figures = self.saved(), self._figures()
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
@@ -88,7 +89,7 @@ class _Process:
 
     def has_begun(self) -> bool:
         """Whether its first step is told; what was told before and is to be done twice has been dropped by then."""
-        return self._figures() != self._old_figures and self.told() > self._came
+        return self._figures() != self._old_figures and self.told() > self.came
 
     def _figures(self) -> int | None:
         file = self.output / FILE_NAME
@@ -117,30 +118,27 @@ def measure(rounds: int) -> dict[str, float]:
     torch.set_num_threads(1)
     chance = random.Random(0)
     kills, exact, lost, half_written = 0, 0, [0], 0
-    cold, warm = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         _write_pictures(root / "pictures")
         whole = _Process(root / "pictures", root / "whole", workers=0)
+        whole.wait_until(whole.has_begun)
+        cold, warm = [time.perf_counter() - whole.began], list[float]()
         whole.wait_until(lambda: False)
-        moments = cycle((_in_a_step, _before_an_evaluation_is_told, _in_a_write))
+        moments = cycle((_while_it_starts, _in_a_step, _before_an_evaluation_is_told, _in_a_write))
         number = 0
         while kills < rounds:
             number += 1
-            kills_before = kills
-            run = _Process(root / "pictures", root / f"run-{number}", workers=2 * (number % 2))
-            while True:
-                done = kills - kills_before
-                if not run.wait_until(run.has_begun):
-                    break
-                (warm if done else cold).append(time.perf_counter() - run.began)
-                if kills == rounds or done == _KILLS_OF_A_RUN or not next(moments)(run, chance):
-                    break
+            start = partial(_Process, root / "pictures", root / f"run-{number}", workers=2 * (number % 2))
+            run, kills_before = start(), kills
+            while kills < min(rounds, kills_before + _KILLS_OF_A_RUN) and next(moments)(run, chance):
                 run.kill(whole_group=kills % 2 == 0)
                 kills += 1
                 half_written += run.half_written()
                 lost.append(run.told() - run.saved())
-                run = _Process(root / "pictures", run.output, workers=2 * (number % 2))
+                run = start()
+                if run.wait_until(run.has_begun):
+                    (warm if run.came else cold).append(time.perf_counter() - run.began)
             run.wait_until(lambda: False)
             exact += (kills - kills_before) * _same(whole.output, run.output)
     return {
@@ -150,11 +148,17 @@ def measure(rounds: int) -> dict[str, float]:
         "faults.most_steps_done_twice": max(lost),
         "faults.steps_between_checkpoints": _SAVES,
         "faults.first_step_of_a_cold_start_s": statistics.median(cold),
-        "faults.first_step_of_a_resume_s": statistics.median(warm),
+        **({"faults.first_step_of_a_resume_s": statistics.median(warm)} if warm else {}),
     }
 
 
+def _while_it_starts(run: _Process, chance: random.Random) -> bool:
+    time.sleep(chance.uniform(0.02, 0.4))
+    return not run.ended()
+
+
 def _in_a_step(run: _Process, chance: random.Random) -> bool:
+    run.wait_until(run.has_begun)
     target = run.told() + chance.randint(0, 2 * _SAVES)
     came = run.wait_until(lambda: run.told() >= target)
     time.sleep(chance.uniform(0, 0.05))
@@ -163,6 +167,7 @@ def _in_a_step(run: _Process, chance: random.Random) -> bool:
 
 def _before_an_evaluation_is_told(run: _Process, chance: random.Random) -> bool:
     """A step's line is written when its evaluation is done: the time before that is nearly all evaluation."""
+    run.wait_until(run.has_begun)
     came = run.wait_until(lambda: run.told() % _LOOKS == _LOOKS - 1)
     time.sleep(chance.uniform(0, 0.1))
     return came and not run.ended()
@@ -170,6 +175,7 @@ def _before_an_evaluation_is_told(run: _Process, chance: random.Random) -> bool:
 
 def _in_a_write(run: _Process, chance: random.Random) -> bool:
     del chance
+    run.wait_until(run.has_begun)  # what the last one left half written is gone by then
     return run.wait_until(run.half_written)
 
 

@@ -218,8 +218,13 @@ def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, st
         run.changes = start["changed"] = changes
         for note in [*changes, *_changed_surroundings(before, start)]:
             _log.warning("%s", note)
-    write_text_atomic(run.path / "run.json", json.dumps({"starts": [*earlier, start]}, indent=1))
-    write_text_atomic(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redact(config))))
+    files = {
+        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(redact(config))),
+        "run.json": json.dumps({"starts": [*earlier, start]}, indent=1),
+    }
+    # Killed between the two, a new run is one that can be continued, and a change is noted before it is forgotten.
+    for name in reversed(files) if run.resumed else files:
+        write_text_atomic(run.path / name, files[name])
 
 
 def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:

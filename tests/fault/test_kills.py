@@ -10,7 +10,7 @@ import pytest
 from tests.runs import ssl_pipeline
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_if_nobody_had_stopped_them(kills: int, tmp_path: Path) -> None:
     done = ssl_pipeline("bench", "faults", "--rounds", str(kills), "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr + done.stdout

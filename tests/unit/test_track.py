@@ -19,7 +19,7 @@ import pytest
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
 from ssl_pipeline.track.progress import Progress, print_table
-from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions
+from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 
 CONFIG: dict[str, Any] = {
@@ -101,6 +101,30 @@ def test_changes_need_a_word_and_are_kept_note_of(tmp_path: Path, caplog: pytest
     starts = json.loads((tmp_path / "a/run.json").read_text())["starts"]
     assert [len(start.get("changed", ())) for start in starts] == [0, 2, 0]
     assert "`seed` was 0 and is now 1" in caplog.text
+
+
+def test_a_kill_between_the_two_files_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(seed: int, resume: Any = "auto") -> None:
+        run_in(tmp_path / "a", resume, CONFIG | {"seed": seed}).close()
+
+    def killed(seed: int, resume: Any = "auto") -> None:
+        def dies(path: Path, text: str) -> None:
+            write_text_atomic(path, text)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("ssl_pipeline.track.run.write_text_atomic", dies)
+            with pytest.raises(KeyboardInterrupt):
+                opened(seed, resume)
+
+    killed(0)
+    opened(0)
+    killed(1, "changed")
+    with pytest.raises(ConfigError, match="`seed` was 0 and is now 1"):
+        opened(1)
+    opened(1, "changed")
+    starts = json.loads((tmp_path / "a/run.json").read_text())["starts"]
+    assert [len(start.get("changed", ())) for start in starts] == [0, 1, 1]
 
 
 def test_other_threads_and_versions_are_said(
