@@ -46,7 +46,7 @@ class _Process:
         words = [
             "tracking=off", "data=folder", f"data.path={pictures}", "views.size=12", "backbone.width=8", "batch.size=16",
             f"steps={_STEPS}", f"checkpoint_every={_SAVES} steps", f"evaluate_every={_LOOKS} steps", "log_every=1",
-            "pretext=moco_v2", "pretext.queue=48", "resume=auto", f"workers={workers}", f"output={output}",
+            "pretext=moco_v2", "pretext.queue=48", "resume=auto", "data.bad_files=1", f"workers={workers}", f"output={output}",
         ]  # fmt: skip
         config = load("pretrain", PretrainConfig, words)
         self.output, self.began = output, time.perf_counter()
@@ -223,10 +223,12 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _write_pictures(root: Path, count: int = 40) -> None:
-    """Noise about two colours: something that kNN can tell apart."""
+    """Noise about two colours, something that kNN can tell apart; one of the files is cut, and has to be counted once."""
     generator = np.random.default_rng(0)
     for name, colour in (("blue", (40, 80, 200)), ("red", (200, 60, 40))):
         (root / name).mkdir(parents=True)
         for number in range(count):
             noise = generator.integers(-40, 41, (20, 20, 3))
             Image.fromarray((np.array(colour) + noise).astype(np.uint8)).save(root / name / f"{number}.png")
+    file = root / "red" / "7.png"
+    file.write_bytes(file.read_bytes()[:-400])

@@ -79,6 +79,7 @@ def fit(
         start = int(resume["done"])
         task.load_state_dict(resume["task"])
         prepared.load_state_dict(resume["optimizer"])
+        batches.load_state_dict(resume["batches"])
         if accelerator.scaler is not None and resume["scaler"] is not None:
             accelerator.scaler.load_state_dict(resume["scaler"])
     total, seed = batches.total_steps, batches.seed
@@ -141,7 +142,7 @@ def fit(
             for listener in listeners:
                 listener(done, figures)
         if checkpoints is not None and saves:
-            checkpoints.save(done, _state(task, optimizer, accelerator))
+            checkpoints.save(done, _state(task, optimizer, accelerator) | {"batches": batches.state_dict()})
         asked = time.perf_counter()
 
 
