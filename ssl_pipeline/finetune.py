@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
-from ssl_pipeline.downstream.regime import RegimeConfig, Surroundings, train
+from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.draws import derive_seed
@@ -26,8 +27,11 @@ from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.weights import digest
+from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, versions
+from ssl_pipeline.track.run import Resume, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -50,6 +54,9 @@ class FinetuneConfig(Strict):
     seeds: int = Field(1, ge=1)
     split: Literal["test", "dev"] = "test"
     output: str | None = None
+    resume: Resume = "no"
+    checkpoint_every: Duration = parse_duration("10%")
+    keep_checkpoints: int = Field(2, ge=1)
     workers: int | None = Field(None, ge=0)
 
     @property
@@ -103,10 +110,21 @@ def finetune(config: FinetuneConfig) -> Result:
     # Drawn here, so that too few labels are told before anything is written.
     labelled = {seed: draw(config.labels, config.downstream, pool, seed) for seed in seeds}
 
-    run = on_main(accelerator, lambda: open_run(config.output, "finetune", "no", dump(config)))
-    result = Result(from_main(accelerator, run.path if run else Path()), config.split)
-    with run or nullcontext(), open_trackers(run, "finetune", dump(config), config.tracking, 0) as trackers:
+    data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
+    data |= {} if pretrained is None else {"encoder": digest(pretrained)}
+    run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
+    folder, finished = from_main(
+        accelerator, (run.path, finished_seeds(run.path, seeds, config.split)) if run else (Path(), {})
+    )
+    result = Result(folder, config.split)
+    with (
+        run or nullcontext(),
+        open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
+    ):
         for seed in seeds:
+            if seed in finished:
+                result.figures.append(finished[seed])
+                continue
             torch.manual_seed(derive_seed(seed, "initialisation"))
             encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
             task = config.downstream.build(encoder, len(pool.classes))
@@ -114,19 +132,43 @@ def finetune(config: FinetuneConfig) -> Result:
                 task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
             task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             views = Views(policy, blueprint.mean, blueprint.std, seed)
-            around = Surroundings(labelled[seed], views, preprocessing, seed, accelerator, share, config.workers)
+            keeping = Keeping(
+                folder / "checkpoints" / f"seed-{seed}",
+                config.checkpoint_every,
+                config.keep_checkpoints,
+                run is not None,
+            )
+            around = Surroundings(
+                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping
+            )
             train(config.regime, task, around)
             figures = task.evaluate(held_out, preprocessing, share)
             result.figures.append(figures)
-            trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, Card(
                     kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
-                    data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence}, classes=pool.classes,
+                    data={"name": pool.name, "fingerprint": data["train"], "licence": pool.licence}, classes=pool.classes,
                 ))  # fmt: skip
-    if run is not None:
-        result.write()
+            trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
+            if run is not None:
+                shutil.rmtree(keeping.folder, ignore_errors=True)
+        if run is not None:
+            result.write()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
+    """The figures of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is the last thing of it."""
+    if not (folder / FILE_NAME).exists():
+        return {}
+    return {
+        line["step"]: {
+            name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
+        }
+        for line in read_metrics(folder)
+        if line["step"] in seeds
+    }
 
 
 def finetune_and_tell(config: FinetuneConfig) -> None:

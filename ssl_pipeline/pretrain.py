@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, sha
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.model.artifact import Blueprint, Card, save
@@ -30,7 +31,7 @@ from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.progress import Progress
-from ssl_pipeline.track.run import open_run, versions
+from ssl_pipeline.track.run import Resume, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -63,9 +64,10 @@ class PretrainConfig(Strict):
     steps: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     output: str | None = None
-    resume: Literal["no", "auto"] = "no"
+    resume: Resume = "no"
     evaluate_every: Duration = parse_duration("10%")
     checkpoint_every: Duration = parse_duration("10%")
+    keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
     workers: int | None = Field(None, ge=0)
 
@@ -148,16 +150,27 @@ def pretrain(config: PretrainConfig) -> Path:
         train, views, config.batch.size, config.seed, share, total, config.workers, with_labels=task.reads_labels
     )
 
-    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config)))
+    data = {"train": train.fingerprint()} | ({} if dev is None else {"dev": dev.fingerprint()})
+    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data))
     folder = from_main(accelerator, run.path if run else Path())
     every = config.checkpoint_every.on(batches.clock(0)) or None
-    checkpoints = Checkpoints(folder / "checkpoints", train.fingerprint(), every, main=run is not None)
-    resume = checkpoints.load() if config.resume == "auto" else None
+    checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
+    best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
+    resume = checkpoints.load() if config.resume != "no" else None
     start = int(resume["done"]) if resume else 0
+
+    def card(figures: dict[str, float]) -> Card:
+        return Card(
+            kind="encoder", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
+            data={"name": train.name, "fingerprint": data["train"], "licence": train.licence},
+        )  # fmt: skip
+
     with (
         run or nullcontext(),
+        checkpoints,
         Progress(total, start, enabled=run is not None) as progress,
-        open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
+        # A run that starts again from nothing also measures step 0 again.
+        open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
@@ -171,8 +184,8 @@ def pretrain(config: PretrainConfig) -> Path:
         latest: dict[str, float] = {}
 
         def evaluate(clock: Clock) -> dict[str, float]:
-            del clock
             latest.update(evaluation(encoder))
+            best.offer(encoder, card(latest), clock.step + 1)
             return latest
 
         fit(
@@ -182,11 +195,7 @@ def pretrain(config: PretrainConfig) -> Path:
         )  # fmt: skip
         final = latest or evaluation(encoder)
         if run is not None:
-            card = Card(
-                kind="encoder", blueprint=blueprint, config=dump(config), figures=final, versions=versions(),
-                data={"name": train.name, "fingerprint": train.fingerprint(), "licence": train.licence},
-            )  # fmt: skip
-            progress.say(f"wrote {save(folder, encoder, card)} and card.json")
+            progress.say(f"wrote {save(folder, encoder, card(final))} and card.json")
     accelerator.wait_for_everyone()
     return folder
 

@@ -60,9 +60,10 @@ def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproc
     )
 
 
-def ssl_pipeline(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """``ssl-pipeline`` in a process of its own."""
-    return command(sys.executable, "-m", "ssl_pipeline.cli", *words, cwd=cwd)
+def ssl_pipeline(*words: str | Path, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:
+    """``ssl-pipeline`` in a process of its own; ``before`` is Python that runs in it first."""
+    main = f"{before}from ssl_pipeline.cli import main; main()"
+    return command(sys.executable, "-c", main, *words, cwd=cwd)
 
 
 def same_bytes(first: Path, second: Path, files: Sequence[str]) -> bool:

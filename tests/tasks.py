@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
@@ -49,3 +49,14 @@ def tiny_batch(task: Task, views: int, samples: int, step: int, local: int = 0) 
     images += [torch.randn(samples, 1, 8, 8, generator=generator) for _ in range(local)]
     labels = torch.arange(samples) % 2 if task.reads_labels else None
     return Batch(Clock(step, 10, 1), torch.arange(samples), images, labels)
+
+
+def as_group_norm(module: nn.Module) -> nn.Module:
+    """Norms that treat samples apart; a teacher's stay as fixed as they were."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            learns = any(parameter.requires_grad for parameter in child.parameters())
+            setattr(module, name, nn.GroupNorm(1, child.num_features).requires_grad_(learns))
+        else:
+            as_group_norm(child)
+    return module

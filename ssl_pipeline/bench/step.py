@@ -146,7 +146,7 @@ def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Acceler
     optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         log = JsonlLog(Path(folder) / FILE_NAME)
-        checkpoints = Checkpoints(Path(folder) / "checkpoints", "bench")
+        checkpoints = Checkpoints(Path(folder) / "checkpoints")
         _wait(accelerator.device)
         began = time.perf_counter()
         fit(task, batches, _OPTIM, optimizer, accelerator, checkpoints, listeners=(log.log,), log_every=2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,15 @@ class StreamBatches:
 
     def bear(self, unreadable: int) -> None:
         """Goes on with any number of unreadable images, if the source skips them at all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume goes on counting from: the images that this process has left out."""
+        return {"unreadable": self.unreadable}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes it on; the main process alone, since a process's images are counted once."""
+        if self.share.rank == 0:
+            self.unreadable = state["unreadable"]
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +149,15 @@ class StepBatches:
         """
         if self.source.bad_files is not None and unreadable:
             self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume goes on counting from: the damaged files that this process has found."""
+        return {"bad_files": {} if self.source.bad_files is None else dict(self.source.bad_files.faults)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes it on; the main process alone, since a process's files are counted once."""
+        if self.source.bad_files is not None and self.share.rank == 0:
+            self.source.bad_files.faults.update(state["bad_files"])
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start."""

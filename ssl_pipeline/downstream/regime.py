@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
 from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorTask, targets_of
+from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.evaluate.features import extract
@@ -73,6 +76,23 @@ class RegimeConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """The checkpoints of one training, which each of its loops has in a folder of its own.
+
+    Attributes:
+        folder: of this training.
+        every: between two of a loop.
+        keep: how many of a loop.
+        main: whether this process writes.
+    """
+
+    folder: Path
+    every: Duration
+    keep: int
+    main: bool
+
+
+@dataclass(frozen=True)
 class Surroundings:
     """What a regime trains with, the same for probe and training.
 
@@ -84,6 +104,7 @@ class Surroundings:
         accelerator: gives precision and processes.
         share: this process's share of the work.
         workers: processes that decode files; None settles it by the machine.
+        keeping: where and how often the state is kept to continue from; None keeps none.
     """
 
     labelled: Labelled
@@ -93,20 +114,25 @@ class Surroundings:
     accelerator: Accelerator
     share: Share
     workers: int | None = None
+    keeping: Keeping | None = None
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
-    """Trains a task in place by a regime; selection looks at validation labels alone."""
+    """Trains a task in place by a regime; selection looks at validation labels alone.
+
+    A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
+    last checkpoint, or from its end.
+    """
     task.look_at(around.labelled.train)
     task.backbone_lr_factor, task.layer_decay = regime.backbone_lr_factor, regime.layer_decay
     if regime.probes and isinstance(task, VectorTask):
         _solve_head(regime, task, around)
     elif regime.probes:
         task.fix_encoder(True)
-        _run_loop(regime.probe, regime.batch, task, around)
+        _run_loop(regime.probe, regime.batch, task, around, "probe")
         task.fix_encoder(False)
     if regime.trains_all:
-        _run_loop(regime, regime.batch, task, around)
+        _run_loop(regime, regime.batch, task, around, "all_layers")
 
 
 def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
@@ -123,7 +149,7 @@ def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) ->
     task.fit_head(features, targets, decay)
 
 
-def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings) -> None:
+def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings, name: str) -> None:
     labelled, share = around.labelled, around.share
     labels = len(labelled.train)
     size = max(labels // math.ceil(labels / batch) // share.processes, 1) * share.processes
@@ -134,10 +160,19 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     optimizer = build_optimizer(training.optim, task, size)
     best = _Best(task, around)
     every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
-    fit(
-        task, batches, training.optim, optimizer, around.accelerator,
-        evaluate=best.evaluate, evaluate_every=every, log_every=total,
-    )  # fmt: skip
+    checkpoints, resume = None, None
+    if around.keeping is not None:
+        kept = around.keeping
+        interval = kept.every.on(batches.clock(0)) or None
+        checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=best.state_dict)
+        resume = checkpoints.load()
+    if resume is not None:
+        best.load_state_dict(resume)
+    with checkpoints or nullcontext():
+        fit(
+            task, batches, training.optim, optimizer, around.accelerator, checkpoints, resume,
+            evaluate=best.evaluate, evaluate_every=every, log_every=total,
+        )  # fmt: skip
     best.restore()
     around.accelerator.free_memory()
 
@@ -157,6 +192,12 @@ class _Best:
         if _first(figures) > self._value:
             self._value, self._state = _first(figures), copy.deepcopy(self._task.state_dict())
         return {f"validation/{name}": value for name, value in figures.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": {"value": self._value, "state": self._state}}
+
+    def load_state_dict(self, resume: Mapping[str, Any]) -> None:
+        self._value, self._state = resume["best"]["value"], resume["best"]["state"]
 
     def restore(self) -> None:
         if self._state:

@@ -1,74 +1,213 @@
-"""A run's own resume state: written whole or not at all."""
+"""A run's own resume state: written whole or not at all, and checked when it is read."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import UserError
 
-_NAME = "step-"
+_NAME, _PARTIAL = "step-", ".partial"
+_MARK = b"sha256:"  # a checkpoint ends with this and the digest of all that stands before it
+_TRAILER = len(_MARK) + hashlib.sha256().digest_size
+_SMALL = 32 * 2**20  # bytes; so many are on the disk before anybody has waited
+_log = logging.getLogger("ssl_pipeline")
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be written, or none that is left can be read."""
+
+
+class _DamagedError(Exception):
+    """One checkpoint is not what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, in its folder.
+    """The checkpoints of a run, in a folder of its own.
 
-    A checkpoint is written under a temporary name, flushed to the disk and renamed, and only then are older ones
-    removed: at every instant after the first, a complete one exists.
+    A checkpoint is written with its checksum under a temporary name and flushed to the disk; then it gets its name, the
+    folder is flushed too, and only then are older ones removed: at every instant after the first, a complete one exists.
+
+    A large one is written by a thread from a copy, while the run goes on. One write is under way at most, what goes wrong in
+    it is raised at the next step, and leaving the ``with`` block waits for it (docs/decisions/0005-checkpoints.md).
 
     Args:
         folder: where they are kept.
         every: steps between two; None for the end only.
-        keep: how many to keep.
-        main: whether this process writes.
-        data: the data's fingerprint: a run is continued on the data that it was started on.
+        keep: how many to keep, 1 or more.
+        main: whether this process writes. All of them read.
+        beside: gives what else belongs into each, under names of its own.
     """
 
-    def __init__(self, folder: Path, data: str, every: int | None = None, keep: int = 2, main: bool = True) -> None:
-        self.folder, self.data, self.every, self.keep, self.main = folder, data, every, keep, main
+    def __init__(
+        self,
+        folder: Path,
+        every: int | None = None,
+        keep: int = 2,
+        main: bool = True,
+        beside: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.folder, self.every, self.keep, self.main, self.beside = folder, every, keep, main, beside
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with contextlib.suppress(CheckpointError) if kind is not None else contextlib.nullcontext():
+            self.wait()
 
     def due(self, done: int, total: int) -> bool:
-        """Whether one is due after ``done`` steps."""
+        """Whether one is due after ``done`` steps; asked at every step.
+
+        Raises:
+            CheckpointError: the one under way has failed.
+        """
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
         return done == total or (self.every is not None and done % self.every == 0)
 
     def save(self, done: int, state: dict[str, Any]) -> None:
-        """Writes the state after ``done`` steps: tensors, numbers, strings and containers of them."""
-        if not self.main:
-            return
-        self.folder.mkdir(exist_ok=True)
-        temporary, final = self.folder / f".{_NAME}{done:09d}.pt", self.folder / f"{_NAME}{done:09d}.pt"
-        with temporary.open("wb") as file:
-            torch.save({"done": done, "data": self.data, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
-        for old in self._complete()[: -self.keep]:
-            old.unlink()
-
-    def load(self) -> dict[str, Any] | None:
-        """The state of the last complete checkpoint, or None.
+        """Writes the state after ``done`` steps: tensors, numbers, strings and containers of them.
 
         Raises:
-            ConfigError: it can't be read, or belongs to other data.
+            CheckpointError: it, or the one before, can't be written.
         """
+        if not self.main:
+            return
+        self.wait()
+        whole = {"done": done, **self.beside(), **state}
+        if _bytes(whole) <= _SMALL:
+            self._write(done, whole)
+            return
+        thread = ThreadPoolExecutor(1)
+        self._under_way = thread.submit(self._write, done, _on_cpu(whole))
+        thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until the write under way is done.
+
+        Raises:
+            CheckpointError: it has failed.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint that is whole, or None where there never was one; removes what a kill has left.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+        """
+        if self.main:
+            for left in self.folder.glob(f".{_NAME}*{_PARTIAL}"):
+                left.unlink()
         found = self._complete()
-        if not found:
-            return None
-        try:
-            state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ConfigError(
-                f"the checkpoint {found[-1]} can't be read ({type(error).__name__}): remove it to continue from the one before."
-            ) from error
-        if state["data"] != self.data:
-            raise ConfigError(
-                f"the run in {self.folder.parent} was started on other data (the images or labels have changed since): "
-                "restore them, or start a new run with another `output`."
+        for path in reversed(found):
+            try:
+                return _read(path)
+            except _DamagedError as error:
+                if self.main:
+                    _log.warning("the checkpoint %s is damaged (%s): the one before is taken", path, error)
+        if found:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.folder} is whole: restore one from a copy, or remove that folder and "
+                "start again from the first step."
             )
-        return state
+        return None
+
+    def _write(self, done: int, state: dict[str, Any]) -> None:
+        content = io.BytesIO()
+        torch.save(state, content)
+        final = self.folder / f"{_NAME}{done:09d}.pt"
+        temporary = final.with_name(f".{final.name}{_PARTIAL}")
+        try:
+            _make_folder(self.folder)
+            with temporary.open("wb") as file:
+                file.write(content.getbuffer())
+                file.write(_MARK + hashlib.sha256(content.getbuffer()).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(final)
+            _flush_folder(self.folder)
+            self._remove_others(final)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)  # a full disk has that much room again
+            left = self._complete()
+            raise CheckpointError(
+                f"the checkpoint of step {done} can't be written into {self.folder} ({error.strerror}): make room, and "
+                f"continue by `resume=auto` {f'from {left[-1].name}' if left else 'from the first step'}."
+            ) from error
+
+    def _remove_others(self, newest: Path) -> None:
+        """Keeps the newest ones; those of later steps are damaged, or of a future that is not going to come."""
+        earlier = [path for path in self._complete() if path < newest]
+        later = [path for path in self._complete() if path > newest]
+        for path in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *later]:
+            path.unlink()
 
     def _complete(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_NAME}*.pt"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _DamagedError(error.strerror) from error
+    body, trailer = content[:-_TRAILER], content[-_TRAILER:]
+    if not trailer.startswith(_MARK):
+        raise _DamagedError("it has no checksum at its end")
+    if hashlib.sha256(body).digest() != trailer[len(_MARK) :]:
+        raise _DamagedError("its checksum is another")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever this version of torch says of what another one wrote
+        raise _DamagedError(f"{type(error).__name__} when reading it") from error
+    return state
+
+
+def _on_cpu(tree: Any) -> Any:
+    """A copy that the next step does not change."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_on_cpu(value) for value in tree)
+    return tree
+
+
+def _bytes(tree: Any) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        return sum(map(_bytes, tree.values()))
+    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """A name is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

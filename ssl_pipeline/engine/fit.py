@@ -79,6 +79,7 @@ def fit(
         start = int(resume["done"])
         task.load_state_dict(resume["task"])
         prepared.load_state_dict(resume["optimizer"])
+        batches.load_state_dict(resume["batches"])
         if accelerator.scaler is not None and resume["scaler"] is not None:
             accelerator.scaler.load_state_dict(resume["scaler"])
     total, seed = batches.total_steps, batches.seed
@@ -130,7 +131,8 @@ def fit(
             }
             since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
-        if looks or done == total:
+        saves = checkpoints is not None and checkpoints.due(done, total)
+        if looks or saves or done == total:  # what one process saves, all will continue from
             agree_on_buffers(task)
         if looks and evaluate is not None:
             figures |= evaluate(clock)
@@ -139,8 +141,8 @@ def fit(
         if figures and accelerator.is_main_process:
             for listener in listeners:
                 listener(done, figures)
-        if checkpoints is not None and checkpoints.due(done, total):
-            checkpoints.save(done, _state(task, optimizer, accelerator))
+        if checkpoints is not None and saves:
+            checkpoints.save(done, _state(task, optimizer, accelerator) | {"batches": batches.state_dict()})
         asked = time.perf_counter()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,3 +193,11 @@ def normalisation(
     if channels == 3:
         return official
     return (sum(official[0]) / 3,) * channels, (sum(official[1]) / 3,) * channels
+
+
+def digest(module: nn.Module) -> str:
+    """A digest that changes when a weight does."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +18,15 @@ import torch
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.track.lock import FolderLock
 
+_log = logging.getLogger("ssl_pipeline")
 _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
-_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every")  # none of them moves a figure
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems are mounted without flock
+_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every", "keep_checkpoints")  # none moves a figure
+
+Resume = Literal["no", "auto", "changed"]
 
 _REDACTED = "<redacted>"
 _SECRET_WORDS = {
@@ -46,18 +47,16 @@ class Run:
     Attributes:
         path: the folder.
         resumed: whether it held the same run before.
+        changes: what differs from the run that it held, a sentence each; it was continued despite them.
     """
 
-    def __init__(self, path: Path, resumed: bool, lock: int) -> None:
+    def __init__(self, path: Path, resumed: bool, lock: FolderLock) -> None:
         self.path, self.resumed, self._lock = path, resumed, lock
+        self.changes: list[str] = []
 
     def close(self) -> None:
         """Gives the folder's lock back."""
-        if self._lock >= 0:
-            # A forked worker may hold a copy of the descriptor: closing ours alone would leave the folder locked.
-            _flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def __enter__(self) -> Run:
         return self
@@ -67,22 +66,29 @@ class Run:
 
 
 def open_run(
-    output: str | None, stage: str, resume: Literal["no", "auto"], config: dict[str, Any], root: Path = Path("runs")
+    output: str | None,
+    stage: str,
+    resume: Resume,
+    config: dict[str, Any],
+    root: Path = Path("runs"),
+    data: Mapping[str, str] | None = None,
 ) -> Run:
     """Makes or continues a run's folder, and writes ``config.yaml`` and ``run.json`` into it.
 
     Args:
         output: the folder; None takes the next free number, ``runs/<stage>-001``.
         stage: for the number's name.
-        resume: ``auto`` continues the run in ``output`` if there is one.
+        resume: ``auto`` continues the run in ``output`` if there is one; ``changed`` does so despite another configuration or
+            other data, and keeps note of it in ``run.json``.
         config: the resolved configuration.
         root: where numbered folders are made.
+        data: fingerprints of what the run starts from, learns from and is measured on, by name.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written.
     """
-    if output is None and resume == "auto":
-        raise ConfigError("`resume=auto`: which run? Give its folder by `output=FOLDER`.")
+    if output is None and resume != "no":
+        raise ConfigError(f"`resume={resume}`: which run? Give its folder by `output=FOLDER`.")
     path = Path(output).expanduser() if output is not None else None
     try:
         if path is None:
@@ -92,9 +98,9 @@ def open_run(
             if _occupied(path) and not (path / "config.yaml").exists():
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
-        run = Run(path, False, os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        run = Run(path, False, _lock(path))
         try:
-            _settle(run, resume, config)
+            _settle(run, resume, config, dict(data or {}))
         except BaseException:
             run.close()
             raise
@@ -183,39 +189,45 @@ def _occupied(path: Path) -> bool:
     )
 
 
-def _settle(run: Run, resume: str, config: dict[str, Any]) -> None:
-    """Takes the lock, looks what is there, and writes what the run is."""
+def _lock(path: Path) -> FolderLock:
     try:
-        _flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return FolderLock(path)
     except BlockingIOError:
         raise ConfigError(
-            f"`output`: {str(run.path)!r} is in use by another process: wait for it, or choose another folder."
+            f"`output`: {str(path)!r} is in use by another process: wait for it, or choose another folder."
         ) from None
+
+
+def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, str]) -> None:
+    """Looks what is there, and writes what the run is."""
     run.resumed = _occupied(run.path)
+    start, earlier = _start(data), _earlier_starts(run.path)
     if run.resumed:
-        _check_continues(run.path, resume, config)
-    write_text_atomic(run.path / "run.json", json.dumps(_record(run.path), indent=1))
-    write_text_atomic(run.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redact(config))))
-
-
-def _flock(descriptor: int, operation: int) -> None:
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS_HERE:
-            raise
-        if operation != fcntl.LOCK_UN:
-            logging.getLogger("ssl_pipeline").warning(
-                "this file system has no locks (%s): nothing keeps a second process out of the run folder",
-                error.strerror,
+        if resume == "no":
+            raise ConfigError(
+                f"`output`: {str(run.path)!r} holds a run: choose another `output=FOLDER`, or continue it by `resume=auto`."
             )
+        before = earlier[-1] if earlier else {}
+        changes = _changed_config(run.path, config) + _changed_data(before.get("data", {}), data)
+        if changes and resume != "changed":
+            raise ConfigError([
+                *changes,
+                f"{str(run.path)!r} is continued as it was started: undo these, choose another `output=FOLDER`, or go on "
+                "despite them by `resume=changed`, of which run.json keeps note.",
+            ])  # fmt: skip
+        run.changes = start["changed"] = changes
+        for note in [*changes, *_changed_surroundings(before, start)]:
+            _log.warning("%s", note)
+    files = {
+        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(redact(config))),
+        "run.json": json.dumps({"starts": [*earlier, start]}, indent=1),
+    }
+    # Killed between the two, a new run is one that can be continued, and a change is noted before it is forgotten.
+    for name in reversed(files) if run.resumed else files:
+        write_text_atomic(run.path / name, files[name])
 
 
-def _check_continues(path: Path, resume: str, config: dict[str, Any]) -> None:
-    if resume != "auto":
-        raise ConfigError(
-            f"`output`: {str(path)!r} holds a run: choose another `output=FOLDER`, or continue it by `resume=auto`."
-        )
+def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:
     try:
         before = _flat(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
     except Exception as error:  # missing, no YAML, or no text at all: whatever the parsers raise
@@ -223,16 +235,32 @@ def _check_continues(path: Path, resume: str, config: dict[str, Any]) -> None:
             f"`output`: {str(path)!r} can't be continued, its config.yaml can't be read ({error}): choose another folder."
         ) from error
     now = _flat(OmegaConf.to_container(OmegaConf.create(redact(config))))
-    changed = [
+    return [
         f"`{key}` was {before.get(key, 'not there')!r} and is now {now.get(key, 'not there')!r}."
         for key in sorted(before.keys() | now.keys())
         if before.get(key, ...) != now.get(key, ...) and key.split(".")[0] not in _FREE_TO_CHANGE
     ]
-    if changed:
-        raise ConfigError([
-            *changed,
-            f"{str(path)!r} can only be continued as it was started: undo these, or choose another `output=FOLDER`.",
-        ])  # fmt: skip
+
+
+def _changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"`{name}` is not what the run was started on: its images, labels or weights have changed since."
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]
+
+
+def _changed_surroundings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changes the last bits of a figure, and no more: it is said, and the run goes on."""
+    found = {"threads": (before.get("threads"), now["threads"]), "commit": (before.get("commit"), now["commit"])}
+    for name, version_now in now["versions"].items():
+        found[name] = (before.get("versions", {}).get(name), version_now)
+    return [
+        f"{name} was {then} and is now {current}: from here on the last bits may differ from those of a run that was not "
+        "stopped."
+        for name, (then, current) in found.items()
+        if then is not None and then != current
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -244,20 +272,24 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """The starts of the run, this one last. The host's name is left out: a run folder is made to be given away."""
-    start = {
+def _start(data: dict[str, str]) -> dict[str, Any]:
+    """A start of the run. The host's name is left out: a run folder is made to be given away."""
+    return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": redact_command(sys.argv),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "data": data,
     }
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
-        earlier = json.loads((path / "run.json").read_text(encoding="utf-8"))["starts"]
+        starts: list[dict[str, Any]] = json.loads((path / "run.json").read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError):
-        earlier = []
-    return {"starts": [*earlier, start]}
+        return []
+    return starts
 
 
 def _commit() -> str | None:

@@ -96,14 +96,13 @@ def open_trackers(
         stage: ``pretrain`` or ``finetune``.
         config: the resolved configuration; mirrors get it without secrets.
         tracking: which mirrors.
-        start_step: steps done before; what was logged beyond them is dropped, since the run repeats it.
+        start_step: the last step whose figures stay, −1 for none; what was logged beyond it is dropped, since the run repeats it.
         main: whether this process speaks; silent trackers if not.
     """
     if run is None or not main:
         return Trackers(None, [])
     truth = JsonlLog(run.path / FILE_NAME)
-    # A run that starts again from nothing also measures step 0 again.
-    truth.truncate_after(start_step if start_step > 0 else -1)
+    truth.truncate_after(start_step)
     mirrors: list[Tracker] = []
     if tracking.name != "off":
         from ssl_pipeline.track.wandb import open_wandb  # wandb only where it is wanted

@@ -1,55 +1,109 @@
-"""10 steps equal 5, a stop, and 5 more: bit for bit."""
+"""6 steps equal 3, a stop, and 3 more: bit for bit."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.config.resolve import names
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
-from tests.runs import same_bytes, small_pretext, tiny_pretrain
+from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 
-LENGTH = ["steps=10", "checkpoint_every=5 steps"]
+LENGTH = ["steps=6", "checkpoint_every=3 steps"]
 
 
 class StoppedError(Exception):
     """The plug was pulled."""
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        [*small_pretext("instance_discrimination"), "batch.micro=16"],
-        [*small_pretext("moco_v2"), "pretext.temperature.learned.least=0.05"],
-        [*small_pretext("swav"), "views.local.count=2", "views.local.size=8", "pretext.queue_start=3 steps"],
-    ],
-    ids=["simclr", "a memory, two passes", "a queue, a teacher, a learned temperature", "prototypes, multi-crop"],
-)
-def test_a_stopped_run_continues_to_the_same_bits(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    length = [*LENGTH, *words]
-    whole = pretrain(tiny_pretrain(tmp_path / "whole", *length))
+OF_TIME = ("time", "pretrain/images_per_s", "pretrain/data_wait")  # what no two runs have in common
+OPTIONS = {
+    "instance_discrimination": ["batch.micro=16"],
+    "moco_v2": ["pretext.temperature.learned.least=0.05"],
+    "swav": ["views.local.count=2", "views.local.size=8", "pretext.queue_start=3 steps"],
+    "barlow_twins": ["optim=lars", "optim.warmup=1 steps"],
+    "rotation": ["optim=sgd", "optim.warmup=1 steps"],
+}
+
+
+@pytest.mark.parametrize("name", names("pretext"))
+def test_a_stopped_run_continues_to_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimizer, teacher, queue, bank, temperature and figures, of every pretext task."""
+    monkeypatch.setattr("ssl_pipeline.pretrain.OnlineEvaluation", lambda *_: lambda encoder: {})
+
+    def config(folder: str, *more: str) -> PretrainConfig:
+        tiny = [word for word in TINY if not word.startswith("pretext.")]
+        words = [*tiny, *LENGTH, *small_pretext(name), *OPTIONS.get(name, ()), f"output={tmp_path / folder}"]
+        return load("pretrain", PretrainConfig, [*words, *more])
+
+    whole = pretrain(config("whole"))
     save = Checkpoints.save
 
-    def save_and_stop(self: Checkpoints, done: int, state) -> None:  # type: ignore[no-untyped-def]
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
         save(self, done, state)
         raise StoppedError
 
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
-    with pytest.raises(StoppedError):
-        pretrain(tiny_pretrain(tmp_path / "parts", *length))
-    monkeypatch.setattr(Checkpoints, "save", save)
-    parts = pretrain(tiny_pretrain(tmp_path / "parts", *length, "resume=auto"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            pretrain(config("parts"))
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "pretrain/loss": 7.0}\n{"st')  # killed in step 5
+    parts = pretrain(config("parts", "resume=auto"))
     assert same_bytes(whole, parts, ["encoder.safetensors"])
-    for folder in (whole, parts):
-        assert [line["step"] for line in read_metrics(folder)] == list(range(11))
-    losses = [[line.get("pretrain/loss") for line in read_metrics(folder)] for folder in (whole, parts)]
-    assert losses[0] == losses[1]
+    ends = [Checkpoints(folder / "checkpoints").load() for folder in (whole, parts)]
+    assert ends[0] is not None
+    assert ends[0]["done"] == 6
+    assert ends[0]["optimizer"]["state"]
+    assert flat(ends[0]).keys() == flat(ends[1]).keys()
+    assert all(torch.equal(value, flat(ends[1])[key]) for key, value in flat(ends[0]).items())
+    lines = [
+        [{k: v for k, v in line.items() if k not in OF_TIME} for line in read_metrics(run)] for run in (whole, parts)
+    ]
+    assert [line["step"] for line in lines[0]] == list(range(1, 7))
+    assert lines[0] == lines[1]
+
+
+def flat(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """The tensors and numbers of nested containers."""
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {name: value for key, part in items for name, value in flat(part, f"{path}/{key}").items()}
+    return {path: torch.as_tensor(tree)} if isinstance(tree, torch.Tensor | float | int) else {}
+
+
+def test_a_stopped_run_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    length = ["steps=5", "checkpoint_every=3 steps", "evaluate_every=2 steps"]
+    whole = pretrain(tiny_pretrain(tmp_path / "whole", *length))
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
+        save(self, done, state)
+        raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            pretrain(tiny_pretrain(tmp_path / "parts", *length))
+    parts = pretrain(tiny_pretrain(tmp_path / "parts", *length, "resume=auto"))
+    figures = [
+        [{k: v for k, v in line.items() if "/" in k and k not in OF_TIME} for line in read_metrics(run)]
+        for run in (whole, parts)
+    ]
+    assert "untrained/knn" in figures[0][0]
+    assert "eval/knn" in figures[0][-1]
+    assert figures[0] == figures[1]
+    assert load_encoder(whole)[1].figures == load_encoder(parts)[1].figures
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
@@ -65,22 +119,33 @@ def test_a_changed_config_is_named(tmp_path: Path) -> None:
         pretrain(tiny_pretrain(tmp_path / "run", "steps=2", "resume=auto", "optim.lr=0.5"))
     with pytest.raises(ConfigError, match="resume=auto"):
         pretrain(tiny_pretrain(tmp_path / "run", "steps=2"))
+    # One word goes on despite it. Of the data a part is held out now: its fingerprint is another.
+    changed = pretrain(tiny_pretrain(tmp_path / "run", "steps=3", "resume=changed", "optim.lr=0.5", "data.dev=3000"))
+    assert [line["step"] for line in read_metrics(changed)] == [0, 1, 2, 3]
+    noted = json.loads((changed / "run.json").read_text())["starts"][-1]["changed"]
+    assert [sentence.split()[0] for sentence in noted] == ["`data.dev`", "`optim.lr`", "`steps`", "`dev`", "`train`"]
 
 
-def test_a_half_written_checkpoint_is_not_taken(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", "data")
-    for done in (1, 2, 3):
-        checkpoints.save(done, {"task": {}})
-    (tmp_path / "checkpoints" / ".step-000000009.pt").write_bytes(b"half")
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == [
-        "step-000000002.pt",
-        "step-000000003.pt",
-    ]
-    state = checkpoints.load()
-    assert state is not None
-    assert state["done"] == 3
-    with pytest.raises(ConfigError, match="other data"):
-        Checkpoints(tmp_path / "checkpoints", "changed").load()
-    (tmp_path / "checkpoints" / "step-000000003.pt").write_bytes(b"rot")
-    with pytest.raises(ConfigError, match="remove it"):
-        checkpoints.load()
+def test_the_best_encoder_by_dev_is_kept_and_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.1, 0.3, 0.5, 0.4, 0.2, 0.3, 0.5, 0.4, 0.2])  # before, then at steps 2 to 8; stopped in the middle
+    monkeypatch.setattr(OnlineEvaluation, "_knn", lambda *_: next(values))
+    length = ["steps=8", "evaluate_every=2 steps", "checkpoint_every=3 steps"]
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
+        save(self, done, state)
+        if done == 6:
+            raise StoppedError
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(StoppedError):
+        pretrain(tiny_pretrain(tmp_path / "run", *length))
+    stopped = load_encoder(tmp_path / "run" / "best")[1]
+    (tmp_path / "run" / "checkpoints" / "step-000000006.pt").unlink()  # so that the best step is done again
+    values = iter([0.5, 0.4, 0.2])
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run = pretrain(tiny_pretrain(tmp_path / "run", *length, "resume=auto"))
+    best = load_encoder(run / "best")[1]
+    assert stopped.figures["step"] == best.figures["step"] == 4
+    assert best.figures["eval/knn"] == 0.5
+    assert load_encoder(run)[1].figures["eval/knn"] == 0.2

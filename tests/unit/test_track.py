@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,7 @@ import pytest
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
 from ssl_pipeline.track.progress import Progress, print_table
-from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions
+from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 
 CONFIG: dict[str, Any] = {
@@ -67,7 +69,8 @@ def test_resume_continues_the_same_run(tmp_path: Path) -> None:
         assert run.resumed
     starts = json.loads((run.path / "run.json").read_text())["starts"]
     assert len(starts) == 2
-    assert starts[0].keys() == {"started", "command", "commit", "threads", "versions"}
+    assert starts[0].keys() == {"started", "command", "commit", "threads", "versions", "data"}
+    assert starts[1]["changed"] == []
 
 
 def test_resume_of_another_run_names_what_differs(tmp_path: Path) -> None:
@@ -81,6 +84,81 @@ def test_resume_of_another_run_names_what_differs(tmp_path: Path) -> None:
         "`optim.rate` was 1e-05 and is now 0.5.",
     ]
     assert (tmp_path / "a/config.yaml").read_text() == before
+
+
+def test_changes_need_a_word_and_are_kept_note_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def opened(resume: Any, seed: int, train: str) -> None:
+        open_run(str(tmp_path / "a"), "pretrain", resume, CONFIG | {"seed": seed}, data={"train": train}).close()
+
+    opened("changed", 0, "a1")  # a word too much does no harm
+    with pytest.raises(
+        ConfigError,
+        match=r"`seed` was 0 and is now 1\.\n`train` is not what the run was started on.*\n.*resume=changed",
+    ):
+        opened("auto", 1, "b2")
+    opened("changed", 1, "b2")
+    opened("auto", 1, "b2")  # the word is given once
+    starts = json.loads((tmp_path / "a/run.json").read_text())["starts"]
+    assert [len(start.get("changed", ())) for start in starts] == [0, 2, 0]
+    assert "`seed` was 0 and is now 1" in caplog.text
+
+
+def test_a_kill_between_the_two_files_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(seed: int, resume: Any = "auto") -> None:
+        run_in(tmp_path / "a", resume, CONFIG | {"seed": seed}).close()
+
+    def killed(seed: int, resume: Any = "auto") -> None:
+        def dies(path: Path, text: str) -> None:
+            write_text_atomic(path, text)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("ssl_pipeline.track.run.write_text_atomic", dies)
+            with pytest.raises(KeyboardInterrupt):
+                opened(seed, resume)
+
+    killed(0)
+    opened(0)
+    killed(1, "changed")
+    with pytest.raises(ConfigError, match="`seed` was 0 and is now 1"):
+        opened(1)
+    opened(1, "changed")
+    starts = json.loads((tmp_path / "a/run.json").read_text())["starts"]
+    assert [len(start.get("changed", ())) for start in starts] == [0, 1, 1]
+
+
+def test_other_threads_and_versions_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_in(tmp_path / "a").close()
+    run_in(tmp_path / "a", "auto").close()
+    assert not caplog.text
+    monkeypatch.setattr("ssl_pipeline.track.run.torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("ssl_pipeline.track.run.versions", lambda: versions() | {"torch": "9.9"})
+    run_in(tmp_path / "a", "auto").close()
+    assert "threads was 1 and is now 3: from here on the last bits may differ" in caplog.text
+    assert "torch was" in caplog.text
+    assert "numpy" not in caplog.text
+
+
+def test_a_fork_does_not_inherit_the_lock(tmp_path: Path) -> None:
+    """A run that was killed lets the next one in at once, though a worker of its outlives it."""
+    run_in(tmp_path / "a").close()
+    hold = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom ssl_pipeline.track.lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]))\nif os.fork() == 0:\n    time.sleep(60)\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use by another process"):
+            run_in(tmp_path / "a", "auto")
+        other.kill()  # and not its worker
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        run_in(tmp_path / "a", "auto").close()
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_resume_after_a_kill_before_the_first_file(tmp_path: Path) -> None:
@@ -111,7 +189,7 @@ def test_unwritable_place(tmp_path: Path, below: str) -> None:
 
 
 def test_two_processes_on_one_folder(tmp_path: Path) -> None:
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     run_in(tmp_path / "a").close()
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "a/.lock")],
@@ -208,7 +286,7 @@ def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
         assert [(line["step"], line["loss"]) for line in read_metrics(file)] == [
             (0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0),
         ]  # fmt: skip
-        with open_trackers(run, "pretrain", CONFIG, OFF, 0) as trackers:  # killed before the first checkpoint
+        with open_trackers(run, "pretrain", CONFIG, OFF, -1) as trackers:  # killed before the first checkpoint
             trackers.log(0, {"loss": 3.0})
         assert [line["loss"] for line in read_metrics(file)] == [3.0]
 

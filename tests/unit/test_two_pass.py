@@ -13,17 +13,7 @@ from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.pretext._projected import Projected
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_pretrain
-from tests.tasks import tiny_batch, tiny_task
-
-
-def as_group_norm(module: nn.Module) -> nn.Module:
-    """Norms that treat samples apart."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(1, child.num_features))
-        else:
-            as_group_norm(child)
-    return module
+from tests.tasks import as_group_norm, tiny_batch, tiny_task
 
 
 def reseed(number: int) -> None:

@@ -1,0 +1,55 @@
+"""One process in a run's folder at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems are mounted without locks
+_HELD: set[tuple[int, int]] = set()  # device and inode of the files that this process has locked
+
+
+class FolderLock:
+    """A folder's lock, from its making to :meth:`release` or the process's end.
+
+    It is a POSIX record lock, which belongs to one process. A ``flock`` would belong to the open file, of which every forked
+    worker holds a copy: of a run that was killed the folder would stay locked until the last of its workers noticed.
+
+    Raises:
+        BlockingIOError: another holds it, in this process or another.
+        OSError: the file can't be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / ".lock"
+        # A process is never in its own way: what it holds it has to remember. It must not even open the file again, since
+        # closing any of a file's descriptors gives its lock back.
+        if path.exists() and _identity(path.stat()) in _HELD:
+            raise BlockingIOError(errno.EAGAIN, "held by this process")
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._identity = _identity(os.fstat(self._file))
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                os.close(self._file)
+                raise BlockingIOError(error.errno, "held by another process") from error
+            logging.getLogger("ssl_pipeline").warning(
+                "this file system has no locks (%s): nothing keeps a second process out of the run folder",
+                error.strerror,
+            )
+        _HELD.add(self._identity)
+
+    def release(self) -> None:
+        """Lets another in."""
+        if self._file >= 0:
+            os.close(self._file)
+            _HELD.discard(self._identity)
+            self._file = -1
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

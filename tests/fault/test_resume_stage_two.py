@@ -1,0 +1,147 @@
+"""Stage two, stopped anywhere and continued, equals the run that was not stopped: bit for bit, in every regime."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.downstream.regime import train
+from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.track.jsonl import read_metrics
+from tests.runs import same_bytes, tiny_finetune, tiny_pretrain
+from tests.shapes import mask_folder
+
+SHORT = [
+    "seeds=2", "regime.length=6 steps", "regime.least_steps=0", "regime.batch=16", "regime.probe.length=4 steps",
+    "regime.probe.least_steps=0", "checkpoint_every=2 steps",
+]  # fmt: skip
+
+
+class StoppedError(Exception):
+    """The plug was pulled."""
+
+
+@contextmanager
+def stopped_after(saves: int, patched: pytest.MonkeyPatch) -> Iterator[None]:
+    """The run ends right after a number of checkpoints."""
+    save, left = Checkpoints.save, iter(range(saves - 1, -1, -1))
+
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
+        save(self, done, state)
+        if next(left) == 0:
+            raise StoppedError
+
+    with patched.context() as here:
+        here.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            yield
+
+
+def check_same(whole: Path, parts: Path) -> None:
+    assert same_bytes(whole, parts, ["model.safetensors", "results.json"])
+    lines = [[{**line, "time": 0} for line in read_metrics(folder)] for folder in (whole, parts)]
+    assert [line["step"] for line in lines[0]] == [0, 1]
+    assert lines[0] == lines[1]
+    assert not (parts / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(tiny_pretrain(tmp_path_factory.mktemp("one") / "run", "steps=2"))
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mask_folder(tmp_path_factory.mktemp("scenes") / "all", 24, height=16, width=20)
+
+
+@pytest.fixture(scope="module")
+def mask_encoder(masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [
+        "tracking=off", "workers=0", "data=mask_folder", f"data.path={masks}", "views=small", "views.size=16", "backbone.width=4",
+        "batch.size=16", "steps=1", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
+    ]  # fmt: skip
+    return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
+
+
+@pytest.mark.parametrize(
+    ("regime", "saves"), [("lp_ft", 1), ("lp_ft", 5), ("end_to_end", 2), ("scratch", 3)]
+)  # a loop of 6 steps saves 3 times: stopped in the first seed's middle, in the second's, and between the two
+def test_a_classifier(regime: str, saves: int, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str, *more: str) -> FinetuneConfig:
+        return tiny_finetune(encoder, tmp_path / name, f"regime={regime}", *SHORT, *more)
+
+    whole = finetune(config("whole")).folder
+    with stopped_after(saves, monkeypatch):
+        finetune(config("parts"))
+    check_same(whole, finetune(config("parts", "resume=auto")).folder)
+
+
+def test_a_frozen_encoders_seeds_are_not_done_twice(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str, *more: str) -> FinetuneConfig:
+        return tiny_finetune(encoder, tmp_path / name, "regime=frozen", "seeds=2", *more)
+
+    whole = finetune(config("whole")).folder
+    seeds = []
+
+    def noted(stops_at: int | None) -> Callable[..., None]:
+        def train_unless(regime: Any, task: Any, around: Any) -> None:
+            if around.seed == stops_at:
+                raise StoppedError
+            seeds.append(around.seed)
+            train(regime, task, around)
+
+        return train_unless
+
+    monkeypatch.setattr("ssl_pipeline.finetune.train", noted(1))
+    with pytest.raises(StoppedError):
+        finetune(config("parts"))
+    monkeypatch.setattr("ssl_pipeline.finetune.train", noted(None))
+    parts = finetune(config("parts", "resume=auto")).folder
+    assert seeds == [0, 1]
+    check_same(whole, parts)
+    finetune(config("parts", "resume=auto"))
+    assert seeds == [0, 1]
+    check_same(whole, parts)
+
+
+@pytest.mark.parametrize("regime", ["frozen", "lp_ft", "end_to_end", "scratch"])
+def test_a_segmentation(
+    regime: str, masks: Path, mask_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tracking=off", "workers=0", "data=mask_folder", f"data.path={masks}", "downstream=segmentation"]
+
+    def config(name: str, *more: str) -> FinetuneConfig:
+        more = (*more, f"regime={regime}", f"encoder={mask_encoder}", f"output={tmp_path / name}")
+        return load("finetune", FinetuneConfig, [*words, *SHORT, *more])
+
+    whole = finetune(config("whole")).folder
+    # Loops save twice (the probe's) and three times; each run is stopped in both of its kinds.
+    for saves in {"frozen": [1, 2], "lp_ft": [1, 2, 4], "end_to_end": [4], "scratch": [2]}[regime]:
+        with stopped_after(saves, monkeypatch):
+            finetune(config("parts", "resume=auto"))
+    check_same(whole, finetune(config("parts", "resume=auto")).folder)
+
+
+def test_another_encoder_is_noticed(encoder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "encoder"
+    shutil.copytree(encoder, place)
+    config = tiny_finetune(place, tmp_path / "run", "regime=frozen", "resume=auto")
+    finetune(config)
+    weights = load_file(place / "encoder.safetensors")
+    weights["backbone.trunk.conv1.weight"][0, 0, 0, 0] += 1
+    save_file(weights, place / "encoder.safetensors")
+    with pytest.raises(ConfigError, match="`encoder` is not what the run was started on"):
+        finetune(config)
