@@ -1,0 +1,158 @@
+"""From runs to one HTML file that needs nothing else: no network, no server, no second file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from omegaconf import OmegaConf
+
+from ssl_pipeline.report import settings, stage_two
+from ssl_pipeline.report.curves import charts, first_and_last, last
+from ssl_pipeline.report.look import Look, look
+from ssl_pipeline.report.read import RunRecord
+from ssl_pipeline.report.spread import label_efficiency, spectra
+from ssl_pipeline.report.summary import duration, summary
+
+_PANELS = {
+    "curves": "Curves", "stage-two": "Stage two", "temperature": "Temperature", "collapse": "Collapse", "map": "Map",
+    "neighbours": "Neighbours", "views": "Views", "domains": "Domains", "settings": "Settings", "system": "System",
+}  # fmt: skip
+_SCRIPTS = ("state.js", "chart.js", "map.js", "page.js")
+
+
+def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunRecord], Look] = look) -> str:
+    """The report.
+
+    Args:
+        runs: one, or several side by side.
+        refresh: seconds after which the page reloads itself; 0 for never.
+        looking: gives what there is to see of a run.
+    """
+    looks = [(number, run, looking(run)) for number, run in enumerate(runs)]
+    drawn = [*charts(runs), *spectra(looks), *label_efficiency(runs)]
+    tables = [_with_bars(*found) for found in _stage_two(runs)]
+    seen = [
+        {"index": number, "name": run.name, "views": of_run.views, "neighbours": of_run.neighbours, "map": of_run.map}
+        for number, run, of_run in looks
+    ]
+    confusions = [found for run in _stage_two_runs(runs) if (found := stage_two.confusion(run))]
+    domains = [asdict(found) for run in runs if (found := stage_two.domain_table(run))]
+    shown = {chart["panel"] for chart in drawn} | {"settings", "system"}
+    shown |= {key for key in ("views", "neighbours", "map") if any(entry[key] for entry in seen)}
+    shown |= {"stage-two"} if tables or confusions else set()
+    shown |= {"domains"} if domains else set()
+    curve_runs = sorted({line["run"] for chart in drawn for line in chart["lines"] if "run" in line})
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _template().render(
+        title=", ".join(run.name for run in runs), made=made, version=version("ssl-pipeline"), refresh=refresh,
+        style=Markup(_asset("page.css")), script=_script(), data=_data(runs, drawn, seen, refresh), charts=drawn,
+        runs=[_run(run, of_run) for _, run, of_run in looks], glance=_glance(runs),
+        curve_runs=[(number, runs[number].name) for number in curve_runs],
+        panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
+        confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
+        panel_notes={},
+    )  # fmt: skip
+
+
+def _template() -> Any:
+    # Escaping whatever the names and settings of a run hold is the environment's, so no cell can forget it.
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html.j2"))
+
+
+def _asset(name: str) -> str:
+    return (files("ssl_pipeline.report") / name).read_text(encoding="utf-8")
+
+
+def _script() -> Markup:
+    return Markup('(() => {\n"use strict";\n' + "\n".join(map(_asset, _SCRIPTS)) + "\n})();")
+
+
+def _data(runs: Sequence[RunRecord], drawn: list[dict[str, Any]], seen: list[dict[str, Any]], refresh: int) -> Markup:
+    """What the script draws, as JSON that no text in it can end before its end."""
+    maps = [{**entry["map"], "index": entry["index"]} for entry in seen if entry["map"]]
+    tree = {
+        "runs": [run.name for run in runs], "charts": drawn, "maps": maps, "refresh": refresh,
+        "classes": max((len(found["classes"]) for found in maps), default=0),
+    }  # fmt: skip
+    text = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _run(run: RunRecord, of_run: Look) -> dict[str, Any]:
+    return {
+        "name": run.name, "state": run.state, "summary": summary(run), "notes": [*run.notes, *of_run.notes],
+        "config": OmegaConf.to_yaml(OmegaConf.create(run.config)) if run.config else "config.yaml can't be read.",
+    }  # fmt: skip
+
+
+def _stage_two_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs of stage two, those below studies among them."""
+    return [other for run in runs for other in (run, *run.conditions) if other.stage == "finetune"]
+
+
+def _stage_two(runs: Sequence[RunRecord]) -> list[tuple[stage_two.Table, stage_two.Comparison | None]]:
+    found: list[tuple[stage_two.Table, stage_two.Comparison | None]] = []
+    for run in runs:
+        if run.stage == "study" and (comparison := stage_two.study_comparison(run)):
+            found.append((stage_two.comparison_table(f"{run.name}: accuracy (%)", comparison), comparison))
+    if comparison := stage_two.runs_comparison(runs):
+        found.append((stage_two.comparison_table("Runs compared (%)", comparison), comparison))
+    found += [(table, None) for run in _stage_two_runs(runs) if (table := stage_two.results_table(run))]
+    return found
+
+
+def _with_bars(table: stage_two.Table, comparison: stage_two.Comparison | None) -> dict[str, Any]:
+    """A table for the page, with each condition's interval as a mark on one scale where conditions are compared."""
+    if comparison is None:
+        return {**asdict(table), "bars": None}
+    found = [stage_two.interval(values) for values in comparison.values.values()]
+    halves = [0.0 if value.half == float("inf") else value.half for value in found]
+    low = max(0.0, min(value.mean - half for value, half in zip(found, halves, strict=True)))
+    high = min(1.0, max(value.mean + half for value, half in zip(found, halves, strict=True)))
+    room = max(0.01, (high - low) * 0.08)
+    low, high = max(0.0, low - room), min(1.0, high + room)
+
+    def place(value: float) -> float:
+        return round(100 * (min(high, max(low, value)) - low) / (high - low), 2)
+
+    bars = [
+        (place(value.mean - half), place(value.mean), round(place(value.mean + half) - place(value.mean - half), 2))
+        for value, half in zip(found, halves, strict=True)
+    ]
+    return {**asdict(table), "bars": bars, "scale": (f"{100 * low:.0f}", f"{100 * high:.0f} %")}
+
+
+def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """The figures that a reader looks for first, of a single stage-one run and what followed it."""
+    stage_one = [run for run in runs if run.stage == "pretrain"]
+    if len(stage_one) != 1:
+        return []
+    run, items = stage_one[0], list[dict[str, str]]()
+
+    def add(name: str, value: str, note: str = "") -> None:
+        items.append({"name": name, "value": value, "note": note})
+
+    if knn := first_and_last(run, "knn"):
+        add("kNN on dev", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained")
+    for study in runs:
+        found = stage_two.study_comparison(study) if study.stage == "study" else None
+        gains = {name: gain for name in found.values if (gain := found.difference(name))} if found else {}
+        if found and gains:
+            best = max(gains, key=lambda name: gains[name].mean)
+            add("Stage two", f"{stage_two.interval(found.values[best]).percent()} %", f"{gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
+    if rank := last(run, "effective_rank"):
+        add("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}")
+    if loss := last(run, "loss", step_only=True):
+        add("Loss", f"{loss:.3g}")
+    if run.seconds:
+        speed = last(run, "images_per_s")
+        add("Time", duration(run.seconds), f"{speed:,.0f} images/s" if speed else "")
+    return items
