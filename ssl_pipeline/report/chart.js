@@ -210,14 +210,16 @@ class Chart {
 
   // The line of text above a chart: the values at the cursor, or the latest ones.
   read() {
-    const nodes = [];
-    if (this.cursor !== null) nodes.push(`${this.chart.axis ?? state.axis} ${writePlace(this.cursor, this.chart.axis ?? state.axis)}  `);
+    const axis = this.chart.axis ?? state.axis;
+    const nodes = this.cursor === null ? [] : [html("span", axis === "time" ? writePlace(this.cursor, axis) : `${axis} ${writePlace(this.cursor, axis)}`)];
     for (const line of this.drawn) {
       const seen = line.points.filter((point) => point.y !== null);
       const point = this.cursor === null ? seen.at(-1) : nearest(seen, this.cursor);
+      const entry = html("span", this.drawn.length > 1 ? `${line.name} ` : "");
       const value = html("b", write(point.y, this.chart.unit));
       value.style.color = this.drawn.length > 1 ? line.colour : "";
-      nodes.push(value, this.drawn.length > 1 ? ` ${line.name}  ` : "");
+      entry.append(value);
+      nodes.push(entry);
     }
     this.output.replaceChildren(...nodes);
   }

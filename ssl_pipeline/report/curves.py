@@ -86,7 +86,7 @@ def points(run: RunRecord, figures: tuple[str, ...], step_only: bool = False) ->
     Returns:
         Rows of step, epoch (None where that is not known), seconds since the start, and the value or None.
     """
-    began = run.began or next((line["time"] for line in run.lines if "time" in line), 0.0)
+    began = run.began or next((_time(line, 0.0) for line in run.lines), 0.0)
     per_epoch = steps_per_epoch(run)
     for wanted in figures:
         rows: list[list[float | None]] = []
@@ -94,7 +94,7 @@ def points(run: RunRecord, figures: tuple[str, ...], step_only: bool = False) ->
             value = _value(line, wanted, step_only)
             if value is not None:
                 epoch = None if per_epoch is None else round(line["step"] / per_epoch, 4)
-                seconds = round(float(line.get("time", began)) - began, 1)
+                seconds = round(_time(line, began) - began, 1)
                 rows.append([line["step"], epoch, seconds, float(f"{value:.6g}") if math.isfinite(value) else None])
         if rows:
             return rows
@@ -126,6 +126,11 @@ def thin(rows: list[list[float | None]], most: int = _MOST_POINTS) -> list[list[
     """Every n-th row, the last one always."""
     stride = -(-len(rows) // most)
     return rows if stride <= 1 else [*rows[: len(rows) - 1 : stride], rows[-1]]
+
+
+def _time(line: dict[str, Any], otherwise: float) -> float:
+    time = line.get("time")
+    return float(time) if isinstance(time, int | float) else otherwise
 
 
 def _value(line: dict[str, Any], wanted: str, step_only: bool) -> float | None:

@@ -92,12 +92,16 @@ def _line(error: BaseException) -> str:
 
 
 def _views(train: Indexed, config: PretrainConfig) -> dict[str, Any]:
+    """Rows of images; in each row a group of the image itself, then one of an epoch's views for each epoch."""
     columns = columns_of(train, config.views, config.seed, _VIEW_ROWS, _VIEW_EPOCHS)
-    names = ["image"] + [
-        f"epoch {epoch + 1}, view {view + 1}" for epoch in range(_VIEW_EPOCHS) for view in range(config.views.total)
-    ]
-    rows = [[picture_uri(tile(image)) for image in images] for images in zip(*columns, strict=True)]
-    return {"columns": names, "rows": rows, "per_epoch": config.views.total}
+    total = config.views.total
+    uris = [[picture_uri(tile(image)) for image in images] for images in zip(*columns, strict=True)]
+    starts = [1 + epoch * total for epoch in range(_VIEW_EPOCHS)]
+    return {
+        "groups": [{"name": "image", "count": 1}]
+        + [{"name": f"epoch {epoch + 1}", "count": total} for epoch in range(_VIEW_EPOCHS)],
+        "rows": [[row[:1], *(row[start : start + total] for start in starts)] for row in uris],
+    }
 
 
 def _of_features(folder: Path, source: Indexed, views: dict[str, Any]) -> Look:

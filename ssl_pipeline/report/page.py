@@ -39,10 +39,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     looks = [(number, run, looking(run)) for number, run in enumerate(runs)]
     drawn = [*charts(runs), *spectra(looks), *label_efficiency(runs)]
     tables = [_with_bars(*found) for found in _stage_two(runs)]
-    seen = [
-        {"index": number, "name": run.name, "views": of_run.views, "neighbours": of_run.neighbours, "map": of_run.map}
-        for number, run, of_run in looks
-    ]
+    seen = _seen(looks)
     confusions = [found for run in _stage_two_runs(runs) if (found := stage_two.confusion(run))]
     domains = [asdict(found) for run in runs if (found := stage_two.domain_table(run))]
     shown = {chart["panel"] for chart in drawn} | {"settings", "system"}
@@ -58,7 +55,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
         curve_runs=[(number, runs[number].name) for number in curve_runs],
         panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
-        panel_notes={},
+        several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
     )  # fmt: skip
 
 
@@ -93,20 +90,35 @@ def _run(run: RunRecord, of_run: Look) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _seen(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
+    """What there is to see of each run; views that several runs share stand once, under the first of them."""
+    entries: list[dict[str, Any]] = []
+    for number, run, found in looks:
+        same = next((entry for entry in entries if found.views and entry["views"] == found.views), None)
+        if same is not None:
+            same["views_of"].append(run.name)
+        entries.append({
+            "index": number, "name": run.name, "views": found.views if same is None else None, "views_of": [run.name],
+            "neighbours": found.neighbours, "map": found.map,
+        })  # fmt: skip
+    return entries
+
+
 def _stage_two_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The runs of stage two, those below studies among them."""
     return [other for run in runs for other in (run, *run.conditions) if other.stage == "finetune"]
 
 
 def _stage_two(runs: Sequence[RunRecord]) -> list[tuple[stage_two.Table, stage_two.Comparison | None]]:
-    found: list[tuple[stage_two.Table, stage_two.Comparison | None]] = []
-    for run in runs:
-        if run.stage == "study" and (comparison := stage_two.study_comparison(run)):
-            found.append((stage_two.comparison_table(f"{run.name}: accuracy (%)", comparison), comparison))
-    if comparison := stage_two.runs_comparison(runs):
-        found.append((stage_two.comparison_table("Runs compared (%)", comparison), comparison))
-    found += [(table, None) for run in _stage_two_runs(runs) if (table := stage_two.results_table(run))]
-    return found
+    """The tables of stage two, those of comparisons first, each with what it compares."""
+    compared = [
+        (f"{run.name}: accuracy (%)", stage_two.study_comparison(run)) for run in runs if run.stage == "study"
+    ] + [("Runs compared (%)", stage_two.runs_comparison(runs))]
+    measured = [stage_two.results_table(run) for run in _stage_two_runs(runs)]
+    return [
+        *((stage_two.comparison_table(title, found), found) for title, found in compared if found is not None),
+        *((table, None) for table in measured if table is not None),
+    ]
 
 
 def _with_bars(table: stage_two.Table, comparison: stage_two.Comparison | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.report.look import Look
 from ssl_pipeline.report.read import RunRecord
-from ssl_pipeline.report.stage_two import spoken
+from ssl_pipeline.report.stage_two import measured_rows, spoken
 
 
 def spectra(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
@@ -30,14 +30,11 @@ def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Accuracy over the number of labels, a line an initialisation and regime; for studies of several numbers."""
     lines = []
     for run in runs:
-        rows = run.study.get("rows") if run.stage == "study" else None
         grouped: dict[str, dict[float, list[float]]] = {}
-        for row in rows if isinstance(rows, list) else []:
-            if not isinstance(row, dict) or not isinstance(row.get("labels"), int | float) or not row.get("figures"):
-                continue
-            name = " · ".join(spoken(str(row[key])) for key in ("init", "regime") if row.get(key) is not None)
-            value = float(next(iter(row["figures"].values())))
-            grouped.setdefault(name or run.name, {}).setdefault(float(row["labels"]), []).append(value)
+        for row, value in measured_rows(run.study):
+            if isinstance(row.get("labels"), int | float):
+                name = " · ".join(spoken(str(row[key])) for key in ("init", "regime") if row.get(key) is not None)
+                grouped.setdefault(name or run.name, {}).setdefault(float(row["labels"]), []).append(value)
         if max((len(by_labels) for by_labels in grouped.values()), default=0) > 1:
             lines += [{"name": name, "points": _with_intervals(by_labels)} for name, by_labels in grouped.items()]
     if not lines:

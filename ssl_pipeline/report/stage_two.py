@@ -59,7 +59,22 @@ def seeds_of(run: RunRecord) -> list[dict[str, float]]:
     """A stage-two run's figures, seed by seed; what is no number is left out."""
     figures = run.results.get("figures")
     rows = [row for row in figures if isinstance(row, dict)] if isinstance(figures, list) else []
-    return [{name: float(v) for name, v in row.items() if isinstance(v, int | float)} for row in rows]
+    return [found for row in rows if (found := numbers(row))]
+
+
+def numbers(figures: Any) -> dict[str, float]:
+    """The figures that are numbers; nothing of what is no mapping."""
+    items = figures.items() if isinstance(figures, dict) else ()
+    return {str(name): float(value) for name, value in items if isinstance(value, int | float)}
+
+
+def measured_rows(record: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """The rows of a study's or domain's record, each with the first of its figures; those without one are left out."""
+    rows = record.get("rows")
+    found = (
+        [(row, numbers(row.get("figures"))) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    )
+    return [(row, next(iter(figures.values()))) for row, figures in found if figures]
 
 
 def first_seed(run: RunRecord) -> int:
@@ -106,29 +121,23 @@ def title_of(run: RunRecord) -> str:
 
 def study_comparison(run: RunRecord) -> Comparison | None:
     """What a study compared, from either form of its ``study.json``."""
-    rows = run.study.get("rows")
     baseline = run.study.get("baseline")
-    if isinstance(rows, list) and rows:
-        values, seeds = _from_rows(rows)
-    else:
-        accuracy = run.study.get("accuracy")
-        values = {str(k): list(map(float, v)) for k, v in accuracy.items()} if isinstance(accuracy, dict) else {}
+    values, seeds = _from_rows(measured_rows(run.study))
+    if not values and isinstance(accuracy := run.study.get("accuracy"), dict):
+        values = {str(name): list(map(float, found)) for name, found in accuracy.items() if isinstance(found, list)}
         seeds = {name: list(range(len(found))) for name, found in values.items()}
     if not values:
         return None
     return Comparison(values, seeds, baseline if baseline in values else None)
 
 
-def _from_rows(rows: list[Any]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Rows of ``init``, ``regime``, ``labels``, ``seed`` and ``figures``, the first figure of each."""
+def _from_rows(rows: list[tuple[dict[str, Any], float]]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Values and seeds of rows of ``init``, ``regime``, ``labels``, ``seed`` and ``figures``, by condition."""
     values, seeds = dict[str, list[float]](), dict[str, list[int]]()
-    for row in rows:
-        figures = row.get("figures") if isinstance(row, dict) else None
-        if not isinstance(figures, dict) or not figures:
-            continue
+    for row, value in rows:
         name = _condition(row)
-        values.setdefault(name, []).append(float(next(iter(figures.values()))))
-        seeds.setdefault(name, []).append(int(row.get("seed", len(seeds[name]) if name in seeds else 0)))
+        values.setdefault(name, []).append(value)
+        seeds.setdefault(name, []).append(int(row.get("seed", len(values[name]) - 1)))
     return values, seeds
 
 
@@ -157,7 +166,7 @@ def runs_comparison(runs: Sequence[RunRecord]) -> Comparison | None:
     measured = [run for run in runs if run.stage == "finetune" and seeds_of(run)]
     if len(measured) < 2:
         return None
-    name = next(iter(seeds_of(measured[0])))
+    name = next(iter(seeds_of(measured[0])[0]))
     values = {run.name: [row[name] for row in seeds_of(run) if name in row] for run in measured}
     if not all(values.values()) or not all(map(in_percent, measured)):
         return None
@@ -187,17 +196,11 @@ def confusion(run: RunRecord) -> dict[str, Any] | None:
 
 def domain_table(run: RunRecord) -> Table | None:
     """The table of ``domain.json``: rows of ``{"method", "source", "target", "seed", "figures": {name: value}}``."""
-    rows = run.domain.get("rows")
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}
-    targets: list[str] = []
-    for row in rows if isinstance(rows, list) else []:
-        figures = row.get("figures") if isinstance(row, dict) else None
-        if not isinstance(figures, dict) or not figures:
-            continue
-        target = str(row.get("target", "?"))
+    for row, value in measured_rows(run.domain):
         key = spoken(str(row.get("method", "?"))), str(row.get("source", "?"))
-        cells.setdefault(key, {}).setdefault(target, []).append(float(next(iter(figures.values()))))
-        targets += [target] if target not in targets else []
+        cells.setdefault(key, {}).setdefault(str(row.get("target", "?")), []).append(value)
+    targets = list(dict.fromkeys(target for found in cells.values() for target in found))
     if not cells:
         return None
     body = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 from ssl_pipeline.evaluate import collapse
@@ -28,13 +29,23 @@ def summary(run: RunRecord) -> list[str]:
 
 
 def _pretrain(run: RunRecord) -> list[str]:
-    pretext, backbone, data = (_named(run, key) for key in ("pretext", "backbone", "data"))
-    what = f"{pretext or 'Pretraining'} {'trains' if run.state == 'running' else 'trained'} {backbone or 'a backbone'}"
+    backbone, data = _named(run, "backbone"), _named(run, "data")
+    what = f"{_pretext(run)} {'trains' if run.state == 'running' else 'trained'} {backbone or 'a backbone'}"
     steps = max((line["step"] for line in run.lines), default=0)
     how_long = f" for {steps:,} steps" if steps else ""
     took = f" in {duration(run.seconds)}" if run.seconds and run.state != "running" else ""
     so_far = {"finished": "", "running": " so far", "stopped": ", and was stopped before its end"}[run.state]
     return [f"{what} on {data or 'images'}{how_long}{took}{so_far}.", _knn(run), _collapse(run)]
+
+
+def _pretext(run: RunRecord) -> str:
+    """The pretext task as the field writes it: its module's first words."""
+    name = _named(run, "pretext")
+    try:
+        told = importlib.import_module(name if "." in name else f"ssl_pipeline.pretext.{name or '_'}").__doc__ or ""
+    except ImportError:
+        told = ""
+    return told.partition(":")[0] if ":" in told else name or "Pretraining"
 
 
 def _knn(run: RunRecord) -> str:
