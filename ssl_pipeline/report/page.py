@@ -10,10 +10,11 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.curves import charts, first_and_last, last
 from ssl_pipeline.report.look import Look, look
@@ -41,7 +42,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     tables = [_with_bars(*found) for found in _stage_two(runs)]
     seen = _seen(looks)
     confusions = [found for run in _stage_two_runs(runs) if (found := stage_two.confusion(run))]
-    domains = [asdict(found) for run in runs if (found := stage_two.domain_table(run))]
+    domains = [asdict(table) for run in runs if (table := stage_two.domain_table(run))]
     shown = {chart["panel"] for chart in drawn} | {"settings", "system"}
     shown |= {key for key in ("views", "neighbours", "map") if any(entry[key] for entry in seen)}
     shown |= {"stage-two"} if tables or confusions else set()
@@ -59,7 +60,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     )  # fmt: skip
 
 
-def _template() -> Any:
+def _template() -> Template:
     # Escaping whatever the names and settings of a run hold is the environment's, so no cell can forget it.
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html.j2"))
 
@@ -125,7 +126,7 @@ def _with_bars(table: stage_two.Table, comparison: stage_two.Comparison | None) 
     """A table for the page, with each condition's interval as a mark on one scale where conditions are compared."""
     if comparison is None:
         return {**asdict(table), "bars": None}
-    found = [stage_two.interval(values) for values in comparison.values.values()]
+    found = [interval(values) for values in comparison.values.values()]
     halves = [0.0 if value.half == float("inf") else value.half for value in found]
     low = max(0.0, min(value.mean - half for value, half in zip(found, halves, strict=True)))
     high = min(1.0, max(value.mean + half for value, half in zip(found, halves, strict=True)))
@@ -159,7 +160,7 @@ def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         gains = {name: gain for name in found.values if (gain := found.difference(name))} if found else {}
         if found and gains:
             best = max(gains, key=lambda name: gains[name].mean)
-            add("Stage two", f"{stage_two.interval(found.values[best]).percent()} %", f"{gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
+            add("Stage two", f"{interval(found.values[best]).percent()} %", f"{gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
     if rank := last(run, "effective_rank"):
         add("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}")
     if loss := last(run, "loss", step_only=True):

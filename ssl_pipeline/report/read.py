@@ -59,7 +59,7 @@ class RunRecord:
     def seconds(self) -> float | None:
         """From the first start to the last figure or file; None where neither is known."""
         began = self.began
-        ends = [line["time"] for line in self.lines[-1:] if isinstance(line.get("time"), int | float)]
+        ends = [float(line["time"]) for line in self.lines[-1:] if isinstance(line.get("time"), int | float)]
         if not ends and self.state == "finished":
             ends = [file.stat().st_mtime for file in self.folder.glob("*.json")]
         if began is None or not ends:
