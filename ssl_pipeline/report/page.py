@@ -54,7 +54,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
         style=Markup(_asset("page.css")), script=_script(), data=_data(runs, drawn, seen, refresh), charts=drawn,
         runs=[_run(run, of_run) for _, run, of_run in looks], glance=_glance(runs),
         curve_runs=[(number, runs[number].name) for number in curve_runs],
-        panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
+        panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables, by_seed=_by_seed(runs),
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
         several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
     )  # fmt: skip
@@ -115,11 +115,17 @@ def _stage_two(runs: Sequence[RunRecord]) -> list[tuple[stage_two.Table, stage_t
     compared = [
         (f"{run.name}: accuracy (%)", stage_two.study_comparison(run)) for run in runs if run.stage == "study"
     ] + [("Runs compared (%)", stage_two.runs_comparison(runs))]
-    measured = [stage_two.results_table(run) for run in _stage_two_runs(runs)]
+    measured = [stage_two.results_table(run) for run in runs if run.stage == "finetune"]
     return [
         *((stage_two.comparison_table(title, found), found) for title, found in compared if found is not None),
         *((table, None) for table in measured if table is not None),
     ]
+
+
+def _by_seed(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The figures of the conditions of studies, which the comparison sums up already."""
+    tables = [stage_two.results_table(condition) for run in runs for condition in run.conditions]
+    return [asdict(table) for table in tables if table is not None]
 
 
 def _with_bars(table: stage_two.Table, comparison: stage_two.Comparison | None) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         gains = {name: gain for name in found.values if (gain := found.difference(name))} if found else {}
         if found and gains:
             best = max(gains, key=lambda name: gains[name].mean)
-            add("Stage two", f"{interval(found.values[best]).percent()} %", f"{gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
+            add("Stage two", f"{interval(found.values[best]).percent()} %", f"{best}: {gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
     if rank := last(run, "effective_rank"):
         add("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}")
     if loss := last(run, "loss", step_only=True):
