@@ -56,7 +56,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "started": _when(run.began),
         "duration": duration(run.seconds),
         "starts": str(len(run.starts)),
-        "device": str(start.get("device", "not recorded")),
+        "device": str(start.get("device") or "not recorded"),
         "threads": str(start.get("threads", _ABSENT)),
         "commit": str(start.get("commit") or _ABSENT)[:12],
         "command": " ".join(map(str, start.get("command") or [_ABSENT])),

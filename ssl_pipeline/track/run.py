@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
@@ -251,6 +252,7 @@ def _record(path: Path) -> dict[str, Any]:
         "command": redact_command(sys.argv),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "device": _device(),
         "versions": versions(),
     }
     try:
@@ -258,6 +260,15 @@ def _record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):
         earlier = []
     return {"starts": [*earlier, start]}
+
+
+def _device() -> str | None:
+    """What the run computes on, such as ``2 × NVIDIA H100``; None where no accelerator was started."""
+    if not is_initialized():
+        return None
+    state = AcceleratorState()
+    name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else str(state.device)
+    return name if state.num_processes == 1 else f"{state.num_processes} × {name}"
 
 
 def _commit() -> str | None:
