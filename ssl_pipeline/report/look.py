@@ -27,6 +27,7 @@ from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.knn import neighbours
 from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.report.planes import planes
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.views.picture import columns_of, tile
 
@@ -131,32 +132,15 @@ def spectrum(features: Tensor) -> dict[str, Any]:
     return {"share": _short(share), "std": _short(std), "width": features.shape[1], "images": len(features)}
 
 
-def principal_plane(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two principal components of L2-normalised features.
-
-    Returns:
-        Coordinates of shape (N, 2), and the two components' shares of the variance, shape (2,).
-    """
-    unit = F.normalize(features.double(), dim=1)
-    centred = unit - unit.mean(0)
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    variance = s.square() / s.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return u[:, :2] * s[:2], variance[:2]
-
-
 def map_of(features: Tensor, source: Indexed, index: Tensor) -> dict[str, Any] | None:
-    """The features' first two principal components, with a thumbnail of each image; None for fewer than three images."""
+    """The features in the plane, with a thumbnail of each image; None for fewer than three images."""
     if len(features) < 3 or features.shape[1] < 2:
         return None
-    plane, variance = principal_plane(features)
-    low, high = plane.min(0).values, plane.max(0).values
-    scaled = (plane - low) / (high - low).clamp_min(torch.finfo(torch.float64).tiny)
     thumbnails, size = _sprite(source, index)
     labels = None if source.labels is None or source.classes is None else source.labels[index].tolist()
     return {
-        "points": [[round(x, 4), round(y, 4)] for x, y in scaled.tolist()], "labels": labels,
-        "classes": list(source.classes or ()), "variance": _short(variance), "names": [f"image {i}" for i in index.tolist()],
-        "sprite": thumbnails, "columns": _SPRITE_COLUMNS, "size": size, "source": source.name,
+        "layouts": planes(features), "labels": labels, "classes": list(source.classes or ()), "source": source.name,
+        "names": [f"image {i}" for i in index.tolist()], "sprite": thumbnails, "columns": _SPRITE_COLUMNS, "size": size,
     }  # fmt: skip
 
 

@@ -31,6 +31,15 @@ class FeatureMap {
         this.draw();
       });
     }
+    this.layouts = figure.querySelectorAll("[data-layout]");
+    for (const button of this.layouts) {
+      button.addEventListener("click", () => {
+        state.layouts[this.key] = Number(button.dataset.layout);
+        keep();
+        this.draw();
+      });
+    }
+    this.help = figure.querySelector(".help");
     this.buttons = figure.querySelectorAll("[data-class]");
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
@@ -43,9 +52,13 @@ class FeatureMap {
     const [width, height, edge] = [this.svg.clientWidth, this.svg.clientHeight, 16];
     if (!width) return;
     for (const button of this.buttons) button.setAttribute("aria-pressed", String(!this.hidden().includes(Number(button.dataset.class))));
+    const chosen = Math.min(state.layouts[this.key] ?? this.map.layouts.length - 1, this.map.layouts.length - 1);
+    for (const button of this.layouts) button.setAttribute("aria-pressed", String(Number(button.dataset.layout) === chosen));
+    const { points, help } = this.map.layouts[chosen];
+    this.help.textContent = `${points.length} images of ${this.map.source}. ${help}`;
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const radius = this.map.points.length > 400 ? 4 : 5;
-    this.dots = this.map.points.map(([x, y], place) => {
+    const radius = points.length > 400 ? 4 : 5;
+    this.dots = points.map(([x, y], place) => {
       const label = this.map.labels ? this.map.labels[place] : -1;
       return { place, label, x: edge + x * (width - 2 * edge), y: height - edge - y * (height - 2 * edge) };
     }).filter((dot) => !this.hidden().includes(dot.label));

@@ -1,7 +1,7 @@
 // What the reader chose; kept over the page's own reloads.
 const data = JSON.parse(document.getElementById("data").textContent);
 const KEY = "ssl_pipeline report " + location.pathname;
-const FRESH = { axis: "step", smoothing: 0, from: null, to: null, log: {}, runs: [], classes: {}, open: {}, scroll: 0, theme: "auto" };
+const FRESH = { axis: "step", smoothing: 0, from: null, to: null, log: {}, runs: [], classes: {}, layouts: {}, open: {}, scroll: 0, theme: "auto" };
 
 function recall() {
   try {

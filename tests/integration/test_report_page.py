@@ -156,6 +156,15 @@ def test_a_click_on_each_control_changes_what_is_shown(chromium: Chromium, made:
     every = chromium.run(dots)
     press(chromium, "[data-map='0'] [data-class='0']")
     assert 0 < chromium.run(dots) < every
+    place = "document.querySelector(\"[data-map='0'] circle\").getAttribute('cx')"
+    places = set()
+    for layout in chromium.run(
+        "[...document.querySelectorAll(\"[data-map='0'] [data-layout]\")].map(b => b.dataset.layout)"
+    ):
+        press(chromium, f"[data-map='0'] [data-layout='{layout}']")
+        assert pressed(chromium, f"[data-map='0'] [data-layout='{layout}']")
+        places.add(chromium.run(place))
+    assert len(places) == 2
     for theme, colour in (("light", "rgb(251, 250, 247)"), ("dark", "rgb(19, 20, 23)"), ("auto", "rgb(251, 250, 247)")):
         press(chromium, "#theme")
         assert chromium.run("document.querySelector('#theme').textContent") == f"theme: {theme}"

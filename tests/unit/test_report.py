@@ -19,8 +19,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.report.command import main, report, watch
 from ssl_pipeline.report.curves import charts, points, thin
-from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, principal_plane, spectrum
+from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, spectrum
 from ssl_pipeline.report.page import page
+from ssl_pipeline.report.planes import neighbour_plane, planes, principal_plane
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.settings import difference
 from ssl_pipeline.report.stage_two import confusion, domain_table, results_table, runs_comparison, study_comparison
@@ -225,6 +226,23 @@ def test_the_plane_is_that_of_the_covariance() -> None:
     assert torch.allclose(variance, values[[-1, -2]] / values.sum())
 
 
+def test_neighbours_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    group = torch.arange(120) % 3
+    features = torch.eye(3, 16)[group] * 4 + torch.randn(120, 16)
+    plane = neighbour_plane(features)
+    assert plane is not None
+    nearest = torch.cdist(plane, plane).fill_diagonal_(torch.inf).argmin(1)
+    assert (group[nearest] == group).float().mean() > 0.95
+    again = neighbour_plane(features)
+    assert again is not None
+    assert torch.equal(plane, again)
+    assert [layout["name"] for layout in planes(features)] == ["PCA", "t-SNE"]
+    assert [layout["name"] for layout in planes(torch.ones(120, 16))] == ["PCA"]  # collapsed
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # not installed
+    assert [layout["name"] for layout in planes(features)] == ["PCA"]
+
+
 def small_source(count: int = 12) -> ArraySource:
     pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].mul(20).expand(count, 1, 8, 8).contiguous()
     return ArraySource("small", pixels, torch.arange(count) % 3, ("a", "b", "c"))
@@ -248,8 +266,9 @@ def test_the_map_has_a_place_and_a_thumbnail_for_each_image() -> None:
     torch.manual_seed(3)
     found = map_of(torch.randn(12, 5), small_source(), torch.arange(12))
     assert found
-    assert len(found["points"]) == len(found["labels"]) == len(found["names"]) == 12
-    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in found["points"])
+    (layout,) = found["layouts"]
+    assert len(layout["points"]) == len(found["labels"]) == len(found["names"]) == 12
+    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in layout["points"])
     assert found["size"] == 8
     assert map_of(torch.randn(2, 5), small_source(2), torch.arange(2)) is None
 
