@@ -1,9 +1,9 @@
 // Line charts: one svg a figure, redrawn whole; a few hundred points need no more.
 const AXES = { step: 0, epoch: 1, time: 2 };
-const MARGIN = { left: 46, right: 10, top: 8, bottom: 22 };
+const MARGIN = { left: 52, right: 10, top: 8, bottom: 22 };
 
 function write(value, unit) {
-  if (unit === "percent") return (100 * value).toFixed(1) + " %";
+  if (unit === "percent") return (Math.abs(value) < 0.001 ? Number((100 * value).toPrecision(2)) : (100 * value).toFixed(1)) + " %";
   if (unit === "count") return value >= 100 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
   const size = Math.abs(value);
   return size !== 0 && (size < 0.001 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
@@ -208,13 +208,14 @@ class Chart {
     this.svg.setAttribute("aria-label", `${this.chart.title}: ${parts.join("; ")}`);
   }
 
-  // The line of text above a chart: the values at the cursor, or the latest ones.
+  // The line of text above a chart: the values at the cursor; at rest the latest ones, or a spectrum's first.
   read() {
     const axis = this.chart.axis ?? state.axis;
-    const nodes = this.cursor === null ? [] : [html("span", axis === "time" ? writePlace(this.cursor, axis) : `${axis} ${writePlace(this.cursor, axis)}`)];
+    const place = this.cursor ?? (this.shared() ? null : this.xs[0]);
+    const nodes = place === null ? [] : [html("span", axis === "time" ? writePlace(place, axis) : `${axis} ${writePlace(place, axis)}`)];
     for (const line of this.drawn) {
       const seen = line.points.filter((point) => point.y !== null);
-      const point = this.cursor === null ? seen.at(-1) : nearest(seen, this.cursor);
+      const point = place === null ? seen.at(-1) : nearest(seen, place);
       const entry = html("span", this.drawn.length > 1 ? `${line.name} ` : "");
       const value = html("b", write(point.y, this.chart.unit));
       value.style.color = this.drawn.length > 1 ? line.colour : "";

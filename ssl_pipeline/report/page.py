@@ -14,8 +14,8 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.report import settings, stage_two
+from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, first_and_last, last
 from ssl_pipeline.report.look import Look, look
 from ssl_pipeline.report.read import RunRecord
@@ -39,7 +39,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     """
     looks = [(number, run, looking(run)) for number, run in enumerate(runs)]
     drawn = [*charts(runs), *spectra(looks), *label_efficiency(runs)]
-    tables = [_with_bars(*found) for found in _stage_two(runs)]
+    tables = _stage_two(runs)
     seen = _seen(looks)
     confusions = [found for run in _stage_two_runs(runs) if (found := stage_two.confusion(run))]
     domains = [asdict(table) for run in runs if (table := stage_two.domain_table(run))]
@@ -110,15 +110,13 @@ def _stage_two_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return [other for run in runs for other in (run, *run.conditions) if other.stage == "finetune"]
 
 
-def _stage_two(runs: Sequence[RunRecord]) -> list[tuple[stage_two.Table, stage_two.Comparison | None]]:
-    """The tables of stage two, those of comparisons first, each with what it compares."""
-    compared = [
-        (f"{run.name}: accuracy (%)", stage_two.study_comparison(run)) for run in runs if run.stage == "study"
-    ] + [("Runs compared (%)", stage_two.runs_comparison(runs))]
+def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The tables of stage two, those of comparisons first."""
+    compared = [*(study_comparison(run) for run in runs if run.stage == "study"), runs_comparison(runs)]
     measured = [stage_two.results_table(run) for run in runs if run.stage == "finetune"]
     return [
-        *((stage_two.comparison_table(title, found), found) for title, found in compared if found is not None),
-        *((table, None) for table in measured if table is not None),
+        *(_with_bars(found) for found in compared if found is not None),
+        *({**asdict(table), "bars": None} for table in measured if table is not None),
     ]
 
 
@@ -128,25 +126,26 @@ def _by_seed(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return [asdict(table) for table in tables if table is not None]
 
 
-def _with_bars(table: stage_two.Table, comparison: stage_two.Comparison | None) -> dict[str, Any]:
-    """A table for the page, with each condition's interval as a mark on one scale where conditions are compared."""
-    if comparison is None:
-        return {**asdict(table), "bars": None}
-    found = [interval(values) for values in comparison.values.values()]
-    halves = [0.0 if value.half == float("inf") else value.half for value in found]
-    low = max(0.0, min(value.mean - half for value, half in zip(found, halves, strict=True)))
-    high = min(1.0, max(value.mean + half for value, half in zip(found, halves, strict=True)))
-    room = max(0.01, (high - low) * 0.08)
-    low, high = max(0.0, low - room), min(1.0, high + room)
+def _with_bars(found: Comparison) -> dict[str, Any]:
+    """A comparison's table for the page, with each condition's interval as a mark on one scale."""
+    means = [found.mean(name) for name in found.values]
+    halves = [0.0 if value.half == float("inf") else value.half for value in means]
+    low = min(value.mean - half for value, half in zip(means, halves, strict=True))
+    high = max(value.mean + half for value, half in zip(means, halves, strict=True))
+    room = max((high - low) * 0.08, 0.01 if found.percent else abs(high) * 0.01 + 1e-9)
+    low, high = low - room, high + room
+    if found.percent:
+        low, high = max(0.0, low), min(1.0, high)
 
     def place(value: float) -> float:
         return round(100 * (min(high, max(low, value)) - low) / (high - low), 2)
 
     bars = [
         (place(value.mean - half), place(value.mean), round(place(value.mean + half) - place(value.mean - half), 2))
-        for value, half in zip(found, halves, strict=True)
+        for value, half in zip(means, halves, strict=True)
     ]
-    return {**asdict(table), "bars": bars, "scale": (f"{100 * low:.0f}", f"{100 * high:.0f} %")}
+    scale = (f"{100 * low:.0f}", f"{100 * high:.0f} %") if found.percent else (f"{low:.3g}", f"{high:.3g}")
+    return {**asdict(found.table()), "bars": bars, "scale": scale}
 
 
 def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
@@ -162,11 +161,11 @@ def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     if knn := first_and_last(run, "knn"):
         add("kNN on dev", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained")
     for study in runs:
-        found = stage_two.study_comparison(study) if study.stage == "study" else None
-        gains = {name: gain for name in found.values if (gain := found.difference(name))} if found else {}
-        if found and gains:
-            best = max(gains, key=lambda name: gains[name].mean)
-            add("Stage two", f"{interval(found.values[best]).percent()} %", f"{best}: {gains[best].percent(signed=True)} against {found.baseline}")  # fmt: skip
+        found = study_comparison(study) if study.stage == "study" else None
+        if found and (best := found.best()):
+            gain = stage_two.shown(best[1], found.percent, signed=True)
+            value = stage_two.shown(found.mean(best[0]), found.percent) + (" %" if found.percent else "")
+            add("Stage two", value, f"{best[0]}: {gain} against {found.baseline}")
     if rank := last(run, "effective_rank"):
         add("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}")
     if loss := last(run, "loss", step_only=True):

@@ -115,7 +115,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> RunRecord:
     notes: list[str] = []
     config = _config(folder / CONFIG, notes)
-    stage = _stage(config)
+    stage = _stage(config, folder)
     lines = _lines(folder / FILE_NAME, notes, wanted=stage != "study")
     card, results, study = (_object(folder / f"{file}.json", notes) for file in ("card", "results", "study"))
     starts = _object(folder / "run.json", notes).get("starts")
@@ -126,6 +126,8 @@ def _read(folder: Path, name: str) -> RunRecord:
     elif state == "stopped":
         notes.append("It was stopped before its end: these are the figures that it left.")
     below = _runs_below(folder) if stage == "study" else []
+    if stage == "study" and not study:
+        study = _cells(folder, notes)
     conditions = tuple(_read(path, path.name) for path in below)
     return RunRecord(
         folder, name, stage, state, config, [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else [],
@@ -142,10 +144,19 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
 
-def _stage(config: dict[str, Any]) -> Stage:
-    if "conditions" in config:
-        return "study"
-    return "finetune" if "downstream" in config else "pretrain"
+def _stage(config: dict[str, Any], folder: Path) -> Stage:
+    if "pretext" in config:
+        return "pretrain"
+    if "downstream" in config:
+        return "finetune"
+    is_study = "conditions" in config or "common" in config or (folder / "study.json").exists()
+    return "study" if is_study else "pretrain"
+
+
+def _cells(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """The rows of a study that has not written its table yet: each of its cells is a file."""
+    rows = [cell for file in sorted(folder.glob("cells/*.json")) if (cell := _object(file, notes))]
+    return {"rows": rows} if rows else {}
 
 
 def _lines(path: Path, notes: list[str], wanted: bool) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.report.comparison import condition
 from ssl_pipeline.report.look import Look
 from ssl_pipeline.report.read import RunRecord
-from ssl_pipeline.report.stage_two import measured_rows, spoken
+from ssl_pipeline.report.stage_two import measured_rows
 
 
 def spectra(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
@@ -27,21 +28,23 @@ def spectra(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]
 
 
 def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Accuracy over the number of labels, a line an initialisation and regime; for studies of several numbers."""
-    lines = []
+    """The figure over the number of labels, a line an initialisation and regime; for studies of several numbers."""
+    lines, percent = [], True
     for run in runs:
         grouped: dict[str, dict[float, list[float]]] = {}
         for row, value in measured_rows(run.study):
-            if isinstance(row.get("labels"), int | float):
-                name = " · ".join(spoken(str(row[key])) for key in ("init", "regime") if row.get(key) is not None)
-                grouped.setdefault(name or run.name, {}).setdefault(float(row["labels"]), []).append(value)
+            count = row.get("label_count", row.get("labels"))
+            if isinstance(count, int | float):
+                name = condition(row, with_labels=False)
+                grouped.setdefault(name, {}).setdefault(float(count), []).append(value)
         if max((len(by_labels) for by_labels in grouped.values()), default=0) > 1:
             lines += [{"name": name, "points": _with_intervals(by_labels)} for name, by_labels in grouped.items()]
+            percent = percent and run.study.get("in_percent") is not False
     if not lines:
         return []
     return [
-        _chart("label_efficiency", "stage-two", "Label efficiency", "percent", "labels",
-               "Accuracy over the number of labels, with 95 % intervals over the seeds.", False, lines),
+        _chart("label_efficiency", "stage-two", "Label efficiency", "percent" if percent else "number", "labels",
+               "Over the number of labels, with 95 % intervals over the seeds.", False, lines),
     ]  # fmt: skip
 
 

@@ -1,14 +1,13 @@
-"""Stage two's tables: figures with their intervals, differences paired by seed, confusion and domains."""
+"""Stage two's tables: figures with their intervals, confusion and domains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.resolve import component
-from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
+from ssl_pipeline.evaluate.interval import Interval, interval
 from ssl_pipeline.report.read import RunRecord
 
 _MOST_CLASSES = 40
@@ -31,30 +30,6 @@ class Table:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Conditions that were measured with the same seeds.
-
-    Attributes:
-        values: per condition its figure, seed by seed.
-        seeds: per condition the seeds, in the same order.
-        baseline: what the others are compared with; None where nothing says so.
-    """
-
-    values: dict[str, list[float]]
-    seeds: dict[str, list[int]]
-    baseline: str | None
-
-    def difference(self, name: str) -> Interval | None:
-        """Against the baseline over the seeds that both have; None where there are none."""
-        if self.baseline is None or name == self.baseline:
-            return None
-        ours = dict(zip(self.seeds[name], self.values[name], strict=True))
-        theirs = dict(zip(self.seeds[self.baseline], self.values[self.baseline], strict=True))
-        shared = [seed for seed in ours if seed in theirs]
-        return paired_difference([ours[s] for s in shared], [theirs[s] for s in shared]) if shared else None
-
-
 def seeds_of(run: RunRecord) -> list[dict[str, float]]:
     """A stage-two run's figures, seed by seed; what is no number is left out."""
     figures = run.results.get("figures")
@@ -69,12 +44,15 @@ def numbers(figures: Any) -> dict[str, float]:
 
 
 def measured_rows(record: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-    """The rows of a study's or domain's record, each with the first of its figures; those without one are left out."""
+    """The rows of a study's or domain's record, each with the record's figure or else its first; those without are left out."""
     rows = record.get("rows")
-    found = (
-        [(row, numbers(row.get("figures"))) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    )
-    return [(row, next(iter(figures.values()))) for row, figures in found if figures]
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        figures = numbers(row.get("figures")) if isinstance(row, dict) else {}
+        name = record["figure"] if record.get("figure") in figures else next(iter(figures), None)
+        if name is not None:
+            found.append((row, figures[name]))
+    return found
 
 
 def first_seed(run: RunRecord) -> int:
@@ -119,61 +97,6 @@ def title_of(run: RunRecord) -> str:
     return f"{spoken(regime)} {spoken(downstream)}".strip() or "stage two"
 
 
-def study_comparison(run: RunRecord) -> Comparison | None:
-    """What a study compared, from either form of its ``study.json``."""
-    baseline = run.study.get("baseline")
-    values, seeds = _from_rows(measured_rows(run.study))
-    if not values and isinstance(accuracy := run.study.get("accuracy"), dict):
-        values = {str(name): list(map(float, found)) for name, found in accuracy.items() if isinstance(found, list)}
-        seeds = {name: list(range(len(found))) for name, found in values.items()}
-    if not values:
-        return None
-    return Comparison(values, seeds, baseline if baseline in values else None)
-
-
-def _from_rows(rows: list[tuple[dict[str, Any], float]]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Values and seeds of rows of ``init``, ``regime``, ``labels``, ``seed`` and ``figures``, by condition."""
-    values, seeds = dict[str, list[float]](), dict[str, list[int]]()
-    for row, value in rows:
-        name = _condition(row)
-        values.setdefault(name, []).append(value)
-        seeds.setdefault(name, []).append(int(row.get("seed", len(values[name]) - 1)))
-    return values, seeds
-
-
-def _condition(row: dict[str, Any]) -> str:
-    if "condition" in row:
-        return str(row["condition"])
-    parts = [spoken(str(row[key])) for key in ("init", "regime") if row.get(key) is not None]
-    labels = [f"{row['labels']} labels"] if row.get("labels") is not None else []
-    return " · ".join([*parts, *labels]) or "condition"
-
-
-def comparison_table(title: str, found: Comparison) -> Table:
-    """Each condition with its interval and, where there is a baseline, the paired difference from it."""
-    columns = ["condition", "mean ± 95 %", *([f"against {found.baseline}"] if found.baseline else []), "seeds"]
-    rows = []
-    for name, values in found.values.items():
-        difference = found.difference(name)
-        against = [difference.percent(signed=True) if difference else "—"] if found.baseline else []
-        rows.append([name, interval(values).percent(), *against, str(len(values))])
-    note = "Differences are paired by seed; an interval that contains 0 is no gain." if found.baseline else ""
-    return Table(title, columns, rows, note)
-
-
-def runs_comparison(runs: Sequence[RunRecord]) -> Comparison | None:
-    """Several stage-two runs as conditions, the first one the baseline; None unless two or more share their first figure."""
-    measured = [run for run in runs if run.stage == "finetune" and seeds_of(run)]
-    if len(measured) < 2:
-        return None
-    name = next(iter(seeds_of(measured[0])[0]))
-    values = {run.name: [row[name] for row in seeds_of(run) if name in row] for run in measured}
-    if not all(values.values()) or not all(map(in_percent, measured)):
-        return None
-    seeds = {run.name: [first_seed(run) + place for place in range(len(values[run.name]))] for run in measured}
-    return Comparison(values, seeds, measured[0].name)
-
-
 def confusion(run: RunRecord) -> dict[str, Any] | None:
     """The confusion matrix of ``results.json``: ``{"classes": [names], "matrix": [[count of true row, told column]]}``.
 
@@ -210,11 +133,12 @@ def domain_table(run: RunRecord) -> Table | None:
     return Table(f"{run.name}: by domain (%)", ["method", "trained on", *targets], body)
 
 
-def shown(value: Interval, percent: bool) -> str:
+def shown(value: Interval, percent: bool, signed: bool = False) -> str:
     """A mean with its interval; of one seed the mean alone."""
     if percent:
-        return value.percent()
-    return f"{value.mean:.4g}" if value.half == float("inf") else f"{value.mean:.4g} ± {value.half:.2g}"
+        return value.percent(signed)
+    mean = f"{value.mean:+.4g}" if signed else f"{value.mean:.4g}"
+    return mean if value.half == float("inf") else f"{mean} ± {value.half:.2g}"
 
 
 def spoken(name: str) -> str:

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 
 from ssl_pipeline.evaluate import collapse
 from ssl_pipeline.evaluate.interval import Interval, interval
+from ssl_pipeline.report.comparison import Comparison, study_comparison
 from ssl_pipeline.report.curves import first_and_last, last
 from ssl_pipeline.report.read import RunRecord
-from ssl_pipeline.report.stage_two import (
-    Comparison,
-    in_percent,
-    seeds_of,
-    shown,
-    spoken,
-    study_comparison,
-    title_of,
-)
+from ssl_pipeline.report.stage_two import in_percent, seeds_of, shown, spoken, title_of
 
 _WIDE = 64  # where a run's card does not tell: only a rank below 2 is called collapse then
 
@@ -89,36 +82,30 @@ def _study(run: RunRecord) -> list[str]:
     found = study_comparison(run)
     if found is None:
         return ["The study has measured nothing yet."]
-    told = run.study.get("conclusion", run.study.get("summary"))
-    if isinstance(told, str):
-        return [told]
+    told = run.study.get("conclusion")
+    left_out = run.study.get("left_out")
+    missing = [f"{name} was left out: {why}" for name, why in left_out.items()] if isinstance(left_out, dict) else []
     if isinstance(told, list) and told:
-        return [str(sentence) for sentence in told]
-    return conclusion(found)
+        return [*map(str, told), *missing]
+    return [*conclusion(found), *missing]
 
 
 def conclusion(found: Comparison) -> list[str]:
     """The best condition against the baseline, in words; no gain means that the interval contains 0."""
-    differences = {name: found.difference(name) for name in found.values}
-    known = {name: value for name, value in differences.items() if value is not None}
-    if not known:
-        return []
-    best = max(known, key=lambda name: known[name].mean)
-    return [f"{best} against {found.baseline}: {verdict(known[best])}"]
+    best = found.best()
+    if best is None:
+        return [f"{len(found.values)} condition(s) are measured so far."]
+    return [f"{best[0]} against {found.baseline}: {verdict(best[1], found.percent)}"]
 
 
-def verdict(difference: Interval) -> str:
+def verdict(difference: Interval, percent: bool = True) -> str:
     """A paired difference in words."""
-    points = f"{difference.percent(signed=True)} points"
+    points = shown(difference, percent, signed=True) + (" points" if percent else "")
     if difference.half == float("inf"):
         return f"{points} with one seed, which says nothing of chance."
-    finding = (
-        "a gain"
-        if difference.low > 0
-        else "a loss"
-        if difference.mean + difference.half < 0
-        else "no gain beyond chance"
-    )
+    finding = "a gain" if difference.low > 0 else "no gain beyond chance"
+    if difference.mean + difference.half < 0:
+        finding = "a loss"
     return f"{points} (95 % interval, paired by seed): {finding}."
 
 

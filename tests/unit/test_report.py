@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.report.command import main, report, watch
+from ssl_pipeline.report.comparison import runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, points, thin
 from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, spectrum
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.planes import neighbour_plane, planes, principal_plane
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.settings import difference
-from ssl_pipeline.report.stage_two import confusion, domain_table, results_table, runs_comparison, study_comparison
+from ssl_pipeline.report.stage_two import confusion, domain_table, results_table
 from ssl_pipeline.report.summary import duration, summary
 from tests.report_runs import write_finetune, write_pretrain, write_study
 
@@ -149,19 +150,74 @@ def test_runs_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None
     {"accuracy": {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}, "baseline": "scratch"},
     {"rows": [{"init": init, "regime": "lp_ft", "labels": 10, "seed": seed, "figures": {"accuracy": value}}
               for init, values in {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}.items()
-              for seed, value in enumerate(values)], "baseline": "scratch · LP-FT · 10 labels"},
+              for seed, value in enumerate(values)], "baseline": {"init": "scratch", "regime": "lp_ft"},
+     "split": "test", "figure": "accuracy", "in_percent": True},
 ])  # fmt: skip
 def test_a_study_of_either_form(tmp_path: Path, record: dict[str, Any]) -> None:
     run = read_runs([write_study(tmp_path / "study", record)])[0]
     found = study_comparison(run)
     assert found
-    (other,) = set(found.values) - {found.baseline}
+    (other,) = found.against
     gain = found.difference(other)
     assert gain
     assert gain.mean == pytest.approx(0.2)
     assert gain.half == pytest.approx(0, abs=1e-9)
     assert "+20.0 ± 0.0 points (95 % interval, paired by seed): a gain." in summary(run)[0]
     assert "+20.0 ± 0.0" in Page(page([run], looking=blind)).text
+
+
+def grid(figure: str = "accuracy") -> list[dict[str, Any]]:
+    """Two initialisations × two label counts × two seeds; pretraining brings 0.1 with 5 a class and 0.2 with 20."""
+    return [
+        {"init": init, "regime": regime, "labels": labels, "label_count": 10 * labels, "seed": seed,
+         "figures": {figure: 0.3 + 0.01 * seed + (gain if init == "pretrained" else 0)}}
+        for init, regime in (("random", "scratch"), ("pretrained", "lp_ft")) for labels, gain in ((5, 0.1), (20, 0.2)) for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def test_each_label_count_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    record = {"rows": grid(), "baseline": {"init": "random", "regime": "scratch"}, "left_out": {"official": "no network"},
+              "conclusion": ["One.", "Two."]}  # fmt: skip
+    run = read_runs([write_study(tmp_path / "study", record)])[0]
+    found = study_comparison(run)
+    assert found
+    assert found.table().columns == ["condition", "mean ± 95 %", "against random, scratch", "seeds"]
+    assert [(row[0], row[2]) for row in found.table().rows] == [
+        ("random, scratch, 5 a class", "—"), ("random, scratch, 20 a class", "—"),
+        ("pretrained, LP-FT, 5 a class", "+10.0 ± 0.0"), ("pretrained, LP-FT, 20 a class", "+20.0 ± 0.0"),
+    ]  # fmt: skip
+    assert summary(run) == ["One.", "Two.", "official was left out: no network"]
+    (chart,) = payload(page([run], looking=blind))["charts"]
+    assert [row[0] for row in chart["lines"][0]["points"]] == [50, 200]
+
+
+def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", {})
+    (folder / "study.json").unlink()
+    (folder / "config.yaml").write_text('{"common": [], "overrides": {}}')
+    (folder / "cells").mkdir()
+    for place, row in enumerate(grid()[:3]):
+        (folder / "cells" / f"{place}.json").write_text(json.dumps(row))
+    (folder / "cells" / "3.json").write_text("{")
+    (run,) = read_runs([folder])
+    assert (run.stage, run.state) == ("study", "stopped")
+    found = study_comparison(run)
+    assert found
+    assert found.values == {"random, scratch, 5 a class": {0: 0.3, 1: 0.31}, "random, scratch, 20 a class": {0: 0.3}}
+    assert "3.json is damaged" in Page(page([run], looking=blind)).text
+
+
+def test_figures_that_are_no_shares_are_not_told_in_percent(tmp_path: Path) -> None:
+    record = {
+        "rows": grid("mean_absolute_error"),
+        "in_percent": False,
+        "baseline": {"init": "random", "regime": "scratch"},
+    }
+    run = read_runs([write_study(tmp_path / "study", record)])[0]
+    text = Page(page([run], looking=blind)).text
+    assert "study: mean absolute error" in text
+    assert "+0.2 ± " in text
+    assert "(%)" not in text
 
 
 def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
@@ -172,7 +228,7 @@ def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
     run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
     (chart,) = payload(page([run], looking=blind))["charts"]
     (line,) = chart["lines"]
-    assert line["name"] == "pretrained · frozen"
+    assert line["name"] == "pretrained, frozen"
     assert [(row[0], row[3]) for row in line["points"]] == [(5.0, pytest.approx(0.1)), (20.0, pytest.approx(0.25))]
     assert line["points"][0][5] - line["points"][0][3] == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-3)
 
