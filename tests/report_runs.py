@@ -36,12 +36,12 @@ def write_pretrain(folder: Path, steps: int = 20, temperature: float = 0.1, card
             "pretrain/data_wait": 0.05, "pretrain/images_per_s": 1000.0,
         }  # fmt: skip
         if step in (steps // 2, steps):
-            line |= {
+            line = {
                 "eval/knn": HELD_OUT[1 + step // steps],
                 "eval/loss": 77.0,
                 "eval/feature_std": 0.8,
                 "eval/effective_rank": 60.0,
-            }
+            } | line  # whatever their order
         lines.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if card:

@@ -66,6 +66,7 @@ def blind(_: Any) -> Look:
 def payload(text: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
+    assert not set("<>&") & set(found.group(1))  # nothing in it can end it
     tree: dict[str, Any] = json.loads(found.group(1))
     return tree
 
