@@ -6,7 +6,6 @@ import datetime
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -14,6 +13,7 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, first_and_last, last
@@ -21,6 +21,7 @@ from ssl_pipeline.report.look import Look, look
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.spread import label_efficiency, spectra
 from ssl_pipeline.report.summary import duration, summary
+from ssl_pipeline.track.run import versions
 
 _PANELS = {
     "curves": "Curves", "stage-two": "Stage two", "temperature": "Temperature", "collapse": "Collapse", "map": "Map",
@@ -48,15 +49,16 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     shown |= {"stage-two"} if tables or confusions else set()
     shown |= {"domains"} if domains else set()
     curve_runs = sorted({line["run"] for chart in drawn for line in chart["lines"] if "run" in line})
+    stages = [run.stage for run in runs]
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return _template().render(
-        title=", ".join(run.name for run in runs), made=made, version=version("ssl-pipeline"), refresh=refresh,
+        title=", ".join(run.name for run in runs), made=made, version=versions()["ssl-pipeline"], refresh=refresh,
         style=Markup(_asset("page.css")), script=_script(), data=_data(runs, drawn, seen, refresh), charts=drawn,
         runs=[_run(run, of_run) for _, run, of_run in looks], glance=_glance(runs),
         curve_runs=[(number, runs[number].name) for number in curve_runs],
         panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables, by_seed=_by_seed(runs),
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
-        several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
+        over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages), several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
     )  # fmt: skip
 
 
@@ -166,6 +168,12 @@ def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
             gain = stage_two.shown(best[1], found.percent, signed=True)
             value = stage_two.shown(found.mean(best[0]), found.percent) + (" %" if found.percent else "")
             add("Stage two", value, f"{best[0]}: {gain} against {found.baseline}")
+        elif study.stage == "finetune" and (rows := stage_two.seeds_of(study)):
+            name, percent = next(iter(rows[0])), stage_two.in_percent(study)
+            value = stage_two.shown(interval([row[name] for row in rows if name in row]), percent)
+            add(
+                "Stage two", value + (" %" if percent else ""), f"{stage_two.spoken(name)}, {stage_two.title_of(study)}"
+            )
     if rank := last(run, "effective_rank"):
         add("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}")
     if loss := last(run, "loss", step_only=True):

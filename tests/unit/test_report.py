@@ -78,7 +78,9 @@ def test_curves_are_what_was_logged(tmp_path: Path) -> None:
             "effective_rank"} == set(by_key)  # fmt: skip
     # Step, epoch, seconds and value; the evaluation's own "loss" is none of the pretext task's.
     assert by_key["loss"]["lines"][0]["points"][3] == [4, 0.4, 4.0, 2.5]
-    assert len(by_key["loss"]["lines"][0]["points"]) == 20
+    assert [row[3] for row in by_key["loss"]["lines"][0]["points"]] == [
+        pytest.approx(10 / step, rel=1e-5) for step in range(1, 21)
+    ]
     assert [row[3] for row in by_key["knn"]["lines"][0]["points"]] == [0.5, 0.6, 0.7]
     assert [row[0] for row in by_key["knn"]["lines"][0]["points"]] == [0, 10, 20]
     assert payload(page([run], looking=blind))["charts"] == list(by_key.values())
@@ -258,6 +260,9 @@ def test_only_the_settings_that_differ(tmp_path: Path) -> None:
     assert table
     assert table.rows == [["extra", "—", "null"], ["pretext.temperature.value", "0.1", "0.5"]]
     assert difference(runs[:1]) is None
+    alike = read_runs([tmp_path / "a", write_pretrain(tmp_path / "c"), write_finetune(tmp_path / "d", [0.5])])
+    assert "No setting differs" in page(alike, looking=blind)
+    assert "No setting differs" not in page(alike[1:], looking=blind)  # stages have no settings to compare
 
 
 def test_the_spectrum_of_known_features() -> None:
@@ -453,6 +458,15 @@ def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lock.close()
     assert pages == [3, 3]
     assert payload(path.read_text())["refresh"] == 0
+
+
+def test_the_key_figures_of_both_stages(tmp_path: Path) -> None:
+    runs = read_runs([write_pretrain(tmp_path / "one"), write_finetune(tmp_path / "two", [0.7, 0.8, 0.9])])
+    text = Page(page(runs, looking=blind)).text
+    assert "kNN on dev 70.0 % +20.0 points over untrained" in text
+    assert "Stage two 80.0 ± 24.8 % accuracy, LP-FT classification" in text
+    assert "Effective rank 60 feature std 0.80" in text
+    assert "Time 20 s 1,000 images/s" in text
 
 
 def test_durations() -> None:
