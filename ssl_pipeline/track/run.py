@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
@@ -279,6 +280,7 @@ def _start(data: dict[str, str]) -> dict[str, Any]:
         "command": redact_command(sys.argv),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "device": _device(),
         "versions": versions(),
         "data": data,
     }
@@ -290,6 +292,15 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError):
         return []
     return starts
+
+
+def _device() -> str | None:
+    """What the run computes on, such as ``2 × NVIDIA H100``; None where no accelerator was started."""
+    if not is_initialized():
+        return None
+    state = AcceleratorState()
+    name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else str(state.device)
+    return name if state.num_processes == 1 else f"{state.num_processes} × {name}"
 
 
 def _commit() -> str | None:

@@ -14,7 +14,7 @@ LEVELS = [
     {"model", "losses"},
     {"pretext", "downstream", "domain", "evaluate", "data", "views", "engine", "track"},
     {"pretrain", "finetune"},
-    {"study", "deliver", "bench"},
+    {"study", "deliver", "report", "bench"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -69,7 +69,7 @@ def test_resume_continues_the_same_run(tmp_path: Path) -> None:
         assert run.resumed
     starts = json.loads((run.path / "run.json").read_text())["starts"]
     assert len(starts) == 2
-    assert starts[0].keys() == {"started", "command", "commit", "threads", "versions", "data"}
+    assert starts[0].keys() == {"started", "command", "commit", "threads", "device", "versions", "data"}
     assert starts[1]["changed"] == []
 
 

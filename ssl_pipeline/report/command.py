@@ -1,0 +1,121 @@
+"""``ssl-pipeline report RUN…``: what runs learned, on one page that needs no network."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.command import leave
+from ssl_pipeline.report.look import Look, look
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.read import RunRecord, read_runs
+from ssl_pipeline.track.progress import console
+from ssl_pipeline.track.run import write_text_atomic
+
+_ENDINGS = (".html", ".htm")
+_NAME = "report.html"
+
+
+def report(folders: Sequence[Path], output: Path | None = None, refresh: int = 0) -> tuple[Path, list[RunRecord]]:
+    """Writes the page.
+
+    Args:
+        folders: of runs, or of folders of runs.
+        output: the page; by default ``report.html`` in the one folder, or in the current one for several.
+        refresh: seconds after which the page reloads itself while a run goes on; 0 for never.
+
+    Returns:
+        The page, and the runs on it.
+
+    Raises:
+        ConfigError: a folder that holds no run, or a page that can't be written.
+    """
+    path = _path(folders, output)
+    return path, _write(folders, path, refresh, _Looks())
+
+
+def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
+    """Writes the page again and again until no run is going any more.
+
+    Raises:
+        ConfigError: see :func:`report`.
+    """
+    path, looks = _path(folders, output), _Looks()
+    runs = _write(folders, path, seconds, looks)
+    console().print(f"wrote {path}: open it, it refreshes itself every {seconds} s (Ctrl-C ends this)", markup=False)
+    while any(run.state == "running" for run in runs):
+        time.sleep(seconds)
+        runs = _write(folders, path, seconds, looks)
+    console().print(f"no run is going any more: {path} is as it stays", markup=False)
+    return path
+
+
+class _Looks:
+    """Remembers what was seen of a run, which a page that is written every few seconds must not read anew."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Path, float], Look] = {}
+
+    def __call__(self, run: RunRecord) -> Look:
+        weights = run.folder / "encoder.safetensors"
+        key = run.folder, weights.stat().st_mtime if weights.is_file() else 0.0
+        if key not in self._seen:
+            self._seen[key] = look(run)
+        return self._seen[key]
+
+
+def _path(folders: Sequence[Path], output: Path | None) -> Path:
+    path = output or (folders[0] / _NAME if len(folders) == 1 else Path(_NAME))
+    if path.suffix.lower() not in _ENDINGS:
+        raise ConfigError(f"--output: {str(path)!r} is no page's name: end it in .html.")
+    if output is not None and not path.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    return path
+
+
+def _write(folders: Sequence[Path], path: Path, refresh: int, looks: _Looks) -> list[RunRecord]:
+    runs = read_runs(folders)
+    going = any(run.state == "running" for run in runs)
+    text = page(runs, refresh if going else 0, looks)
+    try:
+        write_text_atomic(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{str(path)!r} can't be written ({error.strerror}): name another file by --output."
+        ) from error
+    return runs
+
+
+def _seconds(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("give 1 second or more")
+    return value
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="ssl-pipeline report", description=__doc__)
+    parser.add_argument("run", nargs="+", type=Path, help="a run's folder, of any stage, or a folder of run folders")
+    parser.add_argument("--output", type=Path, help="the page; by default report.html in the one folder, or here")
+    parser.add_argument(
+        "--watch", nargs="?", type=_seconds, const=10, metavar="SECONDS", help="write it again while a run goes on"
+    )
+    options = parser.parse_args()
+    try:
+        if options.watch is None:
+            path, _ = report(options.run, options.output)
+            console().print(f"wrote {path}", markup=False)
+        else:
+            watch(options.run, options.output, options.watch)
+    except UserError as error:
+        leave(error, "ssl-pipeline report --help")
+    except KeyboardInterrupt:
+        console().print("stopped; the page stays as it was written last", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""A run's folder as the report reads it: whatever is there, and sentences about what is not."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
+
+Stage = Literal["pretrain", "finetune", "study"]
+State = Literal["finished", "running", "stopped"]
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder holds.
+
+    Attributes:
+        folder: where it is.
+        name: for people; unique on a page.
+        stage: what made it.
+        state: ``running`` while a process holds the folder, ``finished`` with its last file written, ``stopped`` otherwise.
+        config: its ``config.yaml``, plain.
+        starts: of ``run.json``, the first one first.
+        lines: of ``metrics.jsonl``.
+        card: its ``card.json``; empty where it has none.
+        results: its ``results.json``, likewise.
+        study: its ``study.json``, likewise.
+        domain: its ``domain.json``, likewise.
+        conditions: of a study, the runs below it.
+        notes: what is missing or broken, for the page.
+    """
+
+    folder: Path
+    name: str
+    stage: Stage
+    state: State
+    config: dict[str, Any]
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    card: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    study: dict[str, Any] = field(default_factory=dict)
+    domain: dict[str, Any] = field(default_factory=dict)
+    conditions: tuple[RunRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """From the first start to the last figure or file; None where neither is known."""
+        began = self.began
+        ends = [float(line["time"]) for line in self.lines[-1:] if isinstance(line.get("time"), int | float)]
+        if not ends and self.state == "finished":
+            ends = [file.stat().st_mtime for file in self.folder.glob("*.json")]
+        if began is None or not ends:
+            return None
+        return max(0.0, max(ends) - began)
+
+    @property
+    def began(self) -> float | None:
+        """When it was first started, in seconds since 1970."""
+        try:
+            return datetime.datetime.fromisoformat(self.starts[0]["started"]).timestamp()
+        except (IndexError, KeyError, TypeError, ValueError):
+            return None
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """The runs of some folders; a folder of run folders stands for those.
+
+    Raises:
+        ConfigError: naming every folder that holds none.
+    """
+    found, problems = list[Path](), list[str]()
+    for folder in folders:
+        try:
+            runs = [folder] if (folder / CONFIG).is_file() else _runs_below(folder)
+        except OSError as error:
+            problems.append(f"{str(folder)!r} can't be read ({error.strerror}): give the folder of a run.")
+            continue
+        found += [run for run in runs if run.resolve() not in {other.resolve() for other in found}]
+        if not runs:
+            problems.append(
+                f"{str(folder)!r} holds no run: give a folder that `pretrain`, `finetune` or `study` wrote, with its {CONFIG}."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name, with as many of its parents as tell it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str) -> RunRecord:
+    notes: list[str] = []
+    config = _config(folder / CONFIG, notes)
+    stage = _stage(config, folder)
+    lines = _lines(folder / FILE_NAME, notes, wanted=stage != "study")
+    card, results, study = (_object(folder / f"{file}.json", notes) for file in ("card", "results", "study"))
+    starts = _object(folder / "run.json", notes).get("starts")
+    last = {"pretrain": card, "finetune": results, "study": study}[stage]
+    state: State = "finished" if last else "running" if _is_held(folder) else "stopped"
+    if state == "running":
+        notes.append("It is still going: these are its figures so far.")
+    elif state == "stopped":
+        notes.append("It was stopped before its end: these are the figures that it left.")
+    below = _runs_below(folder) if stage == "study" else []
+    if stage == "study" and not study:
+        study = _cells(folder, notes)
+    conditions = tuple(_read(path, path.name) for path in below)
+    return RunRecord(
+        folder, name, stage, state, config, [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else [],
+        lines, card, results, study, _object(folder / "domain.json", notes), conditions, tuple(notes),
+    )  # fmt: skip
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # no YAML, or no text at all: whatever the parsers raise
+        notes.append(f"{path.name} can't be read ({_first_line(error)}).")
+        return {}
+    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
+
+
+def _stage(config: dict[str, Any], folder: Path) -> Stage:
+    if "pretext" in config:
+        return "pretrain"
+    if "downstream" in config:
+        return "finetune"
+    is_study = "conditions" in config or "common" in config or (folder / "study.json").exists()
+    return "study" if is_study else "pretrain"
+
+
+def _cells(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """The rows of a study that has not written its table yet: each of its cells is a file."""
+    rows = [cell for file in sorted(folder.glob("cells/*.json")) if (cell := _object(file, notes))]
+    return {"rows": rows} if rows else {}
+
+
+def _lines(path: Path, notes: list[str], wanted: bool) -> list[dict[str, Any]]:
+    try:
+        lines = read_metrics(path)
+        written = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+    except OSError:
+        if wanted:
+            notes.append(f"It has no {path.name}: no figure was logged.")
+        return []
+    if wanted and not lines:
+        notes.append(f"{path.name} holds no figure yet.")
+    if written > len(lines):
+        notes.append(f"{written - len(lines)} broken line(s) of {path.name} are left out.")
+    return lines
+
+
+def _object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON file's object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} is damaged ({_first_line(error)}).")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process holds the folder's lock; the shared lock that finds it out is given back at once."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks tells nothing
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

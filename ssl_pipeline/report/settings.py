@@ -1,0 +1,76 @@
+"""How runs were set up: the settings in which they differ, and what they ran on."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from ssl_pipeline.report.read import RunRecord
+from ssl_pipeline.report.stage_two import Table
+from ssl_pipeline.report.summary import duration
+
+_ABSENT = "—"
+
+
+def difference(runs: Sequence[RunRecord]) -> Table | None:
+    """The keys whose values differ, side by side; a stage's runs are compared among themselves only."""
+    rows: list[list[str]] = []
+    for stage in ("pretrain", "finetune", "study"):
+        flat = {run.name: flatten(run.config) for run in runs if run.stage == stage}
+        if len(flat) < 2:
+            continue
+        for key in sorted({key for values in flat.values() for key in values}):
+            values = [flat[run.name].get(key, _ABSENT) if run.name in flat else "" for run in runs]
+            if len({value for run, value in zip(runs, values, strict=True) if run.name in flat}) > 1:
+                rows.append([key, *values])
+    if not rows:
+        return None
+    return Table("Settings that differ", ["key", *(run.name for run in runs)], rows)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys, and their values as they are written in YAML's way."""
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix: _written(tree)}
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def system(runs: Sequence[RunRecord]) -> Table:
+    """What each run ran on: command, commit, device, threads, versions, times."""
+    facts = [_facts(run) for run in runs]
+    names = list(dict.fromkeys(name for of_run in facts for name in of_run))
+    rows = [[name, *(of_run.get(name, _ABSENT) for of_run in facts)] for name in names]
+    return Table("System", ["", *(run.name for run in runs)], rows)
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    start = run.starts[-1] if run.starts else {}
+    versions = start.get("versions")
+    facts = {
+        "folder": str(run.folder),
+        "state": run.state,
+        "started": _when(run.began),
+        "duration": duration(run.seconds),
+        "starts": str(len(run.starts)),
+        "device": str(start.get("device") or "not recorded"),
+        "threads": str(start.get("threads", _ABSENT)),
+        "commit": str(start.get("commit") or _ABSENT)[:12],
+        "command": " ".join(map(str, start.get("command") or [_ABSENT])),
+    }
+    return facts | ({str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {})
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return _ABSENT
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

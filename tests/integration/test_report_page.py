@@ -1,0 +1,212 @@
+"""The report in a real Chromium: nothing is loaded, nothing complains, every picture is there, every control does something."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.bench.chromium import Chromium, find_chromium
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.report.command import report
+from tests.report_runs import write_finetune, write_pretrain, write_study
+from tests.runs import tiny_finetune, tiny_pretrain
+
+BINARY = find_chromium()
+pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium is installed here")
+PANELS = {"curves", "stage-two", "temperature", "collapse", "map", "neighbours", "views", "settings", "system"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stage-one runs, stage two of one of them, and a study: a page with every control there is."""
+    root = tmp_path_factory.mktemp("report")
+    first = pretrain(tiny_pretrain(root / "first", "evaluate_every=2 steps"))
+    second = pretrain(tiny_pretrain(root / "second", "pretext.temperature.value=0.2", "steps=6"))
+    finetune(tiny_finetune(first, root / "two", "regime=frozen", "seeds=2"))
+    rows = [
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": 0.01 * labels}}
+        for labels in (10, 20) for seed in (0, 1)
+    ]  # fmt: skip
+    study = write_study(root / "study", {"rows": rows})
+    write_finetune(study / "frozen", [0.1, 0.2], confusion={"classes": ["a", "b"], "matrix": [[3, 1], [1, 3]]})
+    return report([first, second, root / "two", study], root / "page.html")[0]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    assert BINARY is not None
+    with Chromium(BINARY) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_is_whole_and_alone(chromium: Chromium, made: Path, width: int, scheme: str) -> None:
+    chromium.complaints.clear()
+    chromium.requests.clear()
+    chromium.open(made, width, 844, scheme)
+    assert set(chromium.run("[...document.querySelectorAll('.panel')].map(panel => panel.id)")) == PANELS
+    chromium.run("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    pictures = chromium.run("[...document.images].map(image => [image.naturalWidth, image.alt])")
+    assert len(pictures) > 100
+    assert all(size > 0 and alt for size, alt in pictures)
+    sprites = chromium.run(
+        "Promise.all([...document.querySelectorAll('.thumb i')].map(async node => { const picture = new Image();"
+        " picture.src = node.style.backgroundImage.slice(5, -2); await picture.decode(); return picture.naturalWidth; }))"
+    )
+    assert len(sprites) == 2
+    assert min(sprites) > 0
+    assert chromium.run("[...document.querySelectorAll('.chart svg')].every(svg => svg.querySelector('.line, circle'))")
+    assert chromium.run("document.documentElement.scrollWidth <= innerWidth")  # no sideways scroll
+    assert chromium.requests == [made.resolve().as_uri()]
+    assert chromium.complaints == []
+    dark = chromium.run("getComputedStyle(document.body).backgroundColor")
+    assert (dark == "rgb(19, 20, 23)") == (scheme == "dark")
+
+
+def test_a_control_without_a_name_or_a_place_too_small_is_none(chromium: Chromium, made: Path) -> None:
+    """Each control has a name that is read aloud, is reached by the keyboard, and is large enough for a finger (WCAG 2.2: 24 px)."""
+    chromium.open(made, 390, 844)
+    controls = chromium.run(
+        "[...document.querySelectorAll('button, input, summary, .chart svg, .plane svg')].map(node => ({"
+        " name: node.getAttribute('aria-label') || node.textContent.trim() || node.closest('label')?.textContent.trim() || '',"
+        " reached: node.tabIndex >= 0, height: node.getBoundingClientRect().height }))"
+    )
+    assert len(controls) > 40
+    assert [
+        control for control in controls if not control["name"] or not control["reached"] or control["height"] < 24
+    ] == []
+    assert chromium.run("[...document.querySelectorAll('h1, h2, h3')].map(h => Number(h.tagName[1]))"
+                        ".every((level, place, all) => place === 0 ? level === 1 : level <= all[place - 1] + 1)")  # fmt: skip
+
+
+def test_text_stands_out_from_its_ground(chromium: Chromium, made: Path) -> None:
+    """The contrast of the colours that text is written in, by WCAG's formula: 4.5 or more in both themes."""
+    script = """(() => {
+      const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+      const luminance = (colour) => {
+        canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(value => value / 255)
+          .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const probe = document.body.appendChild(document.createElement('i'));
+      const of = (name) => { probe.style.color = `var(${name})`; return luminance(getComputedStyle(probe).color); };
+      const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      const inks = ['--ink', '--muted', '--accent', '--warn', ...[0, 1, 2, 3, 4, 5, 6, 7].map(n => `--run-${n}`)];
+      return Object.fromEntries(inks.map(ink => [ink, Math.min(ratio(of(ink), of('--paper')), ratio(of(ink), of('--surface')))]));
+    })()"""
+    for scheme in ("light", "dark"):
+        chromium.open(made, scheme=scheme)
+        assert {ink: ratio for ink, ratio in chromium.run(script).items() if ratio < 4.5} == {}
+
+
+def press(chromium: Chromium, selector: str) -> None:
+    """A real click in the middle of an element."""
+    script = (
+        f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
+        " node.scrollIntoView({ block: 'center', behavior: 'instant' });"
+        " const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+    )
+    chromium.click(*chromium.run(script))
+
+
+def pressed(chromium: Chromium, selector: str) -> bool:
+    return bool(chromium.run(f"document.querySelector({json.dumps(selector)}).getAttribute('aria-pressed') === 'true'"))
+
+
+def drawing(chromium: Chromium, chart: str) -> str:
+    return str(chromium.run(f"document.querySelector('[data-chart={chart}] svg').innerHTML"))
+
+
+def test_a_click_on_each_control_changes_what_is_shown(chromium: Chromium, made: Path) -> None:
+    chromium.open(made)
+    chromium.run("sessionStorage.clear()")
+    chromium.open(made)
+    chromium.complaints.clear()
+    before = drawing(chromium, "loss")
+    for axis in ("epoch", "time", "step"):
+        press(chromium, f"[data-axis={axis}]")
+        assert pressed(chromium, f"[data-axis={axis}]")
+        assert (drawing(chromium, "loss") == before) == (axis == "step")
+    for chart in chromium.run("[...document.querySelectorAll('[data-chart]')].map(node => node.dataset.chart)"):
+        selector, plain = f"[data-chart={chart}] [data-log]", drawing(chromium, chart)
+        was = pressed(chromium, selector)
+        press(chromium, selector)
+        assert pressed(chromium, selector) != was
+        assert drawing(chromium, chart) != plain or chart in ("uniformity",)  # below 0 there is no logarithm
+    press(chromium, "#reset")
+    press(chromium, "[data-run='1']")
+    assert not pressed(chromium, "[data-run='1']")
+    assert drawing(chromium, "loss").count('class="line"') == 1
+    press(chromium, "#smoothing")  # the middle of the slider
+    assert float(chromium.run("document.querySelector('#smoothing').value")) == pytest.approx(0.49, abs=0.05)
+    assert drawing(chromium, "loss").count('class="raw"') == 1
+    for field, value in (("from", 2), ("to", 3)):
+        chromium.run(f"(() => {{ const field = document.querySelector('#{field}'); field.value = {value};"
+                     " field.dispatchEvent(new Event('change')); })()")  # fmt: skip
+    assert drawing(chromium, "loss").count("<circle") == 2
+    press(chromium, "#reset")
+    assert drawing(chromium, "loss") == before
+    dots = "document.querySelectorAll('[data-map] circle').length"
+    every = chromium.run(dots)
+    press(chromium, "[data-map='0'] [data-class='0']")
+    assert 0 < chromium.run(dots) < every
+    place = "document.querySelector(\"[data-map='0'] circle\").getAttribute('cx')"
+    places = set()
+    for layout in chromium.run(
+        "[...document.querySelectorAll(\"[data-map='0'] [data-layout]\")].map(b => b.dataset.layout)"
+    ):
+        press(chromium, f"[data-map='0'] [data-layout='{layout}']")
+        assert pressed(chromium, f"[data-map='0'] [data-layout='{layout}']")
+        places.add(chromium.run(place))
+    assert len(places) == 2
+    for theme, colour in (("light", "rgb(251, 250, 247)"), ("dark", "rgb(19, 20, 23)"), ("auto", "rgb(251, 250, 247)")):
+        press(chromium, "#theme")
+        assert chromium.run("document.querySelector('#theme').textContent") == f"theme: {theme}"
+        assert chromium.run("getComputedStyle(document.body).backgroundColor") == colour
+    for key in chromium.run("[...document.querySelectorAll('details')].map(node => node.dataset.key)"):
+        is_open = f"document.querySelector(\"[data-key='{key}']\").open"
+        was = chromium.run(is_open)
+        press(chromium, f"[data-key='{key}'] summary")
+        assert chromium.run(is_open) != was
+    for link in chromium.run("[...document.querySelectorAll('nav a')].map(node => node.getAttribute('href'))"):
+        press(chromium, f"nav [href='{link}']")
+        assert chromium.run("location.hash") == link
+    assert chromium.complaints == []
+
+
+def test_pointing_and_arrow_keys_tell_the_values_that_were_logged(chromium: Chromium, made: Path) -> None:
+    chromium.open(made)
+    chromium.run("sessionStorage.clear()")
+    chromium.open(made)
+    line = json.loads((made.parent / "second" / "metrics.jsonl").read_text().splitlines()[-1])
+    chromium.run("document.querySelector('[data-chart=loss] svg').focus()")
+    for kind in ("keyDown", "keyUp"):
+        chromium.call("Input.dispatchKeyEvent", {"type": kind, "key": "ArrowRight", "code": "ArrowRight"})
+    told = chromium.run("document.querySelector('[data-chart=loss] output').textContent")
+    assert told.startswith("step 6")
+    assert f"second {line['pretrain/loss']:.3g}" in told
+    press(chromium, "[data-map='0'] circle")
+    assert chromium.run("!document.querySelector(\"[data-map='0'] .thumb\").hidden")
+    name = chromium.run("document.querySelector(\"[data-map='0'] .thumb span\").textContent")
+    assert name in chromium.run(
+        "[...document.querySelectorAll(\"[data-map='0'] [data-class]\")].map(b => b.textContent)"
+    )
+
+
+def test_a_page_that_is_watched_reloads_and_stays_where_it_was(chromium: Chromium, tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run", card=False)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path, _ = report([folder], refresh=1)
+        chromium.open(path)
+        chromium.run("window.before = true; window.scrollTo({ top: 400, behavior: 'instant' });"
+                     " document.querySelector('[data-axis=epoch]').click()")  # fmt: skip
+        chromium.wait("window.before === undefined && document.readyState === 'complete'")
+    assert chromium.run("window.scrollY") == 400
+    assert pressed(chromium, "[data-axis=epoch]")

@@ -1,0 +1,79 @@
+"""The report of real runs: without labels, before the encoder is there, and when the data has gone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ssl_pipeline.config.base import dump
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.report.command import report
+from ssl_pipeline.report.look import look
+from ssl_pipeline.report.read import read_runs
+from tests.pictures import colour_folder
+from tests.report_runs import write_pretrain
+from tests.runs import tiny_pretrain
+
+COLOURS = 60
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images without classes, and a run on it."""
+    root = tmp_path_factory.mktemp("unlabelled")
+    (root / "photos").mkdir()
+    for file in colour_folder(root / "colours").rglob("*.png"):
+        file.rename(root / "photos" / f"{file.parent.name}_{file.name}")
+    wanted = ["data=folder", f"data.path={root / 'photos'}", "data.dev=0.2", "steps=2", "workers=0"]
+    config = tiny_pretrain(root / "run", *wanted)
+    return root / "photos", pretrain(config)
+
+
+def test_a_run_without_labels_shows_all_that_needs_none(unlabelled: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folder = unlabelled
+    (run,) = read_runs([folder])
+    seen = look(run)
+    assert seen.notes == ()
+    assert seen.map is not None
+    assert seen.map["labels"] is None
+    assert len(seen.map["names"]) == COLOURS
+    assert seen.spectrum is not None
+    assert seen.spectrum["width"] == len(seen.spectrum["std"])
+    assert seen.neighbours
+    assert seen.neighbours[0]["query"]["label"] is None
+    path, _ = report([folder], tmp_path / "page.html")
+    assert "Without labels nobody knows its kNN accuracy." in path.read_text()
+
+
+def test_before_the_encoder_is_there_the_views_are(tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run", card=False)
+    config = dump(tiny_pretrain(None, "views.local.count=2", "views.local.size=8"))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    seen = look(read_runs([folder])[0])
+    assert seen.views is not None
+    assert [group["count"] for group in seen.views["groups"]] == [1, 4, 4, 4]
+    assert [len(group) for group in seen.views["rows"][0]] == [1, 4, 4, 4]
+    assert seen.map is None
+    assert "once the run has written its encoder" in seen.notes[0]
+
+
+def test_data_that_has_gone_and_weights_that_are_damaged_are_told(
+    unlabelled: tuple[Path, Path], tmp_path: Path
+) -> None:
+    photos, folder = unlabelled
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "encoder.safetensors").write_bytes(b"nothing")
+    seen = look(read_runs([tmp_path / "run"])[0])
+    assert seen.views is not None
+    assert "can't be shown" in seen.notes[0]
+    assert "is damaged" in seen.notes[0]
+    moved = photos.rename(photos.with_name("elsewhere"))
+    try:
+        path, _ = report([folder], tmp_path / "page.html")
+    finally:
+        moved.rename(photos)
+    assert "the data can&#39;t be reached" in path.read_text()
+    assert 'id="curves"' in path.read_text()

@@ -1,0 +1,197 @@
+"""The report against the files that it reads: each curve, map and setting, and nothing that escapes its place."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.report.curves import charts, points, thin
+from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, spectrum
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.planes import neighbour_plane, planes, principal_plane
+from ssl_pipeline.report.read import read_runs
+from ssl_pipeline.report.settings import difference
+from ssl_pipeline.report.summary import duration, summary
+from tests.report_page import Page, blind, payload
+from tests.report_runs import write_finetune, write_pretrain, write_study
+
+
+def test_curves_are_what_was_logged(tmp_path: Path) -> None:
+    run = read_runs([write_pretrain(tmp_path / "run")])[0]
+    by_key = {chart["key"]: chart for chart in charts([run])}
+    assert {"loss", "knn", "lr", "images_per_s", "data_wait", "temperature", "entropy_share", "hardest_1pct", "feature_std",
+            "effective_rank"} == set(by_key)  # fmt: skip
+    # Step, epoch, seconds and value; the evaluation's own "loss" is none of the pretext task's.
+    assert by_key["loss"]["lines"][0]["points"][3] == [4, 0.4, 4.0, 2.5]
+    assert [row[3] for row in by_key["loss"]["lines"][0]["points"]] == [
+        pytest.approx(10 / step, rel=1e-5) for step in range(1, 21)
+    ]
+    assert [row[3] for row in by_key["knn"]["lines"][0]["points"]] == [0.5, 0.6, 0.7]
+    assert [row[0] for row in by_key["knn"]["lines"][0]["points"]] == [0, 10, 20]
+    assert payload(page([run], looking=blind))["charts"] == list(by_key.values())
+
+
+def test_a_figure_that_is_no_number_is_a_gap(tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run", steps=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "time": 1767323048.0, "pretrain/loss": "nan"}\n')
+    run = read_runs([folder])[0]
+    assert points(run, ("loss",), step_only=True)[-1] == [3, 0.3, 3.0, None]
+    payload(page([run], looking=blind))  # JSON knows no NaN: a page that held one would not be read
+
+
+@given(st.integers(1, 5000), st.integers(2, 700))
+def test_thinning_keeps_both_ends_and_the_order(count: int, most: int) -> None:
+    rows: list[list[float | None]] = [[float(i)] for i in range(count)]
+    kept = thin(rows, most)
+    assert kept[0] == rows[0]
+    assert kept[-1] == rows[-1]
+    assert len(kept) <= most + 1
+    assert kept == sorted(kept, key=lambda row: row[0] or 0.0)
+    assert len({row[0] for row in kept}) == len(kept)
+
+
+def test_the_sentence_of_stage_one(tmp_path: Path) -> None:
+    told = " ".join(summary(read_runs([write_pretrain(tmp_path / "run")])[0]))
+    assert told.startswith("SimCLR trained small_resnet on embedded for 20 steps in 20 s.")
+    assert "kNN accuracy on dev rose from 50.0 % untrained to 70.0 %." in told
+    assert "did not collapse: std 0.80, effective rank 60" in told
+
+
+def test_a_collapse_is_told(tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "eval/feature_std": 0.01, "eval/effective_rank": 1.0, "eval/knn": 0.1}\n')
+    told = " ".join(summary(read_runs([folder])[0]))
+    assert "have collapsed" in told
+    assert "kNN accuracy on dev fell from 50.0 % untrained to 10.0 %" in told
+
+
+def test_only_the_settings_that_differ(tmp_path: Path) -> None:
+    runs = read_runs([write_pretrain(tmp_path / "a"), write_pretrain(tmp_path / "b", temperature=0.5, extra=None)])
+    table = difference(runs)
+    assert table
+    assert table.rows == [["extra", "—", "null"], ["pretext.temperature.value", "0.1", "0.5"]]
+    assert difference(runs[:1]) is None
+    alike = read_runs([tmp_path / "a", write_pretrain(tmp_path / "c"), write_finetune(tmp_path / "d", [0.5])])
+    assert "No setting differs" in page(alike, looking=blind)
+    assert "No setting differs" not in page(alike[1:], looking=blind)  # stages have no settings to compare
+
+
+def test_the_spectrum_of_known_features() -> None:
+    torch.manual_seed(0)
+    flat = torch.nn.functional.normalize(torch.randn(4000, 8), dim=1)
+    found = spectrum(flat)
+    assert found["share"] == pytest.approx([1 / 8] * 8, rel=0.15)
+    assert found["std"] == pytest.approx([1.0] * 8, rel=0.1)
+    assert sum(found["share"]) == pytest.approx(1, abs=1e-3)
+    line = torch.randn(50, 1) * torch.tensor([[1.0, 0, 0, 0]]) + torch.tensor([[0, 1.0, 0, 0]])
+    assert spectrum(line)["std"][2:] == [0.0, 0.0]
+    assert spectrum(torch.ones(5, 4))["share"] == pytest.approx([0] * 4, abs=1e-6)
+
+
+def test_the_plane_is_that_of_the_covariance() -> None:
+    torch.manual_seed(1)
+    features = torch.randn(60, 6)
+    plane, variance = principal_plane(features)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    values, vectors = torch.linalg.eigh(torch.cov(unit.T, correction=0))
+    expected = (unit - unit.mean(0)) @ vectors[:, [-1, -2]]
+    assert torch.allclose(plane.abs(), expected.abs(), atol=1e-10)
+    assert torch.allclose(variance, values[[-1, -2]] / values.sum())
+
+
+def test_neighbours_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    group = torch.arange(120) % 3
+    features = torch.eye(3, 16)[group] * 4 + torch.randn(120, 16)
+    plane = neighbour_plane(features)
+    assert plane is not None
+    nearest = torch.cdist(plane, plane).fill_diagonal_(torch.inf).argmin(1)
+    assert (group[nearest] == group).float().mean() > 0.95
+    again = neighbour_plane(features)
+    assert again is not None
+    assert torch.equal(plane, again)
+    assert [layout["name"] for layout in planes(features)] == ["PCA", "t-SNE"]
+    assert [layout["name"] for layout in planes(torch.ones(120, 16))] == ["PCA"]  # collapsed
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # not installed
+    assert [layout["name"] for layout in planes(features)] == ["PCA"]
+
+
+def small_source(count: int = 12) -> ArraySource:
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].mul(20).expand(count, 1, 8, 8).contiguous()
+    return ArraySource("small", pixels, torch.arange(count) % 3, ("a", "b", "c"))
+
+
+def test_neighbours_are_the_nearest_by_brute_force() -> None:
+    torch.manual_seed(2)
+    features, source, index = torch.randn(12, 5), small_source(), torch.arange(12)
+    strips = neighbour_strips(features, source, index)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    for strip in strips:
+        query = int(strip["query"]["name"].removeprefix("image "))
+        order = (unit @ unit[query]).argsort(descending=True).tolist()
+        order.remove(query)
+        assert [near["name"] for near in strip["near"]] == [f"image {i}" for i in order[:7]]
+        assert [near["same"] for near in strip["near"]] == [i % 3 == query % 3 for i in order[:7]]
+    assert [strip["query"]["label"] for strip in strips[:3]] == ["a", "b", "c"]
+
+
+def test_the_map_has_a_place_and_a_thumbnail_for_each_image() -> None:
+    torch.manual_seed(3)
+    found = map_of(torch.randn(12, 5), small_source(), torch.arange(12))
+    assert found
+    (layout,) = found["layouts"]
+    assert len(layout["points"]) == len(found["labels"]) == len(found["names"]) == 12
+    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in layout["points"])
+    assert found["size"] == 8
+    assert map_of(torch.randn(2, 5), small_source(2), torch.arange(2)) is None
+
+
+WICKED = '"><script>alert(1)</script></script><img src=x onerror=alert(1)>&amp;'
+
+
+def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
+    stage_one = write_pretrain(tmp_path / "run", note=WICKED, pretext={"name": WICKED, "temperature": {"value": 1}})
+    stage_two = write_finetune(
+        tmp_path / "two", [0.5], confusion={"classes": [WICKED, "b"], "matrix": [[1, 0], [0, 1]]}
+    )
+    study = write_study(tmp_path / "study", {"accuracy": {WICKED: [0.1], "b": [0.2]}, "baseline": WICKED})
+    points_seen = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    source = small_source()
+    source.classes, source.name = (WICKED, "b", "c"), WICKED
+    seen = Look(
+        None, neighbour_strips(points_seen, source, torch.arange(12)), map_of(points_seen, source, torch.arange(12))
+    )
+    text = page(
+        read_runs([stage_one, stage_two, study]), looking=lambda run: seen if run.stage == "pretrain" else Look()
+    )
+    parsed = Page(text)
+    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    assert all("onerror" not in attributes for _, attributes in parsed.tags)
+    assert all((attributes.get("src") or "data:").startswith("data:") for _, attributes in parsed.tags)
+    assert WICKED in "".join(parsed.words)
+    assert payload(text)["maps"][0]["classes"][0] == WICKED
+
+
+def test_the_key_figures_of_both_stages(tmp_path: Path) -> None:
+    runs = read_runs([write_pretrain(tmp_path / "one"), write_finetune(tmp_path / "two", [0.7, 0.8, 0.9])])
+    text = Page(page(runs, looking=blind)).text
+    assert "kNN on dev 70.0 % +20.0 points over untrained" in text
+    assert "Stage two 80.0 ± 24.8 % accuracy, LP-FT classification" in text
+    assert "Effective rank 60 feature std 0.80" in text
+    assert "Time 20 s 1,000 images/s" in text
+
+
+def test_durations() -> None:
+    assert [duration(value) for value in (None, 0.2, 59.6, 130, 3600, 90061)] == ["—", "0 s", "1 min", "2 min 10 s", "1 h", "25 h 1 min"]  # fmt: skip
+
+
+def test_other_stages_have_nothing_to_look_at(tmp_path: Path) -> None:
+    assert look(read_runs([write_finetune(tmp_path / "run", [0.5])])[0]) == Look()

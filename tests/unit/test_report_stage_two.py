@@ -1,0 +1,149 @@
+"""Stage two in the report: means, intervals, differences by hand and by seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_pipeline.report.comparison import runs_comparison, study_comparison
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.read import read_runs
+from ssl_pipeline.report.stage_two import confusion, domain_table, results_table
+from ssl_pipeline.report.summary import summary
+from tests.report_page import Page, blind, payload
+from tests.report_runs import write_finetune, write_study
+
+
+def test_stage_two_with_its_interval(tmp_path: Path) -> None:
+    run = read_runs([write_finetune(tmp_path / "run", [0.7, 0.8, 0.9], seed=4)])[0]
+    table = results_table(run)
+    assert table
+    # Student's t with two degrees of freedom: 4.3027 · 0.1 / √3.
+    assert table.rows == [["accuracy", "80.0 ± 24.8", "70.0", "80.0", "90.0"]]
+    assert table.columns[2:] == ["seed 4", "seed 5", "seed 6"]
+    assert summary(run) == [
+        "LP-FT classification from pretrained weights: accuracy on test 80.0 ± 24.8 % over 3 seeds."
+    ]
+
+
+def test_runs_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    first = write_finetune(tmp_path / "a", [0.5, 0.6, 0.7], seed=0)
+    second = write_finetune(tmp_path / "b", [0.7, 0.9], seed=1)
+    found = runs_comparison(read_runs([first, second]))
+    assert found
+    assert found.baseline == "a"
+    difference_of_b = found.difference("b")
+    assert difference_of_b
+    assert difference_of_b.mean == pytest.approx((0.7 - 0.6 + 0.9 - 0.7) / 2)
+    apart = write_finetune(tmp_path / "c", [0.7], seed=9)
+    none_shared = runs_comparison(read_runs([first, apart]))
+    assert none_shared
+    assert none_shared.difference("c") is None
+
+
+@pytest.mark.parametrize("record", [
+    {"accuracy": {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}, "baseline": "scratch"},
+    {"rows": [{"init": init, "regime": "lp_ft", "labels": 10, "seed": seed, "figures": {"accuracy": value}}
+              for init, values in {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}.items()
+              for seed, value in enumerate(values)], "baseline": {"init": "scratch", "regime": "lp_ft"},
+     "split": "test", "figure": "accuracy", "in_percent": True},
+])  # fmt: skip
+def test_a_study_of_either_form(tmp_path: Path, record: dict[str, Any]) -> None:
+    run = read_runs([write_study(tmp_path / "study", record)])[0]
+    found = study_comparison(run)
+    assert found
+    (other,) = found.against
+    gain = found.difference(other)
+    assert gain
+    assert gain.mean == pytest.approx(0.2)
+    assert gain.half == pytest.approx(0, abs=1e-9)
+    assert "+20.0 ± 0.0 points (95 % interval, paired by seed): a gain." in summary(run)[0]
+    assert "+20.0 ± 0.0" in Page(page([run], looking=blind)).text
+
+
+def grid(figure: str = "accuracy") -> list[dict[str, Any]]:
+    """Two initialisations × two label counts × two seeds; pretraining brings 0.1 with 5 a class and 0.2 with 20."""
+    return [
+        {"init": init, "regime": regime, "labels": labels, "label_count": 10 * labels, "seed": seed,
+         "figures": {figure: 0.3 + 0.01 * seed + (gain if init == "pretrained" else 0)}}
+        for init, regime in (("random", "scratch"), ("pretrained", "lp_ft")) for labels, gain in ((5, 0.1), (20, 0.2)) for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def test_each_label_count_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    record = {"rows": grid(), "baseline": {"init": "random", "regime": "scratch"}, "left_out": {"official": "no network"},
+              "conclusion": ["One.", "Two."]}  # fmt: skip
+    run = read_runs([write_study(tmp_path / "study", record)])[0]
+    found = study_comparison(run)
+    assert found
+    assert found.table().columns == ["condition", "mean ± 95 %", "against random, scratch", "seeds"]
+    assert [(row[0], row[2]) for row in found.table().rows] == [
+        ("random, scratch, 5 a class", "—"), ("random, scratch, 20 a class", "—"),
+        ("pretrained, LP-FT, 5 a class", "+10.0 ± 0.0"), ("pretrained, LP-FT, 20 a class", "+20.0 ± 0.0"),
+    ]  # fmt: skip
+    assert summary(run) == ["One.", "Two.", "official was left out: no network"]
+    (chart,) = payload(page([run], looking=blind))["charts"]
+    assert [row[0] for row in chart["lines"][0]["points"]] == [50, 200]
+
+
+def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", {})
+    (folder / "study.json").unlink()
+    (folder / "config.yaml").write_text('{"common": [], "overrides": {}}')
+    (folder / "cells").mkdir()
+    for place, row in enumerate(grid()[:3]):
+        (folder / "cells" / f"{place}.json").write_text(json.dumps(row))
+    (folder / "cells" / "3.json").write_text("{")
+    (run,) = read_runs([folder])
+    assert (run.stage, run.state) == ("study", "stopped")
+    found = study_comparison(run)
+    assert found
+    assert found.values == {"random, scratch, 5 a class": {0: 0.3, 1: 0.31}, "random, scratch, 20 a class": {0: 0.3}}
+    assert "3.json is damaged" in Page(page([run], looking=blind)).text
+
+
+def test_figures_that_are_no_shares_are_not_told_in_percent(tmp_path: Path) -> None:
+    record = {
+        "rows": grid("mean_absolute_error"),
+        "in_percent": False,
+        "baseline": {"init": "random", "regime": "scratch"},
+    }
+    run = read_runs([write_study(tmp_path / "study", record)])[0]
+    text = Page(page([run], looking=blind)).text
+    assert "study: mean absolute error" in text
+    assert "+0.2 ± " in text
+    assert "(%)" not in text
+
+
+def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
+    rows = [
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": labels / 100 + seed / 10}}
+        for labels in (5, 20) for seed in (0, 1)
+    ]  # fmt: skip
+    run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
+    (chart,) = payload(page([run], looking=blind))["charts"]
+    (line,) = chart["lines"]
+    assert line["name"] == "pretrained, frozen"
+    assert [(row[0], row[3]) for row in line["points"]] == [(5.0, pytest.approx(0.1)), (20.0, pytest.approx(0.25))]
+    assert line["points"][0][5] - line["points"][0][3] == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-3)
+
+
+def test_confusion_and_domains(tmp_path: Path) -> None:
+    folder = write_finetune(tmp_path / "run", [0.5], confusion={"classes": ["cat", "dog"], "matrix": [[3, 1], [0, 4]]})
+    rows = [
+        {"method": "source_only", "source": "photo", "target": target, "seed": seed, "figures": {"accuracy": value}}
+        for target, values in {"sketch": [0.2, 0.4], "cartoon": [0.5, 0.5]}.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    (folder / "domain.json").write_text(json.dumps({"rows": rows}))
+    run = read_runs([folder])[0]
+    found = confusion(run)
+    assert found
+    assert found["rows"][0] == ("cat", [{"count": 3, "share": 0.75}, {"count": 1, "share": 0.25}])
+    table = domain_table(run)
+    assert table
+    assert table.columns == ["method", "trained on", "sketch", "cartoon"]
+    assert table.rows == [["source only", "photo", "30.0 ± 127.1", "50.0 ± 0.0"]]
+    assert {"stage-two", "domains"} <= Page(page([run], looking=blind)).ids()
