@@ -120,13 +120,18 @@ def finetune(config: FinetuneConfig) -> Result:
             result.figures.append(figures)
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
-                save(run.path, task, Card(
-                    kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
-                    data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence}, classes=pool.classes,
-                ))  # fmt: skip
+                save(run.path, task, model_card(config, blueprint, pool, figures))
     if run is not None:
         result.write()
     return result
+
+
+def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
+    """What a model is."""
+    return Card(
+        kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(), classes=pool.classes,
+        data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence},
+    )  # fmt: skip
 
 
 def finetune_and_tell(config: FinetuneConfig) -> None:
