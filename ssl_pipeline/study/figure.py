@@ -48,6 +48,9 @@ def draw(findings: Findings, files: Sequence[Path]) -> None:
         panel.grid(axis="y", linewidth=0.4, alpha=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False, loc="best")
+    if findings.in_percent:  # an interval of few seeds may reach beyond what a share can be
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(max(low, 0), min(high, 100))
     split = next(iter(findings.rows))["split"]
     axes[0].set_ylabel(f"{findings.figure} on {split}{' (%)' if findings.in_percent else ''}")
     for file in files:
