@@ -30,6 +30,7 @@ class Config(DenseConfig):
         least_score: predictions below it are dropped.
     """
 
+    gives = "boxes"
     width: int = Field(256, ge=1)
     hidden: int = Field(1024, ge=1)
     proposals: int = Field(1000, ge=1)

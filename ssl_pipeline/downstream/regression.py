@@ -28,6 +28,7 @@ class Config(VectorConfig):
     """
 
     in_percent = False
+    gives = "values"
     loss: Literal["squared", "huber"] = "squared"
 
     def build(self, encoder: Encoder, classes: int) -> Regression:

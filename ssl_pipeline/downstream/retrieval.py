@@ -28,7 +28,7 @@ class Config(VectorConfig):
         recall_at: an image counts as found when one of so many neighbours is of its class.
     """
 
-    gives_classes = True
+    gives = "classes"
     selects = False
     k: int = Field(20, ge=1)
     temperature: float = Field(0.1, gt=0)
