@@ -199,7 +199,7 @@ def test_options_that_do_not_go_together_are_told(tmp_path: Path, capsys: pytest
         ("other", {}, "from Python"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            open_answers(gives, ("a",), **options)  # type: ignore[arg-type]
+            open_answers(gives, ("a",), **options)
     with pytest.raises(SystemExit):
         main(
             [str(stage_two(tmp_path / "x", "regression")), str(tmp_path), "--format", "coco", "--annotations", "x.json"]
