@@ -145,10 +145,7 @@ def finetune(config: FinetuneConfig) -> Result:
             figures = task.evaluate(held_out, preprocessing, share)
             result.figures.append(figures)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
-                save(run.path, task, Card(
-                    kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
-                    data={"name": pool.name, "fingerprint": data["train"], "licence": pool.licence}, classes=pool.classes,
-                ))  # fmt: skip
+                save(run.path, task, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None:
                 shutil.rmtree(keeping.folder, ignore_errors=True)
@@ -169,6 +166,14 @@ def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str
         for line in read_metrics(folder)
         if line["step"] in seeds
     }
+
+
+def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
+    """What a model is."""
+    return Card(
+        kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(), classes=pool.classes,
+        data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence},
+    )  # fmt: skip
 
 
 def finetune_and_tell(config: FinetuneConfig) -> None:

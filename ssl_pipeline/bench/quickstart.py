@@ -39,14 +39,16 @@ def measure(rounds: int) -> dict[str, float]:
         if process.returncode:
             raise ConfigError(f"the quickstart ended with exit code {process.returncode}; its output is above.")
         study = json.loads((Path(folder) / "quickstart" / "study" / "study.json").read_text())
-    accuracy, knn = study["accuracy"], study["knn"]
-    gain = paired_difference(accuracy["LP-FT pretrained"], accuracy[study["baseline"]])
+    accuracy: dict[tuple[str, str], list[float]] = {}
+    for row in study["rows"]:
+        accuracy.setdefault((row["init"], row["regime"]), []).append(row["figures"]["accuracy"])
+    gain, knn = paired_difference(accuracy["pretrained", "lp_ft"], accuracy["random", "scratch"]), study["knn"]
     return {
         "quickstart.seconds": seconds,
         "quickstart.peak_gib": peak / _GIB,
         "quickstart.lp_ft_gain_points": 100 * gain.mean,
         "quickstart.lp_ft_gain_low_points": 100 * gain.low,
-        "quickstart.knn_gain_points": 100 * (knn["pretrained"] - knn["untrained"]),
+        "quickstart.knn_gain_points": 100 * (knn["pretrained"] - knn["random"]),
     }
 
 

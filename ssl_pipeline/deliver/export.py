@@ -43,6 +43,16 @@ def export(parts: Parts, form: str, path: Path, preprocessing: bool = False) -> 
         ConfigError: the format is unknown or can't hold it, or the path can't be written.
     """
     _check(form, path, preprocessing)
+    if parts.task is not None and parts.gives in ("boxes", "other") and form in ("torch.export", "onnx"):
+        raise ConfigError(
+            f"--to {form}: a model of {parts.gives} gives a number of them that depends on the image, which no graph of fixed shapes "
+            "holds here: export --to safetensors, which `predict` reads, or its encoder (--part encoder)."
+        )
+    if parts.task is not None and parts.gives != "classes" and form in ("torchvision", "timm"):
+        raise ConfigError(
+            f"--to {form}: the library's own networks classify, and this model gives {parts.gives}: export --part encoder, or all of it "
+            "--to safetensors."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if form == "safetensors":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.parts import Parts, example
+from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.views.geometry import central_boxes, resize_boxes
 
 TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ class Graph(nn.Module):
 
     Args:
         parts: what is exported.
-        raw: whether the central square, its resize and the normalisation are inside: uint8 (B, C, H, W) of any height and
+        raw: whether the central square (for masks all of the image), its resize and the normalisation are inside: uint8 (B, C, H, W) of any height and
             width goes in. Otherwise it is normalised float32 (B, C, size, size).
     """
 
@@ -42,16 +43,22 @@ class Graph(nn.Module):
         super().__init__()
         blueprint = parts.card.blueprint
         self.module, self._run, self.raw, self.size = parts.module, parts.run, raw, blueprint.size
+        self.box = whole_boxes if parts.looks_at_all else central_boxes
         self.register_buffer("mean", torch.tensor(blueprint.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(blueprint.std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, classes) or (B, D)."""
+        """(B, classes), (B, D), or (B, classes, size, size) for masks."""
         if self.raw:
             count, _, height, width = images.shape
-            box = central_boxes(torch.full((1,), height), torch.full((1,), width))
+            box = self.box(torch.full((1,), height), torch.full((1,), width))
             images = (resize_boxes(images, box.expand(count, 4), self.size) - self.mean) / self.std
         return self._run(images)
+
+
+def whole_boxes(heights: Tensor, widths: Tensor) -> Tensor:
+    """All of each image, int64 of shape (B, 4)."""
+    return torch.stack([torch.zeros_like(heights), torch.zeros_like(heights), heights, widths], 1)
 
 
 def metadata(parts: Parts, raw: bool) -> dict[str, str]:
@@ -62,6 +69,7 @@ def metadata(parts: Parts, raw: bool) -> dict[str, str]:
         "schema": 1,
         "kind": card.kind,
         "output": parts.output,
+        "gives": parts.gives,
         "classes": card.classes,
         "channels": blueprint.channels,
         "size": blueprint.size,
@@ -165,18 +173,22 @@ class Exported:
     Attributes:
         classes: names, in the order of the logits.
         channels: how images must be decoded.
+        gives: what a prediction is; see :class:`DownstreamConfig`.
         preprocessing: what is done to images before the graph; None where the graph does it.
         run: images to logits.
     """
 
     classes: tuple[str, ...]
     channels: int
+    gives: str
     preprocessing: Preprocessing | None
     run: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Tensor:
-        """Logits for decoded images, one row each."""
+        """Logits for decoded images, one entry each."""
+        if self.preprocessing is not None and self.gives == "mask":
+            return self.run(whole_images(images, self.preprocessing))
         if self.preprocessing is not None:
             return self.run(self.preprocessing.of_files(images))
         pixels = [torch.from_numpy(np.array(image)) for image in images]
@@ -226,7 +238,8 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
         raise ConfigError(f"{str(path)!r} is an encoder: it gives features and names no classes. Export a model.")
     outside = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]))
     inside = known["preprocessing"] == "inside"
-    return Exported(tuple(known["classes"]), known["channels"], None if inside else outside, run)
+    gives = known.get("gives", "classes")  # the first files of this schema held classifiers alone
+    return Exported(tuple(known["classes"]), known["channels"], gives, None if inside else outside, run)
 
 
 def _need_onnx(package: str) -> None:

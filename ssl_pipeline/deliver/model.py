@@ -24,12 +24,12 @@ class Model:
     Attributes:
         task: encoder and head, in evaluation mode.
         card: what it is.
-        gives_classes: whether a prediction is one row of logits, one a class.
+        gives: what a prediction is; see :class:`DownstreamConfig`.
     """
 
     task: DownstreamTask
     card: Card
-    gives_classes: bool
+    gives: str
 
     @property
     def channels(self) -> int:
@@ -68,20 +68,4 @@ def load_model(path: str | Path) -> Model:
     task = config.build(encoder, len(card.classes))
     task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
-    return Model(task.eval(), card, config.gives_classes)
-
-
-def load_classifier(path: str | Path) -> Model:
-    """The same, for those who can tell classes alone.
-
-    Raises:
-        ConfigError: likewise, or its predictions are something else.
-    """
-    model = load_model(path)
-    if not model.gives_classes:
-        name = model.card.config["downstream"]["name"]
-        raise ConfigError(
-            f"{str(path)!r} is a model for {name}, whose predictions are no classes of an image: from Python, "
-            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.deliver.model)."
-        )
-    return model
+    return Model(task.eval(), card, config.gives)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.deliver.model import load_classifier, load_model
+from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.model.artifact import Card, load_encoder
 from ssl_pipeline.model.encoder import Encoder
@@ -27,11 +27,13 @@ class Parts:
         encoder: the encoder.
         task: encoder and head; None where the encoder alone is wanted.
         card: of what is exported; places on this machine are left out of it.
+        gives: what a model's prediction is; see :class:`DownstreamConfig`.
     """
 
     encoder: Encoder
     task: DownstreamTask | None
     card: Card
+    gives: str = "features"
 
     @property
     def module(self) -> nn.Module:
@@ -41,10 +43,15 @@ class Parts:
     @property
     def output(self) -> str:
         """What it gives."""
-        return "features" if self.task is None else "logits"
+        return {"features": "features", "values": "values"}.get(self.gives, "logits")
+
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether it reads whole images, resized to a square, and not their central square."""
+        return self.gives == "mask"
 
     def run(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, H, W) to features (B, D) or logits (B, classes)."""
+        """Normalised images (B, C, H, W) to features (B, D), logits (B, classes) or (B, classes, H, W), or values (B, K)."""
         return self.encoder.features(images) if self.task is None else self.task.predict(images)
 
 
@@ -66,13 +73,13 @@ def open_parts(path: str | Path, part: Part | None = None) -> Parts:
             raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
         encoder, card = load_encoder(place)
         return Parts(encoder.eval(), None, _public(card))
-    model = load_model(place) if part == "encoder" else load_classifier(place)
+    model = load_model(place)
     encoder = model.task.encoder
     assert isinstance(encoder, Encoder)
     if part == "encoder":
         card = model.card.model_copy(update={"kind": "encoder", "classes": None})
         return Parts(encoder, None, _public(card))
-    return Parts(encoder, model.task, _public(model.card))
+    return Parts(encoder, model.task, _public(model.card), model.gives)
 
 
 def _public(card: Card) -> Card:

@@ -1,4 +1,4 @@
-"""``ssl-pipeline predict MODEL IMAGES…``: classes and probabilities for raw image files, end to end."""
+"""``ssl-pipeline predict MODEL IMAGES…``: what a model says of raw image files: classes, labels, numbers, masks or boxes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.deliver.answers import Answers, coco_results, open_answers
 from ssl_pipeline.deliver.graph import load_onnx, load_torch_export
-from ssl_pipeline.deliver.model import load_classifier
+from ssl_pipeline.deliver.model import load_model
 
 _CHUNK = 64
+_CHUNK_OF_MAPS = 8
 
 
 class Predictor(Protocol):
@@ -36,8 +36,12 @@ class Predictor(Protocol):
     def channels(self) -> int:
         """How images must be decoded: 1 for grey, 3 for RGB."""
 
-    def predict(self, images: list[Image.Image]) -> Tensor:
-        """Logits, one row an image."""
+    @property
+    def gives(self) -> str:
+        """What a prediction is; see :class:`DownstreamConfig`."""
+
+    def predict(self, images: list[Image.Image]) -> Any:
+        """Predictions, one entry an image."""
 
 
 def open_predictor(path: str | Path) -> Predictor:
@@ -52,7 +56,7 @@ def open_predictor(path: str | Path) -> Predictor:
         if not file.is_file():
             raise ConfigError(f"there is no file {str(path)!r}.")
         return readers[file.suffix](file)
-    return load_classifier(file)
+    return load_model(file)
 
 
 def image_files(paths: Iterable[str]) -> Iterator[Path]:
@@ -81,53 +85,53 @@ def _from_input() -> Iterator[Path]:
     return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
 
 
-def predict(model: Predictor, files: Iterable[Path], top: int = 3) -> Iterator[dict[str, Any]]:
+def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = None) -> Iterator[dict[str, Any]]:
     """Predicts file by file.
 
     Args:
         model: what predicts.
         files: image files, perhaps without an end: a few are read at a time.
-        top: how many classes to name, most probable first.
+        answers: makes rows of predictions; by default those of the model's kind.
 
     Yields:
-        ``file`` with ``classes`` and ``probabilities``; or with ``error``, where the file is no image.
+        ``file`` with what the answers say of it; or with ``error``, where the file is no image.
     """
+    answers = answers or open_answers(model.gives, model.classes)
     coming = iter(files)
-    while part := list(islice(coming, _CHUNK)):
+    while part := list(islice(coming, _CHUNK_OF_MAPS if answers.reads_maps else _CHUNK)):
         images, faults = list[Image.Image](), dict[int, str]()
         for place, file in enumerate(part):
             try:
                 images.append(decode(file, model.channels))
             except DecodeError as error:
                 faults[place] = error.fault
-        chances = iter(torch.softmax(model.predict(images).float(), 1) if images else ())
+        predictions = iter(zip(model.predict(images), images, strict=True) if images else ())
         for place, file in enumerate(part):
             if place in faults:
                 yield {"file": str(file), "error": faults[place]}
-                continue
-            values, places = next(chances).topk(min(top, len(model.classes)))
-            names = [model.classes[i] for i in places.tolist()]
-            yield {"file": str(file), "classes": names, "probabilities": [round(v, 4) for v in values.tolist()]}
+            else:
+                yield {"file": str(file), **answers.row(file, *next(predictions))}
 
 
-def _write(rows: Iterator[dict[str, Any]], form: str) -> int:
+def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, annotations: Path | None) -> int:
     """Writes rows as they come; returns how many files were no images."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        table.writerow(["file", "class", "probability", "error"])
-    faults = 0
+        table.writerow(["file", *answers.columns, "error"])
+    faults, found = 0, list[dict[str, Any]]()
     for row in rows:
         faults += "error" in row
         if form == "jsonl":
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        elif form == "coco":
+            found.append(row)
         elif form == "csv":
-            best = ["", "", row["error"]] if "error" in row else [row["classes"][0], row["probabilities"][0], ""]
-            table.writerow([row["file"], *best])
+            lines = [[""] * len(answers.columns)] if "error" in row else answers.cells(row)
+            table.writerows([row["file"], *line, row.get("error", "")] for line in lines)
         else:
-            text = row.get("error") or "  ".join(
-                f"{name} {chance:.1%}" for name, chance in zip(row["classes"], row["probabilities"], strict=True)
-            )
-            sys.stdout.write(f"{row['file']}  {text}\n")
+            sys.stdout.write(f"{row['file']}  {row.get('error') or answers.text(row)}\n")
+    if annotations is not None:
+        sys.stdout.write(json.dumps(coco_results(found, annotations)) + "\n")
     return faults
 
 
@@ -136,14 +140,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ssl-pipeline predict", description=__doc__)
     parser.add_argument("model", help="a stage-two run's folder, its model.safetensors, or an exported .pt2 or .onnx")
     parser.add_argument("images", nargs="+", help="image files and folders; - reads paths from the input, one a line")
-    parser.add_argument("--format", choices=["text", "csv", "jsonl"], default="text")
+    parser.add_argument(
+        "--format", choices=["text", "csv", "jsonl", "coco"], default="text",
+        help="coco: boxes as one json of results, as pycocotools reads them (needs --annotations)",
+    )  # fmt: skip
     parser.add_argument("--top", type=int, default=3, help="classes to name for an image (text and jsonl)")
+    parser.add_argument("--threshold", type=float, help="least probability of a label, or score of a box (0.5)")
+    parser.add_argument("--masks", type=Path, help="a folder for the masks, a palette PNG each")
+    parser.add_argument(
+        "--annotations", type=Path, help="the COCO json whose numbers of images and categories are meant"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.top < 1:
             raise ConfigError("--top must be 1 or more.")
-        files = image_files(options.images)
-        faults = _write(predict(open_predictor(options.model), files, options.top), options.format)
+        if (options.format == "coco") != (options.annotations is not None):
+            raise ConfigError("--format coco and --annotations FILE go together.")
+        model = open_predictor(options.model)
+        if options.format == "coco" and model.gives != "boxes":
+            raise ConfigError(f"--format coco is for boxes, and this model gives {model.gives}: take csv or jsonl.")
+        answers = open_answers(model.gives, model.classes, options.top, options.threshold, options.masks)
+        rows = predict(model, image_files(options.images), answers)
+        faults = _write(rows, options.format, answers, options.annotations)
     except UserError as error:
         leave(error)
     if faults:

@@ -27,7 +27,7 @@ class Config(VectorConfig):
         class_weights: ``balanced`` weights a sample by one over its class's number of training labels (mean 1).
     """
 
-    gives_classes = True
+    gives = "classes"
     head: Literal["linear", "cosine"] = "linear"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "none"

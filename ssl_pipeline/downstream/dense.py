@@ -50,9 +50,7 @@ class DenseTask(DownstreamTask):
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
         """Whole images, resized to a square and normalised."""
-        views = torch.stack([whole_view(image, preprocessing.size) for image in images]).float() / 255
-        mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-        return (views - mean) / std
+        return whole_images(images, preprocessing)
 
     @abstractmethod
     def compare(self, prediction: Any, target: Any) -> Any:
@@ -84,3 +82,10 @@ class DenseTask(DownstreamTask):
             dist.all_gather_object(parts, compared)
             compared = [one for part in parts for one in part]
         return self.score(compared)
+
+
+def whole_images(images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
+    """Decoded images, resized to a square without regard to their shape and normalised: float32 of shape (B, C, size, size)."""
+    views = torch.stack([whole_view(image, preprocessing.size) for image in images]).float() / 255
+    mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return (views - mean) / std

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,12 +17,15 @@ from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.model.detector import FasterRCNNHead
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.retinanet import OneStageHead
 
 
 class Config(DenseConfig):
-    """Faster R-CNN with a feature pyramid over the encoder (Ren et al. 2015; Lin et al. 2017).
+    """Boxes by a detector with a feature pyramid over the encoder (Lin et al. 2017).
 
     Attributes:
+        head: ``faster_rcnn``, which proposes regions first (Ren et al. 2015), or ``retinanet``, which decides at once, with a focal
+            loss; it has neither ``hidden`` nor ``proposals`` nor ``sampled``.
         width: channels of the pyramid.
         hidden: width of the box head.
         proposals: regions of an image that the box head is given at most.
@@ -30,6 +33,8 @@ class Config(DenseConfig):
         least_score: predictions below it are dropped.
     """
 
+    gives = "boxes"
+    head: Literal["faster_rcnn", "retinanet"] = "faster_rcnn"
     width: int = Field(256, ge=1)
     hidden: int = Field(1024, ge=1)
     proposals: int = Field(1000, ge=1)
@@ -67,11 +72,21 @@ class Config(DenseConfig):
 class Detection(DenseTask):
     """See :class:`Config`."""
 
-    head: FasterRCNNHead
+    head: FasterRCNNHead | OneStageHead
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
         super().__init__(encoder)
         self.classes = classes
+        if config.head == "retinanet":
+            self.head = OneStageHead(
+                encoder.widths,
+                encoder.strides,
+                classes,
+                config.width,
+                score_thresh=config.least_score,
+                detections_per_img=100,
+            )
+            return
         self.head = FasterRCNNHead(
             encoder.widths, encoder.strides, classes, config.width, config.hidden,
             rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals,
@@ -83,7 +98,7 @@ class Detection(DenseTask):
         return self.encoder.feature_maps(batch.views[0])
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The sum of Faster R-CNN's four losses."""
+        """The sum of the head's losses: Faster R-CNN's four, RetinaNet's two."""
         losses = self.head.losses(embeddings, batch.views[0].shape[-1], batch.target)
         return StepOutput(
             torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}

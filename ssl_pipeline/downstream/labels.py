@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.data.source import Indexed
@@ -42,7 +43,20 @@ class Labelled:
 
 
 def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Labelled:
+    """Draws a seed's labels; see :func:`draw_index`."""
+    train, held_out = draw_index(labels, downstream, pool, seed)
+    return Labelled(pool.select(train), None if held_out is None else pool.select(held_out))
+
+
+def draw_index(
+    labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int
+) -> tuple[Tensor, Tensor | None]:
     """Draws a seed's labels, evenly over the classes where an image has one, and holds some of them out for selection.
+
+    Of a class's only label nothing is held out.
+
+    Returns:
+        The images to learn from and those held out, sorted int64 indices of the pool; None where nothing is.
 
     Raises:
         ConfigError: a class has fewer labels than are asked for, or an image has no one class to count by.
@@ -57,7 +71,8 @@ def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed
         strata = torch.zeros(len(pool), dtype=torch.int64)
     index = draw_labels(strata, labels.per_class, labels.fraction, seed, pool.classes)
     count = round(labels.validation * len(index)) if downstream.selects else 0
+    count = min(count, len(index) - len(strata[index].unique()))
     if count == 0:
-        return Labelled(pool.select(index), None)
+        return index, None
     rest, held_out = hold_out(strata[index], count, seed, "validation")
-    return Labelled(pool.select(index[rest]), pool.select(index[held_out]))
+    return index[rest], index[held_out]

@@ -23,6 +23,8 @@ _UNKNOWN = -1  # what torchmetrics is told of a target that is not known
 class Config(VectorConfig):
     """Several labels of 0 and 1, each by its own binary cross-entropy; one that is not known counts for nothing."""
 
+    gives = "labels"
+
     def build(self, encoder: Encoder, classes: int) -> MultiLabel:
         """The task on top of an encoder."""
         return MultiLabel(self, encoder, classes)

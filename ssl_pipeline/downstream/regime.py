@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from pydantic import Field
+from torch import Tensor
 
 from ssl_pipeline.config.base import Strict
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
+from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorTask, targets_of
@@ -105,6 +107,7 @@ class Surroundings:
         share: this process's share of the work.
         workers: processes that decode files; None settles it by the machine.
         keeping: where and how often the state is kept to continue from; None keeps none.
+        features: of the images to learn from and of those held out, where an encoder's were taken before; float32 of shape (N, D).
     """
 
     labelled: Labelled
@@ -115,6 +118,7 @@ class Surroundings:
     share: Share
     workers: int | None = None
     keeping: Keeping | None = None
+    features: tuple[Tensor, Tensor | None] | None = None
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
@@ -137,14 +141,20 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
 
 def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
     train, held_out = around.labelled.train, around.labelled.validation
-    features = extract(task, train, around.preprocessing, around.share, forward=task.neck_features)
-    features, targets = features.to(around.share.device), targets_of(train).to(around.share.device)
+
+    def read(source: Indexed) -> Tensor:
+        return extract(task, source, around.preprocessing, around.share, forward=task.neck_features)
+
+    chooses = held_out is not None and len(regime.decays) > 1
+    cached = around.features or (read(train), read(held_out) if held_out is not None and chooses else None)
+    features, targets = cached[0].to(around.share.device), targets_of(train).to(around.share.device)
     decay = regime.decays[0]
-    if held_out is not None and len(regime.decays) > 1:
+    if held_out is not None and chooses:
+        assert cached[1] is not None
         scores = dict.fromkeys(sorted(regime.decays, reverse=True), 0.0)
         for candidate in scores:
             task.fit_head(features, targets, candidate)
-            scores[candidate] = _first(task.evaluate(held_out, around.preprocessing, around.share))
+            scores[candidate] = _first(task.evaluate_features(cached[1], targets_of(held_out)))
         decay = max(scores, key=lambda d: scores[d])
     task.fit_head(features, targets, decay)
 

@@ -28,6 +28,7 @@ class Config(VectorConfig):
     """
 
     in_percent = False
+    gives = "values"
     loss: Literal["squared", "huber"] = "squared"
 
     def build(self, encoder: Encoder, classes: int) -> Regression:
@@ -78,9 +79,9 @@ class Regression(VectorTask):
         targets = (batch.target - self.mean) / self.std
         return StepOutput(known_mean(self.loss, embeddings["standardised"].float(), targets).mean())
 
-    def predict(self, images: Tensor) -> Tensor:
+    def of_features(self, features: Tensor) -> Tensor:
         """(B, values), in their own units."""
-        return super().predict(images).float() * self.std + self.mean
+        return super().of_features(features).float() * self.std + self.mean
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
         """Ridge regression."""

@@ -11,12 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import check_labels
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import NeighbourHead
 
@@ -30,7 +28,7 @@ class Config(VectorConfig):
         recall_at: an image counts as found when one of so many neighbours is of its class.
     """
 
-    gives_classes = True
+    gives = "classes"
     selects = False
     k: int = Field(20, ge=1)
     temperature: float = Field(0.1, gt=0)
@@ -86,15 +84,12 @@ class Retrieval(VectorTask):
         """The share of images whose neighbours' vote is right."""
         return {"knn_accuracy": float((predictions.argmax(1) == targets).float().mean())}
 
-    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
-        """The kNN accuracy, mean average precision, and recall, of a source's images against those remembered."""
-        queries = extract(self, source, preprocessing, share, forward=self.neck_features)
-        labels, bank, bank_labels = targets_of(source), self.head.rows.cpu(), self.head.labels.cpu()
-        with torch.no_grad():
-            votes = self.head(queries.to(self.head.rows.device)).cpu()
-        precision, first = ranking(queries, labels, bank, bank_labels)
+    def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:
+        """The kNN accuracy, mean average precision, and recall, of images' features against those remembered."""
+        precision, first = ranking(features, targets, self.head.rows.cpu(), self.head.labels.cpu())
         found = {f"recall_at_{k}": float((first < k).float().mean()) for k in self.recall_at}
-        return {**self.score(votes, labels), "mean_average_precision": float(precision.mean()), **found}
+        figures = super().evaluate_features(features, targets)
+        return {**figures, "mean_average_precision": float(precision.mean()), **found}
 
 
 def ranking(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class Config(DenseConfig):
         class_weights: ``balanced`` weighs a pixel by one over its class's number of training pixels (mean 1).
     """
 
+    gives = "mask"
     head: Literal["fcn", "deeplab"] = "fcn"
     class_weights: Literal["none", "balanced"] = "none"
 

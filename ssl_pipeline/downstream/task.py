@@ -91,12 +91,13 @@ class DownstreamConfig(ComponentConfig, ABC):
     Attributes:
         selects: whether validation labels choose something; a task that chooses nothing keeps them for training.
         in_percent: whether the figures are shares, to be told in %.
-        gives_classes: whether a prediction is one row of logits an image, of which ``predict`` and ``export`` make classes.
+        gives: what a prediction is, for those that tell it to people: ``classes`` and ``labels`` (logits an image), ``values``, ``mask``
+            (logits a pixel), ``boxes``; a task with another kind is not told.
     """
 
     selects: ClassVar[bool] = True
     in_percent: ClassVar[bool] = True
-    gives_classes: ClassVar[bool] = False
+    gives: ClassVar[str] = "other"
 
     @abstractmethod
     def build(self, encoder: Encoder, classes: int) -> DownstreamTask:

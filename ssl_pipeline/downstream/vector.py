@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.data.annotated import Numbers, annotations_of
@@ -38,7 +39,11 @@ class VectorTask(DownstreamTask):
 
     def predict(self, images: Tensor) -> Tensor:
         """What the head makes of it, of shape (B, K)."""
-        prediction: Tensor = self.head(self.neck_features(images))
+        return self.of_features(self.neck_features(images))
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """What ``predict`` makes of features (B, D)."""
+        prediction: Tensor = self.head(features)
         return prediction
 
     @abstractmethod
@@ -57,7 +62,14 @@ class VectorTask(DownstreamTask):
 
     def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
         """The figures of all predictions, each sample exactly once."""
-        return self.score(extract(self, source, preprocessing, share, forward=self.predict), targets_of(source))
+        features = extract(self, source, preprocessing, share, forward=self.neck_features)
+        return self.evaluate_features(features, targets_of(source))
+
+    @torch.no_grad()
+    def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:
+        """The same of what the head reads, float32 of shape (N, D)."""
+        device = next(iter(self.head.state_dict().values())).device
+        return self.score(self.of_features(features.to(device)).float().cpu(), targets)
 
 
 class VectorConfig(DownstreamConfig):

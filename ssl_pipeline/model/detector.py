@@ -41,7 +41,7 @@ class FasterRCNNHead(nn.Module):
         anchors = AnchorGenerator(tuple(sizes), (_RATIOS,) * len(sizes))
         pool = MultiScaleRoIAlign(list(widths), output_size=7, sampling_ratio=2)
         whole: Any = FasterRCNN(
-            _Width(width), rpn_anchor_generator=anchors, box_roi_pool=pool, box_head=TwoMLPHead(width * 49, hidden),
+            Width(width), rpn_anchor_generator=anchors, box_roi_pool=pool, box_head=TwoMLPHead(width * 49, hidden),
             box_predictor=_Predictor(hidden, classes + 1), **options,
         )  # fmt: skip
         self.rpn, self.roi_heads = whole.rpn, whole.roi_heads
@@ -55,7 +55,7 @@ class FasterRCNNHead(nn.Module):
             targets: per image ``boxes`` (n, 4) in its pixels, and ``labels`` (n,) from 0.
         """
         shifted = [{"boxes": one["boxes"], "labels": one["labels"] + 1} for one in targets]  # 0 is the background's
-        pyramid, images = self._pyramid(maps, size)
+        pyramid, images = pyramid_and_images(self.pyramid, maps, size)
         proposals, proposing = self.rpn(images, pyramid, shifted)
         _, deciding = self.roi_heads(pyramid, proposals, images.image_sizes, shifted)
         losses: dict[str, Tensor] = {**proposing, **deciding}
@@ -63,19 +63,27 @@ class FasterRCNNHead(nn.Module):
 
     def detect(self, maps: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
         """Per image ``boxes`` (n, 4) in its pixels, ``labels`` (n,) from 0 and ``scores`` (n,), best first."""
-        pyramid, images = self._pyramid(maps, size)
+        pyramid, images = pyramid_and_images(self.pyramid, maps, size)
         proposals, _ = self.rpn(images, pyramid)
         found, _ = self.roi_heads(pyramid, proposals, images.image_sizes)
         return [{**one, "labels": one["labels"] - 1} for one in found]
 
-    def _pyramid(self, maps: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], ImageList]:
-        first = next(iter(maps.values()))
-        # Of the images themselves these parts read only how large they are.
-        shape = first.new_empty(1).expand(len(first), 3, size, size)
-        return self.pyramid(maps), ImageList(shape, [(size, size)] * len(first))
+
+def of_pyramid(pyramid: nn.Module, maps: dict[str, Tensor], size: int) -> tuple[list[Tensor], ImageList]:
+    """A pyramid's levels from fine to coarse, and what torchvision's parts ask of images of a size."""
+    levels, images = pyramid_and_images(pyramid, maps, size)
+    return list(levels.values()), images
 
 
-class _Width(nn.Module):
+def pyramid_and_images(pyramid: nn.Module, maps: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], ImageList]:
+    """The same, the levels by name."""
+    first = next(iter(maps.values()))
+    # Of the images themselves these parts read only how large they are.
+    shape = first.new_empty(1).expand(len(first), 3, size, size)
+    return pyramid(maps), ImageList(shape, [(size, size)] * len(first))
+
+
+class Width(nn.Module):
     """What torchvision's detector asks of a backbone before it is used: how wide it is."""
 
     def __init__(self, out_channels: int) -> None:

@@ -1,134 +1,262 @@
-"""Did pretraining help? Stage two under several conditions with the same seeds, in one table."""
+"""``ssl-pipeline study RUN…``: did pretraining help? Initialisations × regimes × label counts × seeds, in one table and picture.
+
+Every cell of the grid is a file of its own, so that a study that was killed does only what is missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
+from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
-from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.downstream.regime import RegimeConfig
-from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
-from ssl_pipeline.evaluate.features import extract
-from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
-from ssl_pipeline.evaluate.knn import knn_accuracy
-from ssl_pipeline.finetune import FinetuneConfig, finetune, starting_point
+from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.command import run_command
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.labels import draw_index
+from ssl_pipeline.finetune import check, starting_point
+from ssl_pipeline.model.weights import is_file_name
+from ssl_pipeline.study.cell import Reading, Training, reads_features
+from ssl_pipeline.study.figure import draw
+from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of_weights, slug
+from ssl_pipeline.study.jobs import settle, work_off
+from ssl_pipeline.study.verdict import Findings
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, write_text_atomic
+from ssl_pipeline.track.run import open_run, versions, write_text_atomic
 
-
-class StudyConfig(Strict):
-    """What is compared.
-
-    Attributes:
-        encoder: a stage-one run's folder.
-        common: overrides of ``finetune.yaml`` for all conditions.
-        conditions: per condition its own overrides.
-        baseline: the condition that the others are compared with.
-        seeds: label draws, heads and views per condition; paired. Stage one is shared.
-        output: the study's folder.
-    """
-
-    encoder: str
-    common: tuple[str, ...] = ()
-    conditions: dict[str, list[str]] = Field(min_length=1)
-    baseline: str
-    seeds: int = Field(5, ge=1)
-    output: str | None = None
+SCHEMA = 1
 
 
 def study(config: StudyConfig) -> Path:
-    """Compares initialisations and regimes of stage two, and says what pretraining bought."""
-    if config.baseline not in config.conditions:
-        raise ConfigError(f"`baseline` {config.baseline!r} is none of the conditions: {', '.join(config.conditions)}.")
-    shared = [f"encoder={config.encoder}", f"seeds={config.seeds}", *config.common]
-    folder = Path(config.output or "runs/study")
-    settled = {
-        name: load("finetune", FinetuneConfig, [*shared, *own, f"output={folder / _slug(name)}"])
-        for name, own in config.conditions.items()
-    }
-    with open_run(config.output, "study", "no", dump(config)) as run:
-        values = {}
-        for name, condition in settled.items():
-            condition = condition.model_copy(update={"output": str(run.path / _slug(name))})
-            values[name] = [figures["accuracy"] for figures in finetune(condition).figures]
-            console().print(f"  {name}: {interval(values[name]).percent()} %")
-        knn = neighbours_before_and_after(next(iter(settled.values())))
-        table = tabulate(values, config.baseline)
-        print_table(f"accuracy (%) on {next(iter(settled.values())).split}, {config.seeds} seeds", *table)
-        sentences = conclude(values, config.baseline, knn)
-        console().print("\n".join(sentences))
-        record = {"accuracy": values, "baseline": config.baseline, "knn": knn, "conclusion": sentences}
-        write_text_atomic(run.path / "study.json", json.dumps(record, indent=1))
+    """Compares initialisations, regimes and label counts of stage two, and says what pretraining bought."""
+    grid = cells(config)
+    pool, held_out = _open(grid)
+    left_out = _check(grid, pool, held_out)
+    for name, why in left_out.items():
+        console().print(f"{name} is left out: {why}", markup=False)
+    grid = {name: of_init for name, of_init in grid.items() if name not in left_out}
+    facts = {name: _facts(of_init, pool, held_out) for name, of_init in grid.items()}
+    settings = {"common": list(config.common), "overrides": dump(config)["overrides"]}
+    with open_run(config.output, "study", "auto" if config.output else "no", settings) as run:
+        for name in ("cells", "features", "models"):
+            (run.path / name).mkdir(exist_ok=True)
+        readings, trainings = _work(config, grid, facts, run.path, pool)
+        total = sum(map(len, grid.values()))
+        console().print(f"{total} cells, {total - len(trainings)} of them done before", markup=False)
+        _do(readings, config, len(readings))
+        _do(trainings, config, total)
+        rows = [json.loads(_file(run.path, cell).read_text()) for of_init in grid.values() for cell in of_init]
+        _tell(config, grid, rows, left_out, run.path)
         return run.path
 
 
-def neighbours_before_and_after(condition: FinetuneConfig) -> dict[str, float]:
-    """KNN accuracy on the held-out split, of the encoder and of the same architecture with fresh weights."""
-    train, held_out = condition.data.open("train"), condition.data.open(condition.split)
-    assert train is not None
+def _open(grid: dict[str, list[Cell]]) -> tuple[Indexed, Indexed]:
+    config = next(iter(grid.values()))[0].config
+    pool, held_out = config.data.open("train"), config.data.open(config.split)
+    assert pool is not None
+    check(config, pool, held_out)
     assert held_out is not None
-    assert train.labels is not None
-    assert held_out.labels is not None
-    blueprint, pretrained = starting_point(
-        condition.model_copy(update={"initialisation": "pretrained", "regime": RegimeConfig()}), train
+    return pool, held_out
+
+
+def _check(grid: dict[str, list[Cell]], pool: Indexed, held_out: Indexed) -> dict[str, str]:
+    """Looks at each initialisation and draw before anything is written; returns those that are left out, and why.
+
+    Official weights that can't be had (no network, most likely) are no reason to stop; what a person named wrongly is.
+    """
+    left_out = {}
+    for name, of_init in grid.items():
+        seen = set[str]()
+        for cell in of_init:
+            draw_index(cell.config.labels, cell.config.downstream, pool, cell.seed)
+            key = f"{cell.regime} {cell.config.encoder}"
+            if key in seen or name in left_out:
+                continue
+            seen.add(key)
+            check(cell.config, pool, held_out)
+            try:
+                starting_point(cell.config, pool)
+            except ConfigError as error:
+                weights = cell.config.backbone.weights
+                if cell.config.encoder is not None or weights is None or is_file_name(weights):
+                    raise
+                left_out[name] = str(error)
+    return left_out
+
+
+def _facts(of_init: Sequence[Cell], pool: Indexed, held_out: Indexed) -> dict[str, Any]:
+    """By an artifact's place, what decides a cell's figures beside its settings."""
+    data = [pool.fingerprint(), held_out.fingerprint()]
+    places = {str(cell.config.encoder): cell.config for cell in of_init}
+    return {place: {"weights": digest_of_weights(config), "data": data} for place, config in places.items()}
+
+
+def _work(
+    config: StudyConfig, grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path, pool: Indexed
+) -> tuple[list[Reading], list[Training]]:
+    """What is to be done; cells that are there are left alone if they were made by the same settings."""
+    readings, trainings = dict[Path, Reading](), list[Training]()
+    problems = list[str]()
+    for name, of_init in grid.items():
+        for cell in of_init:
+            own = {"settings": cell.settings, **facts[name][str(cell.config.encoder)]}
+            file, features = _file(folder, cell), _features(folder, cell, own)
+            knn = config.knn and cell.seed == of_init[0].seed and cell.regime == of_init[0].regime
+            done = file.exists()
+            if done:
+                problems += _changed(file, own)
+            if reads_features(cell.config) and (not done or knn):
+                asked = knn and not features.with_suffix(".json").exists()
+                if asked or (not done and not features.exists()):
+                    before = readings.get(features)
+                    index = (
+                        _drawn(cell, pool) if before is None else torch.cat([before.index, _drawn(cell, pool)]).unique()
+                    )
+                    readings[features] = Reading(cell, index, asked or (before is not None and before.knn), features)
+            if not done:
+                keep = config.models and cell.seed == of_init[0].seed
+                model = folder / "models" / cell.name.rpartition("_")[0] if keep else None
+                cached = features if reads_features(cell.config) else None
+                trainings.append(Training(cell, cached, file, own, model))
+    if problems:
+        raise ConfigError([
+            *problems, f"{str(folder)!r} can only be completed as it was started: undo these, or choose another `output=FOLDER`.",
+        ])  # fmt: skip
+    # The longest first, so that at the end no process waits long for another.
+    size = {labels: place for place, labels in enumerate(sorted(config.labels, key=_extent))}
+    return list(readings.values()), sorted(
+        trainings, key=lambda t: (-t.cell.config.regime.trains_all, -size[t.cell.labels])
     )
-    torch.manual_seed(derive_seed(condition.seed, "initialisation"))
-    encoders = {"untrained": blueprint.build()[0], "pretrained": pretrained}
-    share = share_of(start_accelerator())
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+
+
+def _extent(labels: int | str) -> tuple[int, float]:
+    if isinstance(labels, int):
+        return (0, labels)
+    return (1, 100.0 if labels == "all" else float(labels.removesuffix("%")))
+
+
+def _drawn(cell: Cell, pool: Indexed) -> Tensor:
+    train, held_out = draw_index(cell.config.labels, cell.config.downstream, pool, cell.seed)
+    return train if held_out is None else torch.cat([train, held_out]).sort().values
+
+
+def _file(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
+def _features(folder: Path, cell: Cell, own: dict[str, Any]) -> Path:
+    """Where an encoder's features are; the name changes with all that decides them."""
+    settings = own["settings"]
+    parts = [
+        own["weights"],
+        own["data"],
+        *(settings[key] for key in ("size", "data", "split", "backbone", "neck", "views")),
+    ]
+    if cell.config.starts_fresh:
+        parts.append(cell.seed)
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return folder / "features" / f"{slug(cell.init)}_{digest}.safetensors"
+
+
+def _changed(file: Path, own: dict[str, Any]) -> list[str]:
+    before = json.loads(file.read_text())
+    told = changes({key: before.get(key) for key in own}, own)
+    return [f"{file}: {text}" for text in told[:3]]
+
+
+def _do(work: Sequence[Reading | Training], config: StudyConfig, total: int) -> None:
+    processes = settle(config.jobs, len(work))
+    before = total - len(work)
+    for place, text in enumerate(work_off(work, processes) if work else (), before + 1):
+        console().print(f"  {place}/{total}  {text}", markup=False, highlight=False)
+
+
+def _tell(
+    config: StudyConfig, grid: dict[str, list[Cell]], rows: list[dict[str, Any]], left_out: dict[str, str], folder: Path
+) -> None:
+    first = next(iter(grid.values()))[0].config
+    findings = Findings(rows, config, first.downstream.in_percent)
+    unit = " (%)" if findings.in_percent else ""
+    print_table(f"{findings.figure}{unit} on {first.split}, {config.seeds} seed(s)", *findings.table())
+    notes, knn = list(_shared(config)), _knn(grid, folder)
+    if knn:
+        told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in knn.items())
+        notes.insert(0, f"kNN (k = 20, all training labels): {told}.")
+    sentences = findings.sentences()
+    console().print("\n".join([*notes, *sentences]), markup=False, highlight=False)
+    kept = ("init", "regime", "labels", "label_count", "seed", "split", "figures", "seconds")
+    base = findings.baseline
+    record = {
+        "schema_version": SCHEMA,
+        "task": first.downstream.name,
+        "figure": findings.figure,
+        "in_percent": findings.in_percent,
+        "split": first.split,
+        "initialisations": dump(config)["initialisations"],
+        "left_out": left_out,
+        "baseline": None if base is None else {"init": base[0], "regime": base[1]},
+        "claimed": config.trained_regime,
+        "rows": [{key: row[key] for key in kept} for row in rows],
+        "knn": knn,
+        "notes": notes,
+        "conclusion": sentences,
+        "summary": sentences[-1],
+        "versions": versions(),
+    }
+    write_text_atomic(folder / "study.json", json.dumps(record, indent=1, ensure_ascii=False))
+    draw(findings, [folder / "study.png", folder / "study.svg"])
+    console().print(f"wrote {folder / 'study.json'}, study.png and study.svg", markup=False)
+
+
+def _shared(config: StudyConfig) -> Iterator[str]:
+    """Which of stage one's chance is in the intervals, and which is not."""
+    several = [name for name, what in config.initialisations.items() if isinstance(what, tuple)]
+    one = [name for name, what in config.initialisations.items() if isinstance(what, str) and what != "random"]
+    if one:
+        yield f"Stage one of {', '.join(one)} is one run, shared by all seeds: the intervals hold label draw and head alone."
+    if several:
+        yield f"Of {', '.join(several)} each seed has a run of stage one of its own, so the intervals hold its chance too."
+
+
+def _knn(grid: dict[str, list[Cell]], folder: Path) -> dict[str, float]:
     found = {}
-    for name, encoder in encoders.items():
-        assert encoder is not None
-        encoder = encoder.to(share.device)
-        bank, queries = (extract(encoder, source, preprocessing, share) for source in (train, held_out))
-        found[name] = knn_accuracy(queries, held_out.labels, bank, train.labels, len(train.classes or ()))
+    for name, of_init in grid.items():
+        for file in sorted((folder / "features").glob(f"{slug(name)}_*.json")):
+            if of_init and name not in found:
+                found[name] = float(json.loads(file.read_text())["knn"])
     return found
 
 
-def tabulate(values: dict[str, list[float]], baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: accuracy with its interval, and the paired difference from the baseline."""
-    rows = []
-    for name, accuracies in values.items():
-        difference = "" if name == baseline else paired_difference(accuracies, values[baseline]).percent(signed=True)
-        rows.append([name, interval(accuracies).percent(), difference])
-    return ["condition", "accuracy", f"against {baseline}"], rows
+def initialisations_of(words: Sequence[str]) -> list[str]:
+    """The command's leading words that are no overrides, each an initialisation by its folder's name; after ``--`` all are common.
 
-
-def conclude(values: dict[str, list[float]], baseline: str, knn: dict[str, float]) -> list[str]:
-    """The finding in words; no gain means that the interval contains 0."""
-    differences = {n: paired_difference(v, values[baseline]) for n, v in values.items() if n != baseline}
-    sentences = [
-        f"kNN (k = 20, all training labels): {100 * knn['untrained']:.1f} % untrained, {100 * knn['pretrained']:.1f} % pretrained."
+    ``RUN seeds=3 -- data=folder`` is ``initialisations.run=RUN seeds=3 common=[data=folder]``, quoted for Hydra.
+    """
+    words = list(words)
+    common = words[words.index("--") + 1 :] if "--" in words else []
+    words = words[: words.index("--")] if "--" in words else words
+    named = dict[str, str]()
+    while words and not words[0].startswith("-") and ("=" not in words[0] or Path(words[0]).exists()):
+        place = words.pop(0)
+        path = Path(place)
+        name = slug(path.name if path.name not in named else f"{path.parent.name}_{path.name}")
+        named[name] = place
+    quoted = [text.replace("'", "\\'") for text in common]
+    return [
+        *(f"initialisations.{name}='{place}'" for name, place in named.items()),
+        *words,
+        *(["common=[" + ",".join(f"'{text}'" for text in quoted) + "]"] if common else []),
     ]
-    if differences:
-        best = max(differences, key=lambda name: differences[name].mean)
-        sentences.append(f"{best} against {baseline}: {_verdict(differences[best])}")
-    return sentences
-
-
-def _verdict(difference: Interval) -> str:
-    points = f"{difference.percent(signed=True)} points (95 % interval, paired by seed)"
-    if difference.half == float("inf"):
-        return f"{points[:-38]} points with one seed, which says nothing of chance."
-    if difference.low > 0:
-        return f"{points}: a gain."
-    return f"{points}: no gain beyond chance." if difference.mean + difference.half > 0 else f"{points}: a loss."
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def main() -> None:
     """The command line."""
-    run_command("study", StudyConfig, study)
+    run_command("study", StudyConfig, study, initialisations_of(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.study.label_efficiency import StudyConfig
+from ssl_pipeline.study.grid import StudyConfig, cells
 from tests.runs import small_pretext
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
@@ -83,10 +83,10 @@ def test_every_recipe_is_whole(recipe: str) -> None:
     elif recipe.endswith("finetune"):
         load("finetune", FinetuneConfig, [f"recipe={recipe}"])
     else:
-        study = load("study", StudyConfig, [f"recipe={recipe}", "encoder=x"])
-        assert study.baseline in study.conditions
-        for own in study.conditions.values():
-            load("finetune", FinetuneConfig, [*study.common, *own])
+        study = load("study", StudyConfig, [f"recipe={recipe}", "initialisations.pretrained=x"])
+        grid = cells(study)
+        assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
+        assert {cell.regime for cell in grid["pretrained"]} == set(study.regimes)
 
 
 def test_a_dumped_configuration_resolves_to_itself() -> None:

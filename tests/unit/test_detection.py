@@ -78,6 +78,16 @@ def test_squares_and_circles_are_found(folder: Path, stage_one: Path, tmp_path: 
     assert (found["scores"].diff() <= 0).all()
 
 
+def test_the_one_stage_head_finds_them_too(folder: Path, stage_one: Path, tmp_path: Path) -> None:
+    length = ["regime.length=100 steps", "regime.optim.lr=0.005", "regime.backbone_lr_factor=1", "labels.validation=0"]
+    own = ["regime=end_to_end", f"encoder={stage_one}", "downstream.head=retinanet"]
+    result = run(folder, tmp_path / "run", *own, *length)
+    assert result.interval("map_50").mean > 0.5
+    (found,) = load_model(result.folder).predict([Image.fromarray(scene(500, 48, 48).image)])
+    assert found["boxes"].max() <= 1
+    assert (found["scores"].diff() <= 0).all()
+
+
 SHORT = ["regime.length=2 steps", "regime.probe.length=2 steps", "regime.probe.least_steps=0"]
 
 

@@ -18,14 +18,13 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.deliver.model import load_model
-from ssl_pipeline.deliver.predict import open_predictor
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import Blueprint, Card, save
+from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import LinearHead, NeighbourHead
@@ -270,14 +269,13 @@ def test_numbers_are_drawn_by_share(table: Path) -> None:
     assert half.train.fingerprint() == again.train.fingerprint() != half.validation.fingerprint()
 
 
-def test_predict_refuses_a_model_whose_predictions_are_no_classes(tmp_path: Path) -> None:
-    card = Card(
-        kind="model", blueprint=Blueprint(
-            backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
-        ), config={"downstream": {"name": "regression"}}, figures={}, versions={}, data={}, classes=("weight",),
-    )  # fmt: skip
-    config = regression.Config(name="regression")
-    save(tmp_path, config.build(card.blueprint.build()[0], 1), card)
-    assert not load_model(tmp_path).gives_classes
-    with pytest.raises(ConfigError, match="a model for regression, whose predictions are no classes"):
-        open_predictor(tmp_path)
+def test_of_a_class_s_only_label_nothing_is_held_out() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    pool = ArraySource("t", torch.zeros(6, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b", "c"))
+    config = classification.Config(name="classification")
+    assert draw(LabelsConfig(per_class=1, validation=0.4), config, pool, 0).validation is None
+    for seed in range(5):
+        drawn = draw(LabelsConfig(validation=0.9), config, pool, seed)
+        assert drawn.validation is not None
+        assert len(drawn.train) + len(drawn.validation) == 6
+        assert len(drawn.train) >= 3

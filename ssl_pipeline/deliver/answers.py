@@ -1,0 +1,264 @@
+"""What is said of an image, by what a model's predictions are: classes, labels, values, a mask, or boxes."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+
+Cells = list[list[Any]]
+
+
+class Answers(ABC):
+    """Makes rows of predictions.
+
+    Attributes:
+        names: of the classes or values, in the order of the predictions.
+        columns: of a table, between ``file`` and ``error``.
+        reads_maps: whether the model reads whole images, which are large, and takes few at a time.
+    """
+
+    reads_maps: ClassVar[bool] = False
+    columns: list[str]
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.columns = list(names)
+
+    @abstractmethod
+    def row(self, file: Path, prediction: Any, image: Image.Image) -> dict[str, Any]:
+        """What is said of an image, as plain values."""
+
+    @abstractmethod
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """A row as lines of a table."""
+
+    @abstractmethod
+    def text(self, row: dict[str, Any]) -> str:
+        """A row for people."""
+
+
+class Classes(Answers):
+    """The most probable classes."""
+
+    def __init__(self, names: tuple[str, ...], top: int) -> None:
+        super().__init__(names)
+        self.columns, self.top = ["class", "probability"], min(top, len(names))
+
+    def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
+        """Names and probabilities, the most probable first."""
+        values, places = prediction.float().softmax(0).topk(self.top)
+        names = [self.names[i] for i in places.tolist()]
+        return {"classes": names, "probabilities": [round(value, 4) for value in values.tolist()]}
+
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """The most probable one."""
+        return [[row["classes"][0], row["probabilities"][0]]]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """All that are named."""
+        return "  ".join(
+            f"{name} {value:.1%}" for name, value in zip(row["classes"], row["probabilities"], strict=True)
+        )
+
+
+class Labels(Answers):
+    """The labels that hold, and each one's probability."""
+
+    def __init__(self, names: tuple[str, ...], threshold: float) -> None:
+        super().__init__(names)
+        self.threshold = threshold
+
+    def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
+        """``labels`` of a probability of the threshold or more, and all ``probabilities``."""
+        chances = dict(zip(self.names, prediction.float().sigmoid().tolist(), strict=True))
+        held = [name for name, chance in chances.items() if chance >= self.threshold]
+        return {"labels": held, "probabilities": {name: round(chance, 4) for name, chance in chances.items()}}
+
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """A probability a label."""
+        return [list(row["probabilities"].values())]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The labels that hold."""
+        return "  ".join(f"{name} {row['probabilities'][name]:.1%}" for name in row["labels"]) or "none"
+
+
+class Values(Answers):
+    """Numbers, in their own units."""
+
+    def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
+        """``values`` by name."""
+        return {"values": dict(zip(self.names, prediction.float().tolist(), strict=True))}
+
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """A number a value."""
+        return [list(row["values"].values())]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """All of them."""
+        return "  ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
+
+
+class Mask(Answers):
+    """The class of every pixel of the image itself, as a palette PNG, and what share of the pixels each class has."""
+
+    reads_maps = True
+
+    def __init__(self, names: tuple[str, ...], folder: Path | None) -> None:
+        super().__init__(names)
+        self.columns, self.folder, self._taken = ["mask", *names], folder, set[Path]()
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--masks: {str(folder)!r} can't be made ({error.strerror}).") from error
+
+    def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
+        """``shares`` by class, and the ``mask``'s file where there is a folder for it."""
+        size = (image.height, image.width)
+        logits = F.interpolate(prediction[None].float(), size, mode="bilinear", align_corners=False)[0]
+        classes = logits.argmax(0).to(torch.uint8).cpu()
+        counts = classes.flatten().long().bincount(minlength=len(self.names)).tolist()
+        shares = {name: round(count / classes.numel(), 6) for name, count in zip(self.names, counts, strict=True)}
+        return {"mask": self._save(file, classes), "shares": shares}
+
+    def _save(self, file: Path, classes: Tensor) -> str | None:
+        if self.folder is None:
+            return None
+        place, number = self.folder / f"{file.stem}.png", 1
+        while place in self._taken:  # images of one name in several folders
+            number += 1
+            place = self.folder / f"{file.stem}-{number}.png"
+        self._taken.add(place)
+        mask = Image.fromarray(classes.numpy())
+        mask.putpalette(palette(len(self.names)))
+        mask.save(place)
+        return str(place)
+
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """The mask's file, and a share a class."""
+        return [[row["mask"] or "", *row["shares"].values()]]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The shares of the classes that occur."""
+        return "  ".join(f"{name} {share:.1%}" for name, share in row["shares"].items() if share)
+
+
+class Boxes(Answers):
+    """Objects with their boxes in the image's own pixels."""
+
+    reads_maps = True
+
+    def __init__(self, names: tuple[str, ...], threshold: float) -> None:
+        super().__init__(names)
+        self.columns, self.threshold = ["class", "score", "left", "top", "right", "bottom"], threshold
+
+    def row(self, file: Path, prediction: dict[str, Tensor], image: Image.Image) -> dict[str, Any]:
+        """``width``, ``height`` and ``objects``: class, score and box (left, top, right, bottom), best first."""
+        scale = torch.tensor([image.width, image.height, image.width, image.height])
+        found = zip(*(prediction[key].cpu() for key in ("boxes", "labels", "scores")), strict=True)
+        objects = [
+            {
+                "class": self.names[int(label)],
+                "score": round(float(score), 4),
+                "box": [round(edge, 2) for edge in (box * scale).tolist()],
+            }
+            for box, label, score in found
+            if float(score) >= self.threshold
+        ]
+        return {"width": image.width, "height": image.height, "objects": objects}
+
+    def cells(self, row: dict[str, Any]) -> Cells:
+        """A line an object; an empty one where there is none."""
+        return [[one["class"], one["score"], *one["box"]] for one in row["objects"]] or [[""] * 6]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """Classes, scores and boxes."""
+        told = [
+            f"{one['class']} {one['score']:.1%} [{', '.join(f'{edge:.0f}' for edge in one['box'])}]"
+            for one in row["objects"]
+        ]
+        return "  ".join(told) or "nothing"
+
+
+def open_answers(
+    gives: str, names: tuple[str, ...], top: int = 3, threshold: float | None = None, masks: Path | None = None
+) -> Answers:
+    """Those for a kind of prediction.
+
+    Args:
+        gives: what a prediction is; see :class:`DownstreamConfig`.
+        names: of the classes or values.
+        top: how many classes to name.
+        threshold: the least probability of a label, or score of a box; one half by default.
+        masks: a folder for masks.
+
+    Raises:
+        ConfigError: nothing is known of such predictions, or an option goes with others.
+    """
+    if masks is not None and gives != "mask":
+        raise ConfigError(f"--masks is for models of masks, and this one gives {gives}.")
+    if threshold is not None and gives not in ("labels", "boxes"):
+        raise ConfigError(f"--threshold is for labels and boxes, and this model gives {gives}.")
+    least = 0.5 if threshold is None else threshold
+    if not 0 <= least <= 1:
+        raise ConfigError(f"--threshold is {least:g}, and probabilities and scores lie between 0 and 1.")
+    kinds: dict[str, Callable[[], Answers]] = {
+        "classes": lambda: Classes(names, top),
+        "labels": lambda: Labels(names, least),
+        "values": lambda: Values(names),
+        "mask": lambda: Mask(names, masks),
+        "boxes": lambda: Boxes(names, least),
+    }
+    if gives not in kinds:
+        raise ConfigError(
+            "this model's task says of its predictions neither that they are classes nor values, masks or boxes: from Python, "
+            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.deliver.model)."
+        )
+    return kinds[gives]()
+
+
+def palette(classes: int) -> list[int]:
+    """Colours that differ in every bit of the class's number, as Pascal VOC has them; 0 is black."""
+    colours = np.zeros((classes, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((np.arange(classes) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+    flat: list[int] = colours.flatten().tolist()
+    return flat
+
+
+def coco_results(rows: list[dict[str, Any]], annotations: Path) -> list[dict[str, Any]]:
+    """Boxes as COCO's results: the numbers of images (by file name) and categories (by name) are those of a COCO json.
+
+    Raises:
+        ConfigError: it can't be read, or lacks an image or a category.
+    """
+    try:
+        known = json.loads(annotations.read_text(encoding="utf-8"))
+        images = {Path(one["file_name"]).name: one["id"] for one in known["images"]}
+        categories = {one["name"]: one["id"] for one in known["categories"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--annotations: {str(annotations)!r} can't be read as COCO's json: {error}.") from error
+    results = []
+    for row in rows:
+        for one in row.get("objects", ()):
+            name, (left, top, right, bottom) = Path(row["file"]).name, one["box"]
+            if name not in images or one["class"] not in categories:
+                missing = f"image {name!r}" if name not in images else f"category {one['class']!r}"
+                raise ConfigError(f"--annotations: {str(annotations)!r} has no {missing}.")
+            box = [left, top, round(right - left, 2), round(bottom - top, 2)]
+            ids = {"image_id": images[name], "category_id": categories[one["class"]]}
+            results.append({**ids, "bbox": box, "score": one["score"]})
+    return results

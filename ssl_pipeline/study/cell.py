@@ -1,0 +1,182 @@
+"""One cell of a study: trained and measured in whichever process has time, with features that are taken once an encoder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_pipeline.config.base import dump
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.labels import Labelled, draw_index
+from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.knn import knn_accuracy
+from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point
+from ssl_pipeline.model.artifact import Blueprint, save
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.study.grid import Cell
+from ssl_pipeline.track.run import write_text_atomic
+from ssl_pipeline.views.policy import Views
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An encoder's features to be taken.
+
+    Attributes:
+        cell: one of those that start from it.
+        index: the training images, sorted.
+        knn: whether all of them are read, and kNN accuracy is measured.
+        file: where they go.
+    """
+
+    cell: Cell
+    index: Tensor
+    knn: bool
+    file: Path
+
+
+@dataclass(frozen=True)
+class Training:
+    """A cell to be trained.
+
+    Attributes:
+        cell: which.
+        features: where its encoder's are, if they were taken.
+        record: the cell's file, with what is to stand in it beside the figures.
+        facts: that is.
+        model: where its model goes; None keeps none.
+    """
+
+    cell: Cell
+    features: Path | None
+    record: Path
+    facts: dict[str, Any]
+    model: Path | None
+
+
+def reads_features(config: FinetuneConfig) -> bool:
+    """Whether a cell's probe reads the encoder's own features, which may then be taken once for all cells."""
+    task = config.downstream
+    return isinstance(task, VectorConfig) and task.bottleneck.width is None and config.regime.probes
+
+
+class Desk:
+    """Where one process works: it opens data and encoders once."""
+
+    def __init__(self) -> None:
+        self.accelerator = start_accelerator()
+        self.share = share_of(self.accelerator)
+        self._sources: dict[str, tuple[Indexed, Indexed]] = {}
+        self._starts: dict[str, tuple[Blueprint, Encoder | None]] = {}
+
+    def run(self, task: Reading | Training) -> str:
+        """Does a piece of work; returns what it was."""
+        cell = task.cell
+        if isinstance(task, Reading):
+            self.read(task)
+            return f"features of {cell.init}"
+        name, value = next(iter(self.train(task).items()))
+        return f"{cell.init}, {cell.regime}, {cell.labels} labels, seed {cell.seed}: {name} {value:.4f}"
+
+    def sources(self, config: FinetuneConfig) -> tuple[Indexed, Indexed]:
+        """Training images and those to measure on."""
+        key = f"{dump(config)['data']} {config.split}"
+        if key not in self._sources:
+            pool, held_out = config.data.open("train"), config.data.open(config.split)
+            assert pool is not None
+            assert held_out is not None
+            self._sources = {key: (pool, held_out)}  # of one study's cells all have the same
+        return self._sources[key]
+
+    def start(self, config: FinetuneConfig) -> tuple[Blueprint, Encoder]:
+        """A cell's architecture, and an encoder of its own to train."""
+        tree = dump(config)
+        key = str(
+            [config.starts_fresh, *(tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "views"))]
+        )
+        if key not in self._starts:
+            self._starts = {
+                key: starting_point(config, self.sources(config)[0])
+            }  # the last one: cells come in its order
+        blueprint, pretrained = self._starts[key]
+        torch.manual_seed(derive_seed(config.seed, "initialisation"))
+        return blueprint, copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
+
+    def read(self, task: Reading) -> None:
+        """Takes an encoder's features of training images and of those to measure on, and writes them whole or not at all."""
+        pool, held_out = self.sources(task.cell.config)
+        blueprint, encoder = self.start(task.cell.config)
+        encoder = encoder.to(self.share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        index = torch.arange(len(pool)) if task.knn else task.index
+        found = {
+            "index": index,
+            "train": extract(encoder, pool, preprocessing, self.share, index),
+            "held_out": extract(encoder, held_out, preprocessing, self.share),
+        }
+        if task.knn and pool.labels is not None and held_out.labels is not None:
+            classes = len(pool.classes or ())
+            accuracy = knn_accuracy(found["held_out"], held_out.labels, found["train"], pool.labels, classes)
+            write_text_atomic(task.file.with_suffix(".json"), json.dumps({"knn": accuracy}))
+        partial = task.file.with_suffix(".partial")
+        save_file(found, partial)
+        partial.replace(task.file)
+
+    def train(self, task: Training) -> dict[str, float]:
+        """Trains and measures a cell, and writes its figures, the model first."""
+        began, cell, config = time.perf_counter(), task.cell, task.cell.config
+        pool, held_out = self.sources(config)
+        blueprint, encoder = self.start(config)
+        assert pool.classes is not None
+        model = config.downstream.build(encoder, len(pool.classes))
+        model = model.to(self.share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
+        views = Views(policy, blueprint.mean, blueprint.std, config.seed)
+        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
+        labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation))
+        rows = load_file(task.features) if task.features is not None else None
+        cached = None if rows is None else (_of(rows, index), None if validation is None else _of(rows, validation))
+        around = Surroundings(
+            labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached
+        )
+        train(config.regime, model, around)
+        figures = _measure(model, config, held_out, rows, preprocessing, self.share)
+        if task.model is not None:
+            task.model.mkdir(parents=True, exist_ok=True)
+            save(task.model, model, model_card(config, blueprint, pool, figures))
+        count = len(index) + (0 if validation is None else len(validation))
+        row = {
+            "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "seed": cell.seed, "split": config.split,
+            "figures": figures, "seconds": round(time.perf_counter() - began, 2),
+        }  # fmt: skip
+        write_text_atomic(task.record, json.dumps({**row, **task.facts}, indent=1))
+        return figures
+
+
+def _measure(
+    model: DownstreamTask, config: FinetuneConfig, held_out: Indexed, rows: dict[str, Tensor] | None,
+    preprocessing: Preprocessing, share: Share,
+) -> dict[str, float]:  # fmt: skip
+    if rows is not None and not config.regime.trains_all and isinstance(model, VectorTask):
+        return model.evaluate_features(rows["held_out"], targets_of(held_out))
+    return model.evaluate(held_out, preprocessing, share)
+
+
+def _of(rows: dict[str, Tensor], index: Tensor) -> Tensor:
+    """The features of some training images."""
+    return rows["train"][torch.searchsorted(rows["index"], index)]

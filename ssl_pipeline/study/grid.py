@@ -1,0 +1,202 @@
+"""What a study compares: initialisations × regimes × label counts × seeds, each a cell with its settled configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.command import load
+from ssl_pipeline.finetune import FinetuneConfig
+
+RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
+_OWN_PLACE = ("output", "encoder", "workers", "tracking", "seeds")  # they decide no figure: the weights have a digest
+_OFFICIAL = re.compile(r"(?P<name>[\w./-]+):(?P<weights>.+)")
+
+
+class StudyConfig(Strict):
+    """What is compared.
+
+    Attributes:
+        initialisations: by name what stage two starts from: ``random``; a stage-one run's folder; a list of such folders, of
+            which each seed takes its own; or ``NETWORK:WEIGHTS`` of torchvision or timm, where the weights are official ones
+            or a file. ``random`` is the first pretrained one's architecture with fresh weights.
+        regimes: what is done with pretrained weights. Fresh ones are trained by ``scratch`` where any of them trains all layers,
+            and kept as they are by ``frozen``.
+        labels: how many: a number of each class, a share such as ``"10%"``, or ``all``.
+        seeds: label draws, heads and views of each; paired over the initialisations.
+        common: overrides of ``finetune.yaml`` for all cells.
+        overrides: likewise, of the cells of one regime, by its name.
+        claimed: the regime that the summary speaks of, fixed beforehand.
+        knn: whether kNN of each encoder's features is measured beside the grid, which reads all training images.
+        models: whether the first seed's models are kept.
+        jobs: processes at a time; null takes one for each GPU, or one of one thread for each core.
+        output: the study's folder; one that holds a part of this study is completed.
+    """
+
+    initialisations: dict[str, str | tuple[str, ...]] = Field(min_length=1)
+    regimes: tuple[RegimeName, ...] = Field(("frozen", "lp_ft", "end_to_end"), min_length=1)
+    labels: tuple[int | str, ...] = Field((10,), min_length=1)
+    seeds: int = Field(3, ge=1)
+    common: tuple[str, ...] = ()
+    overrides: dict[Literal["frozen", "lp_ft", "end_to_end", "scratch"], tuple[str, ...]] = Field({})
+    claimed: RegimeName = "lp_ft"
+    knn: bool = False
+    models: bool = False
+    jobs: int | None = Field(None, ge=1)
+    output: str | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _known_counts(cls, labels: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for one in labels:
+            share = isinstance(one, str) and one.endswith("%") and _number(one[:-1])
+            if not (one == "all" or (isinstance(one, int) and one >= 1) or (share and 0 < share <= 100)):
+                raise ValueError(f"{one!r} is no number of labels: give 10 (of each class), '10%', or all.")
+        return labels
+
+    @property
+    def trained_regime(self) -> RegimeName:
+        """The regime that the summary speaks of: the claimed one, or the first where it is not among them."""
+        return self.claimed if self.claimed in self.regimes else self.regimes[0]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its measurement.
+
+    Attributes:
+        init: the initialisation's name.
+        regime: the regime's.
+        labels: as the study names them.
+        seed: of label draw, head, order and views.
+        config: all that decides the figures, and where weights and data are.
+    """
+
+    init: str
+    regime: str
+    labels: int | str
+    seed: int
+    config: FinetuneConfig
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return "_".join([slug(self.init), self.regime, slug(str(self.labels).replace("%", "percent")), str(self.seed)])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its figures, beside the bytes of weights and data."""
+        return {key: value for key, value in dump(self.config).items() if key not in _OWN_PLACE}
+
+
+def cells(config: StudyConfig) -> dict[str, list[Cell]]:
+    """The grid, by initialisation.
+
+    Raises:
+        ConfigError: a key is wrong, or a name occurs twice.
+    """
+    architecture = next((what for what in config.initialisations.values() if what != "random"), None)
+    names = [slug(name) for name in config.initialisations]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"`initialisations`: two names would share files: {', '.join(config.initialisations)}.")
+    grid = {}
+    for name, what in config.initialisations.items():
+        fresh = what == "random"
+        if isinstance(what, tuple) and len(what) != config.seeds:
+            raise ConfigError(
+                f"`initialisations.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
+                "its own. Give as many, or one name for each run."
+            )
+        regimes: Sequence[str] = _with_fresh_weights(config.regimes) if fresh else config.regimes
+        start = [*_start(architecture if fresh else what), *(["initialisation=random"] if fresh else [])]
+        grid[name] = list(_of_initialisation(config, name, regimes, start, () if isinstance(what, str) else what))
+    return grid
+
+
+def _with_fresh_weights(regimes: Sequence[str]) -> list[str]:
+    """Fresh weights have nothing to protect: what trains all layers is one regime, ``scratch``, and counted once."""
+    return [
+        *(["frozen"] if "frozen" in regimes else []),
+        *(["scratch"] if any(r != "frozen" for r in regimes) else []),
+    ]
+
+
+def _of_initialisation(
+    config: StudyConfig, name: str, regimes: Sequence[str], start: list[str], runs: Sequence[str]
+) -> Iterator[Cell]:
+    for regime in regimes:
+        own = config.overrides.get(regime, ())  # type: ignore[call-overload]
+        words = [*config.common, *start, f"regime={regime}", "tracking=off", *own]
+        settled = load("finetune", FinetuneConfig, words)
+        for labels in config.labels:
+            asked = settled.labels.model_copy(update=_asked(labels))
+            for place in range(config.seeds):
+                update: dict[str, Any] = {"labels": asked, "seed": settled.seed + place, "seeds": 1}
+                if runs:
+                    update["encoder"] = runs[place]
+                cell = settled.model_copy(update=update)
+                yield Cell(name, regime, labels, cell.seed, cell)
+
+
+def _asked(labels: int | str) -> dict[str, Any]:
+    if isinstance(labels, int):
+        return {"per_class": labels, "fraction": None}
+    return {"per_class": None, "fraction": None if labels == "all" else float(labels[:-1]) / 100}
+
+
+def _start(what: str | tuple[str, ...] | None) -> list[str]:
+    """An initialisation as overrides of ``finetune.yaml``."""
+    if what is None:
+        return []
+    place = what if isinstance(what, str) else what[0]
+    found = None if Path(place).expanduser().exists() else _OFFICIAL.fullmatch(place)
+    if found is None:
+        return [f"encoder={_quoted(place)}"]
+    return [f"backbone.name={_quoted(found['name'])}", f"backbone.weights={_quoted(found['weights'])}"]
+
+
+def digest_of_weights(config: FinetuneConfig) -> str:
+    """Changes when the weights that a cell starts from do; names them where they are official, or fresh."""
+    if config.starts_fresh:
+        return "random"
+    place = Path(config.encoder or config.backbone.weights or "").expanduser()
+    file = place / "encoder.safetensors" if place.is_dir() else place
+    if not file.is_file():
+        return str(config.backbone.weights)
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two trees of settings, as sentences."""
+    told = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key, "not there"), now.get(key, "not there")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            told += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            told.append(f"`{prefix}{key}` was {old!r} and is now {new!r}.")
+    return told
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "x"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,83 @@
+"""Work for several processes: one for each GPU, or one of one thread for each core."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.study.cell import Desk, Reading, Training
+
+_desk: list[Desk] = []  # of a worker process
+
+
+def settle(asked: int | None, pieces: int) -> int:
+    """How many processes: what was asked for, or as many as there are GPUs, or cores; never more than pieces of work."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(asked or torch.cuda.device_count() or cores, pieces))
+
+
+def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str]:
+    """Does all of it, and says of each piece what it was as soon as it is done.
+
+    Raises:
+        ConfigError: a piece of work can't be done, or a process was killed.
+    """
+    if processes == 1:
+        desk = Desk()
+        yield from map(desk.run, work)
+        return
+    # Spawned: a forked process inherits locks of torch's threads, and can't use CUDA.
+    context = multiprocessing.get_context("spawn")
+    devices: Any = context.Queue()
+    for place in range(processes):
+        devices.put(place)
+    with ProcessPoolExecutor(processes, context, _begin, (devices,)) as pool:
+        coming = [pool.submit(_run, piece) for piece in work]
+        try:
+            for done in as_completed(coming):
+                yield done.result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                "a process of the study was killed, most likely for want of memory: start the same command again, which does what "
+                "is missing, with fewer `jobs`."
+            ) from None
+        except UserError as error:
+            raise ConfigError(str(error).split("\n")) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(devices: Any) -> None:
+    """A worker's start: its device, one thread, and an end when the study itself is killed."""
+    place = devices.get()
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place)
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _visible(place: int) -> str:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+    return names[place % len(names)]
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(piece: Reading | Training) -> str:
+    if not _desk:
+        _desk.append(Desk())
+    return _desk[0].run(piece)

@@ -1,0 +1,46 @@
+"""Masks and boxes on two real processes: training runs, and evaluation counts each image once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.finetune import FinetuneConfig
+from tests.distributed.test_processes import TWO
+from tests.runs import command
+from tests.shapes import box_folder, mask_folder
+
+DETECTOR = [f"downstream.{key}" for key in ("width=16", "hidden=16", "proposals=50", "sampled=16", "least_score=0")]
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "data", "file"),
+    [("segmentation", mask_folder, "mask_folder", ""), ("detection", box_folder, "coco", "annotations.json")],
+)
+def test_training_runs_and_each_image_is_measured_once(
+    task: str, write: Callable[..., Path], data: str, file: str, tmp_path: Path
+) -> None:
+    place = write(tmp_path / "all", 35) / file
+    words = [
+        "tracking=off", "workers=0", f"data={data}", f"data.path={place}", f"downstream={task}", "regime=scratch", "size=32",
+        "regime.length=2 steps", "regime.least_steps=0", "regime.batch=8", "labels.validation=0", "backbone.width=4",
+        *(DETECTOR if task == "detection" else []),
+    ]  # fmt: skip
+    done = command(*TWO, "launch/finetune", *words, f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "run" / "results.json").read_text())["figures"]
+    config = load("finetune", FinetuneConfig, words)
+    held_out, model = config.data.open("test"), load_model(tmp_path / "run")
+    assert held_out is not None
+    blueprint = model.card.blueprint
+    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    alone = model.task.evaluate(held_out, preprocessing, Share(0, 1, torch.device("cpu")))
+    assert alone == pytest.approx(found, abs=1e-6)
+    assert len(held_out) % 2 == 1  # an image too many would show

@@ -1,0 +1,187 @@
+"""The study: a grid of small trainings, each a file, that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.model.artifact import Blueprint, Card, save
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.study.cell import Desk
+from ssl_pipeline.study.grid import StudyConfig, cells
+from ssl_pipeline.study.label_efficiency import initialisations_of, study
+from ssl_pipeline.study.verdict import Findings
+
+COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
+
+
+def artifact(folder: Path, seed: int) -> Path:
+    """An encoder as stage one leaves it, untrained."""
+    backbone = BackboneConfig(width=4)
+    blueprint = Blueprint(backbone=backbone, neck=NeckConfig(), channels=1, size=12, mean=(0.3,), std=(0.3,))
+    torch.manual_seed(seed)
+    folder.mkdir()
+    save(folder, blueprint.build()[0], Card(
+        kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={},
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [artifact(root / f"run{i}", i) for i in range(2)]
+
+
+def words(runs: Sequence[Path], output: Path, *more: str, common: Sequence[str] = ()) -> StudyConfig:
+    own = ["labels=[1,5]", "seeds=2", "regimes=[frozen,lp_ft]", "jobs=1", "overrides.lp_ft=['regime.length=2 steps']",
+           "overrides.scratch=['regime.length=2 steps']", f"output={output}"]  # fmt: skip
+    return load("study", StudyConfig, initialisations_of([*map(str, runs), *own, *more, "--", *COMMON, *common]))
+
+
+@pytest.fixture(scope="module")
+def done(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study(words(runs, tmp_path_factory.mktemp("study") / "out", "knn=true", "models=true"))
+
+
+def test_random_weights_are_trained_once_whatever_the_regimes(runs: list[Path], tmp_path: Path) -> None:
+    grid = cells(words(runs, tmp_path, "regimes=[frozen,lp_ft,end_to_end]"))
+    assert {name: len(of_init) for name, of_init in grid.items()} == {"random": 8, "run0": 12, "run1": 12}
+    assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
+    assert {cell.config.encoder for cell in grid["random"]} == {str(runs[0])}
+    assert all(cell.config.starts_fresh for cell in grid["random"])
+
+
+def test_what_is_written(done: Path) -> None:
+    record = json.loads((done / "study.json").read_text())
+    assert len(record["rows"]) == 2 * 2 * (2 + 2 + 2)
+    assert record["baseline"] == {"init": "random", "regime": "scratch"}
+    assert set(record["knn"]) == {"random", "run0", "run1"}
+    assert record["summary"] == record["conclusion"][-1]
+    assert {row["label_count"] for row in record["rows"]} == {10, 50}
+    assert all(0 <= row["figures"]["accuracy"] <= 1 for row in record["rows"])
+    assert (done / "study.png").stat().st_size > 10_000
+    assert (done / "study.svg").read_text().count("a class") >= 2
+    card = json.loads((done / "models" / "run1_lp_ft_5" / "card.json").read_text())
+    assert len(card["classes"]) == 10
+
+
+@pytest.mark.parametrize("regime", ["frozen", "lp_ft"])
+def test_a_cell_is_what_finetune_gives(regime: str, done: Path, runs: list[Path], tmp_path: Path) -> None:
+    own = ["regime.length=2 steps"] if regime == "lp_ft" else []
+    overrides = [*COMMON, f"regime={regime}", *own, "tracking=off", "labels.per_class=5", "seed=1"]
+    alone = finetune(load("finetune", FinetuneConfig, [*overrides, f"encoder={runs[1]}", f"output={tmp_path / 'x'}"]))
+    cell = json.loads((done / "cells" / f"run1_{regime}_5_1.json").read_text())
+    assert cell["figures"] == alone.figures[0]
+
+
+def test_a_study_that_was_stopped_does_what_is_missing(
+    done: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_text() for file in (done / "cells").iterdir()}
+    missing = {"run0_frozen_1_1.json", "random_scratch_5_0.json"}
+    for name in missing:
+        (done / "cells" / name).unlink()
+    trained, train = list[str](), Desk.train
+
+    def counted(desk: Desk, task: Any) -> dict[str, float]:
+        trained.append(task.record.name)
+        return train(desk, task)
+
+    monkeypatch.setattr(Desk, "train", counted)
+    monkeypatch.setattr(Desk, "read", lambda desk, task: pytest.fail("the features are there"))
+    study(words(runs, done, "knn=true", "models=true"))
+    assert set(trained) == missing
+    for name in before:
+        again, first = json.loads((done / "cells" / name).read_text()), json.loads(before[name])
+        assert again["figures"] == first["figures"]
+
+
+def test_more_seeds_complete_it_and_changed_settings_are_named(done: Path, runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`common` was .* and is now"):
+        study(words(runs, done, common=["views.flip=0.1"]))
+    with pytest.raises(ConfigError, match=r"`overrides.lp_ft` was"):
+        study(words(runs, done, "overrides.lp_ft=['regime.length=3 steps']"))
+    renamed = tmp_path / "run1"
+    artifact(renamed, 7)
+    with pytest.raises(ConfigError, match=r"run1_frozen_1_0.json: `weights` was"):
+        study(words([runs[0], renamed], done))
+    study(words(runs, done, "labels=[1]", "seeds=3", "regimes=[frozen]"))
+    assert (done / "cells" / "run1_frozen_1_2.json").is_file()
+
+
+def test_several_processes_find_the_same(done: Path, runs: list[Path], tmp_path: Path) -> None:
+    again = study(words(runs[:1], tmp_path / "out", "jobs=2", "labels=[5]", "regimes=[lp_ft]"))
+    files = list((again / "cells").iterdir())
+    assert len(files) == 4
+    for file in files:
+        first = json.loads((done / "cells" / file.name).read_text())
+        assert json.loads(file.read_text())["figures"] == first["figures"]
+
+
+def test_a_run_for_each_seed(runs: list[Path], tmp_path: Path) -> None:
+    listed = f"initialisations.own=['{runs[0]}','{runs[1]}']"
+    grid = cells(words([], tmp_path, listed, "labels=[1]", "regimes=[frozen]"))
+    assert [cell.config.encoder for cell in grid["own"]] == [str(run) for run in runs]
+    with pytest.raises(ConfigError, match="lists 2 run\\(s\\) and `seeds` is 3"):
+        cells(words([], tmp_path, listed, "seeds=3"))
+    study(words([], tmp_path / "out", listed, "labels=[1]", "regimes=[frozen]"))
+    notes = json.loads((tmp_path / "out" / "study.json").read_text())["notes"]
+    assert notes == ["Of own each seed has a run of stage one of its own, so the intervals hold its chance too."]
+
+
+def test_official_weights_that_cannot_be_had_are_left_out_with_a_word(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
+    own = ["initialisations.imagenet='resnet18:IMAGENET1K_V1'", "labels=[1]", "regimes=[frozen]"]
+    folder = study(words(runs[:1], tmp_path / "out", *own))
+    record = json.loads((folder / "study.json").read_text())
+    assert "can't be downloaded" in record["left_out"]["imagenet"]
+    assert {row["init"] for row in record["rows"]} == {"random", "run0"}
+    assert "imagenet is left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="there is no file"):
+        study(words([], tmp_path / "other", "initialisations.file=resnet18:nowhere.pth"))
+
+
+def test_too_few_labels_and_unknown_counts_are_told_before_anything_is_written(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="has only"):
+        study(words(runs, tmp_path / "out", "labels=[10,9000]"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="is no number of labels"):
+        words(runs, tmp_path, "labels=[many]")
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [
+        ((0.10, 0.11, 0.12), "brought a gain"),
+        ((0.1, -0.1, 0.0), "no gain beyond chance"),
+        ((-0.1, -0.11, -0.12), "did harm"),
+    ],
+)
+def test_the_verdict_is_paired_by_seed(gains: tuple[float, ...], word: str, runs: list[Path], tmp_path: Path) -> None:
+    # Seeds differ among themselves far more than the conditions do: only pairing can tell.
+    rows = [
+        {"init": init, "regime": regime, "labels": 5, "seed": seed, "figures": {"accuracy": 0.3 * seed + own}}
+        for seed, gain in enumerate(gains)
+        for init, regime, own in (("random", "scratch", 0.2), ("run0", "lp_ft", 0.2 + gain))
+    ]
+    findings = Findings(rows, words(runs[:1], tmp_path, "seeds=3"), in_percent=True)
+    assert word in findings.sentences()[-1]
