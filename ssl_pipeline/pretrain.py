@@ -18,9 +18,12 @@ from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.launcher import save_with_launcher
+from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
@@ -158,6 +161,7 @@ def pretrain(config: PretrainConfig) -> Path:
         run or nullcontext(),
         Progress(total, start, enabled=run is not None) as progress,
         open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
+        requeue_marker(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
@@ -193,8 +197,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def main() -> None:
     """The command line."""
-    run_command("pretrain", PretrainConfig, pretrain)
-    leave_group()
+    listen()
+    save_with_launcher()
+    with leaving_together():
+        run_command("pretrain", PretrainConfig, pretrain)
 
 
 if __name__ == "__main__":
