@@ -32,6 +32,7 @@ from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.track.alerts import Alerts, logged_losses
 from ssl_pipeline.track.progress import Progress
 from ssl_pipeline.track.run import open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
@@ -166,7 +167,7 @@ def pretrain(config: PretrainConfig) -> Path:
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
-        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share, progress.say)
+        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share)
         figures = {} if start else evaluation(encoder)
         if not start and isinstance(train, Indexed):
             images = train
@@ -179,9 +180,15 @@ def pretrain(config: PretrainConfig) -> Path:
             latest.update(evaluation(encoder))
             return latest
 
+        def alert(step: int, title: str, text: str) -> None:
+            progress.say(text)
+            trackers.alert(step, title, text)
+
+        before = logged_losses(folder, "pretrain") if run is not None and start else []
+        alerts = Alerts("pretrain", encoder.width, alert, before)
         fit(
             task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
-            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update), config.log_every, "pretrain",
+            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update, alerts), config.log_every, "pretrain",
             config.batch.micro,
         )  # fmt: skip
         final = latest or evaluation(encoder)

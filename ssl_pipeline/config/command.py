@@ -17,6 +17,7 @@ from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import resolve
 
 Stage = TypeVar("Stage", bound=BaseModel)
+LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or hangs
 EXIT_CODES = "SSL_PIPELINE_EXIT_CODES"  # names a file of `launch/run`: a launcher in between loses its processes' codes
 
 

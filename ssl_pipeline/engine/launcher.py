@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from ssl_pipeline.config.command import EXIT_CODES
+from ssl_pipeline.config.command import EXIT_CODES, LOST
 
 STAGES = ("pretrain", "finetune")
 USAGE = """usage: launch/run [OPTIONS OF `accelerate launch` …] pretrain|finetune [key=value …]
@@ -27,7 +28,7 @@ run is saved (start the same command again with `resume=auto`), others: failed.
 """
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAVED, _WRONG_INPUT = 75, 2
-_SECONDS_TO_LEAVE = 30.0
+_SECONDS_TO_LEAVE, _SECONDS_AFTER_A_LOSS = 30.0, 5.0
 _PARENT_DIES, _ADOPT_ORPHANS = 1, 36  # prctl's PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER
 
 
@@ -67,15 +68,26 @@ class Launch:
 
     def wait(self) -> int:
         """Waits for the run, ends what it left over, and returns the exit code."""
-        code = self._launcher.wait()
+        while (code := self._launcher.poll()) is None:
+            time.sleep(0.2)
+            if LOST in self._told():
+                self._end_the_others()
         _end(psutil.Process().children(recursive=True))
-        told = self._codes.read_text().split()
-        for known in (_SAVED, _WRONG_INPUT):
-            if str(known) in told:
+        for known in (_SAVED, _WRONG_INPUT, LOST):
+            if known in self._told():
                 return known
         if code == 0:
             return 0
         return 128 + (self._signal or -code) if self._signal or code < 0 else code
+
+    def _told(self) -> list[int]:
+        return [int(word) for word in self._codes.read_text().split()]
+
+    def _end_the_others(self) -> None:
+        """Of a group that has lost a process nothing will come: what hangs is killed, which the launcher is slow to do."""
+        others = psutil.Process(self._launcher.pid).children()
+        for process in psutil.wait_procs(others, _SECONDS_AFTER_A_LOSS)[1]:
+            process.kill()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """To the run's processes themselves: the launcher would kill them half a minute later, or leave them alone."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.config.command import EXIT_CODES, leave
+from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
 from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
 from ssl_pipeline.engine.signals import StoppedError
 
@@ -34,7 +34,7 @@ _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 class LostProcessError(UserError):
     """Another process, or a worker, was killed or does not answer."""
 
-    exit_code = 1
+    exit_code = LOST
 
 
 def explain(error: BaseException, step: int | None = None) -> LostProcessError | None:
