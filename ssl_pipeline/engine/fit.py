@@ -130,9 +130,10 @@ def fit(
         else:
             skipped += 1
             problem = None
+            statistics.restore()
             if optim.nonfinite.action == "stop" or skipped > optim.nonfinite.limit:
                 problem = _examine(task, model, batch, output.loss, accelerator, reseed, checkpoints, micro)
-            statistics.restore()
+                statistics.restore()
             if problem is not None:
                 agree_on_buffers(task)
                 if checkpoints is not None:

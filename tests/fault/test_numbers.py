@@ -107,7 +107,7 @@ def test_a_scalers_own_skips_are_only_counted(tmp_path: Path, monkeypatch: pytes
 
 
 def test_one_processs_bad_number_stops_all(tmp_path: Path) -> None:
-    words = ["torchrun", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    words = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
     run = tmp_path / "run"
     done = command(*words, "tests/fault/one_share.py", *TINY, "steps=9", f"output={run}", FAULT="nan")
     assert done.returncode == 1

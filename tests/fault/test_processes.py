@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import timeout_seconds
@@ -50,7 +51,7 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_the_others(tmp_path: Path) -> None:
-    words = ["torchrun", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    words = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
     began = time.monotonic()
     done = command(*words, "tests/fault/one_share.py", *TINY, "steps=1000", f"output={tmp_path / 'run'}", FAULT="raise")
     assert done.returncode != 0
@@ -64,13 +65,15 @@ def with_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) ->
     (tmp_path / "photos").mkdir()
     photos(tmp_path / "photos", 16, 24, 16)
 
-    def after_step(self: SimCLR, batch: Batch) -> None:
+    def after_embedding(self: SimCLR, batch: Batch) -> dict[str, Tensor]:
         if batch.clock.step == 1:
             for process in multiprocessing.active_children():
                 assert process.pid is not None
                 os.kill(process.pid, number)
+        return embed(self, batch)
 
-    monkeypatch.setattr(SimCLR, "after_step", after_step)
+    embed = SimCLR.embed
+    monkeypatch.setattr(SimCLR, "embed", after_embedding)
     words = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "steps=2000", "~data.dev"]
     pretrain(tiny_pretrain(tmp_path / "run", *words, "log_every=1000"))
 
