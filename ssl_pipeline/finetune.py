@@ -21,7 +21,10 @@ from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, 
 from ssl_pipeline.downstream.start import new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.launcher import save_with_launcher
+from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
@@ -120,6 +123,7 @@ def finetune(config: FinetuneConfig) -> Result:
     with (
         run or nullcontext(),
         open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
+        requeue_marker(run.path if run else None),
     ):
         for seed in seeds:
             if seed in finished:
@@ -188,8 +192,10 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    run_command("finetune", FinetuneConfig, finetune_and_tell)
-    leave_group()
+    listen()
+    save_with_launcher()
+    with leaving_together():
+        run_command("finetune", FinetuneConfig, finetune_and_tell)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.launcher import save_with_launcher
+from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
@@ -30,6 +33,7 @@ from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.track.alerts import Alerts, logged_losses
 from ssl_pipeline.track.progress import Progress
 from ssl_pipeline.track.run import Resume, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
@@ -171,11 +175,12 @@ def pretrain(config: PretrainConfig) -> Path:
         Progress(total, start, enabled=run is not None) as progress,
         # A run that starts again from nothing also measures step 0 again.
         open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
+        requeue_marker(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
-        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share, progress.say)
+        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share)
         figures = {} if start else evaluation(encoder)
         if not start and isinstance(train, Indexed):
             images = train
@@ -188,9 +193,15 @@ def pretrain(config: PretrainConfig) -> Path:
             best.offer(encoder, card(latest), clock.step + 1)
             return latest
 
+        def alert(step: int, title: str, text: str) -> None:
+            progress.say(text)
+            trackers.alert(step, title, text)
+
+        before = logged_losses(folder, "pretrain") if run is not None and start else []
+        alerts = Alerts("pretrain", encoder.width, alert, before)
         fit(
             task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
-            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update), config.log_every, "pretrain",
+            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update, alerts), config.log_every, "pretrain",
             config.batch.micro,
         )  # fmt: skip
         final = latest or evaluation(encoder)
@@ -202,8 +213,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def main() -> None:
     """The command line."""
-    run_command("pretrain", PretrainConfig, pretrain)
-    leave_group()
+    listen()
+    save_with_launcher()
+    with leaving_together():
+        run_command("pretrain", PretrainConfig, pretrain)
 
 
 if __name__ == "__main__":

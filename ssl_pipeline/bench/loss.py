@@ -152,7 +152,7 @@ def _two_pass(rounds: int) -> float:
         task(batch).loss.backward()
 
     def in_two() -> None:
-        two_pass(task, task, batch, _IMAGES // 4, accelerator, lambda _: None, lambda _: None)
+        two_pass(task, task, batch, _IMAGES // 4, accelerator, lambda _: None)
 
     seconds = []
     for _ in range(rounds + 1):

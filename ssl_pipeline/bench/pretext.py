@@ -94,7 +94,7 @@ def measure(rounds: int) -> dict[str, float]:
         fit(task, batches, config.optim, build_optimizer(config.optim, task, config.batch.size), accelerator)
         accelerator.free_memory()
         preprocessing = Preprocessing(config.views.size, train.mean, train.std)
-        return 100 * OnlineEvaluation(train, dev, views, preprocessing, share, lambda _: None)(encoder)["eval/knn"]
+        return 100 * OnlineEvaluation(train, dev, views, preprocessing, share)(encoder)["eval/knn"]
 
     for name, lightlys in _LIGHTLY.items():
         ours = [knn(name, seed, None) for seed in range(rounds)]

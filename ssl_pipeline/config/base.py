@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """What a person can mend: told as a sentence, without a traceback, with exit code 2."""
+    """What a person can mend: told as a sentence, without a traceback.
+
+    Attributes:
+        exit_code: what the command leaves with: 2 for wrong input.
+        everywhere: whether all processes of a run raise it, so that one of them tells it for all.
+    """
+
+    exit_code: int = 2
+    everywhere: bool = True
 
 
 class ConfigError(UserError):

@@ -17,6 +17,8 @@ from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import resolve
 
 Stage = TypeVar("Stage", bound=BaseModel)
+LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or hangs
+EXIT_CODES = "SSL_PIPELINE_EXIT_CODES"  # names a file of `launch/run`: a launcher in between loses its processes' codes
 
 
 def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None) -> Stage:
@@ -31,7 +33,7 @@ def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_d
 def run_command(
     name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
 ) -> None:
-    """Runs a stage from the command line; leaves the process with 2 when the user can mend what is wrong."""
+    """Runs a stage from the command line; leaves the process with the error's exit code when it is told in words."""
     parser = argparse.ArgumentParser(
         prog=f"ssl-pipeline {name}",
         usage="%(prog)s [group=choice …] [key=value …] [--config-dir DIR] [--cfg job] [--help]",
@@ -54,13 +56,19 @@ def run_command(
 
 
 def leave(error: UserError, hint: str = "") -> NoReturn:
-    """Tells a mistake once (not once a process) and leaves with exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Tells a mistake once (not once a process, if all know it) and leaves with its exit code."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not error.everywhere:
         lines = str(error).splitlines()
         marked = lines if len(lines) == 1 else [f"{len(lines)} things are wrong:", *(f"  - {line}" for line in lines)]
-        sys.stderr.write("\n".join([*marked, *([f"({hint} lists the keys.)"] if hint else [])]) + "\n")
+        who = [] if error.everywhere or "RANK" not in os.environ else [f"process {rank}:"]
+        help_line = [f"({hint} lists the keys.)"] if hint and error.exit_code == 2 else []
+        sys.stderr.write("\n".join([*who, *marked, *help_line]) + "\n")
         sys.stderr.flush()
-    raise SystemExit(2) from None
+    if EXIT_CODES in os.environ:
+        with Path(os.environ[EXIT_CODES]).open("a", encoding="utf-8") as file:
+            file.write(f"{error.exit_code}\n")
+    raise SystemExit(error.exit_code) from None
 
 
 def _keys_help(name: str) -> str:

@@ -23,6 +23,8 @@ class DecodeError(UserError):
         fault: what is wrong with it, in words.
     """
 
+    everywhere = False
+
     def __init__(self, path: Path, fault: str) -> None:
         self.path, self.fault = path, fault
         super().__init__(f"{path} can't be read as an image: {fault}. Remove or replace the file.")

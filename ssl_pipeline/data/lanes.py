@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.loader import Share, StepBatches, worker_options
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.draws import derive_seed, hash_bits, permutation
@@ -183,7 +183,7 @@ class StreamBatches:
         Raises:
             UserError: a shard is missing or damaged, or an image is and is not to be skipped.
         """
-        options: dict[str, Any] = {"prefetch_factor": 2} if self.workers else {}
+        options = worker_options() if self.workers else {}
         loader = DataLoader(
             _Steps(self, start),
             batch_size=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step
@@ -177,7 +179,7 @@ class StepBatches:
             yield index, self.views.of_pixels(pixels, index, self.clock(step).epoch)
 
     def _crops_of_files(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        options: dict[str, Any] = {"prefetch_factor": 2} if self.workers else {}
+        options = worker_options() if self.workers else {}
         loader = DataLoader(
             _Steps(self),
             batch_size=None,
@@ -192,6 +194,18 @@ class StepBatches:
             for sample, fault in item.faults.items():
                 note_bad(self.source, sample, fault)
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
+
+
+def worker_options() -> dict[str, Any]:
+    """Options of a DataLoader with workers: one that gives nothing for half the run's patience hangs."""
+    return {"prefetch_factor": 2, "timeout": timeout_seconds() / 2, "worker_init_fn": _leave_signals_to_the_process}
+
+
+def _leave_signals_to_the_process(worker: int) -> None:
+    """A batch system signals all processes of a job: the run wants to save then, with its workers alive."""
+    del worker
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def default_workers(share: Share) -> int:

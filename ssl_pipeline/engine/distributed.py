@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import Share
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ def start_accelerator() -> Accelerator:
         precision = "bf16"
     # Buffers are not sent at every step: a memory is the same everywhere, and statistics are agreed on where they are read.
     kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs])
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds()))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs, patience])
     asked = max(int(os.environ.get("WORLD_SIZE", "1")), _processes_asked_of_launcher())
     if asked != accelerator.num_processes:
         raise ConfigError(
@@ -79,20 +81,6 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     if problem is not None:
         raise ConfigError(problem.split("\n"))
     return value
-
-
-def leave_group() -> None:
-    """The last thing that a process of a group does when all is written: waits for the others, and leaves with 0.
-
-    It leaves without the interpreter's own end: there torch's threads abort now and then (in two of six bare torchrun
-    runs, measured with gloo), and a run that had finished would be reported as failed.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _processes_asked_of_launcher() -> int:

@@ -9,22 +9,32 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.optim import Optimizer
 
-from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import agree_on_buffers
+from ssl_pipeline.engine.lost import explain, own
+from ssl_pipeline.engine.numbers import (
+    FILE_NAME,
+    NonFiniteError,
+    Statistics,
+    agree,
+    find,
+    gradient_norm,
+    sentence,
+    write,
+)
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
+from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
-
-
-class NonFiniteLossError(UserError):
-    """The loss is no number; raised on all processes before the optimizer could spoil the weights."""
 
 
 class Listener(Protocol):
@@ -70,13 +80,16 @@ def fit(
         micro: samples that a process embeds at once; None for its whole share of the batch.
 
     Raises:
-        NonFiniteLossError: the loss of any process is no number.
+        NonFiniteError: the loss or gradient of any process is no finite number, and the step is not to be skipped.
+        StoppedError: a signal came; the state after the step it came in is saved.
+        LostProcessError: another process, or a worker, was killed or hangs.
         ConfigError: the GPU's memory is not enough.
     """
-    start = 0
+    start, skipped, skipped_by_scaler = 0, 0, 0
     model, prepared = accelerator.prepare(task, optimizer)
     if resume is not None:
         start = int(resume["done"])
+        skipped, skipped_by_scaler = resume.get("skipped", (0, 0))
         task.load_state_dict(resume["task"])
         prepared.load_state_dict(resume["optimizer"])
         batches.load_state_dict(resume["batches"])
@@ -84,34 +97,51 @@ def fit(
             accelerator.scaler.load_state_dict(resume["scaler"])
     total, seed = batches.total_steps, batches.seed
     model.train()
+    statistics = Statistics(task)
     since, images, waited = time.perf_counter(), 0, 0.0
     asked = since
-    for batch in batches.from_step(start):
+    for batch in own(batches.from_step(start), start):
         waited += time.perf_counter() - asked
         clock, done = batch.clock, batch.clock.step + 1
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.
         reseed = partial(_reseed, seed, clock.step, accelerator.process_index)
         reseed(0)
-        check = partial(_stop_if_not_finite, clock, accelerator)
+        statistics.keep()
         rate = set_rate(optimizer, optim, clock)
         try:
             if micro is not None and micro < len(batch.index):
-                output = two_pass(task, model, batch, micro, accelerator, reseed, check)
+                output = two_pass(task, model, batch, micro, accelerator, reseed)
             else:
                 with accelerator.autocast():
                     output = model(batch)
-                check(output.loss)
                 accelerator.backward(output.loss)
+            norm = _clip(task, optim, accelerator)
+            agreed = agree(accelerator, output.loss, norm)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"the GPU's memory is not enough for {micro or len(batch.index)} samples a process: lower `batch.micro`, "
                 "`batch.size` or `views.size`, take a smaller backbone, or add processes."
             ) from error
-        if optim.clip is not None:
-            accelerator.clip_grad_norm_(task.parameters(), optim.clip)
-        prepared.step()
+        except RuntimeError as error:
+            raise explain(error, clock.step) or error from error
+        if agreed.finite:
+            prepared.step()
+            task.after_step(batch)
+            skipped_by_scaler += prepared.step_was_skipped
+        else:
+            skipped += 1
+            problem = None
+            statistics.restore()
+            if optim.nonfinite.action == "stop" or skipped > optim.nonfinite.limit:
+                problem = _examine(task, model, batch, output.loss, accelerator, reseed, checkpoints, micro)
+                statistics.restore()
+            if problem is not None:
+                agree_on_buffers(task)
+                if checkpoints is not None:
+                    before = (skipped - 1, skipped_by_scaler)
+                    checkpoints.save(clock.step, _state(task, optimizer, accelerator, batches, before))
+                raise problem
         prepared.zero_grad()
-        task.after_step(batch)
 
         images += len(batch.index) * accelerator.num_processes
         figures: dict[str, float] = {}
@@ -122,7 +152,8 @@ def fit(
             )
             batches.bear(bad_files)
             figures |= {f"{prefix}/loss": loss, f"{prefix}/lr": rate, f"{prefix}/data_wait": wait}
-            figures |= {f"{prefix}/bad_files": bad_files} if bad_files else {}
+            counts = {"bad_files": bad_files, "nonfinite_steps": skipped, "skipped_steps": skipped_by_scaler}
+            figures |= {f"{prefix}/{name}": count for name, count in counts.items() if count}
             metrics = output.metrics | (output.details() if output.details is not None else {})
             figures |= {f"{prefix}/{name}": float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
             figures |= {
@@ -131,7 +162,8 @@ def fit(
             }
             since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
-        saves = checkpoints is not None and checkpoints.due(done, total)
+        stops = agreed.signal != 0 and done < total
+        saves = checkpoints is not None and (stops or checkpoints.due(done, total))
         if looks or saves or done == total:  # what one process saves, all will continue from
             agree_on_buffers(task)
         if looks and evaluate is not None:
@@ -142,7 +174,9 @@ def fit(
             for listener in listeners:
                 listener(done, figures)
         if checkpoints is not None and saves:
-            checkpoints.save(done, _state(task, optimizer, accelerator) | {"batches": batches.state_dict()})
+            checkpoints.save(done, _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler)))
+        if stops:
+            raise StoppedError(agreed.signal, done, total, saved=saves)
         asked = time.perf_counter()
 
 
@@ -160,21 +194,51 @@ def _due(done: int, total: int, every: int) -> bool:
     return every > 0 and (done == total or (done % every == 0 and total - done >= every / 2))
 
 
-def _state(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+def _state(
+    task: Task,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    batches: StepBatches | StreamBatches,
+    skipped: tuple[int, int],
+) -> dict[str, Any]:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    return {"task": task.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+    state = {"task": task.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+    return state | {"batches": batches.state_dict(), "skipped": skipped}
 
 
 def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:
     torch.manual_seed(derive_seed(seed, "model", step, micro_batch, process))
 
 
-def _stop_if_not_finite(clock: Clock, accelerator: Accelerator, loss: torch.Tensor) -> None:
-    finite = torch.isfinite(loss.detach()).to(torch.int32)
-    if accelerator.num_processes > 1:
-        finite = accelerator.reduce(finite, reduction="sum") // accelerator.num_processes
-    if not bool(finite):
-        raise NonFiniteLossError(
-            f"the loss of step {clock.step} is not a finite number. Nothing was changed by this step; the last checkpoint "
-            "is from before it. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature."
-        )
+def _clip(task: Task, optim: OptimConfig, accelerator: Accelerator) -> torch.Tensor | None:
+    """Clips the gradient where that is wanted; its norm from before, or None where a scaler looks at it."""
+    if optim.clip is not None:
+        norm = accelerator.clip_grad_norm_(task.parameters(), optim.clip)
+        return norm if accelerator.scaler is None else None
+    return gradient_norm(task.parameters()) if accelerator.scaler is None else None
+
+
+def _examine(
+    task: Task,
+    model: nn.Module,
+    batch: Batch,
+    loss: torch.Tensor,
+    accelerator: Accelerator,
+    reseed: Callable[[int], None],
+    checkpoints: Checkpoints | None,
+    micro: int | None,
+) -> NonFiniteError:
+    """Looks for the cause of a bad step, and writes it down beside the checkpoints."""
+    reseed(0)
+    alone = isinstance(model, nn.parallel.DistributedDataParallel) and micro is None
+    findings = find(task, batch, loss, accelerator, alone or accelerator.num_processes == 1)
+    told = f"{sentence(batch.clock.step, findings)} Nothing was changed by this step"
+    if checkpoints is not None:
+        file = checkpoints.folder.parent / FILE_NAME
+        if checkpoints.main:
+            write(file, batch.clock.step, findings)
+        told += f", and the state before it is saved; {file} lists all samples"
+    return NonFiniteError(
+        f"{told}. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature; `optim.nonfinite.action=skip` passes over "
+        "such steps."
+    )

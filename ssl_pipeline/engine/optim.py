@@ -9,6 +9,7 @@ from lightly.utils.lars import LARS
 from pydantic import Field, model_validator
 from torch.optim import SGD, AdamW, Optimizer
 
+from ssl_pipeline.engine.numbers import NonFiniteConfig
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.schedules import Clock, WarmupCosine
 
@@ -25,6 +26,7 @@ class OptimConfig(WarmupCosine):
         betas: of AdamW.
         trust: LARS' trust coefficient (You et al. 2017).
         clip: the gradient's greatest norm; none by default.
+        nonfinite: what is done at a step whose loss or gradient is not finite.
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -35,6 +37,7 @@ class OptimConfig(WarmupCosine):
     betas: tuple[float, float] = (0.9, 0.999)
     trust: float = Field(0.001, gt=0)
     clip: float | None = Field(None, gt=0)
+    nonfinite: NonFiniteConfig = NonFiniteConfig()
 
     @model_validator(mode="after")
     def _lars_needs_decay(self) -> OptimConfig:

@@ -17,7 +17,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_pipeline.data.batch import Batch
@@ -31,7 +31,6 @@ def two_pass(
     micro: int,
     accelerator: Accelerator,
     reseed: Callable[[int], None],
-    check: Callable[[Tensor], None],
 ) -> StepOutput:
     """Forward and backward of one step.
 
@@ -42,7 +41,6 @@ def two_pass(
         micro: samples of a micro-batch.
         accelerator: gives precision and processes.
         reseed: seeds the model's draws for a micro-batch: both passes must drop the same units.
-        check: raises if the loss is no number, before the second pass.
 
     Returns:
         The objective's output; the gradients are in the parameters.
@@ -56,7 +54,6 @@ def two_pass(
     embeddings = {name: torch.cat([piece[name] for piece in pieces]).requires_grad_() for name in pieces[0]}
     with accelerator.autocast():
         output = task.objective(embeddings, batch)
-    check(output.loss)
     # What the objective itself learns (a temperature, prototypes) has its whole gradient now.
     learned = [parameter for parameter in task.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(output.loss, [*embeddings.values(), *learned], allow_unused=True)

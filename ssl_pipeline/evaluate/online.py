@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ssl_pipeline.data.loader import Preprocessing, Share
@@ -25,7 +23,6 @@ class OnlineEvaluation:
         views: two random views of an image give alignment.
         preprocessing: what the encoder expects.
         share: this process's share.
-        say: where a verdict is told.
         k: neighbours.
         bank_size: most rows in kNN's bank.
         sample: most images for the collapse figures.
@@ -38,12 +35,11 @@ class OnlineEvaluation:
         views: Views,
         preprocessing: Preprocessing,
         share: Share,
-        say: Callable[[str], None],
         k: int = 20,
         bank_size: int = 10_000,
         sample: int = 512,
     ) -> None:
-        self._train, self._dev, self._views, self._say, self._k = train, dev, views, say, k
+        self._train, self._dev, self._views, self._k = train, dev, views, k
         self._preprocessing, self._share = preprocessing, share
         bank = permutation(len(train), "online evaluation", "bank")
         if train.labels is not None:
@@ -56,9 +52,6 @@ class OnlineEvaluation:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others."""
         figures = self._collapse(encoder)
-        sentence = collapse.verdict(figures, encoder.width)
-        if sentence:
-            self._say(sentence)
         if self._dev is not None and self._train.labels is not None:
             figures["knn"] = self._knn(encoder, self._dev)
         return {f"eval/{name}": value for name, value in figures.items()}

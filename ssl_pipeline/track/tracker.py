@@ -42,6 +42,9 @@ class Tracker(Protocol):
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Something that a person should hear of."""
+
     def finish(self) -> None:
         """No more will come."""
 
@@ -62,6 +65,12 @@ class Trackers:
         if self._truth is not None and figures:
             self._truth.log(step, figures)
             self._tell(lambda mirror: mirror.log(step, figures))
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """A sentence that somebody should read at once; mirrors that can wake people do."""
+        if self._truth is not None:
+            self._truth.log(step, {"alert": f"{title}: {text}"})
+            self._tell(lambda mirror: mirror.alert(title, text))
 
     def finish(self) -> None:
         """Closes the log first: a mirror may wait for its server."""

@@ -32,6 +32,10 @@ class WandbMirror:
         """The figures after ``step`` steps."""
         self._run.log({**figures, "step": step})
 
+    def alert(self, title: str, text: str) -> None:
+        """W&B sends it to whom the user has told it to."""
+        self._run.alert(title=title, text=text, level="WARN")
+
     def finish(self) -> None:
         """Waits for what is under way, but not for ever."""
         self._run.finish()

@@ -15,8 +15,9 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import leave_group, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.model.artifact import Blueprint
@@ -101,8 +102,8 @@ def main() -> None:
         accelerator.wait_for_everyone()
         train(root / name / "two_then_two", dtype)
         train(root / name / "one_then_two", dtype)
-    leave_group()
 
 
 if __name__ == "__main__":
-    main()
+    with leaving_together():
+        main()

@@ -70,7 +70,7 @@ def run(
             output = model(batch)
             output.loss.backward()
         else:
-            output = two_pass(task, model, batch, micro, Bare(), lambda _: None, lambda _: None)
+            output = two_pass(task, model, batch, micro, Bare(), lambda _: None)
         losses.append(output.loss.detach())
         with torch.no_grad():
             for parameter in task.parameters():

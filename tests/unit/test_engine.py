@@ -10,7 +10,8 @@ import torch
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.fit import NonFiniteLossError, _due
+from ssl_pipeline.engine.fit import _due
+from ssl_pipeline.engine.numbers import NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.pretext.simclr import Config as SimCLRConfig
@@ -80,7 +81,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(
         return StepOutput(embeddings["first"].sum() * torch.nan)
 
     monkeypatch.setattr(SimCLR, "objective", breaks)
-    with pytest.raises(NonFiniteLossError, match="step 2"):
+    with pytest.raises(NonFiniteError, match="step 2"):
         pretrain(tiny_pretrain(tmp_path / "run", "checkpoint_every=1 steps"))
     assert all(torch.equal(value, seen[name]) for name, value in tasks[0].named_parameters())
     assert (tmp_path / "run" / "checkpoints" / "step-000000002.pt").is_file()

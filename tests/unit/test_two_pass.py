@@ -28,7 +28,7 @@ def gradients(task: Task, micro: int | None) -> tuple[StepOutput, dict[str, Tens
         output = task(batch)
         output.loss.backward()
     else:
-        output = two_pass(task, task, batch, micro, start_accelerator(), reseed, lambda _: None)
+        output = two_pass(task, task, batch, micro, start_accelerator(), reseed)
     return output, {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
 
 
@@ -84,7 +84,7 @@ def test_both_passes_drop_the_same_units() -> None:
     assert isinstance(second, Task)
     batch = tiny_batch(first, 2, 8, 0)
     batch.views = [view.double() for view in batch.views]
-    two_pass(first, first, batch, 4, start_accelerator(), reseed, lambda _: None)
+    two_pass(first, first, batch, 4, start_accelerator(), reseed)
     embedded = []
     for number, part in enumerate(batch.split(4)):
         torch.manual_seed(number)
@@ -100,7 +100,7 @@ def test_both_passes_drop_the_same_units() -> None:
 def test_running_statistics_move_once_a_micro_batch() -> None:
     task, batch = tiny_task("simclr")
     other, _ = tiny_task("simclr")
-    two_pass(task, task, batch, 4, start_accelerator(), reseed, lambda _: None)
+    two_pass(task, task, batch, 4, start_accelerator(), reseed)
     for part in batch.split(4):
         other(part)
     norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm2d)] for one in (task, other)]

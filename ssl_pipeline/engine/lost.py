@@ -1,0 +1,175 @@
+"""A process or worker that was killed or hangs: the others tell it in words, and leave without waiting for it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
+from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
+from ssl_pipeline.engine.signals import StoppedError
+
+_Store: Any = dist.TCPStore  # type: ignore[attr-defined]
+T = TypeVar("T")
+_SECONDS_FOR_ROLL_CALL = 3.0
+_OF_WORKERS = re.compile(r"DataLoader (worker|timed out)")
+_OF_PROCESSES = re.compile(
+    r"gloo/|NCCL|Connection (closed|reset) by peer|Timed out waiting|Broken pipe|remote process|ProcessGroup"
+)
+_TIMED_OUT = re.compile(r"[Tt]imed? ?out")
+
+
+class LostProcessError(UserError):
+    """Another process, or a worker, was killed or does not answer."""
+
+    exit_code = LOST
+
+
+def explain(error: BaseException, step: int | None = None) -> LostProcessError | None:
+    """What torch's error means in words; None if it is about something else.
+
+    Args:
+        error: raised by a step, or by data.
+        step: the steps done, where it is known.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not (_OF_WORKERS.search(text) or _OF_PROCESSES.search(text)):
+        return None
+    when = "" if step is None else f" in step {step + 1}"
+    if _OF_WORKERS.search(text):
+        what = f"a worker that decodes files {_of_worker(text)}{when}"
+    else:
+        silent = _silent_processes()
+        who = f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
+        hangs = f"has not answered within {timeout_seconds():g} s ({VARIABLE})"
+        what = f"{who} {hangs if _TIMED_OUT.search(text) else 'was killed, or left by a mistake of its own'}{when}"
+    lost = LostProcessError(
+        f"{what}. This process leaves, too. What was saved before is whole: `resume=auto` continues from the last checkpoint."
+    )
+    lost.everywhere = False
+    return lost
+
+
+def own(batches: Iterator[T], step: int) -> Iterator[T]:
+    """A process's batches; what goes wrong with its data is known to it alone, so it has to tell it.
+
+    Args:
+        batches: from ``step`` on.
+        step: the first.
+    """
+    try:
+        for batch in batches:
+            yield batch
+            step += 1
+    except UserError as error:
+        error.everywhere = False
+        raise
+    except RuntimeError as error:
+        lost = explain(error, step)
+        _end_workers()  # one that hangs would keep the interpreter from leaving
+        if lost is None:
+            raise
+        raise lost from error
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Around the whole command: a process of a group leaves it whole, or at once when something went wrong.
+
+    A finished group waits for its last process. It leaves without the interpreter's own end: there torch's threads abort
+    now and then (in two of six bare torchrun runs, measured with gloo), and a run that had finished would be reported as
+    failed. After an error nothing is waited for: the others would not come.
+    """
+    try:
+        yield
+    except SystemExit as left:
+        if left.code in (0, None, StoppedError.exit_code):
+            # Under `launch/run` the code is written down already, and a launcher in between would report a failure.
+            _leave_together(0 if EXIT_CODES in os.environ else int(left.code or 0))
+        _leave_alone(left.code if isinstance(left.code, int) else 1)
+        raise
+    except RuntimeError as error:
+        lost = explain(error)
+        if lost is None:
+            _fail()
+            raise
+        with contextlib.suppress(SystemExit):
+            leave(lost)
+        _leave_alone(1)
+        raise SystemExit(1) from None
+    except BaseException:
+        _fail()
+        raise
+    _leave_together(0)
+
+
+def _silent_processes() -> list[int]:
+    """Those that don't answer a roll call; empty where none can be held, for lack of the store that the group met by."""
+    if not dist.is_initialized():
+        return []
+    try:
+        store = _Store(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=_SECONDS_FOR_ROLL_CALL),
+        )  # fmt: skip
+        store.set(f"alive {dist.get_rank()}", "yes")
+    except (KeyError, RuntimeError):
+        return []
+    silent, until = [], time.monotonic() + _SECONDS_FOR_ROLL_CALL
+    for rank in range(dist.get_world_size()):
+        try:
+            store.wait([f"alive {rank}"], timedelta(seconds=max(0.01, until - time.monotonic())))
+        except RuntimeError:
+            silent.append(rank)
+    return silent
+
+
+def _of_worker(text: str) -> str:
+    if "timed out" in text:
+        return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs"
+    return "was killed (by the system, if memory was short: lower `workers` then)"
+
+
+def _end_workers() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, before)
+
+
+def _fail() -> None:
+    if dist.is_available() and dist.is_initialized():
+        traceback.print_exc()
+        _leave_alone(1)
+
+
+def _leave_together(code: int) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        _exit(code)
+
+
+def _leave_alone(code: int) -> None:
+    if dist.is_available() and dist.is_initialized():
+        _end_workers()
+        _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

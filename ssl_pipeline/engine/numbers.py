@@ -1,0 +1,198 @@
+"""A loss or gradient that is no finite number: met by all processes together, before the optimizer could spoil the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
+
+from ssl_pipeline.config.base import Strict, UserError
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine.signals import received
+from ssl_pipeline.engine.task import Task
+
+FILE_NAME = "nonfinite.json"
+_TOLD = 5
+
+
+class NonFiniteConfig(Strict):
+    """What is done at a step whose loss or gradient is not finite.
+
+    Attributes:
+        action: ``stop`` ends the run with a checkpoint from before the step. ``skip`` passes over the step, and counts it.
+        limit: steps of a run that are passed over; one more ends it.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    limit: int = Field(10, ge=0)
+
+
+class NonFiniteError(UserError):
+    """The loss or gradient is no finite number; raised on all processes, and nothing was changed by the step."""
+
+    exit_code = 1
+
+
+class Statistics:
+    """BatchNorm's running statistics before a step: its forward pass moves them, and a bad step must not.
+
+    Args:
+        task: whose norms they are; they must not be replaced later.
+    """
+
+    def __init__(self, task: nn.Module) -> None:
+        norms = [module for module in task.modules() if isinstance(module, _BatchNorm)]
+        self._now = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept = [buffer.clone() for buffer in self._now]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remembers them as they are."""
+        if self._now:
+            torch._foreach_copy_(self._kept, self._now)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Makes them what they were."""
+        if self._now:
+            torch._foreach_copy_(self._now, self._kept)
+
+
+class Agreed(NamedTuple):
+    """What all processes know of a step after its exchange.
+
+    Attributes:
+        finite: the loss and gradient of each are finite.
+        signal: the number of the signal that one of them was sent, 0 for none.
+    """
+
+    finite: bool
+    signal: int
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients as one vector: not finite as soon as one of them isn't."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def agree(accelerator: Accelerator, loss: Tensor, norm: Tensor | None) -> Agreed:
+    """The one exchange that every step has, of two numbers a process; nothing at all is sent where there is one process.
+
+    Args:
+        accelerator: gives the processes.
+        loss: this process's.
+        norm: of the gradient; None where a gradient scaler looks at it itself.
+    """
+    watched = loss.detach().float() if norm is None else loss.detach().float() + norm.detach().float()
+    if accelerator.num_processes == 1:
+        return Agreed(bool(torch.isfinite(watched)), received())
+    mine = torch.stack([(~torch.isfinite(watched)).float(), watched.new_tensor(float(received()))])
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    bad, signal = mine.tolist()
+    return Agreed(not bad, int(signal))
+
+
+@dataclass
+class Finding:
+    """What one process knows of a bad step.
+
+    Attributes:
+        process: its rank.
+        loss: as text, for JSON has no NaN.
+        samples: numbers of those samples whose images or embeddings are not finite.
+        batch: the numbers of all its samples of this step.
+        gradients: names of parameters whose gradient is not finite.
+        own: whether ``gradients`` are this process's alone, from before the exchange.
+    """
+
+    process: int
+    loss: str
+    samples: list[int]
+    batch: list[int]
+    gradients: list[str] = field(default_factory=list)
+    own: bool = False
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether it comes from here, as far as it can be known."""
+        return self.loss in ("nan", "inf", "-inf") or bool(self.samples) or (self.own and bool(self.gradients))
+
+
+def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[Finding]:
+    """Looks for the cause of a bad step; called on all processes, once: it costs another step.
+
+    Args:
+        task: after the step's backward pass.
+        batch: this process's share.
+        loss: this process's.
+        accelerator: gives the processes.
+        alone: whether the gradient can be made again without the other processes' (a plain replica, a batch in one piece).
+
+    Returns:
+        One a process, the same on all.
+    """
+    mine = Finding(
+        accelerator.process_index, str(float(loss.detach())), _bad_samples(task, batch), batch.index.tolist(), own=alone
+    )
+    named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    gradients = [p.grad for _, p in named]
+    if alone and accelerator.num_processes > 1:
+        with accelerator.autocast():
+            again = task(batch).loss
+        gradients = list(torch.autograd.grad(again, [p for _, p in named], allow_unused=True))
+    mine.gradients = [
+        name for (name, _), g in zip(named, gradients, strict=True) if g is not None and not torch.isfinite(g).all()
+    ]
+    if accelerator.num_processes == 1:
+        return [mine]
+    found: list[Finding] = [mine] * accelerator.num_processes
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def write(file: Path, step: int, findings: list[Finding]) -> None:
+    """Everything that is known of a bad step, as JSON."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"step": step, "processes": [asdict(f) for f in findings]}, indent=1), encoding="utf-8")
+
+
+def sentence(step: int, findings: list[Finding]) -> str:
+    """What is wrong with a step, for people: who, what, and which samples."""
+    guilty = [finding for finding in findings if finding.at_fault] or findings
+    return f"step {step} gives no finite number: " + "; ".join(_told(finding) for finding in guilty[:_TOLD]) + "."
+
+
+def _told(finding: Finding) -> str:
+    gradients = f"the gradient of {finding.gradients[0]}" if finding.gradients else "a gradient"
+    what = "" if finding.loss not in ("nan", "inf", "-inf") else f"a loss of {finding.loss}"
+    numbers = finding.samples or finding.batch
+    listed = ", ".join(map(str, numbers[:_TOLD])) + (", …" if len(numbers) > _TOLD else "")
+    which = "with images or embeddings that are not finite" if finding.samples else "the whole share"
+    return f"process {finding.process} has {what or gradients} ({len(numbers)} sample(s), {which}: {listed})"
+
+
+@torch.no_grad()
+def _bad_samples(task: Task, batch: Batch) -> list[int]:
+    """Samples with an image or embedding that is not finite; by BatchNorm's running statistics, which keep samples apart."""
+    bad = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.index.device)
+    for view in batch.views:
+        bad |= ~torch.isfinite(view.flatten(1)).all(1)
+    modes = [(module, module.training) for module in task.modules()]
+    task.eval()
+    embeddings = task.embed(batch)
+    for module, mode in modes:
+        module.training = mode
+    rows = [value for value in embeddings.values() if isinstance(value, Tensor) and len(value) == len(bad)]
+    for value in rows:
+        bad |= ~torch.isfinite(value.flatten(1)).all(1)
+    return batch.index[bad].tolist()

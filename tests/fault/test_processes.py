@@ -1,0 +1,111 @@
+"""A process or worker that is killed or hangs: the others leave in time, and say what happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.timeout import timeout_seconds
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine.lost import LostProcessError, explain
+from ssl_pipeline.pretext.simclr import SimCLR
+from ssl_pipeline.pretrain import pretrain
+from tests.fault.launched import launched
+from tests.runs import ROOT, TINY, command, tiny_pretrain
+from tests.unit.test_loader import photos
+
+
+def test_a_killed_process_is_missed_by_the_others(tmp_path: Path) -> None:
+    run = launched(tmp_path / "run")
+    run.wait_for_steps(3)
+    run.ranks()[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    code, log = run.leave(60)
+    assert code == 71, log
+    assert time.monotonic() - began < 30
+    assert "process 0:" in log
+    assert "process(es) 1 was killed" in log
+
+
+def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", "checkpoint_every=1 steps", SSL_PIPELINE_TIMEOUT="8")
+    run.wait_for_steps(3)
+    run.ranks()[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    code, log = run.leave(60)
+    assert code == 71, log
+    assert 7 < time.monotonic() - began < 40
+    assert "process(es) 1 has not answered within 8 s" in log
+    assert "in step" in log
+    resumed = tiny_pretrain(tmp_path / "run", "steps=100000", "checkpoint_every=1 steps", "resume=auto")
+    assert resumed.resume == "auto"
+    assert list((run.folder / "checkpoints").glob("step-*.pt"))
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_process_ends_the_others(tmp_path: Path) -> None:
+    words = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
+    began = time.monotonic()
+    done = command(*words, "tests/fault/one_share.py", *TINY, "steps=1000", f"output={tmp_path / 'run'}", FAULT="raise")
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "KeyError: 'a mistake of process 1'" in done.stderr
+    assert "process(es) 1 was killed, or left by a mistake of its own" in done.stderr
+
+
+def with_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A run whose worker is sent a signal at its second step."""
+    (tmp_path / "photos").mkdir()
+    photos(tmp_path / "photos", 16, 24, 16)
+
+    def after_embedding(self: SimCLR, batch: Batch) -> dict[str, Tensor]:
+        if batch.clock.step == 1:
+            for process in multiprocessing.active_children():
+                assert process.pid is not None
+                os.kill(process.pid, number)
+        return embed(self, batch)
+
+    embed = SimCLR.embed
+    monkeypatch.setattr(SimCLR, "embed", after_embedding)
+    words = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "steps=2000", "~data.dev"]
+    pretrain(tiny_pretrain(tmp_path / "run", *words, "log_every=1000"))
+
+
+def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LostProcessError, match=r"a worker that decodes files was killed .* in step"):
+        with_worker(tmp_path, monkeypatch, signal.SIGKILL)
+
+
+def test_a_worker_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "4")
+    began = time.monotonic()
+    with pytest.raises(LostProcessError, match="has given nothing for 2 s") as lost:
+        with_worker(tmp_path, monkeypatch, signal.SIGSTOP)
+    assert lost.value.exit_code == 71
+    assert time.monotonic() - began < 20
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_about_something_else_is_left_alone() -> None:
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explain(ValueError("Connection closed by peer")) is None
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
+def test_a_timeout_that_is_none_is_told(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", text)
+    with pytest.raises(ConfigError, match="SSL_PIPELINE_TIMEOUT"):
+        timeout_seconds()
+
+
+def test_evaluation_counts_each_sample_once_on_three_processes(tmp_path: Path) -> None:
+    words = ["torchrun", "--nproc_per_node=3", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = command(*words, "tests/fault/three_evaluate.py", cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,147 @@
+"""A signal saves the run at the end of its step, leaves a marker, and the run goes on from there to the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import EXIT_CODES, leave
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine import signals
+from ssl_pipeline.engine.launcher import command_line
+from ssl_pipeline.engine.signals import StoppedError
+from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.pretext.simclr import SimCLR
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.track.jsonl import read_metrics
+from tests.fault.launched import launched
+from tests.runs import same_bytes, tiny_pretrain
+from tests.unit.test_loader import photos
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in signals.HEARD]
+    signals.listen()
+    yield
+    signals.forget()
+    for number, handler in zip(signals.HEARD, before, strict=True):
+        signal.signal(number, handler)
+
+
+def send_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int, workers: bool = False) -> None:
+    def after_step(self: SimCLR, batch: Batch) -> None:
+        if batch.clock.step == step:
+            for process in multiprocessing.active_children() if workers else ():
+                assert process.pid is not None
+                os.kill(process.pid, number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(SimCLR, "after_step", after_step)
+
+
+@pytest.mark.parametrize("number", signals.HEARD)
+def test_a_signalled_run_is_saved_and_continues_to_the_same_bits(
+    number: signal.Signals, listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_at(monkeypatch, 2, number)
+    with pytest.raises(StoppedError, match=f"{number.name} after step 4 of 8") as stopped:
+        pretrain(tiny_pretrain(tmp_path / "parts", "steps=8"))
+    assert stopped.value.exit_code == 75
+    assert (tmp_path / "parts" / "requeue").is_file()
+    assert (tmp_path / "parts" / "checkpoints" / "step-000000004.pt").is_file()
+    monkeypatch.undo()
+    signals.forget()
+    parts = pretrain(tiny_pretrain(tmp_path / "parts", "steps=8", "resume=auto"))
+    assert not (parts / "requeue").exists()
+    whole = pretrain(tiny_pretrain(tmp_path / "whole", "steps=8"))
+    assert same_bytes(whole, parts, ["encoder.safetensors"])
+    losses = [[line.get("pretrain/loss") for line in read_metrics(folder)] for folder in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_workers_leave_the_signal_to_the_run(listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch system signals every process of a job, the workers too."""
+    (tmp_path / "photos").mkdir()
+    photos(tmp_path / "photos", 16, 24, 16)
+    send_at(monkeypatch, 1, signal.SIGTERM, workers=True)
+    words = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "steps=20"]
+    config = tiny_pretrain(tmp_path / "run", *words, "~data.dev")
+    with pytest.raises(StoppedError, match="after step 3 of 20"):
+        pretrain(config)
+
+
+def test_a_signal_while_it_evaluates_waits_for_the_figures(
+    listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = OnlineEvaluation.__call__
+
+    def signalled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return looks(self, encoder)
+
+    monkeypatch.setattr(OnlineEvaluation, "__call__", signalled)
+    with pytest.raises(StoppedError, match="after step 1 of 8"):  # the first look is at the untrained backbone
+        pretrain(tiny_pretrain(tmp_path / "run", "steps=8", "evaluate_every=1 steps"))
+    assert ["eval/knn" in line for line in read_metrics(tmp_path / "run")] == [False, True]
+
+
+def test_the_last_step_is_finished(listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_at(monkeypatch, 2, signal.SIGTERM)
+    done = pretrain(tiny_pretrain(tmp_path / "run", "steps=4"))
+    assert (done / "encoder.safetensors").is_file()
+    assert not (done / "requeue").exists()
+
+
+def test_a_second_signal_leaves_at_once_but_an_echo_does_not(listening: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert (signals.received(), left) == (signal.SIGTERM, [])
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert left == [128 + signal.SIGUSR1]
+
+
+def test_two_processes_are_saved_and_nothing_is_left(tmp_path: Path) -> None:
+    run = launched(tmp_path / "run")
+    run.wait_for_steps(3)
+    began = time.monotonic()
+    run.launch.send_signal(signal.SIGUSR1)
+    code, log = run.leave(60)
+    assert code == 75, log
+    assert time.monotonic() - began < 20
+    assert log.count("stopped by SIGUSR1") == 1
+    assert "Traceback" not in log
+    assert (run.folder / "requeue").is_file()
+    steps = max(line["step"] for line in read_metrics(run.folder))
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == [f"step-{steps:09d}.pt"]
+
+
+def test_exit_codes_reach_the_launcher_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
+    for error in (ConfigError("a"), StoppedError(signal.SIGTERM, 1, 2, saved=True)):
+        with pytest.raises(SystemExit):
+            leave(error)
+    assert (tmp_path / "codes").read_text().split() == ["2", "75"]
+
+
+def test_the_launch_is_accelerates(capsys: pytest.CaptureFixture[str]) -> None:
+    words = command_line(["--num_processes", "4", "finetune", "encoder=pretrain"])
+    assert words[words.index("launch") :] == [
+        "launch", "--quiet", "--num_processes", "4", "-m", "ssl_pipeline.finetune", "encoder=pretrain",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        command_line(["--num_processes", "4"])
+    assert left.value.code == 2
+    assert "usage: launch/run" in capsys.readouterr().err
