@@ -21,6 +21,7 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
@@ -136,6 +137,7 @@ def pretrain(config: PretrainConfig) -> Path:
     encoder, more_notes = blueprint.build()
     check_local_views(views_config, encoder.backbone, config.backbone.name)
     task = config.pretext.build(encoder, train)
+    check_shardable(task, config.batch.micro, accelerator)
     if share.processes > 1 and share.device.type == "cuda":
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
     task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import agree_on_buffers
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
+from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
@@ -73,12 +74,14 @@ def fit(
         NonFiniteLossError: the loss of any process is no number.
         ConfigError: the GPU's memory is not enough.
     """
-    start = 0
+    start, whole = 0, task
+    if resume is not None:
+        whole.load_state_dict(resume["task"])
+    task, optimizer = to_train(whole, optimizer, accelerator)
     model, prepared = accelerator.prepare(task, optimizer)
     if resume is not None:
         start = int(resume["done"])
-        task.load_state_dict(resume["task"])
-        prepared.load_state_dict(resume["optimizer"])
+        prepared.load_state_dict(scattered(resume["optimizer"], optimizer))
         if accelerator.scaler is not None and resume["scaler"] is not None:
             accelerator.scaler.load_state_dict(resume["scaler"])
     total, seed = batches.total_steps, batches.seed
@@ -132,6 +135,7 @@ def fit(
         looks = evaluate is not None and _due(done, total, evaluate_every)
         if looks or done == total:
             agree_on_buffers(task)
+            hand_back(task, whole)
         if looks and evaluate is not None:
             figures |= evaluate(clock)
             model.train()
@@ -160,7 +164,8 @@ def _due(done: int, total: int, every: int) -> bool:
 
 def _state(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    return {"task": task.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+    state = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
+    return {**gathered(state, keep=accelerator.is_main_process), "scaler": scaler}
 
 
 def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:
