@@ -27,7 +27,7 @@ from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, versions
+from ssl_pipeline.track.run import open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -121,7 +121,7 @@ def finetune(config: FinetuneConfig) -> Result:
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, Card(
-                    kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
+                    kind="model", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(),
                     data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence}, classes=pool.classes,
                 ))  # fmt: skip
     if run is not None:

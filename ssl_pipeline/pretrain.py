@@ -31,7 +31,7 @@ from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.progress import Progress
-from ssl_pipeline.track.run import open_run, versions
+from ssl_pipeline.track.run import open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -185,7 +185,7 @@ def pretrain(config: PretrainConfig) -> Path:
         final = latest or evaluation(encoder)
         if run is not None:
             card = Card(
-                kind="encoder", blueprint=blueprint, config=dump(config), figures=final, versions=versions(),
+                kind="encoder", blueprint=blueprint, config=redact(dump(config)), figures=final, versions=versions(),
                 data={"name": train.name, "fingerprint": train.fingerprint(), "licence": train.licence},
             )  # fmt: skip
             progress.say(f"wrote {save(folder, encoder, card)} and card.json")
