@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 _FORWARD_AND_BACKWARD = 3  # a backward is two forwards' work
 _GRADIENT_BYTES, _ROW_BYTES = 4, 4
@@ -77,7 +78,9 @@ class Job:
     decode_seconds: float
 
 
-_A100 = {"per_node": 8, "gpu_bytes": 80e9, "overlap": 0.8, "cores": 96, "gpu_mtbf": 50_000, "restart": 300}
+_A100: dict[str, Any] = {
+    "per_node": 8, "gpu_bytes": 80e9, "overlap": 0.8, "cores": 96, "gpu_mtbf": 50_000, "restart": 300,
+}  # fmt: skip
 _PEAK = 312e12
 IMAGENET = (
     Job(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.sharded import check_shardable
-from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import ROOT, command, tiny_pretrain
 from tests.tasks import tiny_task
@@ -90,21 +91,23 @@ def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
         "torchrun", "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
         "--rdzv_id=elastic", "--max_restarts=3", "--rdzv_conf=last_call_timeout=5,join_timeout=120", "launch/pretrain",
     ]  # fmt: skip
-    run, steps = tmp_path / "run", ["steps=400", "checkpoint_every=20 steps", "resume=auto"]
+    run, steps = tmp_path / "run", ["steps=300", "checkpoint_every=20 steps", "resume=auto"]
     first = start(*agent, *SHORT, *steps, f"output={run}")
     second = start(*agent, *SHORT, *steps, f"output={run}")
     until = time.monotonic() + 120
     while not list((run / "checkpoints").glob("step-*")) and time.monotonic() < until:
         time.sleep(0.2)
-    os.killpg(second.pid, signal.SIGKILL)
+    agent_and_ranks = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
+    for process in agent_and_ranks:  # the ranks are in sessions of their own
+        process.kill()
     second.wait()
-    said = first.communicate(timeout=300)[0]
+    said = first.communicate(timeout=200)[0]
     assert first.returncode == 0, said
     assert "2 process(es)" in said
     assert "1 process(es)" in said
     lines = [line["step"] for line in read_metrics(run)]
     assert lines == sorted(set(lines))
-    assert lines[-1] == 400
+    assert lines[-1] == 300
     assert (run / "encoder.safetensors").is_file()
 
 
@@ -125,7 +128,7 @@ def test_shares_of_the_weights_train_as_whole_ones_do(tasks: list[str], tmp_path
     for name in tasks:
         assert found[name]["loss"] < 1e-6, name
         assert found[name]["state"] < 1e-6, name
-        assert found[name]["moved"] > 1e-4, name
+        assert found[name]["moved"] > 1e-5, name
     assert found["continued, sharded first"] < 1e-6
     assert found["continued, sharded last"] < 1e-6
 
@@ -137,7 +140,7 @@ def test_a_sharded_run_is_handed_over_and_continues_on_one_process(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     before = load_file(tmp_path / "run" / "encoder.safetensors")
     (tmp_path / "run" / "checkpoints" / "step-000000003.pt").unlink()
-    again = pretrain(tiny_pretrain(tmp_path / "run", *words, "resume=auto"))
+    again = pretrain(load("pretrain", PretrainConfig, [*words, "resume=auto"]))
     for key, value in load_file(again / "encoder.safetensors").items():
         torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6, msg=key)
 
