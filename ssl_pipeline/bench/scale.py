@@ -153,7 +153,7 @@ def _task(images: int, width: int) -> tuple[Task, Batch]:
 def _counted(bucket: Any, counts: Counter[str]) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's own exchange of a bucket, counted."""
     counts["ddp"] += bucket.buffer().nbytes
-    return allreduce_hook(None, bucket)
+    return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
 
 @contextmanager
