@@ -47,6 +47,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def start(*words: str | Path) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -87,12 +92,15 @@ def test_two_machines_equal_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
     """Elastic: two machines, of which one is lost; the other goes on alone from the last checkpoint, to the same end."""
+    port = free_port()
     agent = [
-        "torchrun", "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "torchrun", "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_id=elastic", "--max_restarts=3", "--rdzv_conf=last_call_timeout=5,join_timeout=120", "launch/pretrain",
     ]  # fmt: skip
     run, steps = tmp_path / "run", ["steps=300", "checkpoint_every=20 steps", "resume=auto"]
     first = start(*agent, *SHORT, *steps, f"output={run}")
+    while not answers(port):  # the first holds the rendezvous: it has to outlive the others
+        time.sleep(0.2)
     second = start(*agent, *SHORT, *steps, f"output={run}")
     until = time.monotonic() + 120
     while not list((run / "checkpoints").glob("step-*")) and time.monotonic() < until:
