@@ -64,14 +64,8 @@ def start(*words: str | Path) -> subprocess.Popen[str]:
 def test_two_machines_equal_one_process(tmp_path: Path) -> None:
     words = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     launch = [
-        "accelerate",
-        "launch",
-        "--config_file",
-        "launch/accelerate/gpu_nodes.yaml",
-        "--mixed_precision",
-        "no",
-        *words,
-    ]
+        "accelerate", "launch", "--config_file", "launch/accelerate/gpu_nodes.yaml", "--mixed_precision", "no", *words,
+    ]  # fmt: skip
     machines = [
         start(*launch, "--machine_rank", str(rank), "launch/pretrain", *SHORT, f"output={tmp_path / 'two'}")
         for rank in (0, 1)
@@ -91,7 +85,7 @@ def test_two_machines_equal_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
-    """Elastic: two machines, of which one is lost; the other goes on alone from the last checkpoint, to the same end."""
+    """Elastic: two machines, of which one is lost; the other goes on alone from the last checkpoint."""
     port = free_port()
     agent = [
         "torchrun", "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
@@ -99,7 +93,7 @@ def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
     ]  # fmt: skip
     run, steps = tmp_path / "run", ["steps=300", "checkpoint_every=20 steps", "resume=auto"]
     first = start(*agent, *SHORT, *steps, f"output={run}")
-    while not answers(port):  # the first holds the rendezvous: it has to outlive the others
+    while not answers(port) and first.poll() is None:  # the first holds the rendezvous: it has to outlive the others
         time.sleep(0.2)
     second = start(*agent, *SHORT, *steps, f"output={run}")
     until = time.monotonic() + 120
@@ -108,7 +102,7 @@ def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
     agent_and_ranks = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
     for process in agent_and_ranks:  # the ranks are in sessions of their own
         process.kill()
-    second.wait()
+    second.communicate()
     said = first.communicate(timeout=200)[0]
     assert first.returncode == 0, said
     assert "2 process(es)" in said
