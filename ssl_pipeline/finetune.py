@@ -34,7 +34,7 @@ from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, versions
+from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -175,7 +175,7 @@ def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str
 def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
     """What a model is."""
     return Card(
-        kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(), classes=pool.classes,
+        kind="model", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(), classes=pool.classes,
         data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence},
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.best import BestEncoder
@@ -35,7 +36,7 @@ from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.alerts import Alerts, logged_losses
 from ssl_pipeline.track.progress import Progress
-from ssl_pipeline.track.run import Resume, open_run, versions
+from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -142,6 +143,7 @@ def pretrain(config: PretrainConfig) -> Path:
     encoder, more_notes = blueprint.build()
     check_local_views(views_config, encoder.backbone, config.backbone.name)
     task = config.pretext.build(encoder, train)
+    check_shardable(task, config.batch.micro, accelerator)
     if share.processes > 1 and share.device.type == "cuda":
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
     task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -165,7 +167,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     def card(figures: dict[str, float]) -> Card:
         return Card(
-            kind="encoder", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
+            kind="encoder", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(),
             data={"name": train.name, "fingerprint": data["train"], "licence": train.licence},
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ Nothing is extracted to disk, and nothing is unpickled: members are read as byte
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,7 +85,12 @@ def read_groups(
     if group.has_image and place >= start:
         yield group
     if refused:
-        warn_once(f"{url}: left out {len(refused)} members, such as {', '.join(refused[:3])}")
+        warn_once(f"{shown(url)}: left out {len(refused)} members, such as {', '.join(refused[:3])}")
+
+
+def shown(url: str) -> str:
+    """An address as it may be told: without a password, and without what signs it."""
+    return re.sub(r"(?<=://)[^/@]+@", "", url).partition("?")[0] if "://" in url else url
 
 
 @lru_cache(maxsize=4096)
@@ -131,15 +137,16 @@ def _opened(url: str) -> Iterator[tarfile.TarFile]:
                 yield archive
                 _check_end(archive)
     except ImportError as error:  # the file system's own package
-        raise ConfigError(f"{url} can't be opened: {error}") from error
+        raise ConfigError(f"{shown(url)} can't be opened: {error}") from error
     except FileNotFoundError as error:
-        raise ShardError(f"{url} is not there: see `data.path`.") from error
+        raise ShardError(f"{shown(url)} is not there: see `data.path`.") from error
     except UserError:
         raise
     except Exception as error:  # damaged bytes and file systems far away answer with nearly any error
         if local and Path(url).is_file() and Path(url).stat().st_size == 0:
-            raise ShardError(f"{url} is empty: copy it anew.") from error
-        raise ShardError(f"{url} can't be read as a whole tar archive ({error}): copy it anew.") from error
+            raise ShardError(f"{shown(url)} is empty: copy it anew.") from error
+        reason = str(error).replace(url, shown(url))
+        raise ShardError(f"{shown(url)} can't be read as a whole tar archive ({reason}): copy it anew.") from error
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

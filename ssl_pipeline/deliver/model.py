@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def load_model(path: str | Path) -> Model:
     card, state = read(path, "model")
     if card.classes is None:
         raise ConfigError(f"the card of {str(path)!r} names no classes.")
+    _check_code_is_yours(Path(path), card.config["downstream"])
     encoder, _ = card.blueprint.build()
     config = component("downstream", "downstream", card.config["downstream"])
     assert isinstance(config, DownstreamConfig)
@@ -69,3 +71,21 @@ def load_model(path: str | Path) -> Model:
     task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
     return Model(task.eval(), card, config.gives)
+
+
+def _check_code_is_yours(path: Path, downstream: dict[str, Any]) -> None:
+    """A card may name a module of your own; one that lies beside the weights came with them.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    name = str(downstream.get("name"))
+    package = name.partition(".")[0]
+    found = importlib.util.find_spec(package) if "." in name and package else None
+    folder = (path if path.is_dir() else path.parent).resolve()
+    origins = [] if found is None else [found.origin, *(found.submodule_search_locations or [])]
+    if any(origin is not None and folder in Path(origin).resolve().parents for origin in origins):
+        raise ConfigError(
+            f"the card of {str(path)!r} names the module `{name}`, which lies beside the weights: code that comes with a model is not "
+            "run. If it is yours, move it out of the model's folder."
+        )

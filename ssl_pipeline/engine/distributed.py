@@ -17,6 +17,7 @@ from torch import nn
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import Share
+from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
 
 T = TypeVar("T")
 
@@ -25,9 +26,10 @@ def start_accelerator() -> Accelerator:
     """The accelerator of this process; precision and processes are the launcher's to say.
 
     Raises:
-        ConfigError: the launcher was asked for several processes, and they did not become one group.
+        ConfigError: the launcher was asked for several processes, and they did not become one group, or for a kind of sharding
+            that there is not.
     """
-    cpu = not torch.cuda.is_available()
+    cpu, sharded = not torch.cuda.is_available(), sharding_asked_for()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
         precision = "bf16"
@@ -41,6 +43,8 @@ def start_accelerator() -> Accelerator:
             f"{asked} processes were asked for, and {accelerator.num_processes} came as one group: on a CPU use "
             "`accelerate launch --config_file launch/accelerate/cpu_2.yaml`, on GPUs check `nvidia-smi` and --num_processes."
         )
+    if sharded:
+        shard_on_cpu(accelerator)
     return accelerator
 
 

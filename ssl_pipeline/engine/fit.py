@@ -31,6 +31,7 @@ from ssl_pipeline.engine.numbers import (
     write,
 )
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
+from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
 from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
@@ -85,13 +86,15 @@ def fit(
         LostProcessError: another process, or a worker, was killed or hangs.
         ConfigError: the GPU's memory is not enough.
     """
-    start, skipped, skipped_by_scaler = 0, 0, 0
+    start, skipped, skipped_by_scaler, whole = 0, 0, 0, task
+    if resume is not None:
+        whole.load_state_dict(resume["task"])
+    task, optimizer = to_train(whole, optimizer, accelerator)
     model, prepared = accelerator.prepare(task, optimizer)
     if resume is not None:
         start = int(resume["done"])
         skipped, skipped_by_scaler = resume.get("skipped", (0, 0))
-        task.load_state_dict(resume["task"])
-        prepared.load_state_dict(resume["optimizer"])
+        prepared.load_state_dict(scattered(resume["optimizer"], optimizer))
         batches.load_state_dict(resume["batches"])
         if accelerator.scaler is not None and resume["scaler"] is not None:
             accelerator.scaler.load_state_dict(resume["scaler"])
@@ -166,6 +169,7 @@ def fit(
         saves = checkpoints is not None and (stops or checkpoints.due(done, total))
         if looks or saves or done == total:  # what one process saves, all will continue from
             agree_on_buffers(task)
+            hand_back(task, whole)
         if looks and evaluate is not None:
             figures |= evaluate(clock)
             model.train()
@@ -202,8 +206,9 @@ def _state(
     skipped: tuple[int, int],
 ) -> dict[str, Any]:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"task": task.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-    return state | {"batches": batches.state_dict(), "skipped": skipped}
+    state = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
+    state = gathered(state, keep=accelerator.is_main_process)
+    return {**state, "scaler": scaler, "batches": batches.state_dict(), "skipped": skipped}
 
 
 def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
@@ -82,7 +83,8 @@ class Agreed(NamedTuple):
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients as one vector: not finite as soon as one of them isn't."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def agree(accelerator: Accelerator, loss: Tensor, norm: Tensor | None) -> Agreed:

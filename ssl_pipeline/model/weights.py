@@ -63,7 +63,14 @@ def _entry(name: str, weights: str) -> Any:
 def _official(name: str, weights: str) -> dict[str, Tensor]:
     entry = _entry(name, weights)
     try:
-        state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
+        state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (
+        pickle.UnpicklingError
+    ) as error:  # only what is downloaded is checked against its hash, not what lies there already
+        raise ConfigError(
+            f"`backbone.weights`: the file kept of {weights} of {name} holds more than tensors, and no code is ever run from one: "
+            "remove it from torch's cache ($TORCH_HOME/hub/checkpoints), it is fetched anew."
+        ) from error
     except (URLError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"`backbone.weights`: {weights} of {name} can't be downloaded ({error}). On a machine without a network copy "
@@ -77,7 +84,12 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"`backbone.weights`: there is no file {str(path)!r}.")
     try:
         tree = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"`backbone.weights`: {str(path)!r} is no file of tensors alone (or is damaged), and no code is ever run from one: ask "
+            "its author for .safetensors, or convert it where you trust it."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ConfigError(f"`backbone.weights`: {str(path)!r} can't be read as weights: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):

@@ -76,7 +76,7 @@ class SwAV(Projected):
             scores = [self.prototypes(rows, frozen) for rows in views]
             loss: Tensor = self.loss(scores[:2], scores[2:], self._queue_scores(batch))
         used = scores[0].detach().argmax(1).unique().numel()
-        return StepOutput(loss.squeeze(), {"temperature": self.config.temperature, "prototypes_used": used})
+        return StepOutput(loss.sum(), {"temperature": self.config.temperature, "prototypes_used": used})
 
     @torch.no_grad()
     def _queue_scores(self, batch: Batch) -> list[Tensor] | None:

@@ -39,6 +39,7 @@ _SECRET_VALUE = re.compile(
     r"\b(?:hf_|gh[opsur]_|sk-|xox[abp]-|AKIA|wandb_v\d_)[\w\-]{8,}"  # by the prefix that a service gives its keys
     r"|(?<![\w/.\-])[0-9a-fA-F]{40,}(?![\w/.\-])"  # a bare hexadecimal key, such as W&B's
     r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of an address
+    r"|(?<=[?&])(?i:[\w\-]*(?:token|key|sig|signature|credential|secret|password))=[^&\s'\"]+"  # of a signed address
 )
 
 
@@ -134,12 +135,12 @@ def versions() -> dict[str, str]:
 
 
 def redact(tree: Any) -> Any:
-    """The same tree without secrets: what keys such as ``api_key``, ``token`` and ``password`` hold is replaced."""
+    """The same tree without secrets: what keys such as ``api_key`` and ``password`` hold, and texts that look like one."""
     if isinstance(tree, dict):
         return {k: _REDACTED if _is_secret(str(k)) and v is not None else redact(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
         return [redact(value) for value in tree]
-    return tree
+    return _SECRET_VALUE.sub(_REDACTED, tree) if isinstance(tree, str) else tree
 
 
 def redact_command(words: Sequence[str]) -> list[str]:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.draws import Draws
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.track.jsonl import read_metrics
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import tiny_finetune, tiny_pretrain
 
@@ -45,6 +48,23 @@ def test_both_stages_run_and_a_stopped_run_continues(tmp_path: Path) -> None:
         tiny_pretrain(tmp_path / "run", "steps=6", "checkpoint_every=3 steps", "evaluate_every=3 steps", "resume=auto")
     )
     assert (run / "checkpoints" / "step-000000006.pt").is_file()
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_a_run_in_half_precision_stays_close_to_fp32(
+    half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {}
+    for precision in ("no", half):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = pretrain(tiny_pretrain(tmp_path / precision, "steps=20"))
+        losses[precision] = [line["pretrain/loss"] for line in read_metrics(run) if "pretrain/loss" in line]
+        weights = load_file(run / "encoder.safetensors")
+        assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[half][0] == pytest.approx(losses["no"][0], rel=0.01)
+    assert losses[half][-1] == pytest.approx(losses["no"][-1], rel=0.1)
 
 
 def test_too_little_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,12 +241,21 @@ def test_redact() -> None:
         ("note=" + "0a" * 20, "note=<redacted>"),
         ("data.root=https://me:pw@host/x", "data.root=https://<redacted>@host/x"),
         ("data.root=/data/keys/token", "data.root=/data/keys/token"),
+        ("data.path=https://h/a.tar?X-Amz-Signature=12ab&n=1", "data.path=https://h/a.tar?<redacted>&n=1"),
+        ("data.path=https://h/a.tar?sig=12ab%3D", "data.path=https://h/a.tar?<redacted>"),
         ("neck.name=tokens", "neck.name=tokens"),
         ("encoder=runs/" + "0a" * 20 + "/encoder.safetensors", "encoder=runs/" + "0a" * 20 + "/encoder.safetensors"),
     ],
 )
 def test_redact_command(word: str, shown: str) -> None:
     assert redact_command([word]) == [shown]
+
+
+def test_redact_looks_at_texts_too() -> None:
+    tree = {"data": {"path": "https://me:pw@host/a.tar"}, "note": ["hf_abcdefghijkl", "runs/a"], "size": 3}
+    assert redact(tree) == {
+        "data": {"path": "https://<redacted>@host/a.tar"}, "note": ["<redacted>", "runs/a"], "size": 3,
+    }  # fmt: skip
 
 
 def test_versions() -> None:

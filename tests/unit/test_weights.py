@@ -124,7 +124,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     refused(tmp_path / "none.pth", "there is no file")
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"not weights at all")
-        refused(tmp_path / name, "can't be read as weights")
+        refused(tmp_path / name, "can't be read as weights|is damaged")
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "b.pth")
     refused(tmp_path / "b.pth", "holds no state dict")
 

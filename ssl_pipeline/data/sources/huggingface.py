@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -217,6 +217,11 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
     """What the library says to the dataset's name, or why it can't."""
     path = Path(config.path).expanduser()
     files = list(config.data_files) if isinstance(config.data_files, tuple) else config.data_files
+    named = [files] if isinstance(files, str) else files or []
+    if config.path == "pandas" or any(PurePath(name).suffix.lower() in (".pkl", ".pickle") for name in named):
+        raise ConfigError(
+            "`data.path`: pickles can run code, so none is read (the library's `pandas` files are): convert them to Parquet."
+        )
     try:
         return function(
             str(path) if path.exists() else config.path,

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import logging
+import pickle
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -156,7 +157,7 @@ def _make(made_by: Any, config: Config, part: dict[str, Any]) -> Any:
         return made_by(**arguments)
     except ImportError as error:
         raise ConfigError(f"{config.dataset} needs a further package: {error}") from error
-    except (OSError, RuntimeError, HTTPException, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, HTTPException, ValueError, TypeError, pickle.PickleError) as error:
         raise ConfigError(
             f"{config.dataset} can't be read from {str(root)!r}: {error}. Give `data.path`, the folder that torchvision calls "
             "`root`, or `data.download=true`."

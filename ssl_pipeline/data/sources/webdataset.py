@@ -19,7 +19,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
-from ssl_pipeline.data.tar import Group, ShardError, read_groups, warn_once
+from ssl_pipeline.data.tar import Group, ShardError, read_groups, shown, warn_once
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -100,7 +100,7 @@ class TarStream(Stream):
 
     def __init__(self, config: Config, key: str, given: str | tuple[str, ...]) -> None:
         self._config, self._urls = config, _expand(key, given)
-        self.name = given if isinstance(given, str) else f"{given[0]}, …"
+        self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
         self.classes, self.length, self.licence = config.classes, config.length, config.licence
         self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
@@ -128,7 +128,7 @@ class TarStream(Stream):
         url = self._urls[shard]
         try:
             for position, group in enumerate(read_groups(url, self._is_image, self._is_wanted, start), start):
-                name = f"{url}/{group.key}"
+                name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
                 yield Sample(position, data, self._label(group, name), name)
         except ShardError as error:
@@ -212,7 +212,9 @@ def _archives(url: str, key: str) -> list[str]:
             files, path = fsspec.core.url_to_fs(url)
             return [str(files.unstrip_protocol(name)) for name in sorted(files.glob(path))]
         except (ImportError, OSError, ValueError) as error:
-            raise ConfigError(f"`data.{key}`: {url!r} can't be listed: {error}") from error
+            raise ConfigError(
+                f"`data.{key}`: {shown(url)!r} can't be listed: {str(error).replace(url, shown(url))}"
+            ) from error
     path = Path(url).expanduser()
     if path.is_dir():
         return sorted(str(file.resolve()) for file in path.iterdir() if file.name.endswith(_ARCHIVES))
