@@ -31,14 +31,19 @@ def all_messages() -> dict[str, list[str]]:
     """The messages of each module, in order, by its path below the package."""
     found = {}
     for path in sorted((ROOT / "ssl_pipeline").rglob("*.py")):
-        messages = list(dict.fromkeys(_messages(path)))
+        messages = messages_of(path)
         if messages:
             found[path.relative_to(ROOT / "ssl_pipeline").as_posix()] = messages
     return found
 
 
-def _messages(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+def messages_of(path: Path) -> list[str]:
+    """The messages of one file, each once."""
+    return list(dict.fromkeys(_messages(ast.parse(path.read_text()))))
+
+
+def _messages(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
         if isinstance(node, ast.Call) and _tells(node):
             yield from (text for argument in node.args for text in _texts(argument) if " " in text and len(text) > 25)
 

@@ -60,7 +60,7 @@ def keys(schema: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> 
     """
     said = attributes(schema)
     for name, field in schema.model_fields.items():
-        inner = _model_of(field.annotation)
+        inner = model_of(field.annotation)
         given = tree.get(name, _default(field))
         default = (
             "" if inner and isinstance(given, Mapping) and not issubclass(schema, ViewChanges) else _as_yaml(given)
@@ -143,7 +143,7 @@ def _verb_page(verb: Verb) -> str:
         for name in verb.schema.model_fields
         if name in groups()
     ]
-    parts = [f"# ssl-pipeline {verb.name}", f"{VERBS[verb.name][1][:1].upper()}{VERBS[verb.name][1][1:]}."]
+    parts = [f"# ssl-pipeline {verb.name}", _sentence(f"{VERBS[verb.name][1]}.")]
     parts += ["## Keys", table(rows)]
     if linked:
         parts += ["## Groups", "\n".join(["| group | what it chooses |", "| --- | --- |", *linked])]
@@ -152,7 +152,7 @@ def _verb_page(verb: Verb) -> str:
 
 
 def _room_page(verb: Verb, group: str, room: str) -> str:
-    parts = [f"# The group {group}", attributes(verb.schema).get(group, "")]
+    parts = [f"# The group {group}", _sentence(attributes(verb.schema).get(group, ""))]
     for name in names(room):
         module = __import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"])
         parts += [f"## {group}={name}", prose(module.__doc__).split("\n\n")[0], component_table(group, room, name)]
@@ -160,17 +160,17 @@ def _room_page(verb: Verb, group: str, room: str) -> str:
 
 
 def _group_page(verb: Verb, group: str, field: FieldInfo) -> str:
-    schema = _model_of(field.annotation)
+    schema = model_of(field.annotation)
     assert schema is not None
     tree = compose(verb.config)[group]
-    parts = [f"# The group {group}", attributes(verb.schema).get(group, "") or prose(schema.__doc__)]
+    parts = [f"# The group {group}", _sentence(attributes(verb.schema).get(group, "")) or prose(schema.__doc__)]
     parts += [f"Defaults are those of `{verb.name}`.", table(keys(schema, tree, f"{group}."))]
     for choice in choices(group):
         parts += [f"## {group}={choice}", f"```yaml\n{(config_root() / group / f'{choice}.yaml').read_text()}```"]
     return "\n\n".join([*parts, ""])
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def model_of(annotation: Any) -> type[BaseModel] | None:
     """The model within an annotation, if its keys can be set one by one."""
     for part in (annotation, *_members(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel) and part not in ONE_VALUE:
@@ -229,6 +229,10 @@ def _as_yaml(value: Any) -> str:
         return value
     plain = list(value) if isinstance(value, tuple) else value
     return json.dumps(plain, ensure_ascii=False, default=str)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _code(text: str) -> str:

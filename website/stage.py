@@ -20,14 +20,15 @@ from website.verbs import ROOT
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index", "quickstart", "tutorial", "notebooks/first_steps", "glossary"],
     "Guides": ["data", "evaluate", "export", "scale", "metrics", "tracking", "report", "troubleshooting"],
-    "Tasks": ["pretext", "downstream", "recipes"],
+    "Pretext tasks": ["pretext", "recipes"],
+    "Downstream tasks": ["downstream"],
     "Reference": ["reference/configuration/index", "reference/messages"],
     "Extend": ["add_pretext", "add_downstream", "add_source", "architecture", "contributing"],
     "Results": ["results/quickstart"],
     "Decisions": [],
 }
 FOLDERS = {
-    "reference/pretext": "Tasks", "reference/downstream": "Tasks", "reference/configuration": "Reference",
+    "reference/pretext": "Pretext tasks", "reference/downstream": "Downstream tasks", "reference/configuration": "Reference",
     "results": "Results", "decisions": "Decisions",
 }  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")

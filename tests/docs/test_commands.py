@@ -185,7 +185,7 @@ def two_runs(place: Path, patch: pytest.MonkeyPatch) -> None:
             run(command.words, patch)
     shutil.copyfile(place / "photos" / "00.png", place / "query.jpg")
     network = resnet18()
-    network.fc = nn.Identity()  # type: ignore[assignment]
+    network.fc = nn.Identity()
     torch.save({"state_dict": network.state_dict()}, place / "lightly.ckpt")
 
 
