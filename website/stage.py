@@ -115,7 +115,8 @@ def _source_page(source: PurePosixPath) -> str:
 
 def _nav(pages: dict[PurePosixPath, str]) -> str:
     """The navigation as TOML: the sections' own pages first, then whatever else lies in their folders."""
-    left = {str(place.with_suffix("")): place for place in sorted(pages)}
+    verbs_first = sorted(pages, key=lambda place: (place.stem.endswith("_group"), place))
+    left = {str(place.with_suffix("")): place for place in verbs_first}
     sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
     for section, wanted in SECTIONS.items():
         sections[section] += [_entry(left.pop(name), pages) for name in wanted if name in left]

@@ -137,9 +137,12 @@ def test_every_group_of_yaml_is_in_the_reference() -> None:
     assert folders - {"recipe"} == set(reference.groups())
 
 
+TASKS = tasks.pages()
+
+
 @pytest.mark.parametrize(("room", "name"), [(room, name) for room in tasks.STAGES for name in names(room)])
 def test_a_task_says_its_equation_when_to_use_it_and_what_it_follows(room: str, name: str) -> None:
-    page = tasks.pages()[PurePosixPath("reference", room, f"{name}.md")]
+    page = TASKS[PurePosixPath("reference", room, f"{name}.md")]
     module = __import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"])
     assert "```text\n" in prose(module.__doc__)
     assert "When to use:" in page
