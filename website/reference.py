@@ -77,6 +77,7 @@ def table(rows: Iterator[Key]) -> str:
     return "\n".join([head, *lines])
 
 
+@cache
 def pages() -> dict[PurePosixPath, str]:
     """All pages of the reference by their place below ``docs``."""
     folder, verbs = PurePosixPath("reference/configuration"), configured_verbs()
