@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's test command: environment, lint, types, tests. pytest's own arguments may follow.
+# The README's test command: environment, lint, types, docs, tests. pytest's own arguments may follow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -7,5 +7,6 @@ environment dev
 
 echo "== ruff";  ruff check . && ruff format --check .
 echo "== mypy";  mypy
+echo "== docs";  python -m website
 echo "== pytest"
 python -m pytest -q "$@"

@@ -40,7 +40,26 @@ from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
 class FinetuneConfig(Strict):
-    """Everything that stage two is told; each field's model says what its keys mean."""
+    """Everything that stage two is told; each field's model says what its keys mean.
+
+    Attributes:
+        encoder: a stage-one run's folder, or its ``encoder.safetensors``.
+        initialisation: ``random`` takes the same architecture with fresh weights, to compare with.
+        size: height and width of the images in pixels; null is those that the encoder was pretrained on.
+        data: images with labels.
+        views: mild views for training; measuring uses none.
+        backbone: the network where no encoder is given; an encoder brings its own.
+        neck: likewise.
+        downstream: what the labels are for.
+        regime: which layers are trained, and how.
+        labels: how many labels are used, and how many of them are held out.
+        tracking: who hears of the run beside ``metrics.jsonl``.
+        seed: of label draws, head, order and views.
+        seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
+        split: what the figure is of; ``dev`` to tune a recipe.
+        output: the run's folder; null numbers them.
+        workers: processes that decode files; null settles it by the machine.
+    """
 
     encoder: str | None = None
     initialisation: Literal["pretrained", "random"] = "pretrained"

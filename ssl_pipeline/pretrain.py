@@ -55,7 +55,27 @@ class BatchConfig(Strict):
 
 
 class PretrainConfig(Strict):
-    """Everything that stage one is told; each field's model says what its keys mean."""
+    """Everything that stage one is told; each field's model says what its keys mean.
+
+    Attributes:
+        data: what to learn from.
+        views: how an image becomes its random views.
+        backbone: the network that learns.
+        neck: what makes one row of features of the backbone's maps.
+        pretext: what the network is asked.
+        optim: how it is moved.
+        tracking: who hears of the run beside ``metrics.jsonl``.
+        batch: how many images a step sees.
+        epochs: the run's length.
+        steps: a length in optimizer steps instead.
+        seed: of every draw: initialisation, order, views.
+        output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
+        resume: ``auto`` continues the run in ``output``.
+        evaluate_every: how often kNN and the signs of collapse are measured; ``0 steps`` at the end only.
+        checkpoint_every: how often a state to resume from is kept; ``0 steps`` at the end only.
+        log_every: optimizer steps from one line of metrics to the next.
+        workers: processes that decode files; null settles it by the machine.
+    """
 
     data: Annotated[SourceConfig, Room("data.sources")]
     views: ViewsConfig

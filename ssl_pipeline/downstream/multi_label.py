@@ -1,4 +1,10 @@
-"""Multi-label classification: any number of the labels hold for an image."""
+"""Multi-label classification: any number of the labels hold for an image.
+
+    ℓ = mean over the known labels of −[ y log σ(s) + (1 − y) log(1 − σ(s)) ],   s = W f(x) + b
+
+When to use: several things may be true of an image at once, and some may not be known. The first figure is the mean
+average precision, which needs no threshold.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""Regression: one or several numbers for an image."""
+"""Regression: one or several numbers for an image.
+
+    ℓ = mean over the known values of ( (y − mean) ÷ std − [W f(x) + b] )²
+
+with mean and std of the training values.
+
+When to use: the answer is an amount. Where the place or size of the object is the answer, let stage two's views
+neither crop nor mirror. The first figure is R².
+"""
 
 from __future__ import annotations
 

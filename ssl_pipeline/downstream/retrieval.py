@@ -1,4 +1,10 @@
-"""Retrieval and kNN: nothing is trained, an image is answered by the labelled images that look most like it."""
+"""Retrieval and kNN: nothing is trained, an image is answered by the labelled images that look most like it.
+
+    p(y | x) ∝ Σ over the k nearest labelled images n of [yₙ = y] exp(cos(f(x), f(n)) ÷ τ)
+
+When to use: to look at features without training anything, and where classes come and go. The first figure is the kNN
+accuracy. Wu et al. 2018, arXiv 1805.01978, section 3.4.
+"""
 
 from __future__ import annotations
 

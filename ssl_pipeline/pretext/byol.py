@@ -1,4 +1,13 @@
-"""BYOL: predict what a slowly moving teacher makes of the other view; no negatives."""
+"""BYOL: predict what a slowly moving teacher makes of the other view; no negatives.
+
+    ℓ = −½ [ cos(q(z₁), z′₂) + cos(q(z₂), z′₁) ],   θ′ ← m θ′ + (1 − m) θ
+
+with q the predictor and z′ the teacher's projections, through which no gradient flows.
+
+When to use: small batches, and data where many images look alike, which negatives would push apart. Watch
+``eval/effective_rank``: nothing but the predictor and the teacher keep it from collapse. Grill et al. 2020, arXiv
+2006.07733, equation 2.
+"""
 
 from __future__ import annotations
 

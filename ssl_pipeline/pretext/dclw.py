@@ -1,4 +1,9 @@
-"""DCLW: DCL whose positives weigh more the farther apart they are."""
+"""DCLW: DCL whose positives weigh more the farther apart they are.
+
+    ℓ(i) = −wᵢ zᵢ·zₚ ÷ τ + log Σ_{j≠i,p} exp(zᵢ·zⱼ ÷ τ),   wᵢ = 2 − exp(zᵢ·zₚ ÷ σ) ÷ mean over i of exp(zᵢ·zₚ ÷ σ)
+
+When to use: as DCL, where positives that are still far apart should count more. Yeh et al. 2022, arXiv 2110.06848.
+"""
 
 from __future__ import annotations
 

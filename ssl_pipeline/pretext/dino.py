@@ -1,4 +1,13 @@
-"""DINO: a student matches, from every crop, the class-like answer that a slowly moving teacher gives to the large ones."""
+"""DINO: a student matches, from every crop, the class-like answer that a slowly moving teacher gives to the large ones.
+
+    ℓ = −Σₖ Pₖ log pₖ,   P = softmax((g′(x′) − c) ÷ τ′),   p = softmax(g(x) ÷ τ)
+
+averaged over the pairs of a global view x′, seen by the teacher g′, and another view x, seen by the student g; c is
+the running mean of the teacher's answers.
+
+When to use: vision transformers with multi-crop (``views=dino``). Its prototypes and its teacher cost memory. Caron
+et al. 2021, arXiv 2104.14294, equations 1 to 4.
+"""
 
 from __future__ import annotations
 

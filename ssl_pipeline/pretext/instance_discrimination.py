@@ -1,4 +1,12 @@
-"""Instance discrimination with an exemplar memory: which of all N images is this?"""
+"""Instance discrimination with an exemplar memory: which of all N images is this?
+
+    p(i | x) = exp(Kᵢ·f(x) ÷ τ) ÷ Σ_{j=1…N} exp(Kⱼ·f(x) ÷ τ),   ℓ = −log p(i | xᵢ),   Kᵢ ← normalise(m Kᵢ + (1 − m) f(xᵢ))
+
+with one memory row K an image; the softmax is the full one, without sampling.
+
+When to use: one view an image is enough, and up to some hundred thousand images (N rows of ``projection_width``). Wu
+et al. 2018, arXiv 1805.01978, equation 2; the rising m is Zhong et al. 2019, arXiv 1904.01990.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +31,7 @@ from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, thro
 
 
 class Config(ContrastiveConfig):
-    r"""Non-parametric instance discrimination (Wu et al. 2018), with the full softmax over the memory :math:`K`.
-
-    .. math:: p(i \mid x_i) = \frac{\exp(K_i^\top f(x_i) / \beta)}{\sum_{j=1}^{N} \exp(K_j^\top f(x_i) / \beta)}
+    """Non-parametric instance discrimination (Wu et al. 2018), with the full softmax over the memory.
 
     Attributes:
         keep: what is kept of a memory row when its image is seen again, at the start of training.

@@ -1,4 +1,10 @@
-"""MoCo v2: a view against a slowly moving encoder's view of the same image, and a long queue of older ones."""
+"""MoCo v2: a view against a slowly moving encoder's view of the same image, and a long queue of older ones.
+
+    ℓ(q) = −log( exp(q·k₊ ÷ τ) ÷ [exp(q·k₊ ÷ τ) + Σ_{k in queue} exp(q·k ÷ τ)] ),   θₖ ← m θₖ + (1 − m) θ_q
+
+When to use: many negatives at a small batch. The queue is older than the encoder, which the slow key encoder makes
+bearable. Chen, Fan et al. 2020, arXiv 2003.04297; He et al. 2020, arXiv 1911.05722, equations 1 and 2.
+"""
 
 from __future__ import annotations
 

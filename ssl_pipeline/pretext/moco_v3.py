@@ -1,4 +1,10 @@
-"""MoCo v3: a predictor on the encoder, a slowly moving teacher, and the batch itself as negatives."""
+"""MoCo v3: a predictor on the encoder, a slowly moving teacher, and the batch itself as negatives.
+
+    ℓ(q) = −2τ log( exp(q·k₊ ÷ τ) ÷ Σ_{k in the other views} exp(q·k ÷ τ) ),   summed over both ways
+
+When to use: vision transformers and large batches. Chen, Xie and He 2021, arXiv 2104.02057, equation 1 and algorithm
+1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""NNCLR: the positive of a view is the nearest neighbour, among many past images, of the image's other view."""
+"""NNCLR: the positive of a view is the nearest neighbour, among many past images, of the image's other view.
+
+    ℓ(i) = −log( exp(NN(zᵢ)·p₊ ÷ τ) ÷ Σⱼ exp(NN(zᵢ)·pⱼ ÷ τ) ),   NN(z) = argmax over the support set of z·s
+
+with p the predictions of the batch's other views.
+
+When to use: where positives should differ by more than augmentation can make them. The neighbours are noise at first.
+Dwibedi et al. 2021, arXiv 2104.14548.
+"""
 
 from __future__ import annotations
 

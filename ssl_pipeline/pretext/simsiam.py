@@ -1,4 +1,12 @@
-"""SimSiam: predict the other view's projection, through which no gradient flows; neither negatives nor a teacher."""
+"""SimSiam: predict the other view's projection, through which no gradient flows; neither negatives nor a teacher.
+
+    ℓ = −½ [ cos(q(z₁), stop(z₂)) + cos(q(z₂), stop(z₁)) ]
+
+with q the predictor, and stop what lets no gradient through.
+
+When to use: as BYOL, where a second copy of the network is too much memory. Watch ``eval/effective_rank``. Chen and
+He 2021, arXiv 2011.10566, equations 1 to 4.
+"""
 
 from __future__ import annotations
 

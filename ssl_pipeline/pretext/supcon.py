@@ -1,4 +1,12 @@
-"""SupCon: all images of a class attract each other. It reads labels: the supervised bound that the others are measured against."""
+"""SupCon: all images of a class attract each other. It reads labels: the bound that the others are measured against.
+
+    ℓ(i) = −mean_{p in P(i)} log( exp(zᵢ·zₚ ÷ τ) ÷ Σ_{j≠i} exp(zᵢ·zⱼ ÷ τ) )
+
+with P(i) all other rows of i's class; an image without a label has its other view alone.
+
+When to use: as a bound in comparisons, or where all images have labels. Khosla et al. 2020, arXiv 2004.11362,
+equation 2.
+"""
 
 from __future__ import annotations
 

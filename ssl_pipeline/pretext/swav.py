@@ -1,4 +1,13 @@
-"""SwAV: each view predicts the cluster that another view of the image was assigned to."""
+"""SwAV: each view predicts the cluster that another view of the image was assigned to.
+
+    ℓ(z, q) = −Σₖ qₖ log pₖ,   p = softmax(z·C ÷ τ),   q = Sinkhorn(z′·C ÷ ε)
+
+with C the prototypes and z′ another, global view of the image: Sinkhorn's alternation gives every prototype an equal
+share of the batch.
+
+When to use: with multi-crop (``views=swav``), and where classes are groups rather than single images. Below a few
+hundred images a step, set ``queue``. Caron et al. 2020, arXiv 2006.09882, equations 2 and 3.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""VICReg: equal projections of two views, whose features keep their variance and share no covariance."""
+"""VICReg: equal projections of two views, whose features keep their variance and share no covariance.
+
+    ℓ = λ s(A, B) + μ ½ [v(A) + v(B)] + ν [c(A) + c(B)]
+    s: mean squared difference,   v(Z) = mean_d max(0, 1 − std(Z_d)),   c(Z) = Σ_{d≠e} Cov(Z)_de² ÷ D
+
+with λ ``invariance``, μ ``variance``, ν ``covariance``.
+
+When to use: as Barlow Twins, where each of the three terms should be seen and weighed by itself. Bardes et al. 2022,
+arXiv 2105.04906, equations 1 to 6.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,12 @@ class JitterConfig(Strict):
 
 
 class BlurConfig(Strict):
-    """Gaussian blur; sigma in pixels is drawn between the two bounds."""
+    """Gaussian blur.
+
+    Attributes:
+        probability: how often it is applied.
+        sigma: in pixels, drawn between the two bounds.
+    """
 
     probability: Probability = 0.0
     sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.1, 2.0)

@@ -21,6 +21,9 @@ class PictureConfig(Strict):
     """Which data and which views; ``pretrain``'s other keys are read over.
 
     Attributes:
+        data: whose images.
+        views: the policy to look at.
+        seed: of the views.
         rows: images.
         epochs: sets of views of an image, side by side.
         output: the picture's file.
