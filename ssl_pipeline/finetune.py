@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,18 +16,23 @@ from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.regime import RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.downstream.vector import targets_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import from_main, leave_group, on_main, share_of, start_accelerator
+from ssl_pipeline.evaluate.confusion import confusion_matrix
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.track.progress import console, duration, print_table
 from ssl_pipeline.track.run import open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -106,6 +112,8 @@ def finetune(config: FinetuneConfig) -> Result:
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", "no", dump(config)))
     result = Result(from_main(accelerator, run.path if run else Path()), config.split)
     with run or nullcontext(), open_trackers(run, "finetune", dump(config), config.tracking, 0) as trackers:
+        if config.encoder is not None and not config.starts_fresh:
+            trackers.used(config.encoder)
         for seed in seeds:
             torch.manual_seed(derive_seed(seed, "initialisation"))
             encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
@@ -119,6 +127,11 @@ def finetune(config: FinetuneConfig) -> Result:
             figures = task.evaluate(held_out, preprocessing, share)
             result.figures.append(figures)
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
+            if seed == config.seed and isinstance(task, Classification):
+                told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
+                matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
+                result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
+                Gallery(trackers).confusion(seed, matrix, pool.classes)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, Card(
                     kind="model", blueprint=blueprint, config=dump(config), figures=figures, versions=versions(),
@@ -131,12 +144,14 @@ def finetune(config: FinetuneConfig) -> Result:
 
 def finetune_and_tell(config: FinetuneConfig) -> None:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
+    began = time.monotonic()
     result = finetune(config)
-    if start_accelerator().is_main_process:
+    if start_accelerator().is_main_process and config.tracking.terminal != "quiet":
         unit = ", in %" if config.downstream.in_percent else ""
         title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
         print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))
-        console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")
+        console().print(f"{duration(time.monotonic() - began)}; wrote", end=" ")
+        console().print(f"{result.folder / 'model.safetensors'}, card.json and results.json")
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
@@ -156,7 +157,7 @@ def pretrain(config: PretrainConfig) -> Path:
     start = int(resume["done"]) if resume else 0
     with (
         run or nullcontext(),
-        Progress(total, start, enabled=run is not None) as progress,
+        Progress(total, start, enabled=run is not None, mode=config.tracking.terminal) as progress,
         open_trackers(run, "pretrain", dump(config), config.tracking, start) as trackers,
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
@@ -168,11 +169,14 @@ def pretrain(config: PretrainConfig) -> Path:
             images = train
             task.prime(lambda forward: extract(task, images, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
+        gallery = Gallery(trackers)
+        gallery.views(start, numbered(train), config.views, config.seed)
+        gallery.evaluation(start, evaluation, must=True)
         latest: dict[str, float] = {}
 
         def evaluate(clock: Clock) -> dict[str, float]:
-            del clock
             latest.update(evaluation(encoder))
+            gallery.evaluation(clock.step + 1, evaluation, must=clock.step + 1 == total)
             return latest
 
         fit(
@@ -187,6 +191,8 @@ def pretrain(config: PretrainConfig) -> Path:
                 data={"name": train.name, "fingerprint": train.fingerprint(), "licence": train.licence},
             )  # fmt: skip
             progress.say(f"wrote {save(folder, encoder, card)} and card.json")
+            trackers.made(folder)
+            progress.say_end(final)
     accelerator.wait_for_everyone()
     return folder
 

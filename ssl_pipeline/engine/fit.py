@@ -21,6 +21,7 @@ from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
+from ssl_pipeline.track.names import full_name
 
 
 class NonFiniteLossError(UserError):
@@ -120,14 +121,11 @@ def fit(
                 accelerator, output.loss.detach().float(), waited / (now - since), batches.unreadable
             )
             batches.bear(bad_files)
-            figures |= {f"{prefix}/loss": loss, f"{prefix}/lr": rate, f"{prefix}/data_wait": wait}
-            figures |= {f"{prefix}/bad_files": bad_files} if bad_files else {}
+            found = {"loss": loss, "lr": rate, "data_wait": wait, "epoch": done / clock.steps_per_epoch}
+            found |= {"images_per_s": images / (now - since)} | ({"bad_files": bad_files} if bad_files else {})
             metrics = output.metrics | (output.details() if output.details is not None else {})
-            figures |= {f"{prefix}/{name}": float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
-            figures |= {
-                f"{prefix}/images_per_s": images / (now - since),
-                f"{prefix}/epoch": done / clock.steps_per_epoch,
-            }
+            found |= {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
+            figures |= {full_name(prefix, name): value for name, value in found.items()}
             since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
         if looks or done == total:

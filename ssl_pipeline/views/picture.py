@@ -40,22 +40,32 @@ def draw(config: PictureConfig) -> Path:
     """Saves a picture: each row an image, first as evaluation sees it, then its views of the first epochs."""
     source = config.data.open("train")
     assert source is not None
-    settled, _ = config.views.for_channels(source.channels)
-    neutral = (0.0,) * source.channels, (1.0,) * source.channels
-    views = Views(settled, *neutral, config.seed)
-    index = torch.arange(min(config.rows, len(source)))
-    columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
-    for epoch in range(config.epochs):
-        if source.pixels is not None:
-            crops = views.of_pixels(source.pixels[index], index, epoch)
-        else:
-            crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch)
-        columns += views.finish(crops, index, epoch)
+    columns = columns_of(source, config.views, config.seed, config.rows, config.epochs)
     path = Path(config.output or "views.png")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in .png.")
     _grid(columns).save(path)
     return path
+
+
+def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epochs: int) -> list[Tensor]:
+    """The first images as evaluation sees them, then their views of the first epochs.
+
+    Returns:
+        1 + ``epochs`` × ``config.total`` tensors of shape (rows, C, S, S) in [0, 1], each with its own S.
+    """
+    settled, _ = config.for_channels(source.channels)
+    neutral = (0.0,) * source.channels, (1.0,) * source.channels
+    views = Views(settled, *neutral, seed)
+    index = torch.arange(min(rows, len(source)))
+    columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
+    for epoch in range(epochs):
+        if source.pixels is not None:
+            crops = views.of_pixels(source.pixels[index], index, epoch)
+        else:
+            crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch)
+        columns += views.finish(crops, index, epoch)
+    return columns
 
 
 def _plain(source: Indexed, index: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -74,16 +84,21 @@ def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:
     for column in columns:
         side = column.shape[-1] * zoom
         for row, image in enumerate(column):
-            tile = _tile(image).resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(tile, (left, gap + row * cell))
+            small = tile(image).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(small, (left, gap + row * cell))
         left += side + gap
     return picture
 
 
-def _tile(image: Tensor) -> Image.Image:
-    """RGB as it is; the mean of any other channels in grey."""
+def tile(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in [0, 1] as Pillow's: RGB as it is; the mean of any other channels in grey."""
     values = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def views_picture(source: Indexed, config: ViewsConfig, seed: int, rows: int = 6, epochs: int = 2) -> Image.Image:
+    """The picture that :func:`draw` saves, of fewer images and epochs."""
+    return _grid(columns_of(source, config, seed, rows, epochs))
 
 
 def main() -> None:

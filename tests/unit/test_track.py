@@ -226,6 +226,18 @@ class Broken:
         if self.heard == 2:
             raise ConnectionError("the server is gone")
 
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        del step, files
+
+    def alert(self, title: str, text: str) -> None:
+        del title, text
+
+    def made(self, folder: Path) -> None:
+        del folder
+
+    def used(self, folder: Path) -> None:
+        del folder
+
     def finish(self) -> None:
         raise AssertionError("a dropped mirror is not asked again")
 
@@ -354,10 +366,10 @@ def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> No
             figures = {
                 "pretrain/loss": 4.3125,
                 "pretrain/lr": 0.0012,
-                "pretrain/images_per_s": 1523.4,
+                "system/images_per_s": 1523.4,
                 "eval/loss": 9.0,
             }
-            progress.update(step, figures | ({"pretrain/temperature": 0.2, "eval/knn": 0.5} if step > 11 else {}))
+            progress.update(step, figures | ({"temperature/tau": 0.2, "eval/knn": 0.5} if step > 11 else {}))
         progress.say("done [in brackets]")
     first, last, said = capsys.readouterr().out.splitlines()
     assert first == "step 11/40  loss 4.312  lr 0.0012  1,523 img/s"
@@ -372,7 +384,7 @@ def test_a_starving_model_is_told_of_once(capsys: pytest.CaptureFixture[str]) ->
     ):
         with Progress(100) as progress:
             for step, wait in enumerate(waits):
-                progress.update(step, {"pretrain/data_wait": wait})
+                progress.update(step, {"system/data_wait": wait})
         assert capsys.readouterr().out.count("of the time of the last steps went into waiting for data") == told
 
 
