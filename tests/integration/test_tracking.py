@@ -195,7 +195,7 @@ def test_a_server_that_never_answers_harms_nothing(
         wandb.teardown()
         assert [row["pretrain/loss"] for row in history(wandb_file(run.path))] == [1.0]
     assert read_metrics(run.path)[0]["pretrain/loss"] == 1.0
-    assert [r.message for r in caplog.records if r.name == "ssl_pipeline"][0].startswith("W&B can't go online")
+    assert next(r.message for r in caplog.records if r.name == "ssl_pipeline").startswith("W&B can't go online")
     assert len([r for r in caplog.records if r.name == "ssl_pipeline"]) == 1
 
 
