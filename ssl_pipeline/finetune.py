@@ -32,7 +32,7 @@ from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.track.progress import console, duration, print_table
+from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.run import open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -96,6 +96,7 @@ def starting_point(config: FinetuneConfig, pool: Indexed) -> tuple[Blueprint, En
 def finetune(config: FinetuneConfig) -> Result:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     accelerator = start_accelerator()
+    one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None

@@ -30,7 +30,7 @@ from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
-from ssl_pipeline.track.progress import Progress
+from ssl_pipeline.track.progress import Progress, one_voice
 from ssl_pipeline.track.run import open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -124,6 +124,7 @@ def check_local_views(views: ViewsConfig, backbone: Backbone, name: str) -> None
 def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
+    one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
     train, dev = open_training(config.data), config.data.open("dev")
     check(config, train, share.processes)

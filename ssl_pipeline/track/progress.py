@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -27,6 +29,13 @@ _console = Console(highlight=False, soft_wrap=True)
 def console() -> Console:
     """The one console, on standard output."""
     return _console
+
+
+def one_voice(main: bool) -> None:
+    """Lets warnings, those of libraries too, be told by the main process alone; errors are everybody's."""
+    if not main:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import pty
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -375,6 +378,79 @@ def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> No
     assert first == "step 11/40  loss 4.312  lr 0.0012  1,523 img/s"
     assert last == "step 40/40  loss 4.312  lr 0.0012  τ 0.2  1,523 img/s  kNN 50.0%"
     assert said == "done [in brackets]"
+
+
+@pytest.mark.parametrize("mode", ["plain", "quiet"])
+def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, mode=mode) as progress:
+        for step in (1, 2):
+            progress.update(step, {"pretrain/loss": 4.0, "pretrain/epoch": step / 2, "system/data_wait": 0.1})
+        progress.say_end({"eval/knn": 0.75})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == (
+        ["step 1/2  loss 4.000  epoch 0.5  wait 10%", "step 2/2  loss 4.000  epoch 1.0  wait 10%"] * (mode == "plain")
+    )
+    assert any("knn" in line and "0.75" in line for line in lines) == (mode == "plain")
+    assert any("loss, last logged" in line for line in lines) == (mode == "plain")
+
+
+def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
+    script = (
+        "from ssl_pipeline.track.progress import Progress\n"
+        "with Progress(2) as bar:\n"
+        "    bar.update(1, {'pretrain/loss': 4.0, 'eval/knn': 0.5})\n"
+        "    bar.say('above the bar')\n"
+        "    bar.update(2, {'pretrain/loss': 3.0})\n"
+    )
+    shown = {}
+    for name, environment in {"colour": {}, "none": {"NO_COLOR": "1"}}.items():
+        shown[name] = in_terminal([sys.executable, "-c", script], environment)
+        assert "2/2" in shown[name]
+        assert "loss 3.000" in shown[name]
+        assert "kNN 50.0%" in shown[name]
+        assert "above the bar" in shown[name]
+        assert "step 1/2" not in shown[name]
+    colours = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5)[0-9;]*m")
+    assert colours.search(shown["colour"])
+    assert not colours.search(shown["none"])
+
+
+def test_other_processes_tell_errors_alone() -> None:
+    script = (
+        "import logging, sys, warnings\n"
+        "from ssl_pipeline.track.progress import one_voice\n"
+        "one_voice(sys.argv[1] == 'main')\n"
+        "warnings.warn('a library warns')\n"
+        "logging.getLogger('a.library').warning('and logs')\n"
+        "logging.getLogger('a.library').error('and fails')\n"
+    )
+    told = {}
+    for which in ("main", "other"):
+        words = [sys.executable, "-c", script, which]
+        told[which] = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    assert all(words in told["main"] for words in ("a library warns", "and logs", "and fails"))
+    assert told["other"] == "and fails\n"
+
+
+def in_terminal(words: list[str], environment: dict[str, str]) -> str:
+    """What a program writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    cleaned = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "CI")}
+    env = {**cleaned, "TERM": "xterm-256color", "COLUMNS": "120", **environment}
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        parts = []
+        while True:
+            try:
+                part = os.read(ours, 65_536)
+            except OSError:  # Linux says so when the last writer has gone
+                break
+            if not part:
+                break
+            parts.append(part)
+        assert process.wait() == 0
+    os.close(ours)
+    return b"".join(parts).decode()
 
 
 def test_a_starving_model_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
