@@ -60,9 +60,9 @@ class Background:
         """Told later."""
         self._later(lambda mirror: mirror.used(folder))
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         """Waits until all is told, but not for ever."""
-        self._later(lambda mirror: mirror.finish())
+        self._later(lambda mirror: mirror.finish(failed))
         self._later(None)
         if self._given_up:
             return

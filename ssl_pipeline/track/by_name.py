@@ -46,8 +46,9 @@ class NamedMirror:
         """Left to W&B."""
         del folder
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         """Writes what is left."""
+        del failed
         self._tracker.finish()
 
 

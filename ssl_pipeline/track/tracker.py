@@ -69,8 +69,8 @@ class Tracker(Protocol):
     def used(self, folder: Path) -> None:
         """The encoder that the run started from: likewise."""
 
-    def finish(self) -> None:
-        """No more will come."""
+    def finish(self, failed: bool) -> None:
+        """No more will come; ``failed``: an error, or a person, stopped the run."""
 
 
 class Trackers:
@@ -121,14 +121,14 @@ class Trackers:
         """The encoder that the run started from: a folder or a file in it; an address elsewhere says nothing to a mirror."""
         path = Path(encoder)
         folder = path if path.is_dir() else path.parent
-        if (folder / "card.json").is_file():
+        if (folder / "encoder.safetensors").is_file() and (folder / "card.json").is_file():
             self._tell(lambda mirror: mirror.used(folder))
 
-    def finish(self) -> None:
+    def finish(self, failed: bool = False) -> None:
         """Closes the log first: a mirror may wait for its server."""
         if self._truth is not None:
             self._truth.finish()
-            self._tell(lambda mirror: mirror.finish())
+            self._tell(lambda mirror: mirror.finish(failed))
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         for mirror in list(self._mirrors):
@@ -143,8 +143,8 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish(failed=kind is not None)
 
 
 def open_trackers(

@@ -67,14 +67,17 @@ class WandbMirror:
             return
         self._run.config.update({"stage_one": {"wandb_id": name, "artifact": f"encoder-{name}"}})  # type: ignore[no-untyped-call]
         artifact = _artifact(folder, name)
-        if self._run.settings._offline:
-            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-        else:
-            self._run.use_artifact(artifact)
+        try:
+            if self._run.settings._offline:
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            else:
+                self._run.use_artifact(artifact)
+        except Exception as error:  # another version of W&B may have no such record; the figures are worth more
+            _log.warning("W&B can't link this run to its encoder's (%s)", _first_line(error))
 
-    def finish(self) -> None:
-        """Waits for what is under way, but not for ever."""
-        self._run.finish()
+    def finish(self, failed: bool) -> None:
+        """Waits for what is under way, but not for ever; W&B shows a run that failed as such."""
+        self._run.finish(exit_code=int(failed))
 
 
 def _artifact(folder: Path, identity: str) -> wandb.Artifact:

@@ -25,7 +25,7 @@ from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.background import Background
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
 from ssl_pipeline.track.names import GROUPS
-from ssl_pipeline.track.run import open_run
+from ssl_pipeline.track.run import Run, open_run
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from tests.runs import tiny_finetune, tiny_pretrain
 from tests.wandb_file import history, records
@@ -126,6 +126,12 @@ def test_config_is_kept_and_no_secret(runs: tuple[Path, Path]) -> None:
             assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
 
 
+def stopped(run: Run, tracking: TrackingConfig) -> None:
+    with open_trackers(run, "pretrain", {}, tracking, 1) as trackers:
+        trackers.log(2, {"pretrain/loss": 0.5})
+        raise KeyboardInterrupt
+
+
 def test_a_secret_in_the_config_reaches_no_file(nowhere: None, tmp_path: Path) -> None:
     import wandb
 
@@ -141,9 +147,13 @@ def test_a_secret_in_the_config_reaches_no_file(nowhere: None, tmp_path: Path) -
         assert {r.alert.title for r in records(wandb_file(run.path)) if r.HasField("alert")} == {"collapse"}
         assert read_metrics(run.path)[1]["alert"] == "collapse"
         # Continued, it is the same run of W&B's: offline in a second folder, which `wandb sync` sends to the first one's.
-        with open_trackers(run, "pretrain", config, tracking, 1) as trackers:
-            trackers.log(2, {"pretrain/loss": 0.5})
+        with pytest.raises(KeyboardInterrupt):
+            stopped(run, tracking)
         wandb.teardown()
+        codes = [
+            r.exit.exit_code for f in run.path.glob("wandb/offline*/*.wandb") for r in records(f) if r.HasField("exit")
+        ]
+        assert sorted(codes) == [0, 1]  # the one that was stopped is shown as such
         starts = [
             r.run.run_id for f in run.path.glob("wandb/offline*/*.wandb") for r in records(f) if r.HasField("run")
         ]
@@ -221,7 +231,7 @@ class Stuck:
     def used(self, folder: Path) -> None:
         del folder
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         self.let_go.wait()
 
 

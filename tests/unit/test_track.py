@@ -241,7 +241,7 @@ class Broken:
     def used(self, folder: Path) -> None:
         del folder
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         raise AssertionError("a dropped mirror is not asked again")
 
 
