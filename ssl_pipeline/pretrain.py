@@ -164,14 +164,15 @@ def pretrain(config: PretrainConfig) -> Path:
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
-        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share, progress.say)
+        looked_at = numbered(train)
+        evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share, progress.say)
         figures = {} if start else evaluation(encoder)
         if not start and isinstance(train, Indexed):
             images = train
             task.prime(lambda forward: extract(task, images, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
         gallery = Gallery(trackers)
-        gallery.views(start, numbered(train), config.views, config.seed)
+        gallery.views(start, looked_at, config.views, config.seed)
         gallery.evaluation(start, evaluation, must=True)
         latest: dict[str, float] = {}
 
