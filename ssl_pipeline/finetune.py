@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,15 +17,20 @@ from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.downstream.vector import targets_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.signals import listen, requeue_marker
+from ssl_pipeline.evaluate.confusion import confusion_matrix
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
@@ -33,7 +39,7 @@ from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -119,6 +125,7 @@ def starting_point(config: FinetuneConfig, pool: Indexed) -> tuple[Blueprint, En
 def finetune(config: FinetuneConfig) -> Result:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     accelerator = start_accelerator()
+    one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
@@ -144,6 +151,8 @@ def finetune(config: FinetuneConfig) -> Result:
         open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
         requeue_marker(run.path if run else None),
     ):
+        if config.encoder is not None and not config.starts_fresh:
+            trackers.used(config.encoder)
         for seed in seeds:
             if seed in finished:
                 result.figures.append(finished[seed])
@@ -167,6 +176,11 @@ def finetune(config: FinetuneConfig) -> Result:
             train(config.regime, task, around)
             figures = task.evaluate(held_out, preprocessing, share)
             result.figures.append(figures)
+            if seed == config.seed and isinstance(task, Classification):
+                told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
+                matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
+                result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
+                Gallery(trackers).confusion(seed, matrix, pool.classes)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
@@ -187,7 +201,7 @@ def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str
             name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
         }
         for line in read_metrics(folder)
-        if line["step"] in seeds
+        if line["step"] in seeds and any(name.startswith(f"{split}/") for name in line)
     }
 
 
@@ -201,12 +215,14 @@ def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figu
 
 def finetune_and_tell(config: FinetuneConfig) -> None:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
+    began = time.monotonic()
     result = finetune(config)
-    if start_accelerator().is_main_process:
+    if start_accelerator().is_main_process and config.tracking.terminal != "quiet":
         unit = ", in %" if config.downstream.in_percent else ""
         title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
         print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))
-        console().print(f"wrote {result.folder / 'model.safetensors'}, card.json and results.json")
+        console().print(f"{duration(time.monotonic() - began)}; wrote", end=" ")
+        console().print(f"{result.folder / 'model.safetensors'}, card.json and results.json")
 
 
 def main() -> None:

@@ -29,13 +29,14 @@ from ssl_pipeline.engine.task import PretextConfig
 from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.alerts import Alerts, logged_losses
-from ssl_pipeline.track.progress import Progress
+from ssl_pipeline.track.progress import Progress, one_voice
 from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -150,6 +151,7 @@ def check_local_views(views: ViewsConfig, backbone: Backbone, name: str) -> None
 def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
+    one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
     train, dev = open_training(config.data), config.data.open("dev")
     check(config, train, share.processes)
@@ -194,7 +196,7 @@ def pretrain(config: PretrainConfig) -> Path:
     with (
         run or nullcontext(),
         checkpoints,
-        Progress(total, start, enabled=run is not None) as progress,
+        Progress(total, start, enabled=run is not None, mode=config.tracking.terminal) as progress,
         # A run that starts again from nothing also measures step 0 again.
         open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
         requeue_marker(run.path if run else None),
@@ -202,17 +204,22 @@ def pretrain(config: PretrainConfig) -> Path:
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
             progress.say(f"  {note}")
-        evaluation = OnlineEvaluation(numbered(train), dev, views, preprocessing, share)
+        looked_at = numbered(train)
+        evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share)
         figures = {} if start else evaluation(encoder)
         if not start and isinstance(train, Indexed):
             images = train
             task.prime(lambda forward: extract(task, images, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
+        gallery = Gallery(trackers)
+        gallery.views(start, looked_at, config.views, config.seed)
+        gallery.evaluation(start, evaluation, must=True)
         latest: dict[str, float] = {}
 
         def evaluate(clock: Clock) -> dict[str, float]:
             latest.update(evaluation(encoder))
             best.offer(encoder, card(latest), clock.step + 1)
+            gallery.evaluation(clock.step + 1, evaluation, must=clock.step + 1 == total)
             return latest
 
         def alert(step: int, title: str, text: str) -> None:
@@ -229,6 +236,8 @@ def pretrain(config: PretrainConfig) -> Path:
         final = latest or evaluation(encoder)
         if run is not None:
             progress.say(f"wrote {save(folder, encoder, card(final))} and card.json")
+            trackers.made(folder)
+            progress.say_end(final)
     accelerator.wait_for_everyone()
     return folder
 

@@ -15,7 +15,7 @@ from ssl_pipeline.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "tracking=off", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1", "data.dev=4000",
+    "tracking=off", "tracking.pictures=false", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1", "data.dev=4000",
     "pretext.hidden_width=32", "pretext.projection_width=16", "evaluate_every=0 steps",
 ]  # fmt: skip
 
@@ -42,6 +42,7 @@ def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfi
     """Likewise, for stage two."""
     wanted = [
         "tracking=off",
+        "tracking.pictures=false",
         "data.dev=4000",
         "labels.per_class=5",
         "split=dev",

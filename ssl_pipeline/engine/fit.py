@@ -36,6 +36,7 @@ from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
+from ssl_pipeline.track.names import full_name
 
 
 class Listener(Protocol):
@@ -154,15 +155,13 @@ def fit(
                 accelerator, output.loss.detach().float(), waited / (now - since), batches.unreadable
             )
             batches.bear(bad_files)
-            figures |= {f"{prefix}/loss": loss, f"{prefix}/lr": rate, f"{prefix}/data_wait": wait}
+            found = {"loss": loss, "lr": rate, "data_wait": wait, "epoch": done / clock.steps_per_epoch}
+            found["images_per_s"] = images / (now - since)
             counts = {"bad_files": bad_files, "nonfinite_steps": skipped, "skipped_steps": skipped_by_scaler}
-            figures |= {f"{prefix}/{name}": count for name, count in counts.items() if count}
+            found |= {name: count for name, count in counts.items() if count}
             metrics = output.metrics | (output.details() if output.details is not None else {})
-            figures |= {f"{prefix}/{name}": float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
-            figures |= {
-                f"{prefix}/images_per_s": images / (now - since),
-                f"{prefix}/epoch": done / clock.steps_per_epoch,
-            }
+            found |= {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
+            figures |= {full_name(prefix, name): value for name, value in found.items()}
             since, images, waited = now, 0, 0.0
         looks = evaluate is not None and _due(done, total, evaluate_every)
         stops = agreed.signal != 0 and done < total

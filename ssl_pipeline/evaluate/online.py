@@ -26,6 +26,9 @@ class OnlineEvaluation:
         k: neighbours.
         bank_size: most rows in kNN's bank.
         sample: most images for the collapse figures.
+
+    Attributes:
+        seen: images, the numbers of those that were looked at last, and their features (N, D): pictures are drawn of them.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class OnlineEvaluation:
         self._bank = bank[:bank_size].sort().values
         self._looked_at = dev if dev is not None else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
+        self.seen: tuple[Indexed, torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, encoder: Encoder) -> dict[str, float]:
@@ -66,6 +70,7 @@ class OnlineEvaluation:
 
     def _collapse(self, encoder: Encoder) -> dict[str, float]:
         features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)
+        self.seen = self._looked_at, self._sample, features
         first, second = two_views(encoder, self._looked_at, self._views, self._share.device, self._sample[:128])
         return {
             "feature_std": collapse.feature_std(features),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ssl_pipeline.evaluate.interval import Interval, interval
 from ssl_pipeline.track.run import write_text_atomic
@@ -18,11 +19,13 @@ class Result:
         folder: the run's.
         split: the held-out split that was measured on.
         figures: per seed.
+        confusion: the first seed's, where classes are told: ``classes``, and ``matrix`` with a row for each true one.
     """
 
     folder: Path
     split: str
     figures: list[dict[str, float]] = field(default_factory=list)
+    confusion: dict[str, Any] = field(default_factory=dict)
 
     def interval(self, name: str | None = None) -> Interval:
         """A figure's mean over the seeds, with its 95 % interval; the first figure by default."""
@@ -36,7 +39,8 @@ class Result:
 
     def write(self) -> None:
         """Writes ``results.json`` into the run's folder."""
-        record = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
+        record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
+        record |= {"confusion": self.confusion} if self.confusion else {}
         write_text_atomic(self.folder / "results.json", json.dumps(record, indent=1))
 
 

@@ -109,7 +109,7 @@ def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
 def _course(axes: Axes, run: Path) -> None:
     lines = read_metrics(run / FILE_NAME)
     for key, label in {"temperature": "τ, as it was used", **NAMES}.items():
-        points = [(line["step"], line[f"pretrain/{key}"]) for line in lines if f"pretrain/{key}" in line]
+        points = [(line["step"], line[f"temperature/{key}"]) for line in lines if f"temperature/{key}" in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color="black" if key == "temperature" else None)
     axes.set(title="The course of the run (its projections)", xlabel="optimizer step", ylim=(0, 1.02))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -12,10 +15,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+Mode = Literal["auto", "rich", "plain", "quiet"]
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN = {
-    "loss": "loss {:.3f}", "lr": "lr {:.2g}", "temperature": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
-    "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
+    "loss": "loss {:.3f}", "lr": "lr {:.2g}", "tau": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
+    "epoch": "epoch {:.1f}", "data_wait": "wait {:.0%}", "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
 }  # fmt: skip
 _WAITS_LONG, _WAITS_OFTEN = 0.2, 3
 _OF_EVALUATION = ("knn", "effective_rank")
@@ -25,6 +29,20 @@ _console = Console(highlight=False, soft_wrap=True)
 def console() -> Console:
     """The one console, on standard output."""
     return _console
+
+
+def one_voice(main: bool) -> None:
+    """Lets warnings, those of libraries too, be told by the main process alone; errors are everybody's."""
+    if not main:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+
+def duration(seconds: float) -> str:
+    """Such as ``1:02:03``, or ``2:03`` below an hour."""
+    whole = round(seconds)
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -49,11 +67,14 @@ class Progress:
         total_steps: steps of the run.
         start_step: steps done before.
         enabled: whether this process speaks.
+        mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, enabled: bool = True) -> None:
+    def __init__(self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto") -> None:
         self._total, self._done = total_steps, start_step
-        self._enabled, self._terminal = enabled, _console.is_terminal
+        self._enabled = enabled and mode != "quiet"
+        self._terminal = mode == "rich" or (mode == "auto" and _console.is_terminal)
+        self._began, self._start_step = time.monotonic(), start_step
         self._tau = "τ" if _console.encoding.startswith("utf") else "tau"
         self._latest: dict[str, float] = {}
         self._first: tuple[int, float] | None = (
@@ -63,7 +84,7 @@ class Progress:
         self._last_line, self._said = -math.inf, start_step
         self._bar = Bar(
             MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
-            console=_console, disable=not (enabled and self._terminal), transient=True,
+            console=_console, disable=not (self._enabled and self._terminal), transient=True,
         )  # fmt: skip
         self._row = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
 
@@ -81,6 +102,16 @@ class Progress:
         if self._enabled:
             encoding = _console.encoding  # a log in ASCII must not stop a run for a sign that it can't show
             _console.print(text.encode(encoding, "replace").decode(encoding), markup=False)
+
+    def say_end(self, figures: Mapping[str, float]) -> None:
+        """The run's figures, time and speed, as a table."""
+        if not self._enabled:
+            return
+        seconds = time.monotonic() - self._began
+        rows = [["steps", f"{self._done - self._start_step:,}"], ["time, evaluations included", duration(seconds)]]
+        rows += [["loss, last logged", f"{self._latest['loss']:.4g}"]] if "loss" in self._latest else []
+        rows += [[name.rpartition("/")[2].replace("_", " "), f"{value:.4g}"] for name, value in figures.items()]
+        print_table("pretrained", ["figure", "value"], rows)
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """``step`` steps are done."""
@@ -121,6 +152,4 @@ class Progress:
         began, at = self._first or (self._done, 0.0)
         if self._done <= began or self._done >= self._total:
             return ""
-        seconds = round((time.monotonic() - at) / (self._done - began) * (self._total - self._done))
-        minutes, hours = seconds // 60 % 60, seconds // 3600
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d} left" if hours else f"{minutes}:{seconds % 60:02d} left"
+        return f"{duration((time.monotonic() - at) / (self._done - began) * (self._total - self._done))} left"

@@ -4,49 +4,73 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from PIL import Image
 from pydantic import Field
 
 from ssl_pipeline.config.base import Strict
+from ssl_pipeline.track.background import Background
+from ssl_pipeline.track.by_name import check_names, open_by_name
 from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
+from ssl_pipeline.track.progress import Mode
 from ssl_pipeline.track.run import Run, redact
 
 _log = logging.getLogger("ssl_pipeline")
 
 
 class TrackingConfig(Strict):
-    """Mirrors of ``metrics.jsonl``.
+    """Who hears of a run, beside ``metrics.jsonl``.
 
     Attributes:
         name: ``auto`` and ``wandb``: W&B, online when a key is there and the server answers, offline otherwise.
-            ``off``: none.
+            ``off``: no W&B.
+        mirrors: further mirrors, by the names that Accelerate has for its trackers, such as ``tensorboard``.
+        pictures: whether views, neighbours and maps are drawn into the run's ``media/``.
+        terminal: ``rich``: a bar. ``plain``: lines, for a batch system's log. ``quiet``: nothing but warnings and mistakes.
+            ``auto``: a bar in a terminal, lines elsewhere.
         project: W&B project.
         entity: W&B user or team.
         group: W&B group of runs.
         tags: W&B tags.
-        init_timeout: seconds to wait for the server before going offline.
+        init_timeout: seconds that W&B's server may take to answer before W&B goes offline; training goes on meanwhile.
+        finish_timeout: seconds that a mirror may take at a run's end to send what is left.
     """
 
     name: Literal["auto", "wandb", "off"] = "auto"
+    mirrors: tuple[str, ...] = ()
+    pictures: bool = True
+    terminal: Mode = "auto"
     project: str = "ssl_pipeline"
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
     init_timeout: float = Field(20.0, gt=0)
+    finish_timeout: float = Field(120.0, gt=0)
 
 
 class Tracker(Protocol):
-    """Hears the figures of a run."""
+    """Hears of a run."""
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
 
-    def alert(self, title: str, text: str) -> None:
-        """Something that a person should hear of."""
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        """PNG files of after ``step`` steps, by their names."""
 
-    def finish(self) -> None:
-        """No more will come."""
+    def alert(self, title: str, text: str) -> None:
+        """Something that a person should look at."""
+
+    def made(self, folder: Path) -> None:
+        """The encoder that the run made: a folder with ``encoder.safetensors`` and ``card.json``."""
+
+    def used(self, folder: Path) -> None:
+        """The encoder that the run started from: likewise."""
+
+    def finish(self, failed: bool) -> None:
+        """No more will come; ``failed``: an error, or a person, stopped the run."""
 
 
 class Trackers:
@@ -55,10 +79,12 @@ class Trackers:
     Args:
         truth: the log; None where nothing is to be heard, in all processes but the main one.
         mirrors: repeat what the log holds.
+        draws: whether pictures are made.
     """
 
-    def __init__(self, truth: JsonlLog | None, mirrors: list[Tracker]) -> None:
+    def __init__(self, truth: JsonlLog | None, mirrors: list[Tracker], draws: bool = False) -> None:
         self._truth, self._mirrors = truth, list(mirrors)
+        self.draws = draws and truth is not None
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
@@ -66,17 +92,41 @@ class Trackers:
             self._truth.log(step, figures)
             self._tell(lambda mirror: mirror.log(step, figures))
 
+    def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Pictures after ``step`` steps: saved as ``media/NAME-STEP.png`` of the run, a line in the log says where."""
+        if self._truth is None or not pictures:
+            return
+        folder = self._truth.path.parent
+        (folder / "media").mkdir(exist_ok=True)
+        files = {}
+        for name, picture in pictures.items():
+            files[f"media/{name}"] = folder / "media" / f"{name}-{step:08d}.png"
+            picture.save(files[f"media/{name}"], compress_level=1)  # twice as fast as the default, a tenth larger
+        self._truth.log(step, {name: file.relative_to(folder).as_posix() for name, file in files.items()})
+        self._tell(lambda mirror: mirror.pictures(step, files))
+
     def alert(self, step: int, title: str, text: str) -> None:
-        """A sentence that somebody should read at once; mirrors that can wake people do."""
+        """A sentence that somebody should read at once: a line in the log, and the mirrors' own ways of waking people."""
         if self._truth is not None:
-            self._truth.log(step, {"alert": f"{title}: {text}"})
+            self._truth.log(step, {"alert": title, "text": text})
             self._tell(lambda mirror: mirror.alert(title, text))
 
-    def finish(self) -> None:
+    def made(self, folder: Path) -> None:
+        """The encoder that the run made: a folder with ``encoder.safetensors`` and ``card.json``."""
+        self._tell(lambda mirror: mirror.made(folder))
+
+    def used(self, encoder: str | Path) -> None:
+        """The encoder that the run started from: a folder or a file in it; an address elsewhere says nothing to a mirror."""
+        path = Path(encoder)
+        folder = path if path.is_dir() else path.parent
+        if (folder / "encoder.safetensors").is_file() and (folder / "card.json").is_file():
+            self._tell(lambda mirror: mirror.used(folder))
+
+    def finish(self, failed: bool = False) -> None:
         """Closes the log first: a mirror may wait for its server."""
         if self._truth is not None:
             self._truth.finish()
-            self._tell(lambda mirror: mirror.finish())
+            self._tell(lambda mirror: mirror.finish(failed))
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         for mirror in list(self._mirrors):
@@ -91,8 +141,8 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish(failed=kind is not None)
 
 
 def open_trackers(
@@ -110,14 +160,20 @@ def open_trackers(
     """
     if run is None or not main:
         return Trackers(None, [])
+    check_names(tracking.mirrors)
     truth = JsonlLog(run.path / FILE_NAME)
     truth.truncate_after(start_step)
-    mirrors: list[Tracker] = []
+    openers: dict[str, Callable[[], Tracker]] = {}
     if tracking.name != "off":
-        from ssl_pipeline.track.wandb import open_wandb  # wandb only where it is wanted
+        openers["W&B"] = partial(_open_wandb, run.path, stage, redact(config), tracking)
+    for name in tracking.mirrors:
+        openers[name] = partial(open_by_name, name, run.path, redact(config))
+    mirrors: list[Tracker] = [Background(name, make, tracking.finish_timeout) for name, make in openers.items()]
+    return Trackers(truth, mirrors, tracking.pictures)
 
-        try:
-            mirrors.append(open_wandb(run.path, stage, redact(config), tracking))
-        except Exception as error:
-            _log.warning("W&B can't be started (%s); %s holds everything", error, FILE_NAME)
-    return Trackers(truth, mirrors)
+
+def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> Tracker:
+    # Imported where it is wanted alone, and in the mirror's thread: the first step does not wait for it.
+    from ssl_pipeline.track.wandb import open_wandb
+
+    return open_wandb(folder, stage, config, tracking)

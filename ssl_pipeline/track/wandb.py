@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl_pipeline.track.names import GROUPS
 from ssl_pipeline.track.run import write_text_atomic
 
 if TYPE_CHECKING:
@@ -17,28 +18,82 @@ if TYPE_CHECKING:
     from ssl_pipeline.track.tracker import TrackingConfig
 
 _log = logging.getLogger("ssl_pipeline")
-_SECONDS_TO_FINISH = 120.0
+_IDENTITY = "wandb_id"
 
 
 class WandbMirror:
-    """One W&B run; figures keep our own step, since W&B drops steps that go back."""
+    """One W&B run; figures keep our own step, since W&B drops steps that go back.
 
-    def __init__(self, run: wandb.Run) -> None:
-        self._run = run
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+    Args:
+        run: W&B's.
+        stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed.
+        identity: of the run's folder.
+    """
+
+    def __init__(self, run: wandb.Run, stage: str, identity: str) -> None:
+        self._run, self._identity = run, identity
+        self._axis = "seed" if stage == "finetune" else "step"
+        run.define_metric(self._axis)
+        for group in GROUPS:
+            run.define_metric(f"{group}/*", step_metric=self._axis)
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""
-        self._run.log({**figures, "step": step})
+        self._run.log({**figures, self._axis: step})
+
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        """One image a name: far from the 50 a step and 108 a list beyond which W&B drops some."""
+        import wandb
+
+        self._run.log({name: wandb.Image(str(file)) for name, file in files.items()} | {self._axis: step})
 
     def alert(self, title: str, text: str) -> None:
-        """W&B sends it to whom the user has told it to."""
-        self._run.alert(title=title, text=text, level="WARN")
+        """An alert, which W&B sends on by mail or Slack; its titles have less than 64 characters."""
+        self._run.alert(title[:63], text)
 
-    def finish(self) -> None:
-        """Waits for what is under way, but not for ever."""
-        self._run.finish()
+    def made(self, folder: Path) -> None:
+        """Logs the encoder as an artifact, named by the run's identity."""
+        self._run.log_artifact(_artifact(folder, self._identity))
+
+    def used(self, folder: Path) -> None:
+        """Links the run to the artifact of the stage-one run that made the encoder.
+
+        W&B knows an artifact by its name and contents: the same files under the same name are the same version. Offline
+        `use_artifact` refuses, since it would have to ask the server; the record that it writes for a new artifact is sent by
+        `wandb sync` all the same, so that record is written.
+        """
+        name = _made_by(folder)
+        if name is None:
+            return
+        self._run.config.update({"stage_one": {"wandb_id": name, "artifact": f"encoder-{name}"}})  # type: ignore[no-untyped-call]
+        artifact = _artifact(folder, name)
+        try:
+            if self._run.settings._offline:
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            else:
+                self._run.use_artifact(artifact)
+        except Exception as error:  # another version of W&B may have no such record; the figures are worth more
+            _log.warning("W&B can't link this run to its encoder's (%s)", _first_line(error))
+
+    def finish(self, failed: bool) -> None:
+        """Waits for what is under way, but not for ever; W&B shows a run that failed as such."""
+        self._run.finish(exit_code=int(failed))
+
+
+def _artifact(folder: Path, identity: str) -> wandb.Artifact:
+    import wandb
+
+    artifact = wandb.Artifact(f"encoder-{identity}", type="encoder")
+    for name in ("encoder.safetensors", "card.json"):
+        # Copied to W&B's cache: the run's files may be overwritten or moved before they are sent.
+        artifact.add_file(str(folder / name), name=name)
+    return artifact
+
+
+def _made_by(folder: Path) -> str | None:
+    """The identity of the run that wrote an encoder into its folder, or into one below it; None without W&B."""
+    found = [place / _IDENTITY for place in (folder, folder.parent) if (place / _IDENTITY).is_file()]
+    return found[0].read_text(encoding="utf-8").strip() if found else None
 
 
 def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> WandbMirror:
@@ -70,7 +125,7 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
 
 def _identity(folder: Path) -> str:
     """One identity a folder, so that a continued run is the same W&B run."""
-    file = folder / "wandb_id"
+    file = folder / _IDENTITY
     if not file.exists():
         write_text_atomic(file, uuid.uuid4().hex[:12])
     return file.read_text(encoding="utf-8").strip()
@@ -92,7 +147,8 @@ def _mode(tracking: TrackingConfig) -> str:
 def _start(arguments: dict[str, Any], mode: str, tracking: TrackingConfig) -> WandbMirror:
     import wandb
 
-    return WandbMirror(wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking)))  # type: ignore[arg-type]
+    run = wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking))  # type: ignore[arg-type]
+    return WandbMirror(run, arguments["job_type"], arguments["id"])
 
 
 def _settings(tracking: TrackingConfig) -> wandb.Settings:
@@ -100,7 +156,7 @@ def _settings(tracking: TrackingConfig) -> wandb.Settings:
     import wandb
 
     wanted: dict[str, Any] = {
-        "init_timeout": tracking.init_timeout, "finish_timeout": _SECONDS_TO_FINISH, "silent": True, "quiet": True,
+        "init_timeout": tracking.init_timeout, "finish_timeout": tracking.finish_timeout, "silent": True, "quiet": True,
         "console": "off", "disable_code": True, "save_code": False, "disable_git": True, "disable_job_creation": True,
         "x_disable_meta": True, "host": "",
     }  # fmt: skip

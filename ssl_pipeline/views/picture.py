@@ -99,6 +99,11 @@ def tile(image: Tensor) -> Image.Image:
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
+def views_picture(source: Indexed, config: ViewsConfig, seed: int, rows: int = 6, epochs: int = 2) -> Image.Image:
+    """The picture that :func:`draw` saves, of fewer images and epochs."""
+    return _grid(columns_of(source, config, seed, rows, epochs))
+
+
 def main() -> None:
     """The command line."""
     run_command("pretrain", PictureConfig, lambda config: print_path(draw(config)))

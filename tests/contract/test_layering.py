@@ -21,6 +21,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ONLY_IN = {
     "hydra": {"config"},
     "wandb": {"track"},
+    "wandb_workspaces": {"track"},
     "accelerate": {"engine", "track", "pretrain", "finetune", "downstream/regime.py", "bench"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

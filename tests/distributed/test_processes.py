@@ -56,6 +56,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = command(*TWO, "launch/pretrain", *TINY, "steps=3", "evaluate_every=3 steps", f"output={folder}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1  # one process speaks
+    told = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+    assert len(told) == len(set(told))
     return folder
 
 

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -313,10 +315,19 @@ class Broken:
         if self.heard == 2:
             raise ConnectionError("the server is gone")
 
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        del step, files
+
     def alert(self, title: str, text: str) -> None:
         raise AssertionError("nothing was to be alerted of")
 
-    def finish(self) -> None:
+    def made(self, folder: Path) -> None:
+        del folder
+
+    def used(self, folder: Path) -> None:
+        del folder
+
+    def finish(self, failed: bool) -> None:
         raise AssertionError("a dropped mirror is not asked again")
 
 
@@ -444,15 +455,88 @@ def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> No
             figures = {
                 "pretrain/loss": 4.3125,
                 "pretrain/lr": 0.0012,
-                "pretrain/images_per_s": 1523.4,
+                "system/images_per_s": 1523.4,
                 "eval/loss": 9.0,
             }
-            progress.update(step, figures | ({"pretrain/temperature": 0.2, "eval/knn": 0.5} if step > 11 else {}))
+            progress.update(step, figures | ({"temperature/tau": 0.2, "eval/knn": 0.5} if step > 11 else {}))
         progress.say("done [in brackets]")
     first, last, said = capsys.readouterr().out.splitlines()
     assert first == "step 11/40  loss 4.312  lr 0.0012  1,523 img/s"
     assert last == "step 40/40  loss 4.312  lr 0.0012  τ 0.2  1,523 img/s  kNN 50.0%"
     assert said == "done [in brackets]"
+
+
+@pytest.mark.parametrize("mode", ["plain", "quiet"])
+def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, mode=mode) as progress:
+        for step in (1, 2):
+            progress.update(step, {"pretrain/loss": 4.0, "pretrain/epoch": step / 2, "system/data_wait": 0.1})
+        progress.say_end({"eval/knn": 0.75})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == (
+        ["step 1/2  loss 4.000  epoch 0.5  wait 10%", "step 2/2  loss 4.000  epoch 1.0  wait 10%"] * (mode == "plain")
+    )
+    assert any("knn" in line and "0.75" in line for line in lines) == (mode == "plain")
+    assert any("loss, last logged" in line for line in lines) == (mode == "plain")
+
+
+def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
+    script = (
+        "from ssl_pipeline.track.progress import Progress\n"
+        "with Progress(2) as bar:\n"
+        "    bar.update(1, {'pretrain/loss': 4.0, 'eval/knn': 0.5})\n"
+        "    bar.say('above the bar')\n"
+        "    bar.update(2, {'pretrain/loss': 3.0})\n"
+    )
+    shown = {}
+    for name, environment in {"colour": {}, "none": {"NO_COLOR": "1"}}.items():
+        shown[name] = in_terminal([sys.executable, "-c", script], environment)
+        assert "2/2" in shown[name]
+        assert "loss 3.000" in shown[name]
+        assert "kNN 50.0%" in shown[name]
+        assert "above the bar" in shown[name]
+        assert "step 1/2" not in shown[name]
+    colours = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5)[0-9;]*m")
+    assert colours.search(shown["colour"])
+    assert not colours.search(shown["none"])
+
+
+def test_other_processes_tell_errors_alone() -> None:
+    script = (
+        "import logging, sys, warnings\n"
+        "from ssl_pipeline.track.progress import one_voice\n"
+        "one_voice(sys.argv[1] == 'main')\n"
+        "warnings.warn('a library warns')\n"
+        "logging.getLogger('a.library').warning('and logs')\n"
+        "logging.getLogger('a.library').error('and fails')\n"
+    )
+    told = {}
+    for which in ("main", "other"):
+        words = [sys.executable, "-c", script, which]
+        told[which] = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    assert all(words in told["main"] for words in ("a library warns", "and logs", "and fails"))
+    assert told["other"] == "and fails\n"
+
+
+def in_terminal(words: list[str], environment: dict[str, str]) -> str:
+    """What a program writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    cleaned = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "CI")}
+    env = {**cleaned, "TERM": "xterm-256color", "COLUMNS": "120", **environment}
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        parts = []
+        while True:
+            try:
+                part = os.read(ours, 65_536)
+            except OSError:  # Linux says so when the last writer has gone
+                break
+            if not part:
+                break
+            parts.append(part)
+        assert process.wait() == 0
+    os.close(ours)
+    return b"".join(parts).decode()
 
 
 def test_a_starving_model_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,7 +546,7 @@ def test_a_starving_model_is_told_of_once(capsys: pytest.CaptureFixture[str]) ->
     ):
         with Progress(100) as progress:
             for step, wait in enumerate(waits):
-                progress.update(step, {"pretrain/data_wait": wait})
+                progress.update(step, {"system/data_wait": wait})
         assert capsys.readouterr().out.count("of the time of the last steps went into waiting for data") == told
 
 
