@@ -14,7 +14,8 @@ import torch
 
 from ssl_pipeline.engine import checkpoint
 from ssl_pipeline.engine.checkpoint import CheckpointError, Checkpoints
-from tests.runs import TINY, ssl_pipeline
+from ssl_pipeline.pretrain import pretrain
+from tests.runs import TINY, ssl_pipeline, tiny_pretrain
 
 STATE = {
     "task": {"weight": torch.arange(400.0)},
@@ -258,8 +259,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(run / "checkpoints") == []
-    again = ssl_pipeline(*words, "resume=auto")
-    assert again.returncode == 0, again.stderr
+    pretrain(tiny_pretrain(run, "steps=3", "checkpoint_every=1 steps", "resume=auto"))
     check = Checkpoints(run / "checkpoints").load()
     assert check is not None
     assert check["done"] == 3
