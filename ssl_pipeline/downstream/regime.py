@@ -100,7 +100,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
     task.look_at(around.labelled.train)
     task.backbone_lr_factor, task.layer_decay = regime.backbone_lr_factor, regime.layer_decay
     if regime.probes and isinstance(task, VectorTask):
-        _solve_head(regime, task, around)
+        solve_head(regime, task, around)
     elif regime.probes:
         task.fix_encoder(True)
         _run_loop(regime.probe, regime.batch, task, around)
@@ -109,7 +109,8 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
         _run_loop(regime, regime.batch, task, around)
 
 
-def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
+def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
+    """The probe: fits the head on fixed features, its weight decay chosen by validation labels where there are some."""
     train, held_out = around.labelled.train, around.labelled.validation
     features = extract(task, train, around.preprocessing, around.share, forward=task.neck_features)
     features, targets = features.to(around.share.device), targets_of(train).to(around.share.device)
@@ -132,7 +133,7 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
     optimizer = build_optimizer(training.optim, task, size)
-    best = _Best(task, around)
+    best = Best(task, around)
     every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
     fit(
         task, batches, training.optim, optimizer, around.accelerator,
@@ -142,7 +143,7 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     around.accelerator.free_memory()
 
 
-class _Best:
+class Best:
     """Keeps the weights that scored best on validation labels; the earliest of equals."""
 
     def __init__(self, task: DownstreamTask, around: Surroundings) -> None:
@@ -150,6 +151,7 @@ class _Best:
         self._value, self._state = float("-inf"), dict[str, Any]()
 
     def evaluate(self, clock: Clock) -> Mapping[str, float]:
+        """The figures on validation labels; keeps the weights if they are the best so far."""
         del clock
         held_out, around = self._around.labelled.validation, self._around
         assert held_out is not None
@@ -159,6 +161,7 @@ class _Best:
         return {f"validation/{name}": value for name, value in figures.items()}
 
     def restore(self) -> None:
+        """Puts the best weights back."""
         if self._state:
             self._task.load_state_dict(self._state)
 

@@ -32,7 +32,8 @@ class Result:
     def rows(self, in_percent: bool) -> list[list[str]]:
         """Each figure's name, and its mean with its interval."""
         found = {name: self.interval(name) for name in self.figures[0]}
-        return [[name, value.percent() if in_percent else _plain(value)] for name, value in found.items()]
+        shares = {name for name in found if in_percent and not name.startswith("label_free/")}
+        return [[name, value.percent() if name in shares else _plain(value)] for name, value in found.items()]
 
     def write(self) -> None:
         """Writes ``results.json`` into the run's folder."""
