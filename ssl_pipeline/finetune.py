@@ -17,7 +17,6 @@ from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.method import MethodConfig
-from ssl_pipeline.domain.selection import unlabelled_figures
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.regime import RegimeConfig, Surroundings, train
@@ -132,9 +131,7 @@ def finetune(config: FinetuneConfig) -> Result:
                 figures = task.evaluate(held_out, preprocessing, share)
             else:
                 train_across(across.method, config.regime, task, across.target, around)
-                figures = across.evaluate(task, preprocessing, share)
-                held_back = labelled[seed].validation
-                figures |= unlabelled_figures(task, across.target, held_back, preprocessing, share)
+                figures = across.evaluate(task, labelled[seed], preprocessing, share)
             result.figures.append(figures)
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's

@@ -12,7 +12,10 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.splits import draw_labels
 from ssl_pipeline.domain.method import MethodConfig
+from ssl_pipeline.domain.open_set import open_set_figures
+from ssl_pipeline.domain.selection import unlabelled_figures
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.evaluate.features import extract
 
 
@@ -57,8 +60,14 @@ class Across:
         both = self._pool.select(torch.cat([self._taught, self._hidden[drawn]]))
         return _renumbered(both, self._known)
 
-    def evaluate(self, classifier: Classification, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
-        """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several."""
+    def evaluate(
+        self, classifier: Classification, learned: Labelled, preprocessing: Preprocessing, share: Share
+    ) -> dict[str, float]:
+        """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
+
+        Beside it what needs no label of the target (``domain.selection``), and with ``known`` how well unknown classes are found
+        (``domain.open_set``).
+        """
         logits = {name: extract(classifier, images, preprocessing, share, forward=classifier.predict)
                   for name, images in self.measured.items()}  # fmt: skip
         labels = {name: _labels(images) for name, images in self.measured.items()}
@@ -72,6 +81,18 @@ class Across:
         right = (predictions.argmax(1) == truth).float()
         classes = self.source.classes or ()
         figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
+        figures |= unlabelled_figures(classifier, self.target, learned.validation, preprocessing, share)
+        if self.unknown is not None:
+            figures |= open_set_figures(
+                classifier,
+                learned.train,
+                learned.validation,
+                self.measured,
+                self.targets,
+                self.unknown,
+                preprocessing,
+                share,
+            )
         return figures
 
 

@@ -78,6 +78,13 @@ class JointConfig(MethodConfig, ABC):
     forwards: Literal["one", "two"] = "one"
 
 
+class GeneralizationConfig(MethodConfig, ABC):
+    """The base of the methods that never see the target: labelled images held out of the *sources* choose the step that is kept."""
+
+    phases: ClassVar[tuple[Phase, ...]] = ("source",)
+    selects: ClassVar[bool] = True
+
+
 class Method(Task, ABC):
     """A classifier that is trained across domains; see :class:`MethodConfig`.
 

@@ -148,3 +148,23 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`domain.name` is required"):
         tiny(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) -> None:
+    known = "domain.known=[Trouser,Dress,Sandal,Bag]"
+    figures = tiny(
+        tmp_path / "run", "domain=erm", known, "domain.source=null", "data.domains=[original,edges]"
+    ).figures[0]
+    assert {name for name in figures if name.startswith("class_accuracy/")} <= {
+        f"class_accuracy/{name}" for name in ("Trouser", "Dress", "Sandal", "Bag")
+    }
+    for score in ("msp", "max_logit", "energy", "knn"):
+        assert 0 <= figures[f"open/{score}/oscr"] <= figures["accuracy"] + 1e-6
+        assert {f"open/{score}/{name}" for name in ("auroc", "aupr_unknown", "fpr_at_95_known", "hos")} <= set(figures)
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    assert len(model["head.weight"]) == 4
+
+
+def test_a_single_domain_leaves_none_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no domain is left to learn from: fashion_domains has edges"):
+        tiny(tmp_path / "run", "domain=erm", "domain.source=null", "data.domains=[edges]")

@@ -176,7 +176,8 @@ def test_predictions_in_dense_groups_have_a_greater_density() -> None:
 
 def images(count: int, seed: int) -> ArraySource:
     pixels = torch.randint(0, 256, (count, 1, 12, 12), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return ArraySource("random", pixels, torch.arange(count) % 3, ("a", "b", "c"))
+    labels, domains = torch.arange(count) % 3, torch.arange(count) % 2
+    return ArraySource("random", pixels, labels, ("a", "b", "c"), domains=domains, domain_names=("one", "two"))
 
 
 def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, ArraySource]:
