@@ -10,12 +10,15 @@ from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.compose import choices
 from ssl_pipeline.data.source import ArraySource, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.pretrain import pretrain
+from tests.runs import ROOT, tiny_pretrain
 
 TINY = [
     "data=fashion_domains", "domain.source=[original]", "domain.target=[edges]", "tracking=off", "backbone.width=4", "size=12",
@@ -168,3 +171,30 @@ def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) 
 def test_a_single_domain_leaves_none_to_learn_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no domain is left to learn from: fashion_domains has edges"):
         tiny(tmp_path / "run", "domain=erm", "domain.source=null", "data.domains=[edges]")
+
+
+def test_a_method_of_ones_own_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that says how is run as it stands."""
+    page = (ROOT / "docs" / "add_adaptation.md").read_text()
+    code, yaml = page.split("```python\n")[1].split("```")[0], page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "their_methods").mkdir()
+    (tmp_path / "their_methods" / "mine.py").write_text(code)
+    (tmp_path / "conf" / "domain").mkdir(parents=True)
+    (tmp_path / "conf" / "domain" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_methods.mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*TINY, "domain=mine", f"output={tmp_path / 'run'}"]
+    assert "accuracy/edges" in finetune(load("finetune", FinetuneConfig, words, tmp_path / "conf")).figures[0]
+
+
+def test_the_page_has_every_method() -> None:
+    page = (ROOT / "docs" / "domains.md").read_text()
+    assert {name for name in choices("domain") if f"| `{name}` |" in page} == set(choices("domain"))
+
+
+def test_stage_one_takes_the_domains_that_it_is_given(tmp_path: Path) -> None:
+    for domains, count in (("[original]", 1000), ("[original,edges]", 2000)):
+        config = tiny_pretrain(tmp_path / str(count), "data=fashion_domains", f"data.domains={domains}", "steps=1")
+        source = config.data.open("train")
+        assert source is not None
+        assert len(source) == count
+    assert (pretrain(config) / "encoder.safetensors").is_file()
