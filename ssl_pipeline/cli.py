@@ -20,6 +20,10 @@ VERBS = {
         "how good are an encoder's features? kNN, probe, few labels, corruptions",
     ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
+    "study domain": (
+        "ssl_pipeline.study.domain",
+        "which method helps across domains? each on each shift, in one table",
+    ),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
     "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
     "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),
@@ -50,6 +54,9 @@ def main() -> None:
         sys.stderr.write(f"{verb!r} is not a verb of ssl-pipeline. {hint}\n")
         raise SystemExit(2)
     del sys.argv[1]
+    if (verb, *sys.argv[1:2]) == ("study", "domain"):
+        verb = "study domain"
+        del sys.argv[1]
     run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
     try:
         run()

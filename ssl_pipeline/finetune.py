@@ -17,6 +17,9 @@ from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.method import MethodConfig
+from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
@@ -76,6 +79,7 @@ class FinetuneConfig(Strict):
     neck: NeckConfig
     downstream: Annotated[DownstreamConfig, Room("downstream")]
     regime: RegimeConfig
+    domain: Annotated[MethodConfig | None, Room("domain")] = None
     labels: LabelsConfig
     tracking: TrackingConfig
     seed: int = Field(0, ge=0)
@@ -99,12 +103,15 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     Raises:
         ConfigError: naming each problem.
     """
-    problems = config.downstream.check(pool, held_out) + config.downstream.check_regime(config.regime.name)
+    problems = config.downstream.check(
+        pool, held_out if config.domain is None else None
+    ) + config.downstream.check_regime(config.regime.name)
     if not problems and held_out is None:
         problems.append(f"{pool.name} has no `{config.split}` split to measure on: see its keys in `configs/data`.")
     if config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     problems += config.downstream.check_views(config.views)
+    problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if config.views.local.count:
@@ -129,6 +136,9 @@ def finetune(config: FinetuneConfig) -> Result:
     share = share_of(accelerator)
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
+    domain = config.domain
+    across = split_domains(domain, pool, held_out) if domain is not None else None
+    pool = pool if across is None else across.source
     check(config, pool, held_out)
     assert held_out is not None
     assert pool.classes is not None
@@ -137,7 +147,8 @@ def finetune(config: FinetuneConfig) -> Result:
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
-    labelled = {seed: draw(config.labels, config.downstream, pool, seed) for seed in seeds}
+    pools = {s: pool if across is None else across.labelled(s) for s in seeds}
+    labelled = {seed: draw(config.labels, config.downstream, pools[seed], seed) for seed in seeds}
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained)}
@@ -146,6 +157,8 @@ def finetune(config: FinetuneConfig) -> Result:
         accelerator, (run.path, finished_seeds(run.path, seeds, config.split)) if run else (Path(), {})
     )
     result = Result(folder, config.split)
+    if finished:
+        result.take_confusion()
     with (
         run or nullcontext(),
         open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
@@ -173,13 +186,18 @@ def finetune(config: FinetuneConfig) -> Result:
             around = Surroundings(
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping
             )
-            train(config.regime, task, around)
-            figures = task.evaluate(held_out, preprocessing, share)
+            if across is None:
+                train(config.regime, task, around)
+                figures = task.evaluate(held_out, preprocessing, share)
+            else:
+                train_across(across.method, config.regime, task, across.target, around)
+                figures = across.evaluate(task, labelled[seed], preprocessing, share)
             result.figures.append(figures)
-            if seed == config.seed and isinstance(task, Classification):
+            if seed == config.seed and across is None and isinstance(task, Classification):
                 told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
                 matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
                 result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
+                result.keep_confusion()
                 Gallery(trackers).confusion(seed, matrix, pool.classes)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, model_card(config, blueprint, pool, figures))

@@ -70,14 +70,25 @@ def component(room: str, field: str, tree: Mapping[str, Any]) -> ComponentConfig
 
 
 def names(room: str) -> list[str]:
-    """The components of a room: its modules that define a ``Config``."""
-    package = importlib.import_module(f"ssl_pipeline.{room}")
-    found = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
-    return [name for name in found if hasattr(importlib.import_module(f"ssl_pipeline.{room}.{name}"), "Config")]
+    """The components of a room: its modules that define a ``Config``, those of packages in it too."""
+    found = _modules(f"ssl_pipeline.{room}")
+    return [name for name, path in found.items() if hasattr(importlib.import_module(path), "Config")]
+
+
+def _modules(package: str) -> dict[str, str]:
+    """A package's modules and those of packages in it: name to path."""
+    found = dict[str, str]()
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        name = info.name.rpartition(".")[2]
+        if info.ispkg:
+            found |= _modules(info.name)
+        elif not name.startswith("_"):
+            found[name] = info.name
+    return found
 
 
 def _config_class(room: str, field: str, name: str) -> type[ComponentConfig]:
-    path = name if "." in name else f"ssl_pipeline.{room}.{name}"
+    path = name if "." in name else _modules(f"ssl_pipeline.{room}").get(name, f"ssl_pipeline.{room}.{name}")
     try:
         found = importlib.util.find_spec(path) is not None
     except (ModuleNotFoundError, ValueError):

@@ -102,6 +102,8 @@ class ArraySource(Indexed):
         licence: of the images.
         mean: per channel, of values in [0, 1].
         std: per channel.
+        domains: int64 of shape (N,).
+        domain_names: in the order of the domains' numbers.
     """
 
     def __init__(
@@ -113,11 +115,14 @@ class ArraySource(Indexed):
         licence: str | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        domains: Tensor | None = None,
+        domain_names: tuple[str, ...] | None = None,
     ) -> None:
         assert pixels.dtype == torch.uint8
         assert pixels.ndim == 4
         self.name, self.pixels, self.labels, self.classes, self.licence = name, pixels, labels, classes, licence
         self.channels, self.mean, self.std = pixels.shape[1], mean, std
+        self.domains, self.domain_names = domains, domain_names
         self._pixels = pixels
 
     def __len__(self) -> int:
@@ -129,15 +134,20 @@ class ArraySource(Indexed):
         return Image.fromarray(array[:, :, 0] if self.channels == 1 else array)
 
     def fingerprint(self) -> str:
-        """Of the pixels and labels."""
+        """Of the pixels, labels and domains."""
         digest = hashlib.blake2b(self._pixels.numpy().tobytes(), digest_size=16)
-        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        for numbers in (self.labels, self.domains):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> ArraySource:
         """A copy of the chosen samples."""
         labels = None if self.labels is None else self.labels[index]
-        return ArraySource(self.name, self._pixels[index], labels, self.classes, self.licence, self.mean, self.std)
+        domains = None if self.domains is None else self.domains[index]
+        return ArraySource(
+            self.name, self._pixels[index], labels, self.classes, self.licence, self.mean, self.std, domains,
+            self.domain_names,
+        )  # fmt: skip
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation of values in [0, 1]."""

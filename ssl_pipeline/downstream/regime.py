@@ -130,7 +130,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
     task.look_at(around.labelled.train)
     task.backbone_lr_factor, task.layer_decay = regime.backbone_lr_factor, regime.layer_decay
     if regime.probes and isinstance(task, VectorTask):
-        _solve_head(regime, task, around)
+        solve_head(regime, task, around)
     elif regime.probes:
         task.fix_encoder(True)
         _run_loop(regime.probe, regime.batch, task, around, "probe")
@@ -139,7 +139,8 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
         _run_loop(regime, regime.batch, task, around, "all_layers")
 
 
-def _solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
+def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
+    """The probe: fits the head on fixed features, its weight decay chosen by validation labels where there are some."""
     train, held_out = around.labelled.train, around.labelled.validation
 
     def read(source: Indexed) -> Tensor:
@@ -168,7 +169,7 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
     optimizer = build_optimizer(training.optim, task, size)
-    best = _Best(task, around)
+    best = Best(task, around)
     every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
     checkpoints, resume = None, None
     if around.keeping is not None:
@@ -187,7 +188,7 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     around.accelerator.free_memory()
 
 
-class _Best:
+class Best:
     """Keeps the weights that scored best on validation labels; the earliest of equals."""
 
     def __init__(self, task: DownstreamTask, around: Surroundings) -> None:
@@ -195,6 +196,7 @@ class _Best:
         self._value, self._state = float("-inf"), dict[str, Any]()
 
     def evaluate(self, clock: Clock) -> Mapping[str, float]:
+        """The figures on validation labels; keeps the weights if they are the best so far."""
         del clock
         held_out, around = self._around.labelled.validation, self._around
         assert held_out is not None
@@ -204,12 +206,15 @@ class _Best:
         return {f"validation/{name}": value for name, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return {"best": {"value": self._value, "state": self._state}}
 
     def load_state_dict(self, resume: Mapping[str, Any]) -> None:
+        """Takes it from a checkpoint."""
         self._value, self._state = resume["best"]["value"], resume["best"]["state"]
 
     def restore(self) -> None:
+        """Puts the best weights back."""
         if self._state:
             self._task.load_state_dict(self._state)
 

@@ -144,6 +144,7 @@ def fit(
                 if checkpoints is not None:
                     before = (skipped - 1, skipped_by_scaler)
                     checkpoints.save(clock.step, _state(task, optimizer, accelerator, batches, before))
+                    checkpoints.wait()
                 raise problem
         prepared.zero_grad()
 
@@ -179,6 +180,8 @@ def fit(
         if checkpoints is not None and saves:
             checkpoints.save(done, _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler)))
         if stops:
+            if checkpoints is not None:
+                checkpoints.wait()
             raise StoppedError(agreed.signal, done, total, saved=saves)
         asked = time.perf_counter()
 

@@ -35,7 +35,22 @@ class Result:
     def rows(self, in_percent: bool) -> list[list[str]]:
         """Each figure's name, and its mean with its interval."""
         found = {name: self.interval(name) for name in self.figures[0]}
-        return [[name, value.percent() if in_percent else _plain(value)] for name, value in found.items()]
+        shares = {name for name in found if in_percent and not name.startswith("label_free/")}
+        return [[name, value.percent() if name in shares else _plain(value)] for name, value in found.items()]
+
+    def keep_confusion(self) -> None:
+        """Keeps the first seed's confusion for a run that is stopped before its last seed."""
+        self._kept.parent.mkdir(exist_ok=True)
+        write_text_atomic(self._kept, json.dumps(self.confusion))
+
+    def take_confusion(self) -> None:
+        """Takes what was kept, if there is any."""
+        if self._kept.exists():
+            self.confusion.update(json.loads(self._kept.read_text(encoding="utf-8")))
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder / "checkpoints" / "confusion.json"
 
     def write(self) -> None:
         """Writes ``results.json`` into the run's folder."""

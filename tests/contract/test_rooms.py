@@ -25,7 +25,7 @@ from ssl_pipeline.schedules import Clock
 from ssl_pipeline.study.grid import StudyConfig, cells
 from tests.runs import small_pretext
 
-GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources"}
+GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources", "domain": "domain"}
 REQUIRED = {
     name: ["data.path=x"]
     for name in ("folder", "domain_folder", "table", "webdataset", "huggingface", "mask_folder", "coco")
@@ -100,7 +100,7 @@ def test_every_choice_of_every_group_is_valid() -> None:
         for choice in choices(group):
             extra = REQUIRED.get(choice, [])
             assert load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
-    for group in ("regime", "downstream"):
+    for group in ("regime", "downstream", "domain"):
         for choice in choices(group):
             assert load("finetune", FinetuneConfig, [f"{group}={choice}"])
 

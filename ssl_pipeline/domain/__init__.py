@@ -1,0 +1,1 @@
+"""Across domains: what is learned in one is used in another."""

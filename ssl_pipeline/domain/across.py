@@ -1,0 +1,237 @@
+"""Which images a run across domains learns from, which it sees without labels, and which it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.splits import draw_labels
+from ssl_pipeline.domain.method import MethodConfig
+from ssl_pipeline.domain.open_set import open_set_figures
+from ssl_pipeline.domain.selection import unlabelled_figures
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.labels import Labelled
+from ssl_pipeline.evaluate.features import extract
+
+
+@dataclass(frozen=True)
+class Across:
+    """The sides of a run.
+
+    Attributes:
+        method: what was asked for.
+        source: the training images of the source domains, labelled.
+        target: those of the target domains, without labels.
+        measured: per domain its held-out images of known classes; read by the final evaluation alone.
+        targets: which of those domains are targets.
+        unknown: the target's held-out images of unknown classes; None without ``known``.
+    """
+
+    method: MethodConfig
+    source: Indexed
+    target: Indexed
+    measured: dict[str, Indexed]
+    targets: tuple[str, ...]
+    unknown: Indexed | None
+    _pool: Indexed
+    _taught: Tensor
+    _hidden: Tensor
+    _known: Tensor
+
+    def labelled(self, seed: int) -> Indexed:
+        """The source's images, and with them ``target_labels`` of each class of the target, drawn by the seed.
+
+        Raises:
+            ConfigError: a class of the target has fewer.
+        """
+        per_class = self.method.target_labels
+        if per_class == 0:
+            return self.source
+        hidden = self._pool.select(self._hidden)
+        try:
+            drawn = draw_labels(_labels(hidden), per_class, None, seed, hidden.classes)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("labels.per_class", "domain.target_labels")) from None
+        both = self._pool.select(torch.cat([self._taught, self._hidden[drawn]]))
+        return _renumbered(both, self._known)
+
+    def evaluate(
+        self, classifier: Classification, learned: Labelled, preprocessing: Preprocessing, share: Share
+    ) -> dict[str, float]:
+        """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
+
+        Beside it what needs no label of the target (``domain.selection``), and with ``known`` how well unknown classes are found
+        (``domain.open_set``).
+        """
+        logits = {name: extract(classifier, images, preprocessing, share, forward=classifier.predict)
+                  for name, images in self.measured.items()}  # fmt: skip
+        labels = {name: _labels(images) for name, images in self.measured.items()}
+        predictions = torch.cat([logits[name] for name in self.targets])
+        truth = torch.cat([labels[name] for name in self.targets])
+        figures = classifier.score(predictions, truth)
+        accuracies = {name: classifier.score(logits[name], labels[name])["accuracy"] for name in self.measured}
+        if len(self.targets) > 1:
+            figures["worst_domain_accuracy"] = min(accuracies[name] for name in self.targets)
+        figures |= {f"accuracy/{name}": value for name, value in accuracies.items()}
+        right = (predictions.argmax(1) == truth).float()
+        classes = self.source.classes or ()
+        figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
+        figures |= unlabelled_figures(classifier, self.target, learned.validation, preprocessing, share)
+        if self.unknown is not None:
+            figures |= open_set_figures(
+                classifier,
+                learned.train,
+                learned.validation,
+                self.measured,
+                self.targets,
+                self.unknown,
+                preprocessing,
+                share,
+            )
+        return figures
+
+
+def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None) -> Across:
+    """The sides of a run, of images of several domains.
+
+    Args:
+        config: names the domains.
+        pool: training images.
+        held_out: images to measure on.
+
+    Raises:
+        ConfigError: naming a domain that is absent, a source without labels, or a target that there is nothing to measure on.
+    """
+    if pool.domains is None or pool.domain_names is None:
+        raise ConfigError(
+            f"`domain` needs images whose domains are known, and {pool.name} has none: take data=domain_folder, data=table with a "
+            "column `domain`, or data=fashion_domains to try it."
+        )
+    targets, sources = _chosen(config, pool)
+    if pool.labels is None or pool.classes is None:
+        raise ConfigError(
+            f"`domain.source`: {pool.name} has no labels to learn from: put images into domain/class/image."
+        )
+    known = _known(config, pool)
+    of_source, of_target = _in(pool, sources), _in(pool, targets)
+    labels = pool.labels[of_source]
+    unlabelled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
+    if unlabelled:
+        raise ConfigError(f"`domain.source`: no image of {', '.join(unlabelled)} has a label to learn from.")
+    taught = of_source[torch.isin(labels, known)]
+    source = _renumbered(pool.select(taught), known)
+    target = pool.select(of_target)
+    target.labels = target.classes = None
+    hidden = of_target[torch.isin(pool.labels[of_target], known)]
+    measured, unknown = _measured(config, held_out, [*targets, *sources], targets, known, _labels(source))
+    return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known)
+
+
+def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
+    """The names of targets and sources."""
+    assert pool.domains is not None
+    assert pool.domain_names is not None
+    present = [name for number, name in enumerate(pool.domain_names) if bool((pool.domains == number).any())]
+    problems = []
+    for key, names in (("target", config.target), ("source", config.source or ())):
+        absent = [name for name in names if name not in present]
+        if absent:
+            problems.append(
+                f"`domain.{key}`: {pool.name} has no training image of {', '.join(map(repr, absent))}. Its domains: {', '.join(present)}."
+            )
+    if not config.target:
+        problems.append(f"`domain.target` is required: one or more of {', '.join(present)}.")
+    sources = list(config.source) if config.source is not None else [n for n in present if n not in config.target]
+    both = [name for name in sources if name in config.target]
+    if both:
+        problems.append(f"`domain.source` and `domain.target` both name {', '.join(both)}: name a domain in one place.")
+    if not sources:
+        problems.append(
+            f"no domain is left to learn from: {pool.name} has {', '.join(present)}, and all of them are targets."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return list(config.target), sources
+
+
+def _known(config: MethodConfig, pool: Indexed) -> Tensor:
+    """The numbers of the classes to learn, in the pool's numbering."""
+    assert pool.classes is not None
+    if config.known is None:
+        return torch.arange(len(pool.classes))
+    absent = [name for name in config.known if name not in pool.classes]
+    if absent or len(set(config.known)) < 2:
+        raise ConfigError(
+            f"`domain.known`: {', '.join(map(repr, absent)) or 'fewer than two'}: name two or more of {', '.join(pool.classes)}."
+        )
+    return torch.tensor(sorted(pool.classes.index(name) for name in set(config.known)))
+
+
+def _measured(
+    config: MethodConfig,
+    held_out: Indexed | None,
+    domains: list[str],
+    targets: list[str],
+    known: Tensor,
+    taught: Tensor,
+) -> tuple[dict[str, Indexed], Indexed | None]:
+    """Per domain the images to measure on, and the target's of unknown classes."""
+    if held_out is None or held_out.labels is None or held_out.domains is None or held_out.domain_names is None:
+        raise ConfigError(
+            "there are no labelled images of known domains to measure on: see the keys in `configs/data`."
+        )
+    measured = {}
+    for name in domains:
+        index = _in(held_out, [name]) if name in held_out.domain_names else torch.arange(0)
+        images = held_out.select(index[torch.isin(held_out.labels[index], known)])
+        if len(images):
+            measured[name] = _renumbered(images, known)
+    missing = [name for name in targets if name not in measured]
+    if missing:
+        raise ConfigError(
+            f"`domain.target`: {held_out.name} has no labelled image of {', '.join(missing)} to measure on"
+            + (" of the known classes." if config.known else ".")
+        )
+    for name in targets:
+        strange = set(_labels(measured[name]).tolist()) - set(taught.tolist())
+        classes = measured[name].classes or ()
+        named = ", ".join(classes[c] for c in sorted(strange))
+        if strange == set(_labels(measured[name]).tolist()):
+            raise ConfigError(
+                f"`domain.target`: {name} shares no class with the source: it has {named}, and nothing could learn them."
+            )
+        if strange:
+            raise ConfigError(
+                f"`domain.target`: {name} has classes that no source image has: {named}. Leave them out, or name the classes to learn by "
+                "`domain.known`: the others are then measured as unknown."
+            )
+    index = _in(held_out, targets)
+    unknown = held_out.select(index[~torch.isin(held_out.labels[index], known) & (held_out.labels[index] >= 0)])
+    return measured, unknown if len(unknown) else None
+
+
+def _in(images: Indexed, names: list[str]) -> Tensor:
+    """The images of some domains, a sorted int64 index."""
+    assert images.domains is not None
+    assert images.domain_names is not None
+    numbers = [images.domain_names.index(name) for name in names]
+    return torch.isin(images.domains, torch.tensor(numbers, dtype=torch.int64)).nonzero()[:, 0]
+
+
+def _renumbered(images: Indexed, known: Tensor) -> Indexed:
+    """The same images, their classes numbered from 0 in the order of the known ones; in place."""
+    assert images.labels is not None
+    assert images.classes is not None
+    images.labels = torch.searchsorted(known, images.labels)
+    images.classes = tuple(images.classes[c] for c in known.tolist())
+    return images
+
+
+def _labels(images: Indexed) -> Tensor:
+    assert images.labels is not None
+    return images.labels

@@ -1,0 +1,1 @@
+"""Domain adaptation: the target is known, without labels or with a few. One file a method."""

@@ -1,0 +1,41 @@
+"""AdaBN: after training on the source, BatchNorm's statistics become the target's."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
+from ssl_pipeline.domain.statistics import batch_norms, estimate_statistics
+from ssl_pipeline.downstream.classification import Classification
+
+
+class Config(MethodConfig):
+    """Adaptive batch normalisation (Li et al. 2017). The source's own figures are those of the target's statistics, too."""
+
+    phases: ClassVar[tuple[Phase, ...]] = ("source",)
+    fits_bare_encoder: ClassVar[bool] = True
+
+    def build(self, classifier: Classification, target: Indexed) -> AdaBN:
+        """The task around a classifier.
+
+        Raises:
+            ConfigError: the network has no BatchNorm, so that nothing would happen.
+        """
+        del target
+        if not batch_norms(classifier):
+            raise ConfigError(
+                "`domain=adabn` adapts BatchNorm's statistics, and this network has none: take another method."
+            )
+        return AdaBN(classifier)
+
+
+class AdaBN(SourceTask):
+    """See :class:`Config`."""
+
+    def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
+        """The target's statistics; of images without random views."""
+        del labelled
+        estimate_statistics(self.classifier, self.classifier.predict, target, preprocessing, share)

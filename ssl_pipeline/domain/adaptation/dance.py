@@ -1,0 +1,93 @@
+"""DANCE: target images near a class or near one another, and certain or else surely unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.certainty import entropy
+from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.engine.task import Embeddings
+from ssl_pipeline.losses.info_nce import unit_rows
+from ssl_pipeline.losses.memory import Bank
+
+_NO_NEIGHBOUR = -1e4  # a logit of no weight; an infinite one has no gradient
+
+
+class Config(JointConfig):
+    r"""Neighbourhood clustering and entropy separation (Saito et al. 2020), for targets with classes of their own.
+
+    The first is the entropy of a target row's similarities to the other rows of a memory and to the classes' weights. The
+    second, with :math:`\rho = \frac{1}{2} \log K`, is :math:`-|H(p) - \rho|` where that exceeds the margin.
+
+    Attributes:
+        weight: of both terms.
+        temperature: of the similarities.
+        margin: entropies nearer to ρ than this are left alone.
+    """
+
+    weight: float = Field(0.05, ge=0)
+    temperature: float = Field(0.05, gt=0)
+    margin: float = Field(0.5, ge=0)
+
+    def build(self, classifier: Classification, target: Indexed) -> DANCE:
+        """The task around a classifier, for a target of so many images."""
+        return DANCE(self, classifier, len(target))
+
+
+def neighbourhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """The mean entropy of similarities to the bank's other rows and to the prototypes (Saito et al. 2020, eq. 3).
+
+    Args:
+        rows: float32 of shape (B, D).
+        bank: unit rows (N, D).
+        index: which row of the bank each is, int64 of shape (B,).
+        prototypes: shape (K, D).
+        temperature: divides the similarities.
+    """
+    rows = unit_rows(rows)
+    to_bank = (rows @ bank.T / temperature).scatter(1, index[:, None], _NO_NEIGHBOUR)
+    return entropy(torch.cat([to_bank, rows @ unit_rows(prototypes).T / temperature], 1)).mean()
+
+
+def entropy_separation(logits: Tensor, margin: float) -> Tensor:
+    """Pushes entropies away from half of the greatest one (Saito et al. 2020, eq. 5)."""
+    distance = (entropy(logits) - math.log(logits.shape[1]) / 2).abs()
+    return -torch.where(distance > margin, distance, 0).mean()
+
+
+class DANCE(JointTask):
+    """See :class:`Config`."""
+
+    def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
+        super().__init__(config, classifier)
+        self.temperature, self.margin = config.temperature, config.margin
+        self.bank = Bank(samples, classifier.width)
+        self._seen: Tensor | None = None
+
+    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """Fills the memory with the features of the target's images."""
+        self.bank.fill(extract(self.classifier.neck_features))
+
+    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
+        """On the target's features and logits."""
+        del source
+        rows, index = target["features"], batch.index.chunk(2)[1]
+        self._seen = rows.detach()
+        prototypes = self.classifier.head.weight
+        assert isinstance(prototypes, Tensor)
+        gathered = neighbourhood_entropy(rows, self.bank.rows, index, prototypes, self.temperature)
+        return gathered + entropy_separation(target["logits"], self.margin)
+
+    def after_step(self, batch: Batch) -> None:
+        """The memory's rows become what was seen of them."""
+        assert self._seen is not None
+        self.bank.update(batch.index.chunk(2)[1], self._seen, 0.0)
+        self._seen = None

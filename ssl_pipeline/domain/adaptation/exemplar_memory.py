@@ -1,0 +1,120 @@
+"""ECN's exemplar memory: a target image is like itself, its neighbours, and itself in the source's style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.engine.task import Embeddings
+from ssl_pipeline.losses.info_nce import unit_rows
+from ssl_pipeline.losses.memory import Bank
+
+
+class Config(JointConfig):
+    r"""Exemplar, neighbourhood and style invariance by a memory :math:`K` of the target's rows (Zhong et al. 2019).
+
+    .. math:: L = -\frac{1}{B} \sum_i \sum_j w_{ij} \log
+        \frac{\exp(K_j^\top f_i / \beta)}{\sum_{k=1}^{N} \exp(K_k^\top f_i / \beta)}
+
+    with :math:`w_{ii} = 1` and :math:`w_{ij} = 1/k` for its k nearest rows. Where the paper has an image restyled by a
+    generator, here its Fourier amplitude moves towards a source image's (Yang and Soatto 2020; Xu et al. 2021).
+
+    Attributes:
+        weight: of the memory's loss.
+        temperature: β.
+        neighbours: k.
+        neighbours_from: the share of the training after which neighbours count: before, they are of no class.
+        restyled: how often a target image comes in a source image's style.
+        keep_end: what is kept of a memory row at the end of training; rises linearly from 0.
+    """
+
+    weight: float = Field(0.3, ge=0)
+    temperature: float = Field(0.05, gt=0)
+    neighbours: int = Field(6, ge=1)
+    neighbours_from: float = Field(0.1, ge=0, le=1)
+    restyled: float = Field(0.5, ge=0, le=1)
+    keep_end: float = Field(0.6, ge=0, lt=1)
+
+    def build(self, classifier: Classification, target: Indexed) -> ExemplarMemory:
+        """The task around a classifier, for a target of so many images."""
+        return ExemplarMemory(self, classifier, len(target))
+
+
+def restyle(images: Tensor, styles: Tensor, strength: Tensor) -> Tensor:
+    """Images whose Fourier amplitude moves towards others', while the phase, which carries the shapes, stays.
+
+    Args:
+        images: float32 of shape (B, C, H, W).
+        styles: likewise: image i goes towards style i.
+        strength: shape (B,): 0 changes nothing, 1 takes the other's amplitude.
+    """
+    spectrum, other = torch.fft.rfft2(images.float()), torch.fft.rfft2(styles.float())
+    amplitude = torch.lerp(spectrum.abs(), other.abs(), strength[:, None, None, None])
+    restyled: Tensor = torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=images.shape[-2:])
+    return restyled.to(images.dtype)
+
+
+def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, neighbours: int) -> Tensor:
+    """See :class:`Config`.
+
+    Args:
+        rows: float32 of shape (B, D).
+        bank: unit rows (N, D).
+        index: which row of the bank each is, int64 of shape (B,).
+        temperature: divides the similarities.
+        neighbours: k; 0 leaves them out.
+    """
+    similarity = unit_rows(rows) @ bank.T
+    log_share = (similarity / temperature).log_softmax(1)
+    loss = -log_share.gather(1, index[:, None])[:, 0]
+    count = min(neighbours, len(bank) - 1)
+    if count:
+        others = similarity.detach().scatter(1, index[:, None], -torch.inf)
+        loss = loss - log_share.gather(1, others.topk(count, dim=1).indices).mean(1)
+    return loss.mean()
+
+
+class ExemplarMemory(JointTask):
+    """See :class:`Config`."""
+
+    def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
+        super().__init__(config, classifier)
+        self.config = config
+        self.bank = Bank(samples, classifier.width)
+        self._seen: Tensor | None = None
+
+    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """Fills the memory with the features of the target's images."""
+        self.bank.fill(extract(self.classifier.neck_features))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """Some of the target's images in the style of the source's, in place of themselves: it costs no forward."""
+        source, target = batch.views[0].chunk(2)
+        # torch's generator: the loop has reseeded it by the step's name.
+        chosen = torch.rand(len(target), device=target.device) < self.config.restyled
+        strength = torch.rand(len(target), device=target.device) * chosen
+        views = [torch.cat([source, restyle(target, source, strength)])]
+        return super().embed(Batch(batch.clock, batch.index, views, batch.label, batch.domain))
+
+    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
+        """On the target's features."""
+        del source
+        config, clock = self.config, batch.clock
+        rows = target["features"]
+        self._seen = rows.detach()
+        count = config.neighbours if clock.step >= config.neighbours_from * clock.total else 0
+        return memory_loss(rows, self.bank.rows, batch.index.chunk(2)[1], config.temperature, count)
+
+    def after_step(self, batch: Batch) -> None:
+        """The memory's rows move towards what was seen of them."""
+        assert self._seen is not None
+        keep = self.config.keep_end * batch.clock.step / batch.clock.total
+        self.bank.update(batch.index.chunk(2)[1], self._seen, keep)
+        self._seen = None

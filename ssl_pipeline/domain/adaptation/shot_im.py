@@ -1,0 +1,59 @@
+"""SHOT-IM: a model of the source goes to the target alone; the head stays, the features move."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.certainty import information_maximisation
+from ssl_pipeline.domain.method import Method, MethodConfig, Phase
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.regime import TrainingConfig
+from ssl_pipeline.engine.optim import OptimConfig
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.schedules import parse_duration
+
+
+class Config(MethodConfig):
+    """Source hypothesis transfer by information maximisation (Liang et al. 2020), source-free: the target's training sees no source.
+
+    Attributes:
+        adaptation: the training on the target.
+    """
+
+    phases: ClassVar[tuple[Phase, ...]] = ("source", "target")
+    adaptation: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(
+            length=parse_duration("15 epochs"), optim=OptimConfig(name="adamw", lr=0.0002, scaling="none")
+        )
+    )
+
+    @property
+    def on_target(self) -> TrainingConfig:
+        """``adaptation``."""
+        return self.adaptation
+
+    def build(self, classifier: Classification, target: Indexed) -> ShotIM:
+        """The task around a classifier that was trained on the source."""
+        del target
+        return ShotIM(classifier)
+
+
+class ShotIM(Method):
+    """See :class:`Config`."""
+
+    reads_labels = False
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All but the head: it is what was learned from labels."""
+        head = {id(parameter) for parameter in self.classifier.head.parameters()}
+        groups = super().param_groups()
+        return [{**g, "params": [(n, p) for n, p in g["params"] if id(p) not in head]} for g in groups]
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """Information maximisation on the target."""
+        del batch
+        return StepOutput(information_maximisation(embeddings["logits"].float()))

@@ -1,0 +1,64 @@
+"""Batches of two sides: labelled images, and as many of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.views.policy import Views
+
+
+class PairedBatches(StepBatches):
+    """Labelled samples, then as many of the target, with label −1 and numbered in the target's own source.
+
+    Each side has epochs of its own length and an order of its own; time is counted in the labelled side's epochs.
+
+    Args:
+        source: labelled samples.
+        target: samples whose labels are not looked at.
+        views: of the labelled samples.
+        target_views: of the target's.
+        size: samples of a step *of each side*, over all processes.
+        seed: of the run.
+        share: this process's.
+        total_steps: the run's length.
+        workers: as for :class:`StepBatches`; shared by the two sides.
+    """
+
+    def __init__(
+        self,
+        source: Indexed,
+        target: Indexed,
+        views: Views,
+        target_views: Views,
+        size: int,
+        seed: int,
+        share: Share,
+        total_steps: int,
+        workers: int | None = None,
+    ) -> None:
+        super().__init__(source, views, size, seed, share, total_steps, workers, with_labels=True)
+        other = derive_seed(seed, "target")
+        self.target = StepBatches(target, target_views, size, other, share, total_steps, workers)
+
+    @property
+    def unreadable(self) -> int:
+        """Damaged files of both sides; those of one folder are counted once."""
+        same = self.source.bad_files is self.target.source.bad_files
+        return super().unreadable + (0 if same else self.target.unreadable)
+
+    def from_step(self, start: int) -> Iterator[Batch]:
+        """Both sides' batches, one after the other in each tensor."""
+        for ours, theirs in zip(super().from_step(start), self.target.from_step(start), strict=True):
+            assert ours.label is not None
+            views = [torch.cat(sides) for sides in zip(ours.views, theirs.views, strict=True)]
+            label = torch.cat([ours.label, torch.full_like(theirs.index, -1)])
+            domain = None
+            if ours.domain is not None and theirs.domain is not None:
+                domain = torch.cat([ours.domain, theirs.domain])
+            yield Batch(ours.clock, torch.cat([ours.index, theirs.index]), views, label, domain)

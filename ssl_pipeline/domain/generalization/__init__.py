@@ -1,0 +1,1 @@
+"""Domain generalization: the target is never seen before the test. One file a method."""

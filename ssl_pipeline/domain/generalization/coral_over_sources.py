@@ -1,0 +1,58 @@
+"""CORAL over sources: the same covariance and mean of the features in each pair of sources."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.alignment import coral_loss
+from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+
+
+class Config(GeneralizationConfig):
+    """Deep CORAL between sources (Sun and Saenko 2016), as a generalization method (Gulrajani and Lopez-Paz 2021).
+
+    Attributes:
+        weight: of the mean over the pairs of sources.
+    """
+
+    weight: float = Field(1.0, ge=0)
+
+    def build(self, classifier: Classification, target: Indexed) -> CORALOverSources:
+        """The task around a classifier."""
+        del target
+        return CORALOverSources(classifier, self.weight)
+
+
+def pairwise_coral(features: Tensor, domain: Tensor) -> Tensor:
+    """The mean of CORAL's loss over the pairs of domains that have two rows or more in a batch; 0 without a pair.
+
+    Args:
+        features: shape (B, D), float32.
+        domain: int64 of shape (B,).
+    """
+    parts = [features[domain == number] for number in domain.unique().tolist()]
+    losses = [coral_loss(a, b) for a, b in combinations([part for part in parts if len(part) > 1], 2)]
+    return torch.stack(losses).mean() if losses else features.sum() * 0
+
+
+class CORALOverSources(SourceTask):
+    """See :class:`Config`."""
+
+    def __init__(self, classifier: Classification, weight: float) -> None:
+        super().__init__(classifier)
+        self.weight = weight
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """Cross-entropy plus ``weight`` times the term."""
+        output = super().objective(embeddings, batch)
+        assert batch.domain is not None
+        term = pairwise_coral(embeddings["features"].float(), batch.domain)
+        return StepOutput(output.loss + self.weight * term, output.metrics | {"term": term.detach()})

@@ -1,0 +1,51 @@
+"""What can be said of a model on a target without its labels: the figures that may choose a method or a setting."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.certainty import entropy
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.evaluate.features import extract
+
+_MOST = 4000
+
+
+def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> float:
+    """How densely the predictions lie: larger is better (Saito et al. 2021).
+
+    Args:
+        logits: shape (N, K).
+        temperature: divides the similarities of the normalised shares.
+    """
+    rows = F.normalize(logits.softmax(1), dim=1)
+    similarity = (rows @ rows.T / temperature).fill_diagonal_(-1e4)
+    return float(entropy(similarity).mean())
+
+
+@torch.no_grad()
+def unlabelled_figures(
+    classifier: Classification, target: Indexed, validation: Indexed | None, preprocessing: Preprocessing, share: Share
+) -> dict[str, float]:
+    """``label_free/entropy`` (smaller is better), ``label_free/snd`` (larger is better), and ``source_validation`` where labels are held out.
+
+    Args:
+        classifier: as it was trained.
+        target: its training images; labels are not read.
+        validation: labelled images of the source that were held out.
+        preprocessing: what the classifier expects.
+        share: this process's.
+    """
+    index = torch.arange(min(len(target), _MOST))  # the density compares all pairs
+    logits = extract(classifier, target, preprocessing, share, index, classifier.predict)
+    figures = {
+        "label_free/entropy": float(entropy(logits).mean()),
+        "label_free/snd": soft_neighbourhood_density(logits),
+    }
+    if validation is not None:
+        figures["source_validation"] = classifier.evaluate(validation, preprocessing, share)["accuracy"]
+    return figures

@@ -1,0 +1,52 @@
+"""BatchNorm's running statistics, estimated anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
+from ssl_pipeline.data.source import Indexed
+
+
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """The layers that have running statistics."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+@torch.no_grad()
+def estimate_statistics(
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    source: Indexed,
+    preprocessing: Preprocessing,
+    share: Share,
+) -> None:
+    """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
+
+    Every process reads all images, so that all get the same statistics.
+
+    Args:
+        network: whose layers.
+        forward: runs it on images.
+        source: numbered samples.
+        preprocessing: what the network expects.
+        share: gives the device.
+    """
+    layers = batch_norms(network)
+    was_training, momenta = network.training, [layer.momentum for layer in layers]
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's cumulative mean over the batches
+        layer.train()
+    whole = torch.arange(len(source)).tensor_split(max(1, len(source) // 256))  # even parts weigh the same
+    for part in whole:
+        images = torch.cat(list(read_in_order(source, preprocessing, share.device, part, chunk=len(part))))
+        forward(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    network.train(was_training)

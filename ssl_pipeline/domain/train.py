@@ -1,0 +1,86 @@
+"""How a method trains: its phases one after the other, by the one loop."""
+
+from __future__ import annotations
+
+import math
+
+from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.batches import PairedBatches
+from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, solve_head
+from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.optim import build_optimizer
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.views.policy import Views
+
+
+def train_across(
+    method: MethodConfig, regime: RegimeConfig, classifier: Classification, target: Indexed, around: Surroundings
+) -> None:
+    """Trains a classifier in place.
+
+    Args:
+        method: across domains.
+        regime: where the head starts, and how long and at which rate all layers train.
+        classifier: on its device.
+        target: its training images, without labels.
+        around: the labelled images and what they are trained with.
+    """
+    labelled, share = around.labelled, around.share
+    classifier.look_at(labelled.train)
+    classifier.backbone_lr_factor, classifier.layer_decay = regime.backbone_lr_factor, regime.layer_decay
+    if regime.probes:
+        solve_head(regime, classifier, around)
+    task = method.build(classifier, target).to(share.device)
+    for phase in method.phases:
+        if phase == "target":
+            _run_phase(phase, method, method.on_target, regime.batch, task, target, around)
+        elif regime.trains_all:
+            stage = SourceTask(classifier) if "target" in method.phases else task
+            _run_phase(phase, method, regime, regime.batch, stage, target, around)
+    task.finish(labelled.train, target, around.preprocessing, share)
+
+
+def _run_phase(
+    phase: Phase,
+    method: MethodConfig,
+    training: TrainingConfig,
+    batch: int,
+    task: Method,
+    target: Indexed,
+    around: Surroundings,
+) -> None:
+    share, labelled = around.share, around.labelled
+    images = target if phase == "target" else labelled.train
+    # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
+    most = min(batch, len(target)) if phase == "joint" else batch
+    size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
+    total = max(1, training.least_steps, training.length.steps(len(images) // size, 0))
+    # Sample i of the target is not to be cropped as sample i of the source is.
+    preprocessing = around.preprocessing
+    target_views = Views(
+        around.views.config, preprocessing.mean, preprocessing.std, derive_seed(around.views.seed, "target")
+    )
+    batches: StepBatches
+    if phase == "joint":
+        batches = PairedBatches(
+            images, target, around.views, target_views, size, around.seed, share, total, around.workers
+        )
+    else:
+        views = target_views if phase == "target" else around.views
+        batches = StepBatches(
+            images, views, size, around.seed, share, total, around.workers, with_labels=task.reads_labels
+        )
+    task.prime(lambda forward: extract(task, target, around.preprocessing, share, forward=forward))
+    optimizer = build_optimizer(training.optim, task, size)
+    best = Best(task.classifier, around) if method.selects and labelled.validation is not None else None
+    fit(
+        task, batches, training.optim, optimizer, around.accelerator,
+        evaluate=best.evaluate if best else None, evaluate_every=max(1, total // 20) if best else 0, log_every=total,
+    )  # fmt: skip
+    if best:
+        best.restore()
+    around.accelerator.free_memory()

@@ -1,0 +1,75 @@
+"""The study across domains: a table of every row, resumable cell by cell, whose choices know no label of the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.study.domain import DomainStudyConfig, chosen, study, tabulate
+
+COMMON = [
+    "data=fashion_domains", "data.dev=4000", "split=dev", "regime=scratch", "regime.length=2 steps", "regime.least_steps=0",
+    "labels.per_class=10", "backbone.width=4", "size=12", "tracking=off",
+]  # fmt: skip
+ROWS = {"source only": ["domain=source_only"], "AdaBN": ["domain=adabn"], "bound": ["data.domains=[{target}]"]}
+
+
+def tiny(output: Path, **keys: object) -> DomainStudyConfig:
+    wanted = {
+        "common": COMMON, "source": "original", "targets": ["edges"], "methods": ROWS, "baseline": "source only", "seeds": 1,
+        "output": str(output),
+    }  # fmt: skip
+    return DomainStudyConfig.model_validate(wanted | keys)
+
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = study(tiny(tmp_path / "study"))
+    first = (folder / "study.json").read_text()
+    (folder / "cells" / "edges_adabn_0.json").unlink()
+    measured = list[str]()
+
+    def counted(config: FinetuneConfig) -> Result:
+        measured.append(str(config.domain and config.domain.name))
+        return finetune(config)
+
+    monkeypatch.setattr("ssl_pipeline.study.domain.finetune", counted)
+    study(tiny(tmp_path / "study", resume="auto"))
+    assert measured == ["adabn"]
+    assert (folder / "study.json").read_text() == first
+
+
+def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path) -> None:
+    config = tiny(tmp_path, seeds=2, select="entropy")
+    rows = {
+        "source only": [{"accuracy": 0.5, "label_free/entropy": 0.1}, {"accuracy": 0.5, "label_free/entropy": 0.3}],
+        "AdaBN": [{"accuracy": 0.7, "label_free/entropy": 0.2}, {"accuracy": 0.71, "label_free/entropy": 0.2}],
+        "bound": [{"accuracy": 0.9}, {"accuracy": 0.9}],
+    }
+    _, table = tabulate(rows, config)
+    assert [row[-2:] for row in table[:3]] == [["1", "0"], ["1", "2"], ["", ""]]
+    assert table[1][3] == "helps"
+    assert table[3][1].startswith("60.5")
+    assert table[4][1].startswith("70.5")
+    assert chosen({"a": {"label_free/snd": 1.0}, "b": {"label_free/snd": 2.0}}, "label_free/snd") == "b"
+    with pytest.raises(ConfigError, match=r"labels\.validation above 0"):
+        chosen({"a": {}}, "source_validation")
+
+
+def test_the_configuration_that_comes_along_is_whole() -> None:
+    config = load("study_domain", DomainStudyConfig)
+    assert config.baseline in config.methods
+    for method in config.methods:
+        load("finetune", FinetuneConfig, config.overrides(method, "edges"))
+
+
+def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`baseline` 'x' is none of the methods"):
+        study(tiny(tmp_path / "study", baseline="x"))
+    with pytest.raises(ConfigError, match="`domain=dan`"):
+        study(tiny(tmp_path / "study", methods=ROWS | {"AdaBN": ["domain=dan"]}))
+    assert not (tmp_path / "study").exists()

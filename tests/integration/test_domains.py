@@ -1,0 +1,200 @@
+"""Stage two across domains: what it is measured on, what it may not see, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.config.compose import choices
+from ssl_pipeline.data.source import ArraySource, Split
+from ssl_pipeline.data.sources.fashion_domains import Config
+from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
+from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.pretrain import pretrain
+from tests.runs import ROOT, tiny_pretrain
+
+TINY = [
+    "data=fashion_domains", "domain.source=[original]", "domain.target=[edges]", "tracking=off", "backbone.width=4", "size=12",
+    "regime=scratch", "regime.length=3 steps", "regime.least_steps=0", "labels.per_class=20", "data.dev=4000", "split=dev",
+]  # fmt: skip
+
+
+def tiny(output: Path, *overrides: str) -> Result:
+    return finetune(load("finetune", FinetuneConfig, [*TINY, f"output={output}", *overrides]))
+
+
+def few(labels: bool = True, domains: bool = True) -> ArraySource:
+    """Twelve images of three classes in two domains."""
+    pixels = torch.randint(0, 256, (12, 1, 12, 12), dtype=torch.uint8)
+    source = ArraySource("few", pixels, domains=torch.arange(12) // 6 if domains else None)
+    if domains:
+        source.domain_names = ("photo", "sketch", "painting")
+    if labels:
+        source.labels, source.classes = torch.arange(12) % 3, ("cat", "dog", "elk")
+    return source
+
+
+def method(**keys: object) -> SourceOnly:
+    return SourceOnly.model_validate({"name": "source_only", "target": ["sketch"], **keys})
+
+
+@pytest.mark.parametrize("name", ["dann", "exemplar_memory"])
+def test_hidden_labels_of_the_target_change_no_weight(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path / "as it is", f"domain={name}")
+    opened = Config.open
+
+    def permuted(self: Config, split: Split) -> ArraySource:
+        source = opened(self, split)
+        if split == "train":
+            assert source.domains is not None
+            assert source.labels is not None
+            target = (source.domains == 3).nonzero()[:, 0]
+            source.labels[target] = source.labels[target].flip(0)
+        return source
+
+    monkeypatch.setattr(Config, "open", permuted)
+    tiny(tmp_path / "permuted", f"domain={name}")
+    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("as it is", "permuted"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_figures_are_the_targets_then_each_domains(tmp_path: Path) -> None:
+    result = tiny(tmp_path / "run", "domain=source_only", "domain.target=[edges,inverted]", "domain.target_labels=2")
+    figures = result.figures[0]
+    assert next(iter(figures)) == "accuracy"
+    of_targets = [figures["accuracy/edges"], figures["accuracy/inverted"]]
+    assert figures["accuracy"] == pytest.approx(sum(of_targets) / 2)
+    assert figures["worst_domain_accuracy"] == min(of_targets)
+    assert "accuracy/original" in figures
+    assert {"label_free/entropy", "label_free/snd", "source_validation"} <= set(figures)
+    rows = {row[0]: row[1] for row in result.rows(in_percent=True)}
+    assert rows["label_free/snd"] == f"{figures['label_free/snd']:.4g}"
+
+
+def test_a_few_labels_of_the_target_join_the_sources() -> None:
+    across = split_domains(method(target_labels=1), few(), few())
+    joined = across.labelled(seed=0)
+    assert joined.domains is not None
+    assert joined.labels is not None
+    assert joined.labels[joined.domains == 1].sort().values.tolist() == [0, 1, 2]
+    assert int((joined.domains == 0).sum()) == 6
+    assert across.target.labels is None
+    with pytest.raises(ConfigError, match=r"`domain.target_labels` is 3, and class 'cat' has only 2"):
+        split_domains(method(target_labels=3), few(), few()).labelled(seed=0)
+
+
+def test_unknown_classes_are_out_of_the_source_and_apart_in_the_target() -> None:
+    across = split_domains(method(known=["elk", "cat"]), few(), few())
+    assert across.source.classes == ("cat", "elk")
+    assert across.source.labels is not None
+    assert across.source.labels.tolist() == [0, 1, 0, 1]
+    assert len(across.target) == 6
+    assert len(across.measured["sketch"]) == 4
+    assert across.unknown is not None
+    assert len(across.unknown) == 2
+
+
+@pytest.mark.parametrize(("keys", "sentence"), [
+    ({"target": ["drawing"]}, r"`domain.target`: few has no training image of 'drawing'. Its domains: photo, sketch."),
+    ({"source": ["painting"]}, r"`domain.source`: few has no training image of 'painting'"),
+    ({"target": []}, r"`domain.target` is required: one or more of photo, sketch"),
+    ({"source": ["sketch"]}, r"both name sketch"),
+    ({"target": ["photo", "sketch"]}, r"no domain is left to learn from"),
+    ({"known": ["cat", "cow"]}, r"`domain.known`: 'cow': name two or more of cat, dog, elk"),
+])  # fmt: skip
+def test_wrong_domains_are_told(keys: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        split_domains(method(**keys), few(), few())
+
+
+def test_images_without_domains_or_labels_are_told() -> None:
+    with pytest.raises(ConfigError, match="few has none: take data=domain_folder"):
+        split_domains(method(), few(domains=False), few())
+    with pytest.raises(ConfigError, match="few has no labels to learn from"):
+        split_domains(method(), few(labels=False), few())
+    bare = few()
+    assert bare.labels is not None
+    bare.labels[:6] = -1
+    with pytest.raises(ConfigError, match="no image of photo has a label"):
+        split_domains(method(), bare, few())
+
+
+def test_classes_of_the_target_alone_are_told() -> None:
+    pool = few()
+    assert pool.labels is not None
+    pool.labels[:6] = torch.tensor([0, 1, 0, 1, 0, 1])
+    with pytest.raises(ConfigError, match=r"sketch has classes that no source image has: elk. Leave them out, or name"):
+        split_domains(method(), pool, few())
+    held_out = few()
+    assert held_out.labels is not None
+    held_out.labels[6:] = 2
+    with pytest.raises(ConfigError, match="sketch shares no class with the source: it has elk"):
+        split_domains(method(), pool, held_out)
+    with pytest.raises(ConfigError, match="few has no labelled image of sketch to measure on"):
+        split_domains(method(), few(), few().select(torch.arange(6)))
+
+
+def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`domain=dann` moves the encoder"):
+        tiny(tmp_path / "run", "domain=dann", "regime=frozen", "initialisation=random")
+    with pytest.raises(ConfigError, match="this is retrieval"):
+        tiny(tmp_path / "run", "domain=source_only", "downstream=retrieval")
+    with pytest.raises(ConfigError, match=r"`domain.name` is required"):
+        tiny(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) -> None:
+    known = "domain.known=[Trouser,Dress,Sandal,Bag]"
+    figures = tiny(
+        tmp_path / "run", "domain=erm", known, "domain.source=null", "data.domains=[original,edges]"
+    ).figures[0]
+    assert {name for name in figures if name.startswith("class_accuracy/")} <= {
+        f"class_accuracy/{name}" for name in ("Trouser", "Dress", "Sandal", "Bag")
+    }
+    for score in ("msp", "max_logit", "energy", "knn"):
+        assert 0 <= figures[f"open/{score}/oscr"] <= figures["accuracy"] + 1e-6
+        assert {f"open/{score}/{name}" for name in ("auroc", "aupr_unknown", "fpr_at_95_known", "hos")} <= set(figures)
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    assert len(model["head.weight"]) == 4
+
+
+def test_a_single_domain_leaves_none_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no domain is left to learn from: fashion_domains has edges"):
+        tiny(tmp_path / "run", "domain=erm", "domain.source=null", "data.domains=[edges]")
+
+
+def test_a_method_of_ones_own_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that says how is run as it stands."""
+    page = (ROOT / "docs" / "add_adaptation.md").read_text()
+    code, yaml = page.split("```python\n")[1].split("```")[0], page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "their_methods").mkdir()
+    (tmp_path / "their_methods" / "mine.py").write_text(code)
+    (tmp_path / "conf" / "domain").mkdir(parents=True)
+    (tmp_path / "conf" / "domain" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_methods.mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*TINY, "domain=mine", f"output={tmp_path / 'run'}"]
+    assert "accuracy/edges" in finetune(load("finetune", FinetuneConfig, words, tmp_path / "conf")).figures[0]
+
+
+def test_the_page_has_every_method() -> None:
+    page = (ROOT / "docs" / "domains.md").read_text()
+    assert {name for name in choices("domain") if f"| `{name}` |" in page} == set(choices("domain"))
+
+
+def test_stage_one_takes_the_domains_that_it_is_given(tmp_path: Path) -> None:
+    for domains, count in (("[original]", 1000), ("[original,edges]", 2000)):
+        config = tiny_pretrain(tmp_path / str(count), "data=fashion_domains", f"data.domains={domains}", "steps=1")
+        source = config.data.open("train")
+        assert source is not None
+        assert len(source) == count
+    assert (pretrain(config) / "encoder.safetensors").is_file()
