@@ -80,7 +80,7 @@ def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return embed(self, batch)
 
     monkeypatch.setattr(SimCLR, "embed", kills)
-    with pytest.raises(LostProcessError, match=r"a worker that decodes files was killed .* in step"):
+    with pytest.raises(LostProcessError, match=r"a worker that decodes files was killed .*in step"):
         with_worker(tmp_path)
 
 
