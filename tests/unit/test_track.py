@@ -226,7 +226,8 @@ class Broken:
         if self.heard == 2:
             raise ConnectionError("the server is gone")
 
-    def alert(self, title: str, text: str) -> None: ...
+    def alert(self, title: str, text: str) -> None:
+        raise AssertionError("nothing was to be alerted of")
 
     def finish(self) -> None:
         raise AssertionError("a dropped mirror is not asked again")
