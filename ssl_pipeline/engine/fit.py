@@ -104,7 +104,7 @@ def fit(
     statistics = Statistics(task)
     since, images, waited = time.perf_counter(), 0, 0.0
     asked = since
-    for batch in own(batches.from_step(start), start):
+    for batch in own(batches.from_step(start), start, batches.workers):
         waited += time.perf_counter() - asked
         clock, done = batch.clock, batch.clock.step + 1
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.

@@ -55,19 +55,16 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
         who = f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
         hangs = f"has not answered within {timeout_seconds():g} s ({VARIABLE})"
         what = f"{who} {hangs if _TIMED_OUT.search(text) else 'was killed, or left by a mistake of its own'}{when}"
-    lost = LostProcessError(
-        f"{what}. This process leaves, too. What was saved before is whole: `resume=auto` continues from the last checkpoint."
-    )
-    lost.everywhere = False
-    return lost
+    return _lost(what)
 
 
-def own(batches: Iterator[T], step: int) -> Iterator[T]:
+def own(batches: Iterator[T], step: int, workers: int) -> Iterator[T]:
     """A process's batches; what goes wrong with its data is known to it alone, so it has to tell it.
 
     Args:
         batches: from ``step`` on.
         step: the first.
+        workers: processes that decode them.
     """
     try:
         for batch in batches:
@@ -82,6 +79,11 @@ def own(batches: Iterator[T], step: int) -> Iterator[T]:
         if lost is None:
             raise
         raise lost from error
+    except (ConnectionError, EOFError) as error:  # a batch whose memory was to come from a worker that is gone
+        if not workers or str(error).startswith("Caught"):
+            raise
+        _end_workers()
+        raise _lost(f"a worker that decodes files was killed in step {step + 1}") from error
 
 
 @contextlib.contextmanager
@@ -113,6 +115,14 @@ def leaving_together() -> Iterator[None]:
         _fail()
         raise
     _leave_together(0)
+
+
+def _lost(what: str) -> LostProcessError:
+    lost = LostProcessError(
+        f"{what}. This process leaves, too. What was saved before is whole: `resume=auto` continues from the last checkpoint."
+    )
+    lost.everywhere = False
+    return lost
 
 
 def _silent_processes() -> list[int]:

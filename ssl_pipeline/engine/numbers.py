@@ -125,9 +125,9 @@ class Finding:
     own: bool = False
 
     @property
-    def at_fault(self) -> bool:
-        """Whether it comes from here, as far as it can be known."""
-        return self.loss in ("nan", "inf", "-inf") or bool(self.samples) or (self.own and bool(self.gradients))
+    def starts_it(self) -> bool:
+        """Whether this process's own loss or samples are not finite."""
+        return self.loss in ("nan", "inf", "-inf") or bool(self.samples)
 
 
 def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[Finding]:
@@ -170,7 +170,9 @@ def write(file: Path, step: int, findings: list[Finding]) -> None:
 
 def sentence(step: int, findings: list[Finding]) -> str:
     """What is wrong with a step, for people: who, what, and which samples."""
-    guilty = [finding for finding in findings if finding.at_fault] or findings
+    # A loss that compares samples of all processes carries one's bad gradient to the others: it is the last thing to go by.
+    guilty = [finding for finding in findings if finding.starts_it]
+    guilty = guilty or [finding for finding in findings if finding.own and finding.gradients] or findings
     return f"step {step} gives no finite number: " + "; ".join(_told(finding) for finding in guilty[:_TOLD]) + "."
 
 
