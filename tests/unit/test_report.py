@@ -37,6 +37,17 @@ def test_curves_are_what_was_logged(tmp_path: Path) -> None:
     assert payload(page([run], looking=blind))["charts"] == list(by_key.values())
 
 
+def test_the_group_that_a_figure_is_logged_in_does_not_matter(tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run")
+    before = charts(read_runs([folder]))
+    text = (folder / "metrics.jsonl").read_text()
+    for old, new in (("pretrain/temperature", "temperature/tau"), ("pretrain/entropy_share", "temperature/entropy_share"),
+                     ("pretrain/images_per_s", "system/images_per_s")):  # fmt: skip
+        text = text.replace(old, new)
+    (folder / "metrics.jsonl").write_text(text)
+    assert charts(read_runs([folder])) == before
+
+
 def test_a_figure_that_is_no_number_is_a_gap(tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run", steps=2)
     with (folder / "metrics.jsonl").open("a") as file:
