@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -51,6 +52,15 @@ class PairedBatches(StepBatches):
         """Damaged files of both sides; those of one folder are counted once."""
         same = self.source.bad_files is self.target.source.bad_files
         return super().unreadable + (0 if same else self.target.unreadable)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume goes on counting from, on both sides."""
+        return {"source": super().state_dict(), "target": self.target.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes it on."""
+        super().load_state_dict(state["source"])
+        self.target.load_state_dict(state["target"])
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """Both sides' batches, one after the other in each tensor."""

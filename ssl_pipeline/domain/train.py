@@ -9,9 +9,8 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.batches import PairedBatches
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, solve_head
+from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, run_kept_loop, solve_head
 from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.views.policy import Views
@@ -77,10 +76,4 @@ def _run_phase(
     task.prime(lambda forward: extract(task, target, around.preprocessing, share, forward=forward))
     optimizer = build_optimizer(training.optim, task, size)
     best = Best(task.classifier, around) if method.selects and labelled.validation is not None else None
-    fit(
-        task, batches, training.optim, optimizer, around.accelerator,
-        evaluate=best.evaluate if best else None, evaluate_every=max(1, total // 20) if best else 0, log_every=total,
-    )  # fmt: skip
-    if best:
-        best.restore()
-    around.accelerator.free_memory()
+    run_kept_loop(training, task, batches, optimizer, around, phase, best, max(1, total // 20) if best else 0)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import Strict
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
@@ -27,6 +28,7 @@ from ssl_pipeline.downstream.vector import VectorTask, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.task import Task
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.views.policy import Views
@@ -169,22 +171,49 @@ def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around
     make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
     optimizer = build_optimizer(training.optim, task, size)
-    best = Best(task, around)
     every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
+    run_kept_loop(training, task, batches, optimizer, around, name, Best(task, around), every)
+
+
+def run_kept_loop(
+    training: TrainingConfig,
+    task: Task,
+    batches: StepBatches,
+    optimizer: Optimizer,
+    around: Surroundings,
+    name: str,
+    best: Best | None,
+    evaluate_every: int,
+) -> None:
+    """One loop with its checkpoints, continued where it was stopped; the best weights are put back at its end.
+
+    Args:
+        training: gives the optimizer's schedule.
+        task: what is trained.
+        batches: what it learns from.
+        optimizer: of its parameters.
+        around: what it is trained with.
+        name: of this loop among those of a training.
+        best: keeps the weights that score best; None takes the last ones.
+        evaluate_every: steps between two looks of ``best``; 0 for none but the last.
+    """
     checkpoints, resume = None, None
     if around.keeping is not None:
         kept = around.keeping
         interval = kept.every.on(batches.clock(0)) or None
-        checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=best.state_dict)
+        beside = best.state_dict if best is not None else dict[str, Any]
+        checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=beside)
         resume = checkpoints.load()
-    if resume is not None:
+    if resume is not None and best is not None:
         best.load_state_dict(resume)
     with checkpoints or nullcontext():
         fit(
             task, batches, training.optim, optimizer, around.accelerator, checkpoints, resume,
-            evaluate=best.evaluate, evaluate_every=every, log_every=total,
+            evaluate=best.evaluate if best is not None else None, evaluate_every=evaluate_every,
+            log_every=batches.total_steps,
         )  # fmt: skip
-    best.restore()
+    if best is not None:
+        best.restore()
     around.accelerator.free_memory()
 
 

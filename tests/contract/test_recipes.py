@@ -21,6 +21,7 @@ from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.sources.torchvision import DATASETS
 from ssl_pipeline.data.sources.torchvision import Config as Torchvision
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import ROOT, SMALL_HEADS
@@ -89,7 +90,7 @@ def shrunk(recipe: str, photos: Path, output: Path) -> PretrainConfig:
 @pytest.fixture
 def _lean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither looks at the encoder nor keeps a state to resume from: both are the same for all recipes, and take longest."""
-    monkeypatch.setattr("ssl_pipeline.pretrain.OnlineEvaluation", lambda *_: lambda encoder: {})
+    monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *_: {})
     monkeypatch.setattr(Checkpoints, "save", lambda *_: None)
 
 

@@ -220,11 +220,15 @@ def test_a_method_resumes_bit_for_bit(name: str) -> None:
         optimizer, kept = build_optimizer(optim, task, 6), dict[str, Any]()
 
         def keep(
-            clock: Clock, task: Task = task, optimizer: Any = optimizer, kept: dict[str, Any] = kept
+            clock: Clock,
+            task: Task = task,
+            optimizer: Any = optimizer,
+            batches: StepBatches = batches,
+            kept: dict[str, Any] = kept,
         ) -> dict[str, float]:
             if clock.step == 1:
                 kept |= {"done": 2, "task": copy.deepcopy(task.state_dict()), "scaler": None}
-                kept["optimizer"] = copy.deepcopy(optimizer.state_dict())
+                kept |= {"optimizer": copy.deepcopy(optimizer.state_dict()), "batches": batches.state_dict()}
             return {}
 
         saved = states[0][1] if resume else None
