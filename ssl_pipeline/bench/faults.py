@@ -34,7 +34,7 @@ from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 
 _STEPS, _SAVES, _LOOKS, _KILLS_OF_A_RUN = 40, 5, 8, 5
-_OF_TIME = ("time", "pretrain/images_per_s", "pretrain/data_wait")  # what no two runs have in common
+_OF_TIME = ("time", "system/images_per_s", "system/data_wait")  # what no two runs have in common
 _POLL, _PATIENCE = 0.0005, 300.0  # seconds
 _CHECKPOINTS = "checkpoints"
 
@@ -44,7 +44,7 @@ class _Process:
 
     def __init__(self, pictures: Path, output: Path, workers: int) -> None:
         words = [
-            "tracking=off", "data=folder", f"data.path={pictures}", "views.size=12", "backbone.width=8", "batch.size=16",
+            "tracking=off", "tracking.pictures=false", "data=folder", f"data.path={pictures}", "views.size=12", "backbone.width=8", "batch.size=16",
             f"steps={_STEPS}", f"checkpoint_every={_SAVES} steps", f"evaluate_every={_LOOKS} steps", "log_every=1",
             "pretext=moco_v2", "pretext.queue=48", "resume=auto", "data.bad_files=1", f"workers={workers}", f"output={output}",
         ]  # fmt: skip

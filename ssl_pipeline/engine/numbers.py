@@ -83,8 +83,7 @@ class Agreed(NamedTuple):
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients as one vector: not finite as soon as one of them isn't."""
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def agree(accelerator: Accelerator, loss: Tensor, norm: Tensor | None) -> Agreed:
@@ -95,6 +94,8 @@ def agree(accelerator: Accelerator, loss: Tensor, norm: Tensor | None) -> Agreed
         loss: this process's.
         norm: of the gradient; None where a gradient scaler looks at it itself.
     """
+    if isinstance(norm, DTensor):  # of shared-out gradients
+        norm = norm.full_tensor()
     watched = loss.detach().float() if norm is None else loss.detach().float() + norm.detach().float()
     if accelerator.num_processes == 1:
         return Agreed(bool(torch.isfinite(watched)), received())

@@ -35,7 +35,7 @@ TRANSFORMER = [
     "views.size=16", "backbone.name=timm/test_vit", "pretext.layers=1", "pretext.projection_width=16",
 ]  # fmt: skip
 SHORT = [
-    *TRANSFORMER, "tracking=off", "batch.size=32", "log_every=1", "data.dev=4000", "evaluate_every=0 steps", "steps=3",
+    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", "data.dev=4000", "evaluate_every=0 steps", "steps=3",
     "optim=sgd", "optim.warmup=0 steps",  # Adam would blow up the last bits of gradients that are zero but for rounding
 ]  # fmt: skip
 SHARDED = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]
