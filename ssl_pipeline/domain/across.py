@@ -11,6 +11,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.splits import draw_labels
+from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.open_set import open_set_figures
 from ssl_pipeline.domain.selection import unlabelled_figures
@@ -60,16 +61,18 @@ class Across:
         both = self._pool.select(torch.cat([self._taught, self._hidden[drawn]]))
         return _renumbered(both, self._known)
 
+    @torch.no_grad()
     def evaluate(
         self, classifier: Classification, learned: Labelled, preprocessing: Preprocessing, share: Share
     ) -> dict[str, float]:
         """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
 
-        Beside it what needs no label of the target (``domain.selection``), and with ``known`` how well unknown classes are found
-        (``domain.open_set``).
+        Beside it what needs no label of the target (``domain.selection``), how far source and target are apart
+        (``domain.distance``), and with ``known`` how well unknown classes are found (``domain.open_set``).
         """
-        logits = {name: extract(classifier, images, preprocessing, share, forward=classifier.predict)
-                  for name, images in self.measured.items()}  # fmt: skip
+        features = {name: extract(classifier, images, preprocessing, share, forward=classifier.neck_features)
+                    for name, images in self.measured.items()}  # fmt: skip
+        logits = {name: classifier.of_features(rows.to(share.device)).float().cpu() for name, rows in features.items()}
         labels = {name: _labels(images) for name, images in self.measured.items()}
         predictions = torch.cat([logits[name] for name in self.targets])
         truth = torch.cat([labels[name] for name in self.targets])
@@ -82,6 +85,7 @@ class Across:
         classes = self.source.classes or ()
         figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
         figures |= unlabelled_figures(classifier, self.target, learned.validation, preprocessing, share)
+        figures |= self._distance(features)
         if self.unknown is not None:
             figures |= open_set_figures(
                 classifier,
@@ -94,6 +98,14 @@ class Across:
                 share,
             )
         return figures
+
+    def _distance(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """Of the source's held-out images from the target's; nothing where either has none to compare."""
+        sides = [[rows for name, rows in features.items() if (name in self.targets) == is_target]
+                 for is_target in (False, True)]  # fmt: skip
+        if any(sum(map(len, side)) < 2 for side in sides):
+            return {}
+        return {"label_free/proxy_a_distance": proxy_a_distance(*(torch.cat(side) for side in sides))}
 
 
 def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None) -> Across:

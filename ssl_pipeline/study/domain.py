@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +11,13 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.evaluate.interval import interval, paired_difference
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.study.domain_map import draw, spots
+from ssl_pipeline.study.trained import Figures, place_of, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
-Figures = dict[str, float]
+_DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
 
 
@@ -70,31 +70,38 @@ def study(config: DomainStudyConfig) -> Path:
             load("finetune", FinetuneConfig, config.overrides(method, target))
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
         cells = {
-            target: {method: [_cell(config, run.path / "cells", method, target, seed) for seed in range(config.seeds)]
-                     for method in config.methods}
+            target: {method: [trained(run.path, [target, method], config.overrides(method, target), seed)
+                              for seed in range(config.seeds)] for method in config.methods}
             for target in config.targets
         }  # fmt: skip
         for target in config.targets:
             title = f"{config.source} → {target}: accuracy (%), {config.seeds} seed(s)"
             print_table(title, *tabulate(cells[target], config))
+            _draw_map(config, run.path, target, cells[target])
+        write_domain_json(
+            run.path, [(m, config.source, t, found) for t, rows in cells.items() for m, found in rows.items()]
+        )
         write_text_atomic(run.path / "study.json", json.dumps({"select": config.select, "figures": cells}, indent=1))
-        console().print(f"wrote {run.path / 'study.json'}, with all figures per domain and class")
+        console().print(
+            f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
+        )
         return run.path
 
 
-def _cell(config: DomainStudyConfig, folder: Path, method: str, target: str, seed: int) -> Figures:
-    """One training's figures; read where they are there, else measured and written."""
-    name = re.sub(r"[^a-z0-9]+", "_", f"{target} {method} {seed}".lower())
-    record = folder / f"{name}.json"
-    if record.is_file():
-        found: Figures = json.loads(record.read_text())
-        return found
-    shutil.rmtree(folder / name, ignore_errors=True)  # of a study that was stopped in this cell
-    wanted = [*config.overrides(method, target), f"seed={seed}", "seeds=1", f"output={folder / name}"]
-    figures = finetune(load("finetune", FinetuneConfig, wanted)).figures[0]
-    write_text_atomic(record, json.dumps(figures, indent=1))
-    console().print(f"  {config.source} → {target}, {method}, seed {seed}: {100 * figures['accuracy']:.1f} %")
-    return figures
+def _draw_map(config: DomainStudyConfig, folder: Path, target: str, rows: dict[str, list[Figures]]) -> None:
+    """Saves the first seed's map of a shift: the baseline, which knew nothing of the target, and each method after it."""
+    panels = {}
+    for method in sorted(filter(config.is_candidate, rows), key=lambda name: name != config.baseline):
+        run = place_of(folder, [target, method, 0])
+        if not (run / "model.safetensors").is_file():
+            console().print(f"no map of {config.source} → {target}: {run} holds no model any more")
+            return
+        figures = rows[method][0]
+        distance = f", A-distance {figures[_DISTANCE]:.2f}" if _DISTANCE in figures else ""
+        panels[f"{method}\n{100 * figures['accuracy']:.1f} %{distance}"] = spots(run, config.overrides(method, target))
+    if panels:
+        file = place_of(folder, ["map", target]).name + ".png"
+        draw(f"{config.source} → {target}: held-out images, two principal components", panels, folder / file)
 
 
 def chosen(rows: dict[str, Figures], figure: str) -> str:
@@ -123,15 +130,18 @@ def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple
         values = [figures["accuracy"] for figures in cells]
         found = ["", ""] if name == config.baseline else _against(values, base)
         counts = [str(names.count(name)) if config.is_candidate(name) else "" for names in (picks, oracle)]
-        table.append([name, interval(values).percent(), *found, *counts])
+        distances = [figures[_DISTANCE] for figures in cells if _DISTANCE in figures]
+        apart = f"{interval(distances).mean:.2f}" if distances else ""
+        table.append([name, interval(values).percent(), *found, apart, *counts])
     for label, names in ((f"chosen by {config.select}", picks), ("chosen by the oracle", oracle)):
         values = [rows[name][seed]["accuracy"] for seed, name in enumerate(names)]
-        table.append([label, interval(values).percent(), *_against(values, base), "", ""])
+        table.append([label, interval(values).percent(), *_against(values, base), "", "", ""])
     return [
         "method",
         "accuracy",
         f"against {config.baseline}",
         "",
+        "A-distance",
         f"chosen by {config.select}",
         "by the oracle",
     ], table

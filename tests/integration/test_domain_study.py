@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.read import read_runs
+from ssl_pipeline.report.stage_two import domain_table
 from ssl_pipeline.study.domain import DomainStudyConfig, chosen, study, tabulate
+from tests.report_page import Page, blind
 
 COMMON = [
     "data=fashion_domains", "data.dev=4000", "split=dev", "regime=scratch", "regime.length=2 steps", "regime.least_steps=0",
@@ -37,10 +44,30 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
         measured.append(str(config.domain and config.domain.name))
         return finetune(config)
 
-    monkeypatch.setattr("ssl_pipeline.study.domain.finetune", counted)
+    monkeypatch.setattr("ssl_pipeline.study.trained.finetune", counted)
     study(tiny(tmp_path / "study", resume="auto"))
     assert measured == ["adabn"]
     assert (folder / "study.json").read_text() == first
+    with Image.open(folder / "map_edges.png") as picture:
+        assert picture.width > 300
+    run = read_runs([folder])[0]
+    table = domain_table(run)
+    assert table is not None
+    assert table.columns == ["method", "trained on", "edges"]
+    assert [row[:2] for row in table.rows] == [[name, "original"] for name in ROWS]
+    assert "domains" in Page(page([run], looking=blind)).ids()
+
+
+def test_domains_that_can_be_told_apart_are_far() -> None:
+    rows = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    near, far = rows[:200], rows[200:]
+    assert proxy_a_distance(near, far) < 0.4
+    assert proxy_a_distance(near, far + 8) == 2
+    assert proxy_a_distance(rows[:2], rows[2:4]) >= 0
+    half = torch.cat([far[:100], far[100:] + torch.tensor([20.0, 0, 0, 0, 0])])[
+        torch.arange(200).view(2, 100).T.flatten()
+    ]
+    assert proxy_a_distance(near, half) == pytest.approx(1, abs=0.3)  # half of them look like the others: ε = 1/4
 
 
 def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path) -> None:
