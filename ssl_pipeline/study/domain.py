@@ -10,10 +10,10 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.evaluate.interval import interval, paired_difference
+from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.study.domain_map import draw, spots
-from ssl_pipeline.study.trained import Figures, place_of, trained, write_domain_json
+from ssl_pipeline.study.trained import Figures, against, place_of, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
@@ -128,14 +128,14 @@ def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple
     table = []
     for name, cells in rows.items():
         values = [figures["accuracy"] for figures in cells]
-        found = ["", ""] if name == config.baseline else _against(values, base)
+        found = ["", ""] if name == config.baseline else against(values, base)
         counts = [str(names.count(name)) if config.is_candidate(name) else "" for names in (picks, oracle)]
         distances = [figures[_DISTANCE] for figures in cells if _DISTANCE in figures]
         apart = f"{interval(distances).mean:.2f}" if distances else ""
         table.append([name, interval(values).percent(), *found, apart, *counts])
     for label, names in ((f"chosen by {config.select}", picks), ("chosen by the oracle", oracle)):
         values = [rows[name][seed]["accuracy"] for seed, name in enumerate(names)]
-        table.append([label, interval(values).percent(), *_against(values, base), "", "", ""])
+        table.append([label, interval(values).percent(), *against(values, base), "", "", ""])
     return [
         "method",
         "accuracy",
@@ -145,18 +145,6 @@ def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple
         f"chosen by {config.select}",
         "by the oracle",
     ], table
-
-
-def _against(values: list[float], base: list[float]) -> list[str]:
-    difference = paired_difference(values, base)
-    verdict = "no gain beyond chance"
-    if difference.half == float("inf"):
-        verdict = "one seed"
-    elif difference.low > 0:
-        verdict = "helps"
-    elif difference.mean + difference.half < 0:
-        verdict = "hurts"
-    return [difference.percent(signed=True), verdict]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.config.command import load
+from ssl_pipeline.evaluate.interval import paired_difference
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.track.progress import console
 from ssl_pipeline.track.run import write_text_atomic
@@ -52,3 +53,16 @@ def write_domain_json(folder: Path, rows: Sequence[tuple[str, str, str, Sequence
         for seed, figures in enumerate(seeds)
     ]
     write_text_atomic(folder / "domain.json", json.dumps({"rows": found, "figure": "accuracy"}, indent=1))
+
+
+def against(values: list[float], base: list[float]) -> list[str]:
+    """The paired difference from a baseline, in points, and what to make of it."""
+    difference = paired_difference(values, base)
+    verdict = "no gain beyond chance"
+    if difference.half == float("inf"):
+        verdict = "one seed"
+    elif difference.low > 0:
+        verdict = "helps"
+    elif difference.mean + difference.half < 0:
+        verdict = "hurts"
+    return [difference.percent(signed=True), verdict]
