@@ -10,7 +10,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.splits import draw_labels
+from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.domain.controls import stand_in
 from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.open_set import open_set_figures
@@ -131,16 +132,23 @@ def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None)
         )
     known = _known(config, pool)
     of_source, of_target = _in(pool, sources), _in(pool, targets)
-    labels = pool.labels[of_source]
     unlabelled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
     if unlabelled:
         raise ConfigError(f"`domain.source`: no image of {', '.join(unlabelled)} has a label to learn from.")
-    taught = of_source[torch.isin(labels, known)]
+    if config.control == "no_shift":
+        labels = pool.labels[of_source]
+        rest, held = hold_out(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
+        of_source, of_target, targets = of_source[rest], of_source[held], sources
+    taught = of_source[torch.isin(pool.labels[of_source], known)]
     source = _renumbered(pool.select(taught), known)
     target = pool.select(of_target)
     target.labels = target.classes = None
+    if config.control in ("noise", "shuffled"):
+        target = stand_in(config.control, target)
     hidden = of_target[torch.isin(pool.labels[of_target], known)]
-    measured, unknown = _measured(config, held_out, [*targets, *sources], targets, known, _labels(source))
+    measured, unknown = _measured(
+        config, held_out, list(dict.fromkeys([*targets, *sources])), targets, known, _labels(source)
+    )
     return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.study.domain_map import draw, spots
-from ssl_pipeline.study.trained import Figures, against, place_of, trained, write_domain_json
+from ssl_pipeline.study.trained import VERDICTS, Figures, against, place_of, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
@@ -21,11 +22,28 @@ _DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """From the source to a target.
+
+    Attributes:
+        name: for people.
+        target: the domain.
+        methods: those that are compared on it.
+        control: what stands for the target in training; see :class:`ssl_pipeline.domain.method.MethodConfig`.
+    """
+
+    name: str
+    target: str
+    methods: list[str]
+    control: str | None = None
+
+
 class DomainStudyConfig(Strict):
     """What is compared.
 
     Attributes:
-        encoder: a stage-one run's folder; null where ``common`` starts from random weights.
+        encoder: a stage-one run's folder, in which ``{seed}`` stands for the seed; null where ``common`` starts from random weights.
         common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains.
         source: the domain with labels.
         targets: each is a shift of its own.
@@ -33,7 +51,9 @@ class DomainStudyConfig(Strict):
         baseline: the row that the others are compared with.
         select: what chooses a row without the target's labels: its entropy, the density of its predictions (SND), or accuracy on
             labels held out of the source.
-        seeds: repeats, paired; stage one is shared.
+        controls: also where nothing can be gained: without a shift (the target is other images of the source), and with noise or
+            shuffled pixels in place of the target's training images.
+        seeds: repeats, paired; stage one is shared unless ``{seed}`` stands in ``encoder``.
         output: the study's folder.
         resume: ``auto`` goes on with the study in ``output``: what it has measured is not measured again.
     """
@@ -45,16 +65,31 @@ class DomainStudyConfig(Strict):
     methods: dict[str, list[str]] = Field(min_length=1)
     baseline: str
     select: Literal["entropy", "snd", "source_validation"] = "snd"
+    controls: bool = False
     seeds: int = Field(3, ge=1)
     output: str | None = None
     resume: Literal["no", "auto"] = "no"
 
-    def overrides(self, method: str, target: str) -> list[str]:
+    def shifts(self) -> list[Shift]:
+        """What every method is measured on."""
+        found = [Shift(target, target, list(self.methods)) for target in self.targets]
+        if self.controls:
+            methods = [name for name in self.methods if self.is_candidate(name)]
+            found.append(Shift("no shift", self.targets[0], methods, "no_shift"))
+            found += [Shift(f"{target} as {control}", target, methods, control)
+                      for target in self.targets for control in ("noise", "shuffled")]  # fmt: skip
+        return found
+
+    def overrides(self, method: str, shift: Shift, seed: int) -> list[str]:
         """Those of a row on a shift."""
-        own = [text.replace("{source}", self.source).replace("{target}", target)
+        own = [text.replace("{source}", self.source).replace("{target}", shift.target)
                for text in (*self.common, *self.methods[method])]  # fmt: skip
-        sides = [f"domain.source=[{self.source}]", f"domain.target=[{target}]"] if self.is_candidate(method) else []
-        return [*([f"encoder={self.encoder}"] if self.encoder else []), *own, *sides]
+        sides = (
+            [f"domain.source=[{self.source}]", f"domain.target=[{shift.target}]"] if self.is_candidate(method) else []
+        )
+        control = [f"domain.control={shift.control}"] if shift.control else []
+        encoder = [f"encoder={self.encoder.replace('{seed}', str(seed))}"] if self.encoder else []
+        return [*encoder, *own, *sides, *control]
 
     def is_candidate(self, method: str) -> bool:
         """Whether a row learns across domains, rather than from the target's labels."""
@@ -65,43 +100,75 @@ def study(config: DomainStudyConfig) -> Path:
     """Compares methods across domains, and says which helped, which hurt, and which would have been chosen."""
     if config.baseline not in config.methods:
         raise ConfigError(f"`baseline` {config.baseline!r} is none of the methods: {', '.join(config.methods)}.")
-    for target in config.targets:
-        for method in config.methods:  # all of them before the first trains
-            load("finetune", FinetuneConfig, config.overrides(method, target))
+    if not config.is_candidate(config.baseline):
+        raise ConfigError(
+            f"`baseline` {config.baseline!r} has no `domain=`: take a row that learns without the target's labels."
+        )
+    for shift in config.shifts():
+        for method in shift.methods:  # all of them before the first trains
+            load("finetune", FinetuneConfig, config.overrides(method, shift, 0))
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
         cells = {
-            target: {method: [trained(run.path, [target, method], config.overrides(method, target), seed)
-                              for seed in range(config.seeds)] for method in config.methods}
-            for target in config.targets
+            shift.name: {method: [trained(run.path, [shift.name, method], config.overrides(method, shift, seed), seed)
+                                  for seed in range(config.seeds)] for method in shift.methods}
+            for shift in config.shifts()
         }  # fmt: skip
-        for target in config.targets:
-            title = f"{config.source} → {target}: accuracy (%), {config.seeds} seed(s)"
-            print_table(title, *tabulate(cells[target], config))
-            _draw_map(config, run.path, target, cells[target])
+        for shift in config.shifts():
+            title = f"{config.source} → {shift.name}: accuracy (%), {config.seeds} seed(s)"
+            print_table(title, *tabulate(cells[shift.name], config))
+            _draw_map(config, run.path, shift, cells[shift.name])
+        told = sentences(cells, config)
+        console().print("\n".join(told))
         write_domain_json(
-            run.path, [(m, config.source, t, found) for t, rows in cells.items() for m, found in rows.items()]
+            run.path, [(m, config.source, name, found) for name, rows in cells.items() for m, found in rows.items()]
         )
-        write_text_atomic(run.path / "study.json", json.dumps({"select": config.select, "figures": cells}, indent=1))
+        record = {"select": config.select, "figures": cells, "conclusion": told}
+        write_text_atomic(run.path / "study.json", json.dumps(record, indent=1))
         console().print(
             f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
         )
         return run.path
 
 
-def _draw_map(config: DomainStudyConfig, folder: Path, target: str, rows: dict[str, list[Figures]]) -> None:
+def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyConfig) -> list[str]:
+    """On each shift which methods helped, hurt, or neither; of a control also whether it came out as it must."""
+    told = []
+    for shift in config.shifts():
+        rows = cells[shift.name]
+        base = [figures["accuracy"] for figures in rows[config.baseline]]
+        verdicts = {
+            name: against([figures["accuracy"] for figures in rows[name]], base)[1]
+            for name in shift.methods
+            if name != config.baseline and config.is_candidate(name)
+        }
+        groups = {verdict: [n for n, own in verdicts.items() if own == verdict] for verdict in VERDICTS}
+        found = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names)
+        kind = "" if shift.control is None else "control, "
+        alarm = (
+            ""
+            if shift.control is None or not groups["helps"]
+            else ". Nothing could be learned there: such a gain is chance or a leak"
+        )
+        told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
+    return told
+
+
+def _draw_map(config: DomainStudyConfig, folder: Path, shift: Shift, rows: dict[str, list[Figures]]) -> None:
     """Saves the first seed's map of a shift: the baseline, which knew nothing of the target, and each method after it."""
     panels = {}
     for method in sorted(filter(config.is_candidate, rows), key=lambda name: name != config.baseline):
-        run = place_of(folder, [target, method, 0])
+        run = place_of(folder, [shift.name, method, 0])
         if not (run / "model.safetensors").is_file():
-            console().print(f"no map of {config.source} → {target}: {run} holds no model any more")
+            console().print(f"no map of {config.source} → {shift.name}: {run} holds no model any more")
             return
         figures = rows[method][0]
         distance = f", A-distance {figures[_DISTANCE]:.2f}" if _DISTANCE in figures else ""
-        panels[f"{method}\n{100 * figures['accuracy']:.1f} %{distance}"] = spots(run, config.overrides(method, target))
+        panels[f"{method}\n{100 * figures['accuracy']:.1f} %{distance}"] = spots(
+            run, config.overrides(method, shift, 0)
+        )
     if panels:
-        file = place_of(folder, ["map", target]).name + ".png"
-        draw(f"{config.source} → {target}: held-out images, two principal components", panels, folder / file)
+        file = place_of(folder, ["map", shift.name]).name + ".png"
+        draw(f"{config.source} → {shift.name}: held-out images, two principal components", panels, folder / file)
 
 
 def chosen(rows: dict[str, Figures], figure: str) -> str:

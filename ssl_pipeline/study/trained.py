@@ -15,6 +15,7 @@ from ssl_pipeline.track.progress import console
 from ssl_pipeline.track.run import write_text_atomic
 
 Figures = dict[str, float]
+VERDICTS = ("helps", "no gain beyond chance", "hurts", "one seed")
 
 
 def place_of(folder: Path, words: Sequence[object]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.stage_two import domain_table
-from ssl_pipeline.study.domain import DomainStudyConfig, chosen, study, tabulate
+from ssl_pipeline.study.domain import DomainStudyConfig, chosen, sentences, study, tabulate
 from tests.report_page import Page, blind
 
 COMMON = [
@@ -91,7 +92,7 @@ def test_the_configuration_that_comes_along_is_whole() -> None:
     config = load("study_domain", DomainStudyConfig)
     assert config.baseline in config.methods
     for method in config.methods:
-        load("finetune", FinetuneConfig, config.overrides(method, "edges"))
+        load("finetune", FinetuneConfig, config.overrides(method, config.shifts()[1], 0))
 
 
 def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
@@ -100,3 +101,33 @@ def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`domain=dan`"):
         study(tiny(tmp_path / "study", methods=ROWS | {"AdaBN": ["domain=dan"]}))
     assert not (tmp_path / "study").exists()
+
+
+def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path) -> None:
+    config = tiny(tmp_path, controls=True, seeds=2)
+    names = ["edges", "no shift", "edges as noise", "edges as shuffled"]
+    assert [shift.name for shift in config.shifts()] == names
+    assert config.shifts()[2].methods == ["source only", "AdaBN"]
+    for shift in config.shifts()[1:]:
+        found = load("finetune", FinetuneConfig, config.overrides("AdaBN", shift, 0)).domain
+        assert found is not None
+        assert found.control == shift.control
+    base = [{"accuracy": 0.5}, {"accuracy": 0.52}]
+    gain = [{"accuracy": 0.6}, {"accuracy": 0.621}]
+    cells = {name: {"source only": base, "AdaBN": gain if "noise" in name else base, "bound": gain} for name in names}
+    told = sentences(cells, config)
+    assert told[0] == "original → edges: no gain beyond chance: AdaBN."
+    assert told[2].startswith("control, original → edges as noise: helps: AdaBN. Nothing could be learned there")
+    assert len(told) == 4
+
+
+def test_a_study_with_controls_runs(tmp_path: Path) -> None:
+    rows = {"source only": ["domain=source_only"]}
+    folder = study(tiny(tmp_path / "study", controls=True, methods=rows))
+    figures = json.loads((folder / "study.json").read_text())["figures"]
+    assert list(figures) == ["edges", "no shift", "edges as noise", "edges as shuffled"]
+    noise, real = figures["edges as noise"]["source only"][0], figures["edges"]["source only"][0]
+    assert noise["accuracy"] == real["accuracy"]  # it never sees the target, and is measured on the real one
+    assert (
+        figures["no shift"]["source only"][0]["accuracy"] == figures["no shift"]["source only"][0]["accuracy/original"]
+    )
