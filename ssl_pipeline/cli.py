@@ -28,6 +28,10 @@ VERBS = {
         "ssl_pipeline.study.leave_one_out",
         "which method generalizes? each domain left out once, the worst beside the mean",
     ),
+    "study open_set": (
+        "ssl_pipeline.study.open_set",
+        "how well are classes that were never taught found? over draws of the known ones",
+    ),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
     "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
     "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),

@@ -164,7 +164,7 @@ def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
             problems.append(
                 f"`domain.{key}`: {pool.name} has no training image of {', '.join(map(repr, absent))}. Its domains: {', '.join(present)}."
             )
-    if not config.target:
+    if not config.target and config.control != "no_shift":
         problems.append(f"`domain.target` is required: one or more of {', '.join(present)}.")
     sources = list(config.source) if config.source is not None else [n for n in present if n not in config.target]
     both = [name for name in sources if name in config.target]

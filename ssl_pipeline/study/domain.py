@@ -85,7 +85,9 @@ class DomainStudyConfig(Strict):
         own = [text.replace("{source}", self.source).replace("{target}", shift.target)
                for text in (*self.common, *self.methods[method])]  # fmt: skip
         sides = (
-            [f"domain.source=[{self.source}]", f"domain.target=[{shift.target}]"] if self.is_candidate(method) else []
+            [f"domain.source={json.dumps([self.source])}", f"domain.target={json.dumps([shift.target])}"]
+            if self.is_candidate(method)
+            else []
         )
         control = [f"domain.control={shift.control}"] if shift.control else []
         encoder = [f"encoder={self.encoder.replace('{seed}', str(seed))}"] if self.encoder else []
@@ -116,7 +118,8 @@ def study(config: DomainStudyConfig) -> Path:
         for shift in config.shifts():
             title = f"{config.source} → {shift.name}: accuracy (%), {config.seeds} seed(s)"
             print_table(title, *tabulate(cells[shift.name], config))
-            _draw_map(config, run.path, shift, cells[shift.name])
+            if shift.control is None:
+                _draw_map(config, run.path, shift, cells[shift.name])
         told = sentences(cells, config)
         console().print("\n".join(told))
         write_domain_json(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.evaluate.interval import paired_difference
+from ssl_pipeline.evaluate.interval import Interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.track.progress import console
 from ssl_pipeline.track.run import write_text_atomic
@@ -59,11 +59,13 @@ def write_domain_json(folder: Path, rows: Sequence[tuple[str, str, str, Sequence
 def against(values: list[float], base: list[float]) -> list[str]:
     """The paired difference from a baseline, in points, and what to make of it."""
     difference = paired_difference(values, base)
-    verdict = "no gain beyond chance"
+    return [difference.percent(signed=True), verdict(difference)]
+
+
+def verdict(difference: Interval) -> str:
+    """One of ``VERDICTS``: no gain means that the interval contains 0."""
     if difference.half == float("inf"):
-        verdict = "one seed"
-    elif difference.low > 0:
-        verdict = "helps"
-    elif difference.mean + difference.half < 0:
-        verdict = "hurts"
-    return [difference.percent(signed=True), verdict]
+        return "one seed"
+    if difference.low > 0:
+        return "helps"
+    return "hurts" if difference.mean + difference.half < 0 else "no gain beyond chance"
