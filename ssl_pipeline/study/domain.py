@@ -10,11 +10,10 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
-from ssl_pipeline.config.command import load, run_command
+from ssl_pipeline.config.command import run_command
 from ssl_pipeline.evaluate.interval import interval
-from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.study.domain_map import draw, spots
-from ssl_pipeline.study.trained import VERDICTS, Figures, against, place_of, trained, write_domain_json
+from ssl_pipeline.study.trained import VERDICTS, Figures, against, checked, place_of, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
@@ -44,7 +43,8 @@ class DomainStudyConfig(Strict):
 
     Attributes:
         encoder: a stage-one run's folder, in which ``{seed}`` stands for the seed; null where ``common`` starts from random weights.
-        common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains.
+        common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains, and
+            ``{seed}`` for the seed.
         source: the domain with labels.
         targets: each is a shift of its own.
         methods: per row its own overrides; one without ``domain=`` is a bound that is no candidate for a choice.
@@ -82,16 +82,18 @@ class DomainStudyConfig(Strict):
 
     def overrides(self, method: str, shift: Shift, seed: int) -> list[str]:
         """Those of a row on a shift."""
-        own = [text.replace("{source}", self.source).replace("{target}", shift.target)
-               for text in (*self.common, *self.methods[method])]  # fmt: skip
+        encoder = [f'encoder="{self.encoder}"'] if self.encoder else []
+        stands_for = {"{source}": self.source, "{target}": shift.target, "{seed}": str(seed)}
+        own = [*encoder, *self.common, *self.methods[method]]
+        for name, value in stands_for.items():
+            own = [text.replace(name, value) for text in own]
         sides = (
             [f"domain.source={json.dumps([self.source])}", f"domain.target={json.dumps([shift.target])}"]
             if self.is_candidate(method)
             else []
         )
         control = [f"domain.control={shift.control}"] if shift.control else []
-        encoder = [f"encoder={self.encoder.replace('{seed}', str(seed))}"] if self.encoder else []
-        return [*encoder, *own, *sides, *control]
+        return [*own, *sides, *control]
 
     def is_candidate(self, method: str) -> bool:
         """Whether a row learns across domains, rather than from the target's labels."""
@@ -108,7 +110,7 @@ def study(config: DomainStudyConfig) -> Path:
         )
     for shift in config.shifts():
         for method in shift.methods:  # all of them before the first trains
-            load("finetune", FinetuneConfig, config.overrides(method, shift, 0))
+            checked(config.overrides(method, shift, 0))
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
         cells = {
             shift.name: {method: [trained(run.path, [shift.name, method], config.overrides(method, shift, seed), seed)

@@ -11,10 +11,9 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
-from ssl_pipeline.config.command import load, run_command
+from ssl_pipeline.config.command import run_command
 from ssl_pipeline.evaluate.interval import interval
-from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.study.trained import Figures, against, trained, write_domain_json
+from ssl_pipeline.study.trained import Figures, against, checked, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
@@ -49,7 +48,7 @@ class LeaveOneOutConfig(Strict):
     def overrides(self, method: str, left_out: str, seed: int) -> list[str]:
         """Those of a row that has never seen a domain."""
         sources = [name for name in self.domains if name != left_out]
-        encoder = [f"encoder={self.encoder.replace('{seed}', str(seed))}"] if self.encoder else []
+        encoder = [f'encoder="{self.encoder}"'.replace("{seed}", str(seed))] if self.encoder else []
         sides = [f"domain.source={json.dumps(sources)}", f"domain.target={json.dumps([left_out])}"]
         return [*encoder, *self.common, *self.methods[method], *sides]
 
@@ -65,7 +64,7 @@ def study(config: LeaveOneOutConfig) -> Path:
         )
     for left_out in config.domains:
         for method in config.methods:  # all of them before the first trains
-            load("finetune", FinetuneConfig, config.overrides(method, left_out, 0))
+            checked(config.overrides(method, left_out, 0))
     with open_run(config.output, "study-leave-one-out", config.resume, dump(config)) as run:
         cells: Cells = {
             method: {name: [trained(run.path, [name, method], config.overrides(method, name, seed), seed)

@@ -14,7 +14,7 @@ from ssl_pipeline.domain.open_set import SCORES
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.study.trained import Figures, trained, verdict
+from ssl_pipeline.study.trained import Figures, checked, trained, verdict
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
@@ -48,7 +48,7 @@ class OpenSetConfig(Strict):
 
     def overrides(self, row: str, known: list[str], split: int) -> list[str]:
         """Those of a row on a split."""
-        encoder = [f"encoder={self.encoder.replace('{split}', str(split))}"] if self.encoder else []
+        encoder = [f'encoder="{self.encoder}"'.replace("{split}", str(split))] if self.encoder else []
         target = "domain.control=no_shift" if self.target is None else f"domain.target={json.dumps([self.target])}"
         sides = [f"domain.source={json.dumps([self.source])}", target, f"domain.known={json.dumps(known)}"]
         return [*encoder, *self.common, *self.rows[row], *sides]
@@ -71,7 +71,7 @@ def study(config: OpenSetConfig) -> Path:
         )
     taught = [known_classes(classes, config.known, split) for split in range(config.splits)]
     for row in config.rows:  # all of them before the first trains
-        load("finetune", FinetuneConfig, config.overrides(row, taught[0], 0))
+        checked(config.overrides(row, taught[0], 0))
     with open_run(config.output, "study-open-set", config.resume, dump(config)) as run:
         cells = {
             row: [trained(run.path, [row, "split"], config.overrides(row, taught[split], split), split)

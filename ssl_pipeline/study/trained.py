@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluate.interval import Interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig, finetune
@@ -21,6 +22,21 @@ VERDICTS = ("helps", "no gain beyond chance", "hurts", "one seed")
 def place_of(folder: Path, words: Sequence[object]) -> Path:
     """The run's folder of a training; its figures are beside it, with the ending ``.json``."""
     return folder / "cells" / re.sub(r"[^a-z0-9]+", "_", " ".join(map(str, words)).lower())
+
+
+def checked(overrides: Sequence[str]) -> FinetuneConfig:
+    """A row's configuration.
+
+    Raises:
+        ConfigError: it can't be read, or starts from an encoder that nobody gave.
+    """
+    config = load("finetune", FinetuneConfig, overrides)
+    if config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
+        raise ConfigError(
+            f"`encoder` is required: a row is of regime {config.regime.name}, which starts from pretrained weights. Give the folder "
+            "of a stage-one run."
+        )
+    return config
 
 
 def trained(folder: Path, words: Sequence[object], overrides: Sequence[str], seed: int) -> Figures:

@@ -11,14 +11,17 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.compose import choices
 from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.stage_two import domain_table
 from ssl_pipeline.study.domain import DomainStudyConfig, chosen, sentences, study, tabulate
 from tests.report_page import Page, blind
+from tests.runs import tiny_pretrain
 
 COMMON = [
     "data=fashion_domains", "data.dev=4000", "split=dev", "regime=scratch", "regime.length=2 steps", "regime.least_steps=0",
@@ -88,11 +91,32 @@ def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path)
         chosen({"a": {}}, "source_validation")
 
 
-def test_the_configuration_that_comes_along_is_whole() -> None:
-    config = load("study_domain", DomainStudyConfig)
+@pytest.mark.parametrize("compared", choices("compared"))
+def test_the_configurations_that_come_along_are_whole(compared: str) -> None:
+    config = load("study_domain", DomainStudyConfig, [f"compared={compared}", 'encoder="runs/union-{seed}"'])
     assert config.baseline in config.methods
     for method in config.methods:
-        load("finetune", FinetuneConfig, config.overrides(method, config.shifts()[1], 0))
+        found = load("finetune", FinetuneConfig, config.overrides(method, config.shifts()[1], 2))
+        assert found.encoder == "runs/union-2"
+        assert found.data.name == "fashion_domains"
+
+
+def test_pretraining_is_compared_with_the_same_network_from_scratch(tmp_path: Path) -> None:
+    pretrain(tiny_pretrain(tmp_path / "seed-0", "data=fashion_domains", "data.domains=[original,edges]", "steps=2"))
+    words = [
+        "compared=pretraining", f"output={tmp_path / 'study'}", "targets=[edges]", "seeds=1",
+        f'encoder="{tmp_path}/seed-{{seed}}"',
+    ]  # fmt: skip
+    short = [
+        "labels.per_class=10", "data.dev=4000", "split=dev", "regime.length=2 steps", "regime.least_steps=0",
+    ]  # fmt: skip
+    config = load("study_domain", DomainStudyConfig, words)
+    folder = study(config.model_copy(update={"common": (*config.common, *short)}))
+    figures = json.loads((folder / "study.json").read_text())["figures"]
+    assert set(figures["edges"]) == {"scratch", "pretrained, LP-FT"}
+    nobody = load("study_domain", DomainStudyConfig, ["compared=pretraining"])
+    with pytest.raises(ConfigError, match="`encoder` is required: a row is of regime lp_ft"):
+        study(nobody)
 
 
 def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:

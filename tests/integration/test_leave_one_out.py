@@ -57,7 +57,7 @@ def test_the_configuration_that_comes_along_leaves_out_all_four() -> None:
         assert found.source == ("original", "textured", "inverted")
         assert found.target == ("edges",)
     named = config.model_copy(update={"encoder": "runs/seed-{seed}"}).overrides("ERM", "edges", 2)
-    assert named[0] == "encoder=runs/seed-2"
+    assert named[0] == 'encoder="runs/seed-2"'
 
 
 def test_one_domain_alone_is_told(tmp_path: Path) -> None:
