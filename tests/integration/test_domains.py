@@ -202,6 +202,17 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_view_that_is_the_shift_is_refused(tmp_path: Path) -> None:
+    inverted = ["domain=source_only", "domain.target=[inverted]", "views.solarise=0.2"]
+    with pytest.raises(ConfigError, match=r"`views.solarise` inverts images, and that is what the domain inverted is"):
+        tiny(tmp_path / "run", *inverted)
+    tiny(tmp_path / "edges", *inverted[::2], "domain.target=[edges]")
+    data, second = Config(name="fashion_domains", domains=("original",)), ["views.second.solarise=0.2"]
+    assert data.shown_by_views(tiny_pretrain(None, *second).views.each(), data.open("dev").absent_domains)
+    assert not data.shown_by_views(tiny_pretrain(None, *second).views.each(), ["edges"])
+    assert not data.shown_by_views(tiny_pretrain(None).views.each(), data.open("dev").absent_domains)
+
+
 def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) -> None:
     known = "domain.known=[Trouser,Dress,Sandal,Bag]"
     figures = tiny(
