@@ -24,6 +24,14 @@ VERBS = {
         "ssl_pipeline.study.domain",
         "which method helps across domains? each on each shift, in one table",
     ),
+    "study leave_one_out": (
+        "ssl_pipeline.study.leave_one_out",
+        "which method generalizes? each domain left out once, the worst beside the mean",
+    ),
+    "study open_set": (
+        "ssl_pipeline.study.open_set",
+        "how well are classes that were never taught found? over draws of the known ones",
+    ),
     "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
     "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
     "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),
@@ -43,7 +51,7 @@ def main() -> None:
     """The command line's entry."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h", "help"):
-        lines = [f"  {name:<12} {text}" for name, (_, text) in VERBS.items()]
+        lines = [f"  {name:<20} {text}" for name, (_, text) in VERBS.items()]
         sys.stdout.write(
             "\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""])
         )
@@ -54,9 +62,8 @@ def main() -> None:
         sys.stderr.write(f"{verb!r} is not a verb of ssl-pipeline. {hint}\n")
         raise SystemExit(2)
     del sys.argv[1]
-    if (verb, *sys.argv[1:2]) == ("study", "domain"):
-        verb = "study domain"
-        del sys.argv[1]
+    if " ".join([verb, *sys.argv[1:2]]) in VERBS:  # of two words, such as `study domain`
+        verb = f"{verb} {sys.argv.pop(1)}"
     run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
     try:
         run()

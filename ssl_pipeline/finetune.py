@@ -112,6 +112,9 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     problems += config.downstream.check_views(config.views)
     problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
+    problems += (
+        config.data.shown_by_views(config.views.each(), config.domain.target) if config.domain is not None else []
+    )
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if config.views.local.count:

@@ -156,6 +156,8 @@ def pretrain(config: PretrainConfig) -> Path:
     train, dev = open_training(config.data), config.data.open("dev")
     check(config, train, share.processes)
     views_config, notes = config.views.for_channels(train.channels)
+    if isinstance(train, Indexed):
+        notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
 
     torch.manual_seed(derive_seed(config.seed, "initialisation"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
 from ssl_pipeline.data.files import Files
+from ssl_pipeline.views.config import ViewConfig
 
 Split = Literal["train", "dev", "test"]
 _log = logging.getLogger("ssl_pipeline")
@@ -56,6 +57,12 @@ class Indexed(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """How many samples there are."""
+
+    @property
+    def absent_domains(self) -> list[str]:
+        """The names of the domains that no sample is from."""
+        present = set() if self.domains is None else set(self.domains.tolist())
+        return [name for number, name in enumerate(self.domain_names or ()) if number not in present]
 
     @abstractmethod
     def open_image(self, index: int) -> Image.Image:
@@ -308,3 +315,13 @@ class SourceConfig(ComponentConfig, ABC):
 
         ``dev`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
         """
+
+    def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
+        """Views that show domains which are not to be seen, as sentences that say so; by default none is known to.
+
+        Args:
+            views: the policy of every view.
+            hidden: the domains' names.
+        """
+        del views, hidden
+        return []

@@ -10,7 +10,9 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.splits import draw_labels
+from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.domain.controls import stand_in
+from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.open_set import open_set_figures
 from ssl_pipeline.domain.selection import unlabelled_figures
@@ -60,16 +62,18 @@ class Across:
         both = self._pool.select(torch.cat([self._taught, self._hidden[drawn]]))
         return _renumbered(both, self._known)
 
+    @torch.no_grad()
     def evaluate(
         self, classifier: Classification, learned: Labelled, preprocessing: Preprocessing, share: Share
     ) -> dict[str, float]:
         """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
 
-        Beside it what needs no label of the target (``domain.selection``), and with ``known`` how well unknown classes are found
-        (``domain.open_set``).
+        Beside it what needs no label of the target (``domain.selection``), how far source and target are apart
+        (``domain.distance``), and with ``known`` how well unknown classes are found (``domain.open_set``).
         """
-        logits = {name: extract(classifier, images, preprocessing, share, forward=classifier.predict)
-                  for name, images in self.measured.items()}  # fmt: skip
+        features = {name: extract(classifier, images, preprocessing, share, forward=classifier.neck_features)
+                    for name, images in self.measured.items()}  # fmt: skip
+        logits = {name: classifier.of_features(rows.to(share.device)).float().cpu() for name, rows in features.items()}
         labels = {name: _labels(images) for name, images in self.measured.items()}
         predictions = torch.cat([logits[name] for name in self.targets])
         truth = torch.cat([labels[name] for name in self.targets])
@@ -82,6 +86,7 @@ class Across:
         classes = self.source.classes or ()
         figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
         figures |= unlabelled_figures(classifier, self.target, learned.validation, preprocessing, share)
+        figures |= self._distance(features)
         if self.unknown is not None:
             figures |= open_set_figures(
                 classifier,
@@ -94,6 +99,14 @@ class Across:
                 share,
             )
         return figures
+
+    def _distance(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """Of the source's held-out images from the target's; nothing where either has none to compare."""
+        sides = [[rows for name, rows in features.items() if (name in self.targets) == is_target]
+                 for is_target in (False, True)]  # fmt: skip
+        if any(sum(map(len, side)) < 2 for side in sides):
+            return {}
+        return {"label_free/proxy_a_distance": proxy_a_distance(*(torch.cat(side) for side in sides))}
 
 
 def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None) -> Across:
@@ -119,16 +132,23 @@ def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None)
         )
     known = _known(config, pool)
     of_source, of_target = _in(pool, sources), _in(pool, targets)
-    labels = pool.labels[of_source]
     unlabelled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
     if unlabelled:
         raise ConfigError(f"`domain.source`: no image of {', '.join(unlabelled)} has a label to learn from.")
-    taught = of_source[torch.isin(labels, known)]
+    if config.control == "no_shift":
+        labels = pool.labels[of_source]
+        rest, held = hold_out(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
+        of_source, of_target, targets = of_source[rest], of_source[held], sources
+    taught = of_source[torch.isin(pool.labels[of_source], known)]
     source = _renumbered(pool.select(taught), known)
     target = pool.select(of_target)
     target.labels = target.classes = None
+    if config.control in ("noise", "shuffled"):
+        target = stand_in(config.control, target)
     hidden = of_target[torch.isin(pool.labels[of_target], known)]
-    measured, unknown = _measured(config, held_out, [*targets, *sources], targets, known, _labels(source))
+    measured, unknown = _measured(
+        config, held_out, list(dict.fromkeys([*targets, *sources])), targets, known, _labels(source)
+    )
     return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known)
 
 
@@ -144,7 +164,7 @@ def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
             problems.append(
                 f"`domain.{key}`: {pool.name} has no training image of {', '.join(map(repr, absent))}. Its domains: {', '.join(present)}."
             )
-    if not config.target:
+    if not config.target and config.control != "no_shift":
         problems.append(f"`domain.target` is required: one or more of {', '.join(present)}.")
     sources = list(config.source) if config.source is not None else [n for n in present if n not in config.target]
     both = [name for name in sources if name in config.target]

@@ -14,6 +14,7 @@ from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.domain.controls import Control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
@@ -29,6 +30,9 @@ class MethodConfig(ComponentConfig, ABC):
         target: the domains that it is for. Their labels, where there are some, are for the final figures alone.
         target_labels: labels of each class in the target that may be learned from after all (semi-supervised): they join the
             source's.
+        control: what the target's training images are instead, to see whether a method gains where it can't: ``no_shift`` takes a
+            half of the source's (the other half teaches, and the source is measured), ``noise`` and ``shuffled`` pixels take
+            their places while the real target is measured. Null: what they are.
         known: the classes to learn; images of other classes are left out of the source, and unknown in the target. Null: all.
         phases: the trainings, one after the other: ``source`` sees labelled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
@@ -42,6 +46,7 @@ class MethodConfig(ComponentConfig, ABC):
     source: tuple[str, ...] | None = None
     target: tuple[str, ...] = Field((), validate_default=False)
     target_labels: int = Field(0, ge=0)
+    control: Control | None = None
     known: tuple[str, ...] | None = None
 
     @property
@@ -57,6 +62,11 @@ class MethodConfig(ComponentConfig, ABC):
         if regime == "frozen" and not self.fits_bare_encoder:
             problems.append(
                 f"`domain={self.name}` moves the encoder, and regime `frozen` trains the head alone: take another regime."
+            )
+        if self.control is not None and self.target_labels:
+            problems.append(
+                f"`domain.control={self.control}` hides the target, and `domain.target_labels` teaches {self.target_labels} of "
+                "its labels a class: take one of them."
             )
         return problems
 

@@ -14,6 +14,8 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.evaluate.features import extract
 
+SCORES = ("msp", "max_logit", "energy", "knn")
+
 
 def neighbour_score(features: Tensor, taught: Tensor, k: int = 10) -> Tensor:
     """Minus the distance to the k-th nearest training image, on unit rows (Sun et al. 2022).
@@ -43,12 +45,8 @@ def scores(logits: Tensor, features: Tensor, taught: Tensor) -> dict[str, Tensor
         features: shape (N, D).
         taught: features of the training images, shape (M, D).
     """
-    return {
-        "msp": logits.softmax(1).amax(1),
-        "max_logit": logits.amax(1),
-        "energy": logits.logsumexp(1),
-        "knn": neighbour_score(features, taught),
-    }
+    found = logits.softmax(1).amax(1), logits.amax(1), logits.logsumexp(1), neighbour_score(features, taught)
+    return dict(zip(SCORES, found, strict=True))
 
 
 def _shares_below(values: Tensor, others: Tensor) -> Tensor:

@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
-from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.evaluate.interval import interval, paired_difference
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.config.command import run_command
+from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.study.domain_map import draw, spots
+from ssl_pipeline.study.trained import VERDICTS, Figures, against, checked, place_of, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import open_run, write_text_atomic
 
-Figures = dict[str, float]
+_DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """From the source to a target.
+
+    Attributes:
+        name: for people.
+        target: the domain.
+        methods: those that are compared on it.
+        control: what stands for the target in training; see :class:`ssl_pipeline.domain.method.MethodConfig`.
+    """
+
+    name: str
+    target: str
+    methods: list[str]
+    control: str | None = None
 
 
 class DomainStudyConfig(Strict):
     """What is compared.
 
     Attributes:
-        encoder: a stage-one run's folder; null where ``common`` starts from random weights.
-        common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains.
+        encoder: a stage-one run's folder, in which ``{seed}`` stands for the seed; null where ``common`` starts from random weights.
+        common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains, and
+            ``{seed}`` for the seed.
         source: the domain with labels.
         targets: each is a shift of its own.
         methods: per row its own overrides; one without ``domain=`` is a bound that is no candidate for a choice.
         baseline: the row that the others are compared with.
         select: what chooses a row without the target's labels: its entropy, the density of its predictions (SND), or accuracy on
             labels held out of the source.
-        seeds: repeats, paired; stage one is shared.
+        controls: also where nothing can be gained: without a shift (the target is other images of the source), and with noise or
+            shuffled pixels in place of the target's training images.
+        seeds: repeats, paired; stage one is shared unless ``{seed}`` stands in ``encoder``.
         output: the study's folder.
         resume: ``auto`` goes on with the study in ``output``: what it has measured is not measured again.
     """
@@ -45,16 +65,35 @@ class DomainStudyConfig(Strict):
     methods: dict[str, list[str]] = Field(min_length=1)
     baseline: str
     select: Literal["entropy", "snd", "source_validation"] = "snd"
+    controls: bool = False
     seeds: int = Field(3, ge=1)
     output: str | None = None
     resume: Literal["no", "auto"] = "no"
 
-    def overrides(self, method: str, target: str) -> list[str]:
+    def shifts(self) -> list[Shift]:
+        """What every method is measured on."""
+        found = [Shift(target, target, list(self.methods)) for target in self.targets]
+        if self.controls:
+            methods = [name for name in self.methods if self.is_candidate(name)]
+            found.append(Shift("no shift", self.targets[0], methods, "no_shift"))
+            found += [Shift(f"{target} as {control}", target, methods, control)
+                      for target in self.targets for control in ("noise", "shuffled")]  # fmt: skip
+        return found
+
+    def overrides(self, method: str, shift: Shift, seed: int) -> list[str]:
         """Those of a row on a shift."""
-        own = [text.replace("{source}", self.source).replace("{target}", target)
-               for text in (*self.common, *self.methods[method])]  # fmt: skip
-        sides = [f"domain.source=[{self.source}]", f"domain.target=[{target}]"] if self.is_candidate(method) else []
-        return [*([f"encoder={self.encoder}"] if self.encoder else []), *own, *sides]
+        encoder = [f'encoder="{self.encoder}"'] if self.encoder else []
+        stands_for = {"{source}": self.source, "{target}": shift.target, "{seed}": str(seed)}
+        own = [*encoder, *self.common, *self.methods[method]]
+        for name, value in stands_for.items():
+            own = [text.replace(name, value) for text in own]
+        sides = (
+            [f"domain.source={json.dumps([self.source])}", f"domain.target={json.dumps([shift.target])}"]
+            if self.is_candidate(method)
+            else []
+        )
+        control = [f"domain.control={shift.control}"] if shift.control else []
+        return [*own, *sides, *control]
 
     def is_candidate(self, method: str) -> bool:
         """Whether a row learns across domains, rather than from the target's labels."""
@@ -65,36 +104,76 @@ def study(config: DomainStudyConfig) -> Path:
     """Compares methods across domains, and says which helped, which hurt, and which would have been chosen."""
     if config.baseline not in config.methods:
         raise ConfigError(f"`baseline` {config.baseline!r} is none of the methods: {', '.join(config.methods)}.")
-    for target in config.targets:
-        for method in config.methods:  # all of them before the first trains
-            load("finetune", FinetuneConfig, config.overrides(method, target))
+    if not config.is_candidate(config.baseline):
+        raise ConfigError(
+            f"`baseline` {config.baseline!r} has no `domain=`: take a row that learns without the target's labels."
+        )
+    for shift in config.shifts():
+        for method in shift.methods:  # all of them before the first trains
+            checked(config.overrides(method, shift, 0))
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
         cells = {
-            target: {method: [_cell(config, run.path / "cells", method, target, seed) for seed in range(config.seeds)]
-                     for method in config.methods}
-            for target in config.targets
+            shift.name: {method: [trained(run.path, [shift.name, method], config.overrides(method, shift, seed), seed)
+                                  for seed in range(config.seeds)] for method in shift.methods}
+            for shift in config.shifts()
         }  # fmt: skip
-        for target in config.targets:
-            title = f"{config.source} → {target}: accuracy (%), {config.seeds} seed(s)"
-            print_table(title, *tabulate(cells[target], config))
-        write_text_atomic(run.path / "study.json", json.dumps({"select": config.select, "figures": cells}, indent=1))
-        console().print(f"wrote {run.path / 'study.json'}, with all figures per domain and class")
+        for shift in config.shifts():
+            title = f"{config.source} → {shift.name}: accuracy (%), {config.seeds} seed(s)"
+            print_table(title, *tabulate(cells[shift.name], config))
+            if shift.control is None:
+                _draw_map(config, run.path, shift, cells[shift.name])
+        told = sentences(cells, config)
+        console().print("\n".join(told))
+        write_domain_json(
+            run.path, [(m, config.source, name, found) for name, rows in cells.items() for m, found in rows.items()]
+        )
+        record = {"select": config.select, "figures": cells, "conclusion": told}
+        write_text_atomic(run.path / "study.json", json.dumps(record, indent=1))
+        console().print(
+            f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
+        )
         return run.path
 
 
-def _cell(config: DomainStudyConfig, folder: Path, method: str, target: str, seed: int) -> Figures:
-    """One training's figures; read where they are there, else measured and written."""
-    name = re.sub(r"[^a-z0-9]+", "_", f"{target} {method} {seed}".lower())
-    record = folder / f"{name}.json"
-    if record.is_file():
-        found: Figures = json.loads(record.read_text())
-        return found
-    shutil.rmtree(folder / name, ignore_errors=True)  # of a study that was stopped in this cell
-    wanted = [*config.overrides(method, target), f"seed={seed}", "seeds=1", f"output={folder / name}"]
-    figures = finetune(load("finetune", FinetuneConfig, wanted)).figures[0]
-    write_text_atomic(record, json.dumps(figures, indent=1))
-    console().print(f"  {config.source} → {target}, {method}, seed {seed}: {100 * figures['accuracy']:.1f} %")
-    return figures
+def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyConfig) -> list[str]:
+    """On each shift which methods helped, hurt, or neither; of a control also whether it came out as it must."""
+    told = []
+    for shift in config.shifts():
+        rows = cells[shift.name]
+        base = [figures["accuracy"] for figures in rows[config.baseline]]
+        verdicts = {
+            name: against([figures["accuracy"] for figures in rows[name]], base)[1]
+            for name in shift.methods
+            if name != config.baseline and config.is_candidate(name)
+        }
+        groups = {verdict: [n for n, own in verdicts.items() if own == verdict] for verdict in VERDICTS}
+        found = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names)
+        kind = "" if shift.control is None else "control, "
+        alarm = (
+            ""
+            if shift.control is None or not groups["helps"]
+            else ". Nothing could be learned there: such a gain is chance or a leak"
+        )
+        told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
+    return told
+
+
+def _draw_map(config: DomainStudyConfig, folder: Path, shift: Shift, rows: dict[str, list[Figures]]) -> None:
+    """Saves the first seed's map of a shift: the baseline, which knew nothing of the target, and each method after it."""
+    panels = {}
+    for method in sorted(filter(config.is_candidate, rows), key=lambda name: name != config.baseline):
+        run = place_of(folder, [shift.name, method, 0])
+        if not (run / "model.safetensors").is_file():
+            console().print(f"no map of {config.source} → {shift.name}: {run} holds no model any more")
+            return
+        figures = rows[method][0]
+        distance = f", A-distance {figures[_DISTANCE]:.2f}" if _DISTANCE in figures else ""
+        panels[f"{method}\n{100 * figures['accuracy']:.1f} %{distance}"] = spots(
+            run, config.overrides(method, shift, 0)
+        )
+    if panels:
+        file = place_of(folder, ["map", shift.name]).name + ".png"
+        draw(f"{config.source} → {shift.name}: held-out images, two principal components", panels, folder / file)
 
 
 def chosen(rows: dict[str, Figures], figure: str) -> str:
@@ -121,32 +200,23 @@ def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple
     table = []
     for name, cells in rows.items():
         values = [figures["accuracy"] for figures in cells]
-        found = ["", ""] if name == config.baseline else _against(values, base)
+        found = ["", ""] if name == config.baseline else against(values, base)
         counts = [str(names.count(name)) if config.is_candidate(name) else "" for names in (picks, oracle)]
-        table.append([name, interval(values).percent(), *found, *counts])
+        distances = [figures[_DISTANCE] for figures in cells if _DISTANCE in figures]
+        apart = f"{interval(distances).mean:.2f}" if distances else ""
+        table.append([name, interval(values).percent(), *found, apart, *counts])
     for label, names in ((f"chosen by {config.select}", picks), ("chosen by the oracle", oracle)):
         values = [rows[name][seed]["accuracy"] for seed, name in enumerate(names)]
-        table.append([label, interval(values).percent(), *_against(values, base), "", ""])
+        table.append([label, interval(values).percent(), *against(values, base), "", "", ""])
     return [
         "method",
         "accuracy",
         f"against {config.baseline}",
         "",
+        "A-distance",
         f"chosen by {config.select}",
         "by the oracle",
     ], table
-
-
-def _against(values: list[float], base: list[float]) -> list[str]:
-    difference = paired_difference(values, base)
-    verdict = "no gain beyond chance"
-    if difference.half == float("inf"):
-        verdict = "one seed"
-    elif difference.low > 0:
-        verdict = "helps"
-    elif difference.mean + difference.half < 0:
-        verdict = "hurts"
-    return [difference.percent(signed=True), verdict]
 
 
 def main() -> None:

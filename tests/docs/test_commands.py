@@ -74,6 +74,7 @@ def check_verb(words: list[str], whole: bool) -> None:
         if len(words) == 1:
             assert words[0] in (*VERBS, "VERB"), f"there is no verb {words[0]!r}"
             return
+    words = [" ".join(words[:2]), *words[2:]] if " ".join(words[:2]) in VERBS else words
     verb = words[0]
     assert verb in VERBS, f"there is no verb {verb!r}"
     module = importlib.import_module(VERBS[verb][0])

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.compose import choices
+from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.study.domain import DomainStudyConfig, chosen, study, tabulate
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.read import read_runs
+from ssl_pipeline.report.stage_two import domain_table
+from ssl_pipeline.study.domain import DomainStudyConfig, chosen, sentences, study, tabulate
+from tests.report_page import Page, blind
+from tests.runs import tiny_pretrain
 
 COMMON = [
     "data=fashion_domains", "data.dev=4000", "split=dev", "regime=scratch", "regime.length=2 steps", "regime.least_steps=0",
@@ -37,10 +48,30 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
         measured.append(str(config.domain and config.domain.name))
         return finetune(config)
 
-    monkeypatch.setattr("ssl_pipeline.study.domain.finetune", counted)
+    monkeypatch.setattr("ssl_pipeline.study.trained.finetune", counted)
     study(tiny(tmp_path / "study", resume="auto"))
     assert measured == ["adabn"]
     assert (folder / "study.json").read_text() == first
+    with Image.open(folder / "map_edges.png") as picture:
+        assert picture.width > 300
+    run = read_runs([folder])[0]
+    table = domain_table(run)
+    assert table is not None
+    assert table.columns == ["method", "trained on", "edges"]
+    assert [row[:2] for row in table.rows] == [[name, "original"] for name in ROWS]
+    assert "domains" in Page(page([run], looking=blind)).ids()
+
+
+def test_domains_that_can_be_told_apart_are_far() -> None:
+    rows = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    near, far = rows[:200], rows[200:]
+    assert proxy_a_distance(near, far) < 0.4
+    assert proxy_a_distance(near, far + 8) == 2
+    assert proxy_a_distance(rows[:2], rows[2:4]) >= 0
+    half = torch.cat([far[:100], far[100:] + torch.tensor([20.0, 0, 0, 0, 0])])[
+        torch.arange(200).view(2, 100).T.flatten()
+    ]
+    assert proxy_a_distance(near, half) == pytest.approx(1, abs=0.3)  # half of them look like the others: ε = 1/4
 
 
 def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path) -> None:
@@ -60,11 +91,32 @@ def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path)
         chosen({"a": {}}, "source_validation")
 
 
-def test_the_configuration_that_comes_along_is_whole() -> None:
-    config = load("study_domain", DomainStudyConfig)
+@pytest.mark.parametrize("compared", choices("compared"))
+def test_the_configurations_that_come_along_are_whole(compared: str) -> None:
+    config = load("study_domain", DomainStudyConfig, [f"compared={compared}", 'encoder="runs/union-{seed}"'])
     assert config.baseline in config.methods
     for method in config.methods:
-        load("finetune", FinetuneConfig, config.overrides(method, "edges"))
+        found = load("finetune", FinetuneConfig, config.overrides(method, config.shifts()[1], 2))
+        assert found.encoder == "runs/union-2"
+        assert found.data.name == "fashion_domains"
+
+
+def test_pretraining_is_compared_with_the_same_network_from_scratch(tmp_path: Path) -> None:
+    pretrain(tiny_pretrain(tmp_path / "seed-0", "data=fashion_domains", "data.domains=[original,edges]", "steps=2"))
+    words = [
+        "compared=pretraining", f"output={tmp_path / 'study'}", "targets=[edges]", "seeds=1",
+        f'encoder="{tmp_path}/seed-{{seed}}"',
+    ]  # fmt: skip
+    short = [
+        "labels.per_class=10", "data.dev=4000", "split=dev", "regime.length=2 steps", "regime.least_steps=0",
+    ]  # fmt: skip
+    config = load("study_domain", DomainStudyConfig, words)
+    folder = study(config.model_copy(update={"common": (*config.common, *short)}))
+    figures = json.loads((folder / "study.json").read_text())["figures"]
+    assert set(figures["edges"]) == {"scratch", "pretrained, LP-FT"}
+    nobody = load("study_domain", DomainStudyConfig, ["compared=pretraining"])
+    with pytest.raises(ConfigError, match="`encoder` is required: a row is of regime lp_ft"):
+        study(nobody)
 
 
 def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
@@ -73,3 +125,33 @@ def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`domain=dan`"):
         study(tiny(tmp_path / "study", methods=ROWS | {"AdaBN": ["domain=dan"]}))
     assert not (tmp_path / "study").exists()
+
+
+def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path) -> None:
+    config = tiny(tmp_path, controls=True, seeds=2)
+    names = ["edges", "no shift", "edges as noise", "edges as shuffled"]
+    assert [shift.name for shift in config.shifts()] == names
+    assert config.shifts()[2].methods == ["source only", "AdaBN"]
+    for shift in config.shifts()[1:]:
+        found = load("finetune", FinetuneConfig, config.overrides("AdaBN", shift, 0)).domain
+        assert found is not None
+        assert found.control == shift.control
+    base = [{"accuracy": 0.5}, {"accuracy": 0.52}]
+    gain = [{"accuracy": 0.6}, {"accuracy": 0.621}]
+    cells = {name: {"source only": base, "AdaBN": gain if "noise" in name else base, "bound": gain} for name in names}
+    told = sentences(cells, config)
+    assert told[0] == "original → edges: no gain beyond chance: AdaBN."
+    assert told[2].startswith("control, original → edges as noise: helps: AdaBN. Nothing could be learned there")
+    assert len(told) == 4
+
+
+def test_a_study_with_controls_runs(tmp_path: Path) -> None:
+    rows = {"source only": ["domain=source_only"]}
+    folder = study(tiny(tmp_path / "study", controls=True, methods=rows))
+    figures = json.loads((folder / "study.json").read_text())["figures"]
+    assert list(figures) == ["edges", "no shift", "edges as noise", "edges as shuffled"]
+    noise, real = figures["edges as noise"]["source only"][0], figures["edges"]["source only"][0]
+    assert noise["accuracy"] == real["accuracy"]  # it never sees the target, and is measured on the real one
+    assert (
+        figures["no shift"]["source only"][0]["accuracy"] == figures["no shift"]["source only"][0]["accuracy/original"]
+    )

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
-from ssl_pipeline.data.source import ArraySource, Split
+from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
@@ -103,6 +105,51 @@ def test_unknown_classes_are_out_of_the_source_and_apart_in_the_target() -> None
     assert len(across.unknown) == 2
 
 
+def test_without_a_shift_the_target_is_the_sources_other_half() -> None:
+    across = split_domains(method(control="no_shift"), few(), few())
+    assert across.targets == ("photo",)
+    assert list(across.measured) == ["photo"]
+    assert across.target.labels is None
+    pool = few()
+    assert pool.pixels is not None
+    sides = [side.pixels for side in (across.source, across.target)]
+    assert sides[0] is not None
+    assert sides[1] is not None
+    both = torch.cat([sides[0], sides[1]]).flatten(1).tolist()
+    assert len(sides[0]) == 3
+    assert len(set(map(tuple, both))) == 6
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("control", ["noise", "shuffled"])
+def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_files: bool, tmp_path: Path) -> None:
+    pool = few()
+    if in_files:
+        for number in range(12):
+            pool.open_image(number).save(tmp_path / f"{number:02}.png")
+        files = FileSource("few", tmp_path, [f"{number:02}.png" for number in range(12)], 1, pool.labels, pool.classes)
+        files.domains, files.domain_names = pool.domains, pool.domain_names
+    images: Indexed = files if in_files else pool
+    plain = split_domains(method(), images, images).target
+    across = split_domains(method(control=control), images, images)
+
+    def values(source: Indexed, number: int) -> Tensor:
+        found: Tensor = pil_to_tensor(source.open_image(number))
+        return found
+
+    assert len(across.target) == len(plain)
+    for number in range(len(plain)):
+        real, found = values(plain, number), values(across.target, number)
+        assert not torch.equal(real, found)
+        same_colours = torch.equal(real.flatten().sort().values, found.flatten().sort().values)
+        assert same_colours == (control == "shuffled")
+    again = split_domains(method(control=control), images, images).target
+    assert torch.equal(values(again, 3), values(across.target, 3))
+    assert torch.equal(values(across.target.select(torch.tensor([3])), 0), values(across.target, 3))
+    assert torch.equal(values(across.measured["sketch"], 1), values(plain, 1))
+    assert across.target.labels is None
+
+
 @pytest.mark.parametrize(("keys", "sentence"), [
     ({"target": ["drawing"]}, r"`domain.target`: few has no training image of 'drawing'. Its domains: photo, sketch."),
     ({"source": ["painting"]}, r"`domain.source`: few has no training image of 'painting'"),
@@ -146,11 +193,24 @@ def test_classes_of_the_target_alone_are_told() -> None:
 def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`domain=dann` moves the encoder"):
         tiny(tmp_path / "run", "domain=dann", "regime=frozen", "initialisation=random")
+    with pytest.raises(ConfigError, match=r"hides the target, and `domain.target_labels` teaches 2"):
+        tiny(tmp_path / "run", "domain=dann", "domain.control=noise", "domain.target_labels=2")
     with pytest.raises(ConfigError, match="this is retrieval"):
         tiny(tmp_path / "run", "domain=source_only", "downstream=retrieval")
     with pytest.raises(ConfigError, match=r"`domain.name` is required"):
         tiny(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_view_that_is_the_shift_is_refused(tmp_path: Path) -> None:
+    inverted = ["domain=source_only", "domain.target=[inverted]", "views.solarise=0.2"]
+    with pytest.raises(ConfigError, match=r"`views.solarise` inverts images, and that is what the domain inverted is"):
+        tiny(tmp_path / "run", *inverted)
+    tiny(tmp_path / "edges", *inverted[::2], "domain.target=[edges]")
+    data, second = Config(name="fashion_domains", domains=("original",)), ["views.second.solarise=0.2"]
+    assert data.shown_by_views(tiny_pretrain(None, *second).views.each(), data.open("dev").absent_domains)
+    assert not data.shown_by_views(tiny_pretrain(None, *second).views.each(), ["edges"])
+    assert not data.shown_by_views(tiny_pretrain(None).views.each(), data.open("dev").absent_domains)
 
 
 def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) -> None:

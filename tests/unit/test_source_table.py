@@ -94,6 +94,24 @@ def test_the_tables_own_splits_are_taken(images: Path) -> None:
     assert len(opened(images / "two.csv")) == 8
 
 
+def test_domains_are_chosen_and_no_image_changes_its_split(images: Path) -> None:
+    write_csv(images / "t.csv", ROWS)
+    for split in ("train", "dev", "test"):
+        every = opened(images / "t.csv", split)
+        assert every.domains is not None
+        expected = [file for file, domain in zip(every.files, every.domains.tolist(), strict=True) if domain != 1]
+        chosen = opened(images / "t.csv", split, domains=("photo", "ink"))
+        assert list(chosen.files) == expected
+        assert chosen.domain_names == ("ink", "oil", "photo")
+        assert "oil" in chosen.absent_domains
+    unlabelled = opened(images / "t.csv", domains=("oil",), label_column=None)
+    assert [int(Path(file).stem) % 3 for file in unlabelled.files] == [2] * 10
+    with pytest.raises(ConfigError, match=r"has no training row of 'pencil'. Its domains: ink, oil, photo"):
+        opened(images / "t.csv", domains=("ink", "pencil"))
+    with pytest.raises(ConfigError, match=r"has no column of domains: set `data.domain_column`"):
+        opened(images / "t.csv", domains=("ink",), domain_column=None)
+
+
 def test_whole_numbers_are_in_their_order_and_may_be_missing(images: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"path": row["path"], "label": None if i < 4 else float(i % 12)} for i, row in enumerate(ROWS)]
     write_parquet(images / "t.parquet", rows)

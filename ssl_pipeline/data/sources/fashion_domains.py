@@ -6,7 +6,7 @@ They are synthetic: a rule makes them, and what helps across them need not help 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
 from ssl_pipeline.data.splits import hold_out
 from ssl_pipeline.draws import Draws, permutation
+from ssl_pipeline.views.config import ViewConfig
 
 _WAVES = 3
 _LICENCE = "MIT; the domains are synthetic, made by a rule"
@@ -105,6 +106,15 @@ class Config(SourceConfig):
         if not bool(wanted.any()):
             raise ConfigError("`data.imbalance` leaves no image: take a smaller ratio.")
         return every.select(wanted.nonzero()[:, 0])
+
+    def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
+        """Solarising inverts what is bright: it is the shift to ``inverted``."""
+        if "inverted" not in hidden or not any(view.solarise for view in views):
+            return []
+        return [
+            "`views.solarise` inverts images, and that is what the domain inverted is: training would be shown it, and a gain there "
+            "would mean nothing. Set it to 0 (also in `views.second` and `views.local`)."
+        ]
 
 
 def _thinned(source: ArraySource, domain: int, ratio: float) -> Tensor:

@@ -42,6 +42,7 @@ class Config(SourceConfig):
         target_columns: hold numbers beside an image: several labels of 0 and 1, or values to predict; an empty cell is not
             known. With them no label is read.
         domain_column: holds the domains' names; likewise.
+        domains: those to take; null takes all. An image is held out or not whichever are chosen.
         split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
         channels: 3 for RGB, 1 for grey.
         dev: the share of labelled training images that is held out for choices where the table names no such split.
@@ -56,6 +57,7 @@ class Config(SourceConfig):
     label_column: str | None = "auto"
     target_columns: tuple[str, ...] = ()
     domain_column: str | None = "auto"
+    domains: tuple[str, ...] | None = Field(None, min_length=1)
     split_column: str | None = "auto"
     channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
@@ -81,7 +83,7 @@ class Config(SourceConfig):
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
         if split == "train" or len(own) == 0:
             if rows.strata is None:
-                return self._source(rows, pool) if split == "train" else None
+                return self._source(rows, rows.of_domains(pool, self)) if split == "train" else None
             named = {part: len(rows.of(part)) > 0 for part in ("test", "dev")}
             shares = share_out(
                 rows.strata[pool], None if named["test"] else self.test, None if named["dev"] else self.dev, "table"
@@ -89,7 +91,8 @@ class Config(SourceConfig):
             own = pool[shares[split]]
         elif rows.strata is None:
             return None
-        return self._source(rows, own)
+        own = rows.of_domains(own, self)
+        return self._source(rows, own) if len(own) else None
 
     def _source(self, rows: _Rows, index: Tensor) -> Indexed:
         files = [rows.files[i] for i in index.tolist()]
@@ -137,6 +140,29 @@ class _Rows:
     def of(self, split: Split) -> Tensor:
         """The rows of a split, a sorted int64 index."""
         return torch.tensor([i for i, own in enumerate(self.splits) if own == split], dtype=torch.int64)
+
+    def of_domains(self, index: Tensor, config: Config) -> Tensor:
+        """Of some rows those of the chosen domains.
+
+        Raises:
+            ConfigError: a domain is in no training row, or there are none.
+        """
+        if config.domains is None:
+            return index
+        if self.domains is None or self.domain_names is None:
+            raise ConfigError(
+                f"`data.domains` is given, and {config.path!r} has no column of domains: set `data.domain_column`."
+            )
+        training = set(self.domains[self.of("train")].tolist())
+        known = [name for number, name in enumerate(self.domain_names) if number in training]
+        absent = [name for name in config.domains if name not in known]
+        if absent:
+            raise ConfigError(
+                f"`data.domains`: {config.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
+                f"{', '.join(known)}."
+            )
+        wanted = torch.tensor([self.domain_names.index(name) for name in config.domains])
+        return index[torch.isin(self.domains[index], wanted)]
 
 
 @lru_cache(maxsize=4)

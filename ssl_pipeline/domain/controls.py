@@ -1,0 +1,84 @@
+"""Targets from which nothing can be learned: what a method gains with them, it did not gain from the target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from ssl_pipeline.data.source import ArraySource, Indexed
+from ssl_pipeline.draws import derive_seed
+
+Control = Literal["no_shift", "noise", "shuffled"]
+
+
+def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Every value is drawn anew."""
+    return torch.randint(0, 256, image.shape, generator=generator, dtype=torch.uint8)
+
+
+def _shuffled(image: Tensor, generator: torch.Generator) -> Tensor:
+    """The pixels stand anywhere: the same colours, and no shape."""
+    order = torch.randperm(image.shape[1] * image.shape[2], generator=generator)
+    return image.flatten(1)[:, order].view_as(image)
+
+
+_STAND_INS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"noise": _noise, "shuffled": _shuffled}
+
+
+def stand_in(name: Control, images: Indexed) -> Indexed:
+    """As many images of the same sizes, the same at every call.
+
+    Args:
+        name: ``noise``, or ``shuffled``: the pixels of each image in another order.
+        images: what is stood in for.
+    """
+    if images.pixels is None:
+        return _StandIn(name, images)
+    changed = [_changed(name, number, image) for number, image in enumerate(images.pixels)]
+    return ArraySource(
+        images.name, torch.stack(changed), licence=images.licence, mean=images.mean, std=images.std, domains=images.domains,
+        domain_names=images.domain_names,
+    )  # fmt: skip
+
+
+def _changed(name: str, number: int, image: Tensor) -> Tensor:
+    """An image, uint8 of shape (C, H, W), changed by draws of its own."""
+    return _STAND_INS[name](image, torch.Generator().manual_seed(derive_seed("control", name, number)))
+
+
+class _StandIn(Indexed):
+    """For images in files: see :func:`stand_in`."""
+
+    def __init__(self, name: str, images: Indexed, numbers: Tensor | None = None) -> None:
+        self.name, self.channels, self.licence = images.name, images.channels, images.licence
+        self.domains, self.domain_names, self.bad_files = images.domains, images.domain_names, images.bad_files
+        self.mean, self.std = images.mean, images.std
+        self._how, self._images = name, images
+        self._numbers = torch.arange(len(images)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open_image(self, index: int) -> Image.Image:
+        """The changed image."""
+        image = pil_to_tensor(self._images.open_image(index))
+        changed: Image.Image = to_pil_image(_changed(self._how, int(self._numbers[index]), image))
+        return changed
+
+    def describe(self, index: int) -> str:
+        """The image that is stood in for."""
+        return self._images.describe(index)
+
+    def fingerprint(self) -> str:
+        """Of the images and of what became of them."""
+        return hashlib.blake2b(f"{self._how} {self._images.fingerprint()}".encode(), digest_size=16).hexdigest()
+
+    def select(self, index: Tensor) -> _StandIn:
+        """The chosen samples, as changed as before."""
+        return _StandIn(self._how, self._images.select(index), self._numbers[index])

@@ -1,0 +1,109 @@
+"""Which method generalizes to a domain that was never seen? Each domain is left out once, and all others are the sources."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.command import run_command
+from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.study.trained import Figures, against, checked, trained, write_domain_json
+from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.track.run import open_run, write_text_atomic
+
+Cells = dict[str, dict[str, list[Figures]]]
+
+
+class LeaveOneOutConfig(Strict):
+    """What is compared.
+
+    Attributes:
+        encoder: a stage-one run's folder, in which ``{seed}`` stands for the seed; null where ``common`` starts from random
+            weights. It must not have seen the domain that is left out, so it is of other images, or of none of these domains.
+        common: overrides of ``finetune.yaml`` for every row.
+        domains: two or more; each is left out once.
+        methods: per row its own overrides, such as ``[domain=mixstyle]``. The step that is kept and every setting are chosen by
+            labels held out of the sources (training-domain validation).
+        baseline: the row that the others are compared with.
+        seeds: repeats, paired.
+        output: the study's folder.
+        resume: ``auto`` goes on with the study in ``output``: what it has measured is not measured again.
+    """
+
+    encoder: str | None = None
+    common: tuple[str, ...] = ()
+    domains: tuple[str, ...]
+    methods: dict[str, list[str]] = Field(min_length=1)
+    baseline: str
+    seeds: int = Field(3, ge=1)
+    output: str | None = None
+    resume: Literal["no", "auto"] = "no"
+
+    def overrides(self, method: str, left_out: str, seed: int) -> list[str]:
+        """Those of a row that has never seen a domain."""
+        sources = [name for name in self.domains if name != left_out]
+        encoder = [f'encoder="{self.encoder}"'.replace("{seed}", str(seed))] if self.encoder else []
+        sides = [f"domain.source={json.dumps(sources)}", f"domain.target={json.dumps([left_out])}"]
+        return [*encoder, *self.common, *self.methods[method], *sides]
+
+
+def study(config: LeaveOneOutConfig) -> Path:
+    """Trains each method on all domains but one, for each of them, and measures it on that one; the worst beside the mean."""
+    if config.baseline not in config.methods:
+        raise ConfigError(f"`baseline` {config.baseline!r} is none of the methods: {', '.join(config.methods)}.")
+    if len(set(config.domains)) < max(2, len(config.domains)):
+        raise ConfigError(
+            f"`domains` is {', '.join(config.domains) or 'empty'}: name two or more different ones. With one left out, another "
+            "must be there to learn from."
+        )
+    for left_out in config.domains:
+        for method in config.methods:  # all of them before the first trains
+            checked(config.overrides(method, left_out, 0))
+    with open_run(config.output, "study-leave-one-out", config.resume, dump(config)) as run:
+        cells: Cells = {
+            method: {name: [trained(run.path, [name, method], config.overrides(method, name, seed), seed)
+                            for seed in range(config.seeds)] for name in config.domains}
+            for method in config.methods
+        }  # fmt: skip
+        title = f"accuracy (%) on the domain that was left out, {config.seeds} seed(s)"
+        print_table(title, *tabulate(cells, config.baseline))
+        write_text_atomic(
+            run.path / "study.json", json.dumps({"protocol": "leave one out", "figures": cells}, indent=1)
+        )
+        rows = [(method, "all others", name, found) for method, of in cells.items() for name, found in of.items()]
+        write_domain_json(run.path, rows)
+        console().print(f"wrote {run.path / 'study.json'} and domain.json")
+        return run.path
+
+
+def tabulate(cells: Cells, baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: accuracy on each domain, their mean and the worst, and the mean's paired difference from the baseline."""
+    domains = list(cells[baseline])
+    means = {method: _over_domains(of, statistics.fmean) for method, of in cells.items()}
+    table = []
+    for method, of in cells.items():
+        each = [interval([figures["accuracy"] for figures in of[name]]).percent() for name in domains]
+        worst = interval(_over_domains(of, min)).percent()
+        found = ["", ""] if method == baseline else against(means[method], means[baseline])
+        table.append([method, *each, interval(means[method]).percent(), worst, *found])
+    return ["method", *domains, "mean", "worst domain", f"mean against {baseline}", ""], table
+
+
+def _over_domains(of: dict[str, list[Figures]], fold: Callable[[list[float]], float]) -> list[float]:
+    """Per seed the mean, or the least, of the domains' accuracies."""
+    return [fold([figures["accuracy"] for figures in seed]) for seed in zip(*of.values(), strict=True)]
+
+
+def main() -> None:
+    """The command line."""
+    run_command("study_leave_one_out", LeaveOneOutConfig, study)
+
+
+if __name__ == "__main__":
+    main()

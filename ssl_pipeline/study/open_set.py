@@ -1,0 +1,130 @@
+"""How well are classes that were never taught told from known ones? Over several draws of the known classes, with a control."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.command import load, run_command
+from ssl_pipeline.domain.open_set import SCORES
+from ssl_pipeline.draws import permutation
+from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
+from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.study.trained import Figures, checked, trained, verdict
+from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.track.run import open_run, write_text_atomic
+
+
+class OpenSetConfig(Strict):
+    """What is compared.
+
+    Attributes:
+        encoder: a stage-one run's folder, in which ``{split}`` stands for the split; null where rows start from random weights.
+        common: overrides of ``finetune.yaml`` for every row.
+        source: the domain with labels.
+        target: the domain whose known and unknown images are told apart; null stays in the source, with images held out of it.
+        rows: by name their own overrides.
+        baseline: the control: a row without what the others learned, such as a frozen encoder of random weights.
+        known: how many classes are taught; the others are unknown.
+        splits: draws of the known classes; each has label draw, head and order of its own too.
+        output: the study's folder.
+        resume: ``auto`` goes on with the study in ``output``: what it has measured is not measured again.
+    """
+
+    encoder: str | None = None
+    common: tuple[str, ...] = ()
+    source: str
+    target: str | None = None
+    rows: dict[str, list[str]] = Field(min_length=1)
+    baseline: str
+    known: int = Field(6, ge=2)
+    splits: int = Field(5, ge=1)
+    output: str | None = None
+    resume: Literal["no", "auto"] = "no"
+
+    def overrides(self, row: str, known: list[str], split: int) -> list[str]:
+        """Those of a row on a split."""
+        encoder = [f'encoder="{self.encoder}"'.replace("{split}", str(split))] if self.encoder else []
+        target = "domain.control=no_shift" if self.target is None else f"domain.target={json.dumps([self.target])}"
+        sides = [f"domain.source={json.dumps([self.source])}", target, f"domain.known={json.dumps(known)}"]
+        return [*encoder, *self.common, *self.rows[row], *sides]
+
+
+def known_classes(classes: tuple[str, ...], count: int, split: int) -> list[str]:
+    """The classes that a split teaches, in the order of their numbers."""
+    return [classes[c] for c in permutation(len(classes), "open set", split)[:count].sort().values.tolist()]
+
+
+def study(config: OpenSetConfig) -> Path:
+    """Teaches some classes, and measures how well images of the others are found, over draws of the known ones."""
+    if config.baseline not in config.rows:
+        raise ConfigError(f"`baseline` {config.baseline!r} is none of the rows: {', '.join(config.rows)}.")
+    pool = load("finetune", FinetuneConfig, config.common).data.open("train")
+    classes = () if pool is None or pool.classes is None else pool.classes
+    if config.known >= len(classes):
+        raise ConfigError(
+            f"`known` is {config.known}, and there are {len(classes)} classes: leave one or more unknown."
+        )
+    taught = [known_classes(classes, config.known, split) for split in range(config.splits)]
+    for row in config.rows:  # all of them before the first trains
+        checked(config.overrides(row, taught[0], 0))
+    with open_run(config.output, "study-open-set", config.resume, dump(config)) as run:
+        cells = {
+            row: [trained(run.path, [row, "split"], config.overrides(row, taught[split], split), split)
+                  for split in range(config.splits)] for row in config.rows
+        }  # fmt: skip
+        place = config.source if config.target is None else f"{config.source} → {config.target}"
+        title = f"{place}: {config.known} known of {len(classes)} classes, {config.splits} split(s)"
+        print_table(title, *tabulate(cells, config.baseline))
+        write_text_atomic(run.path / "study.json", json.dumps({"known": taught, "figures": cells}, indent=1))
+        console().print(f"wrote {run.path / 'study.json'}, with all figures per score")
+        return run.path
+
+
+def tabulate(cells: dict[str, list[Figures]], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: accuracy on known images, each score's AUROC, and the best score's OSCR and difference from the control.
+
+    The best score is the control's or the row's own by its mean AUROC: with unknown images, so it is an oracle's choice.
+    """
+    best = {row: max(SCORES, key=lambda score: interval(_auroc(found, score)).mean) for row, found in cells.items()}
+    control = _auroc(cells[baseline], best[baseline])
+    table = []
+    for row, found in cells.items():
+        aurocs = [_told(interval(_auroc(found, score))) for score in SCORES]
+        oscr = interval([figures[f"open/{best[row]}/oscr"] for figures in found])
+        difference = paired_difference(_auroc(found, best[row]), control)
+        against = ["", ""] if row == baseline else [_told(difference, signed=True), verdict(difference)]
+        accuracy = interval([figures["accuracy"] for figures in found]).percent()
+        table.append([row, accuracy, *aurocs, best[row], _told(oscr), *against])
+    columns = [
+        "",
+        "accuracy (%)",
+        *(f"AUROC {score}" for score in SCORES),
+        "best",
+        "its OSCR",
+        f"against {baseline}",
+        "",
+    ]
+    return columns, table
+
+
+def _auroc(found: list[Figures], score: str) -> list[float]:
+    return [figures[f"open/{score}/auroc"] for figures in found]
+
+
+def _told(value: Interval, signed: bool = False) -> str:
+    mean = f"{value.mean:+.3f}" if signed else f"{value.mean:.3f}"
+    return mean if value.half == float("inf") else f"{mean} ± {value.half:.3f}"
+
+
+def main() -> None:
+    """The command line."""
+    run_command("study_open_set", OpenSetConfig, study)
+
+
+if __name__ == "__main__":
+    main()
