@@ -61,12 +61,16 @@ class FinetuneConfig(Strict):
         neck: likewise.
         downstream: what the labels are for.
         regime: which layers are trained, and how.
+        domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
         tracking: who hears of the run beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
         split: what the figure is of; ``dev`` to tune a recipe.
         output: the run's folder; null numbers them.
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
+        checkpoint_every: how often the state of a training is kept to resume from, of its length.
+        keep_checkpoints: how many of a training are kept; a seed that is done keeps none.
         workers: processes that decode files; null settles it by the machine.
     """
 

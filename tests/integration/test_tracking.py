@@ -181,7 +181,8 @@ def test_every_logged_name_stands_in_the_docs(runs: tuple[Path, Path]) -> None:
     assert logged <= documented
     assert {name.partition("/")[0] for name in documented} == set(GROUPS)
     assert documented - logged == {
-        "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "test/accuracy", "test/class_mean_accuracy",
+        "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",
+        "test/accuracy", "test/class_mean_accuracy",
     }  # fmt: skip
 
 
