@@ -45,6 +45,7 @@ from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
+from ssl_pipeline.track.training import TrainingCurves, trained_steps
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
@@ -170,6 +171,8 @@ def finetune(config: FinetuneConfig) -> Result:
     ):
         if config.encoder is not None and not config.starts_fresh:
             trackers.used(config.encoder)
+        before = trained_steps(folder, finished)
+        curves = TrainingCurves(trackers, config.tracking.terminal, run is not None, before)
         for seed in seeds:
             if seed in finished:
                 result.figures.append(finished[seed])
@@ -188,7 +191,7 @@ def finetune(config: FinetuneConfig) -> Result:
                 run is not None,
             )
             around = Surroundings(
-                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping
+                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves
             )
             if across is None:
                 train(config.regime, task, around)

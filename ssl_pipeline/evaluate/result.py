@@ -44,9 +44,12 @@ class Result:
         write_text_atomic(self._kept, json.dumps(self.confusion))
 
     def take_confusion(self) -> None:
-        """Takes what was kept, if there is any."""
+        """Takes what was kept, or what a run that came to its end has written."""
+        whole = self.folder / "results.json"
         if self._kept.exists():
             self.confusion.update(json.loads(self._kept.read_text(encoding="utf-8")))
+        elif whole.exists():
+            self.confusion.update(json.loads(whole.read_text(encoding="utf-8")).get("confusion", {}))
 
     @property
     def _kept(self) -> Path:
