@@ -204,7 +204,8 @@ def finetune(config: FinetuneConfig) -> Result:
                 told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
                 matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
                 result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
-                result.keep_confusion()
+                if run is not None:
+                    result.keep_confusion()
                 Gallery(trackers).confusion(seed, matrix, pool.classes)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, model_card(config, blueprint, pool, figures))

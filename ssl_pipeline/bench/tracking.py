@@ -2,8 +2,8 @@
 
 Both sides train the quickstart's model on the embedded images, with its logs; they alternate within one process. What a mirror does in
 its own thread takes the same cores, so it is counted by processor time, too. Pictures are drawn a few times a run, so a set of them is
-timed alone, and its share is that of the quickstart's steps. W&B is offline; its start and end, once a run whatever its length, stand
-apart.
+timed alone, and its share is that of the quickstart's steps. W&B is offline, and what its own process does is seen by the clock alone; start
+and end, once a run whatever its length, stand apart.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def open_trackers(
 
     Args:
         run: its folder; None in all processes but the main one.
-        stage: ``pretrain`` or ``finetune``.
+        stage: ``pretrain``, ``finetune`` or ``study``.
         config: the resolved configuration; mirrors get it without secrets.
         tracking: which mirrors.
         start_step: the last step whose figures stay, −1 for none; what was logged beyond it is dropped, since the run repeats it.

@@ -27,13 +27,13 @@ class WandbMirror:
     Args:
         run: W&B's.
         stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed, those of its trainings by
-            ``finetune/step``.
+            ``finetune/step``, or ``study``, whose figures come by the number of labelled images.
         identity: of the run's folder.
     """
 
     def __init__(self, run: wandb.Run, stage: str, identity: str) -> None:
         self._run, self._identity = run, identity
-        self._axis = "seed" if stage == "finetune" else "step"
+        self._axis = {"finetune": "seed", "study": "labels"}.get(stage, "step")
         for axis in (self._axis, TRAINING_STEP):
             run.define_metric(axis)
         for group in GROUPS:

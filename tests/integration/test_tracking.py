@@ -188,7 +188,7 @@ def test_every_logged_name_stands_in_the_docs(runs: tuple[Path, Path]) -> None:
     assert {name.partition("/")[0] for name in documented} == set(GROUPS)
     assert documented - logged == {
         "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",
-        "test/accuracy", "test/class_mean_accuracy",
+        "test/accuracy", "test/class_mean_accuracy", "study/pretrained_lp_ft", "media/label_efficiency",
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_the_dashboard_shows_what_runs_log() -> None:
     assert shown <= DOCUMENTED
     of_no_curve = {
         "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",
-        "finetune/epoch", "finetune/accuracy", "finetune/validation_class_mean_accuracy",
+        "study/pretrained_lp_ft", "media/label_efficiency", "finetune/epoch", "finetune/accuracy", "finetune/validation_class_mean_accuracy",
     }  # fmt: skip
     per_class = {f"{split}/class_mean_accuracy" for split in dashboard.SPLITS}
     untrained = {name for name in DOCUMENTED if name.startswith("untrained/")}
