@@ -44,22 +44,25 @@ class Result:
         write_text_atomic(self._kept, json.dumps(self.confusion))
 
     def take_confusion(self) -> None:
-        """Takes what was kept, or what a run that came to its end has written."""
-        whole = self.folder / "results.json"
+        """Takes what was kept, or what a finished run has written."""
         if self._kept.exists():
             self.confusion.update(json.loads(self._kept.read_text(encoding="utf-8")))
-        elif whole.exists():
-            self.confusion.update(json.loads(whole.read_text(encoding="utf-8")).get("confusion", {}))
+        elif self._written.exists():
+            self.confusion.update(json.loads(self._written.read_text(encoding="utf-8")).get("confusion", {}))
 
     @property
     def _kept(self) -> Path:
         return self.folder / "checkpoints" / "confusion.json"
 
+    @property
+    def _written(self) -> Path:
+        return self.folder / "results.json"
+
     def write(self) -> None:
         """Writes ``results.json`` into the run's folder."""
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"confusion": self.confusion} if self.confusion else {}
-        write_text_atomic(self.folder / "results.json", json.dumps(record, indent=1))
+        write_text_atomic(self._written, json.dumps(record, indent=1))
 
 
 def _plain(value: Interval) -> str:

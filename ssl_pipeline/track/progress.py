@@ -86,8 +86,9 @@ class Progress:
         )
         self._waits = 0
         self._last_line, self._said = -math.inf, start_step
+        titles = [TextColumn("{task.description}", markup=False)] if title else []
         self._bar = Bar(
-            TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
+            *titles, MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
             console=_console, disable=not (self._enabled and self._terminal), transient=True,
         )  # fmt: skip
         self._row = self._bar.add_task(title, total=total_steps, completed=start_step, figures="")
