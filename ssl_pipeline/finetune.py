@@ -45,6 +45,7 @@ from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.run import Resume, open_run, redact, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
+from ssl_pipeline.track.training import TrainingCurves, trained_steps
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
@@ -61,12 +62,16 @@ class FinetuneConfig(Strict):
         neck: likewise.
         downstream: what the labels are for.
         regime: which layers are trained, and how.
+        domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
         tracking: who hears of the run beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
         split: what the figure is of; ``dev`` to tune a recipe.
         output: the run's folder; null numbers them.
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
+        checkpoint_every: how often the state of a training is kept to resume from, of its length.
+        keep_checkpoints: how many of a training are kept; a seed that is done keeps none.
         workers: processes that decode files; null settles it by the machine.
     """
 
@@ -169,6 +174,8 @@ def finetune(config: FinetuneConfig) -> Result:
     ):
         if config.encoder is not None and not config.starts_fresh:
             trackers.used(config.encoder)
+        before = trained_steps(folder, finished)
+        curves = TrainingCurves(trackers, config.tracking.terminal, run is not None, before)
         for seed in seeds:
             if seed in finished:
                 result.figures.append(finished[seed])
@@ -187,7 +194,7 @@ def finetune(config: FinetuneConfig) -> Result:
                 run is not None,
             )
             around = Surroundings(
-                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping
+                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves
             )
             if across is None:
                 train(config.regime, task, around)

@@ -71,9 +71,10 @@ class PretrainConfig(Strict):
         steps: a length in optimizer steps instead.
         seed: of every draw: initialisation, order, views.
         output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
-        resume: ``auto`` continues the run in ``output``.
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
         evaluate_every: how often kNN and the signs of collapse are measured; ``0 steps`` at the end only.
         checkpoint_every: how often a state to resume from is kept; ``0 steps`` at the end only.
+        keep_checkpoints: how many of them.
         log_every: optimizer steps from one line of metrics to the next.
         workers: processes that decode files; null settles it by the machine.
     """

@@ -8,6 +8,7 @@ import textwrap
 
 _SECTION = re.compile(r"^(Attributes|Args|Returns|Raises):$", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+_EQUATION = re.compile(r"\.\. math:: *\n?")
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 
@@ -29,6 +30,10 @@ def attributes(schema: type) -> dict[str, str]:
 
 
 def _block(paragraph: str) -> str:
+    equation = _EQUATION.match(paragraph)
+    if equation:
+        lines = paragraph[equation.end() :].splitlines()
+        return f"```text\n{chr(10).join(line.strip() for line in lines)}\n```"
     if all(line.startswith("    ") for line in paragraph.splitlines()):
         return f"```text\n{textwrap.dedent(paragraph)}\n```"
     return _inline(paragraph)

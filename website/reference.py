@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from ssl_pipeline.cli import VERBS
 from ssl_pipeline.config.base import ConfigError, Room
 from ssl_pipeline.config.compose import choices, compose, config_root
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.resolve import module_of, names
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.schedules import DurationValue
 from ssl_pipeline.views.policy import ViewChanges
@@ -81,7 +81,7 @@ def table(rows: Iterator[Key]) -> str:
 def pages() -> dict[PurePosixPath, str]:
     """All pages of the reference by their place below ``docs``."""
     folder, verbs = PurePosixPath("reference/configuration"), configured_verbs()
-    found = {folder / f"{verb.name}.md": _verb_page(verb) for verb in verbs}
+    found = {folder / verb.page: _verb_page(verb) for verb in verbs}
     for group, (verb, field) in groups().items():
         room = room_of(field)
         text = _room_page(verb, group, room) if room else _group_page(verb, group, field)
@@ -108,8 +108,7 @@ def room_of(field: FieldInfo) -> str | None:
 
 def component_table(group: str, room: str, name: str) -> str:
     """The keys of a component with the defaults of its YAML."""
-    module = __import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"])
-    return table(keys(module.Config, _composed(groups()[group][0].config, group, name), f"{group}."))
+    return table(keys(module_of(room, name).Config, _composed(groups()[group][0].config, group, name), f"{group}."))
 
 
 def _composed(config: str, group: str, choice: str) -> Mapping[str, Any]:
@@ -127,7 +126,7 @@ def _index(verbs: list[Verb]) -> str:
         "command line or in YAML; `--cfg job` prints the whole configuration that would run, `--config-dir` adds your own YAML. "
         "A *duration* is a number and its unit: `10 epochs`, `500 steps`, `5%` of the run.", "",
         "| verb | what it does |", "| --- | --- |",
-        *(f"| [`{verb.name}`]({verb.name}.md) | {VERBS[verb.name][1]} |" for verb in verbs), "",
+        *(f"| [`{verb.name}`]({verb.page}) | {VERBS[verb.name][1]} |" for verb in verbs), "",
         "| group | choices |", "| --- | --- |",
         *(f"| [`{group}`]({group}_group.md) | {', '.join(f'`{choice}`' for choice in choices(group))} |" for group in groups()),
         "", "The group `recipe` holds whole experiments, which override all of these: [recipes](../../recipes.md).", "",
@@ -155,7 +154,7 @@ def _verb_page(verb: Verb) -> str:
 def _room_page(verb: Verb, group: str, room: str) -> str:
     parts = [f"# The group {group}", _sentence(attributes(verb.schema).get(group, ""))]
     for name in names(room):
-        module = __import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"])
+        module = module_of(room, name)
         parts += [f"## {group}={name}", prose(module.__doc__).split("\n\n")[0], component_table(group, room, name)]
     return "\n\n".join([*parts, ""])
 

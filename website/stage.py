@@ -19,17 +19,29 @@ from website.verbs import ROOT
 # Sections and the pages that open them, in order; a page of `docs` that stands nowhere goes to Guides.
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index", "quickstart", "tutorial", "notebooks/first_steps", "glossary"],
-    "Guides": ["data", "evaluate", "export", "scale", "metrics", "tracking", "report", "troubleshooting"],
+    "Guides": [
+        "data",
+        "evaluate",
+        "study",
+        "export",
+        "scale",
+        "faults",
+        "metrics",
+        "tracking",
+        "report",
+        "troubleshooting",
+    ],
     "Pretext tasks": ["pretext", "recipes"],
     "Downstream tasks": ["downstream"],
+    "Across domains": ["domains"],
     "Reference": ["reference/configuration/index", "reference/messages"],
-    "Extend": ["add_pretext", "add_downstream", "add_source", "architecture", "contributing"],
+    "Extend": ["add_pretext", "add_downstream", "add_adaptation", "add_source", "architecture", "contributing"],
     "Results": ["results/quickstart"],
     "Decisions": [],
 }
 FOLDERS = {
-    "reference/pretext": "Pretext tasks", "reference/downstream": "Downstream tasks", "reference/configuration": "Reference",
-    "results": "Results", "decisions": "Decisions",
+    "reference/pretext": "Pretext tasks", "reference/downstream": "Downstream tasks", "reference/domain": "Across domains",
+    "reference/configuration": "Reference", "results": "Results", "decisions": "Decisions",
 }  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "bash", ".md": "markdown"}

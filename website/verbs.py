@@ -30,6 +30,11 @@ class Verb:
     config: str
     schema: type[BaseModel]
 
+    @property
+    def page(self) -> str:
+        """The name of its page."""
+        return f"{self.name.replace(' ', '_')}.md"
+
 
 def configured_verbs() -> list[Verb]:
     """All verbs that read a configuration; the others take options (``--help`` lists them)."""

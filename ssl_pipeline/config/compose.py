@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from ssl_pipeline.config.base import ConfigError
 
@@ -47,7 +48,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path | None = 
         Plain dictionaries, lists and scalars.
 
     Raises:
-        ConfigError: an override cannot be read, a group has no such choice, or a folder is missing.
+        ConfigError: an override or a file cannot be read, a group has no such choice, or a folder is missing.
     """
     search = []
     if config_dir is not None:
@@ -64,6 +65,8 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path | None = 
         raise ConfigError(_missing(error, config_dir)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(_unreadable(error, config_dir)) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -88,6 +91,22 @@ def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
     close = difflib.get_close_matches(choice.removesuffix(".yaml"), known, n=1)
     hint = f" Did you mean `{group}={close[0]}`?" if close else ""
     return f"`{group}={choice}`: there is no such choice. Known: {', '.join(known)}.{hint}"
+
+
+def _unreadable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
+    """Which file is no YAML, and where and why; all that people wrote themselves lies in their own folder."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: this is no YAML ({error.problem}). Mend that line, or the one before it."
+    broken = [str(path) for path in sorted((config_dir or config_root()).rglob("*.yaml")) if not _is_text(path)]
+    return f"{', '.join(broken)}: this is no text in UTF-8, or holds signs that YAML does not allow. Save it anew as UTF-8."
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return all(sign.isprintable() or sign in "\t\r\n" for sign in path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -73,6 +74,11 @@ def names(room: str) -> list[str]:
     """The components of a room: its modules that define a ``Config``, those of packages in it too."""
     found = _modules(f"ssl_pipeline.{room}")
     return [name for name, path in found.items() if hasattr(importlib.import_module(path), "Config")]
+
+
+def module_of(room: str, name: str) -> ModuleType:
+    """The module of a component that :func:`names` tells."""
+    return importlib.import_module(_modules(f"ssl_pipeline.{room}")[name])
 
 
 def _modules(package: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.track.training import TrainingCurves
 from ssl_pipeline.views.policy import Views
 
 
@@ -109,6 +110,7 @@ class Surroundings:
         share: this process's share of the work.
         workers: processes that decode files; None settles it by the machine.
         keeping: where and how often the state is kept to continue from; None keeps none.
+        curves: hears the loops; None hears nothing.
         features: of the images to learn from and of those held out, where an encoder's were taken before; float32 of shape (N, D).
     """
 
@@ -120,6 +122,7 @@ class Surroundings:
     share: Share
     workers: int | None = None
     keeping: Keeping | None = None
+    curves: TrainingCurves | None = None
     features: tuple[Tensor, Tensor | None] | None = None
 
 
@@ -206,11 +209,17 @@ def run_kept_loop(
         resume = checkpoints.load()
     if resume is not None and best is not None:
         best.load_state_dict(resume)
-    with checkpoints or nullcontext():
+    total, done = batches.total_steps, int(resume["done"]) if resume is not None else 0
+    curves = around.curves
+    with (
+        checkpoints or nullcontext(),
+        curves.loop(around.seed, name, total, done) if curves is not None else nullcontext() as hear,
+    ):
         fit(
             task, batches, training.optim, optimizer, around.accelerator, checkpoints, resume,
             evaluate=best.evaluate if best is not None else None, evaluate_every=evaluate_every,
-            log_every=batches.total_steps,
+            listeners=(hear,) if hear is not None else (),
+            log_every=curves.log_every(total) if curves is not None else total, prefix="finetune",
         )  # fmt: skip
     if best is not None:
         best.restore()
@@ -232,7 +241,7 @@ class Best:
         figures = self._task.evaluate(held_out, around.preprocessing, around.share)
         if _first(figures) > self._value:
             self._value, self._state = _first(figures), copy.deepcopy(self._task.state_dict())
-        return {f"validation/{name}": value for name, value in figures.items()}
+        return {f"finetune/validation_{name}": value for name, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

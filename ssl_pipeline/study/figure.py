@@ -23,7 +23,7 @@ def draw(findings: Findings, files: Sequence[Path]) -> None:
     axes = picture.subplots(1, len(regimes), sharey=True, squeeze=False)[0]
     scale = 100 if findings.in_percent else 1
     pretrained = [name for name in findings.config.initialisations if findings.config.initialisations[name] != "random"]
-    places = {labels: _count(findings, labels) for labels in findings.labels}
+    places = {labels: findings.count(labels) for labels in findings.labels}
     for panel, regime in zip(axes, regimes, strict=True):
         # What is trained from fresh weights stands in each panel of what is trained, to compare with.
         shown = [c for c in findings.conditions if c[1] == regime or (c[1] == "scratch" and regime != "frozen")]
@@ -55,10 +55,6 @@ def draw(findings: Findings, files: Sequence[Path]) -> None:
     axes[0].set_ylabel(f"{findings.figure} on {split}{' (%)' if findings.in_percent else ''}")
     for file in files:
         picture.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
-
-
-def _count(findings: Findings, labels: int | str) -> int:
-    return int(next(row["label_count"] for row in findings.rows if row["labels"] == labels))
 
 
 def _label(condition: Condition) -> str:

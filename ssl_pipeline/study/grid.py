@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.track.tracker import TrackingConfig
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
 _OWN_PLACE = ("output", "encoder", "workers", "tracking", "seeds")  # they decide no figure: the weights have a digest
@@ -37,6 +38,7 @@ class StudyConfig(Strict):
         knn: whether kNN of each encoder's features is measured beside the grid, which reads all training images.
         models: whether the first seed's models are kept.
         jobs: processes at a time; null takes one for each GPU, or one of one thread for each core.
+        tracking: who hears of the whole study, beside ``study.json``; its cells are told to nobody.
         output: the study's folder; one that holds a part of this study is completed.
     """
 
@@ -50,6 +52,7 @@ class StudyConfig(Strict):
     knn: bool = False
     models: bool = False
     jobs: int | None = Field(None, ge=1)
+    tracking: TrackingConfig = TrackingConfig(name="off")
     output: str | None = None
 
     @field_validator("labels")

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.labels import draw_index
+from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.finetune import check, starting_point
 from ssl_pipeline.model.weights import is_file_name
 from ssl_pipeline.study.cell import Reading, Training, reads_features
@@ -27,7 +29,8 @@ from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of
 from ssl_pipeline.study.jobs import settle, work_off
 from ssl_pipeline.study.verdict import Findings
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, versions, write_text_atomic
+from ssl_pipeline.track.run import Run, open_run, versions, write_text_atomic
+from ssl_pipeline.track.tracker import open_trackers
 
 SCHEMA = 1
 
@@ -51,7 +54,8 @@ def study(config: StudyConfig) -> Path:
         _do(readings, config, len(readings))
         _do(trainings, config, total)
         rows = [json.loads(_file(run.path, cell).read_text()) for of_init in grid.values() for cell in of_init]
-        _tell(config, grid, rows, left_out, run.path)
+        findings = _tell(config, grid, rows, left_out, run.path)
+        _track(config, findings, run)
         return run.path
 
 
@@ -178,7 +182,7 @@ def _do(work: Sequence[Reading | Training], config: StudyConfig, total: int) -> 
 
 def _tell(
     config: StudyConfig, grid: dict[str, list[Cell]], rows: list[dict[str, Any]], left_out: dict[str, str], folder: Path
-) -> None:
+) -> Findings:
     first = next(iter(grid.values()))[0].config
     findings = Findings(rows, config, first.downstream.in_percent)
     unit = " (%)" if findings.in_percent else ""
@@ -211,6 +215,21 @@ def _tell(
     write_text_atomic(folder / "study.json", json.dumps(record, indent=1, ensure_ascii=False))
     draw(findings, [folder / "study.png", folder / "study.svg"])
     console().print(f"wrote {folder / 'study.json'}, study.png and study.svg", markup=False)
+    return findings
+
+
+def _track(config: StudyConfig, findings: Findings, run: Run) -> None:
+    """The study as one run of the mirrors: each condition's mean by label count, and the picture; nothing where there are none."""
+    tracking = config.tracking
+    if tracking.name == "off" and not tracking.mirrors:
+        return
+    with open_trackers(run, "study", dump(config), tracking, -1) as trackers:
+        counts = {labels: findings.count(labels) for labels in findings.labels}
+        for labels, count in sorted(counts.items(), key=lambda one: one[1]):
+            means = {c: interval(findings.values(c, labels)).mean for c in findings.conditions}
+            trackers.log(count, {f"study/{slug(init)}_{regime}": mean for (init, regime), mean in means.items()})
+        with Image.open(run.path / "study.png") as picture:
+            trackers.pictures(max(counts.values()), {"label_efficiency": picture.convert("RGB")})
 
 
 def _shared(config: StudyConfig) -> Iterator[str]:

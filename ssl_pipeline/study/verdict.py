@@ -32,6 +32,10 @@ class Findings:
         found = [row for row in self.rows if (row["init"], row["regime"], row["labels"]) == (*condition, labels)]
         return [row["figures"][self.figure] for row in sorted(found, key=lambda row: row["seed"])]
 
+    def count(self, labels: int | str) -> int:
+        """How many labelled images that is."""
+        return int(next(row["label_count"] for row in self.rows if row["labels"] == labels))
+
     @property
     def baseline(self) -> Condition | None:
         """What pretraining is compared with: fresh weights, trained if anything is; None where there are none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.track.names import TRAINING_STEP
 
 _NEEDED = {"tensorboard": "tensorboard"}  # our extras; of the other trackers a user brings the package
 
@@ -18,8 +19,8 @@ class NamedMirror:
         self._tracker = tracker
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
-        """The figures after ``step`` steps."""
-        self._tracker.log(dict(figures), step=step)
+        """The figures after ``step`` steps; those of stage two's trainings have a step of their own."""
+        self._tracker.log(dict(figures), step=int(figures.get(TRAINING_STEP, step)))
 
     def pictures(self, step: int, files: Mapping[str, Path]) -> None:
         """The pictures, to trackers that take some."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
+from ssl_pipeline.track.names import TRAINING_STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -18,6 +19,7 @@ CURVES = {
     "pretrain": ("loss", "lr", "epoch"),
     "eval": ("knn", "feature_std", "effective_rank", "alignment", "uniformity"),
     "temperature": ("tau", "entropy_share", "effective_negatives", "p_positive", "hardest_1pct", "hardest_5pct"),
+    "finetune": ("loss", "lr", "validation_accuracy"),
     "system": ("images_per_s", "data_wait"),
 }
 MEDIA = ("views", "neighbours", "embedding_map", "confusion")
@@ -44,7 +46,10 @@ def build(entity: str, project: str) -> Workspace:
     sections = [
         workspaces.Section(
             name=group,
-            panels=[panels.LinePlot(title=name, x="step", y=[f"{group}/{name}"]) for name in names],
+            panels=[
+                panels.LinePlot(title=name, x=TRAINING_STEP if group == "finetune" else "step", y=[f"{group}/{name}"])
+                for name in names
+            ],
             is_open=True,
         )
         for group, names in CURVES.items()

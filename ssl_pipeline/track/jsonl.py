@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ssl_pipeline.track.names import TRAINING_STEP
 from ssl_pipeline.track.run import write_text_atomic
 
 FILE_NAME = "metrics.jsonl"
@@ -33,10 +34,20 @@ class JsonlLog:
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drops lines beyond a checkpoint's step, which a continued run repeats, and a line written by half."""
+        """Drops lines beyond a checkpoint's step, which a continued run repeats, and a line written by half.
+
+        Stage two's lines of training stay: :meth:`forget_training_after` drops theirs, as soon as a training's checkpoint is known.
+        """
+        self._keep(lambda line: line["step"] <= step or TRAINING_STEP in line)
+
+    def forget_training_after(self, step: int) -> None:
+        """Drops stage two's lines of training beyond a step of theirs, likewise."""
+        self._keep(lambda line: line.get(TRAINING_STEP, 0) <= step)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         self._file.close()
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if (read := _read(line)) is not None and read["step"] <= step]
+        kept = [line for line in lines if (read := _read(line)) is not None and wanted(read)]
         write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 

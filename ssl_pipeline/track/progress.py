@@ -20,6 +20,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN = {
     "loss": "loss {:.3f}", "lr": "lr {:.2g}", "tau": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
     "epoch": "epoch {:.1f}", "data_wait": "wait {:.0%}", "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
+    "validation_accuracy": "validation {:.1%}",
 }  # fmt: skip
 _WAITS_LONG, _WAITS_OFTEN = 0.2, 3
 _OF_EVALUATION = ("knn", "effective_rank")
@@ -68,10 +69,13 @@ class Progress:
         start_step: steps done before.
         enabled: whether this process speaks.
         mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
+        title: what this is the progress of, where a run has several.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto") -> None:
-        self._total, self._done = total_steps, start_step
+    def __init__(
+        self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto", title: str = ""
+    ) -> None:
+        self._total, self._done, self._title = total_steps, start_step, title
         self._enabled = enabled and mode != "quiet"
         self._terminal = mode == "rich" or (mode == "auto" and _console.is_terminal)
         self._began, self._start_step = time.monotonic(), start_step
@@ -82,11 +86,12 @@ class Progress:
         )
         self._waits = 0
         self._last_line, self._said = -math.inf, start_step
+        titles = [TextColumn("{task.description}", markup=False)] if title else []
         self._bar = Bar(
-            MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
+            *titles, MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
             console=_console, disable=not (self._enabled and self._terminal), transient=True,
         )  # fmt: skip
-        self._row = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
+        self._row = self._bar.add_task(title, total=total_steps, completed=start_step, figures="")
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -139,7 +144,7 @@ class Progress:
 
     def _say_step(self) -> None:
         self._last_line, self._said = time.monotonic(), self._done
-        parts = [f"step {self._done}/{self._total}", self._line(), self._left()]
+        parts = [self._title, f"step {self._done}/{self._total}", self._line(), self._left()]
         self.say("  ".join(part for part in parts if part))
 
     def _line(self) -> str:

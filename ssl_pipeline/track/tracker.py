@@ -92,6 +92,11 @@ class Trackers:
             self._truth.log(step, figures)
             self._tell(lambda mirror: mirror.log(step, figures))
 
+    def forget_training_after(self, step: int) -> None:
+        """Drops stage two's lines of training beyond a step of theirs, which a continued run repeats."""
+        if self._truth is not None:
+            self._truth.forget_training_after(step)
+
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         """Pictures after ``step`` steps: saved as ``media/NAME-STEP.png`` of the run, a line in the log says where."""
         if self._truth is None or not pictures:
@@ -152,7 +157,7 @@ def open_trackers(
 
     Args:
         run: its folder; None in all processes but the main one.
-        stage: ``pretrain`` or ``finetune``.
+        stage: ``pretrain``, ``finetune`` or ``study``.
         config: the resolved configuration; mirrors get it without secrets.
         tracking: which mirrors.
         start_step: the last step whose figures stay, −1 for none; what was logged beyond it is dropped, since the run repeats it.

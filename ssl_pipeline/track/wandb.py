@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssl_pipeline.track.names import GROUPS
+from ssl_pipeline.track.names import GROUPS, TRAINING_STEP
 from ssl_pipeline.track.run import write_text_atomic
 
 if TYPE_CHECKING:
@@ -26,16 +26,18 @@ class WandbMirror:
 
     Args:
         run: W&B's.
-        stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed.
+        stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed, those of its trainings by
+            ``finetune/step``, or ``study``, whose figures come by the number of labelled images.
         identity: of the run's folder.
     """
 
     def __init__(self, run: wandb.Run, stage: str, identity: str) -> None:
         self._run, self._identity = run, identity
-        self._axis = "seed" if stage == "finetune" else "step"
-        run.define_metric(self._axis)
+        self._axis = {"finetune": "seed", "study": "labels"}.get(stage, "step")
+        for axis in (self._axis, TRAINING_STEP):
+            run.define_metric(axis)
         for group in GROUPS:
-            run.define_metric(f"{group}/*", step_metric=self._axis)
+            run.define_metric(f"{group}/*", step_metric=TRAINING_STEP if group == "finetune" else self._axis)
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
         """The figures after ``step`` steps."""

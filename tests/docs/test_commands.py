@@ -74,12 +74,15 @@ def check_verb(words: list[str], whole: bool) -> None:
         if len(words) == 1:
             assert words[0] in (*VERBS, "VERB"), f"there is no verb {words[0]!r}"
             return
-    words = [" ".join(words[:2]), *words[2:]] if " ".join(words[:2]) in VERBS else words
-    verb = words[0]
+    verb = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
+    rest = words[len(verb.split()) :]
     assert verb in VERBS, f"there is no verb {verb!r}"
     module = importlib.import_module(VERBS[verb][0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [verb, *words[1:], *(["--cfg", "job"] if verb in CONFIGURED else [])])
+        # Before `--`, after which a study takes all words for those of its cells.
+        end = rest.index("--") if "--" in rest else len(rest)
+        shown = ["--cfg", "job"] if verb in CONFIGURED else []
+        patch.setattr(sys, "argv", [verb, *rest[:end], *shown, *rest[end:]])
         if verb in CONFIGURED:
             module.main()
             return
@@ -120,7 +123,7 @@ def test_a_wrong_command_is_seen(words: str) -> None:
 
 
 # What makes a command small enough for a test, added at its end. The stem is the one that other libraries build.
-SMALL_STUDY = 'common=["labels.per_class=2","labels.validation=0","data.dev=4000","regime.length=1 steps","regime.least_steps=0","tracking=off"]'
+SMALL_STUDY = 'common=["data=embedded","data.dev=4000","labels.validation=0","regime.length=1 steps","regime.least_steps=0","size=16"]'
 SMALL = {
     "pretrain": ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32", "batch.size=4", "steps=2", "evaluate_every=0 steps", "tracking=off",
                  "workers=0", "optim.warmup=0 steps"],
@@ -129,7 +132,7 @@ SMALL = {
     "evaluate": ["what=[knn,probe]", "knn.k=[1,3]", "probe.epochs=1", "probe.rates=[0.1]", "size=16"],
     "views": ["rows=2", "epochs=1", "views.size=16"],
     "neighbours": ["k=3"],
-    "study": ["seeds=2", SMALL_STUDY],
+    "study": ["seeds=2", "knn=false", "jobs=1", SMALL_STUDY],
 }  # fmt: skip
 
 
@@ -232,6 +235,12 @@ RUN_ELSEWHERE: dict[str, str] = {
     "bash launch/test.sh": ".ci/run",
     "accelerate launch": "tests/distributed/test_processes.py",
     "ssl-pipeline prepare": "tests/unit/test_prepare.py",
+    "ssl-pipeline report": "tests/integration/test_report_runs.py",
+    "ssl-pipeline study domain": "tests/integration/test_domain_study.py",
+    "ssl-pipeline study": "tests/integration/test_study.py",
+    "ssl-pipeline pretrain data=fashion_domains": "tests/integration/test_domains.py",
+    "ssl-pipeline finetune data=fashion_domains": "tests/integration/test_domains.py",
+    "ssl-pipeline pretrain recipe=": "tests/contract/test_recipes.py",
 }
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.resolve import module_of, names
 from tests.runs import ROOT
 from website import messages, pictures, reference, stage, tasks
 from website.__main__ import build
@@ -64,7 +64,7 @@ def schemas() -> list[type[BaseModel]]:
     for _, field in reference.groups().values():
         room = reference.room_of(field)
         if room:
-            waiting += [__import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"]).Config for name in names(room)]
+            waiting += [module_of(room, name).Config for name in names(room)]
     while waiting:
         schema = waiting.pop()
         if schema not in found:
@@ -143,12 +143,21 @@ TASKS = tasks.pages()
 @pytest.mark.parametrize(("room", "name"), [(room, name) for room in tasks.STAGES for name in names(room)])
 def test_a_task_says_its_equation_when_to_use_it_and_what_it_follows(room: str, name: str) -> None:
     page = TASKS[PurePosixPath("reference", room, f"{name}.md")]
-    module = __import__(f"ssl_pipeline.{room}.{name}", fromlist=["Config"])
+    module = module_of(room, name)
     assert "```text\n" in prose(module.__doc__)
     assert "When to use:" in page
     assert room == "downstream" or "arXiv" in page
     assert ":math:" not in page
     assert "``" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", names("domain"))
+def test_a_method_across_domains_has_a_page(name: str) -> None:
+    page = TASKS[PurePosixPath("reference", "domain", f"{name}.md")]
+    assert f"domain={name}" in page
+    assert "`domain.target`" in page
+    assert ".. math" not in page
+    assert ":math:" not in page
 
 
 def test_recipes_are_found_by_the_task_that_they_choose() -> None:

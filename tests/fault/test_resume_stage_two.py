@@ -18,6 +18,7 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
+from ssl_pipeline.track.names import TRAINING_STEP
 from tests.runs import same_bytes, tiny_finetune, tiny_pretrain
 from tests.shapes import mask_folder
 
@@ -47,11 +48,14 @@ def stopped_after(saves: int, patched: pytest.MonkeyPatch) -> Iterator[None]:
             yield
 
 
-def check_same(whole: Path, parts: Path) -> None:
+def check_same(whole: Path, parts: Path, steps: int) -> None:
     assert same_bytes(whole, parts, ["model.safetensors", "results.json"])
     lines = [[{**line, "time": 0} for line in read_metrics(folder)] for folder in (whole, parts)]
-    assert [line["step"] for line in lines[0]] == [0, 1]
-    assert lines[0] == lines[1]
+    of_seeds = [line["step"] for line in lines[0] if TRAINING_STEP not in line]
+    assert of_seeds == [0, 1]
+    assert lines[0] == lines[1]  # each step of a training is told once
+    trained = [line[TRAINING_STEP] for line in lines[0] if TRAINING_STEP in line]
+    assert trained == list(range(1, steps + 1))
     assert not (parts / "checkpoints").exists()
 
 
@@ -84,7 +88,7 @@ def test_a_classifier(regime: str, saves: int, encoder: Path, tmp_path: Path, mo
     whole = finetune(config("whole")).folder
     with stopped_after(saves, monkeypatch):
         finetune(config("parts"))
-    check_same(whole, finetune(config("parts", "resume=auto")).folder)
+    check_same(whole, finetune(config("parts", "resume=auto")).folder, 12)
 
 
 def test_a_frozen_encoders_seeds_are_not_done_twice(
@@ -111,10 +115,10 @@ def test_a_frozen_encoders_seeds_are_not_done_twice(
     monkeypatch.setattr("ssl_pipeline.finetune.train", noted(None))
     parts = finetune(config("parts", "resume=auto")).folder
     assert seeds == [0, 1]
-    check_same(whole, parts)
+    check_same(whole, parts, 0)
     finetune(config("parts", "resume=auto"))
     assert seeds == [0, 1]
-    check_same(whole, parts)
+    check_same(whole, parts, 0)
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft", "end_to_end", "scratch"])
@@ -132,7 +136,7 @@ def test_a_segmentation(
     for saves in {"frozen": [1, 2], "lp_ft": [1, 2, 4], "end_to_end": [4], "scratch": [2]}[regime]:
         with stopped_after(saves, monkeypatch):
             finetune(config("parts", "resume=auto"))
-    check_same(whole, finetune(config("parts", "resume=auto")).folder)
+    check_same(whole, finetune(config("parts", "resume=auto")).folder, {"frozen": 8, "lp_ft": 20}.get(regime, 12))
 
 
 def test_another_encoder_is_noticed(encoder: Path, tmp_path: Path) -> None:

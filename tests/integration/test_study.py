@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ssl_pipeline.study.cell import Desk
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initialisations_of, study
 from ssl_pipeline.study.verdict import Findings
+from ssl_pipeline.track.jsonl import read_metrics
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
 
@@ -185,3 +187,21 @@ def test_the_verdict_is_paired_by_seed(gains: tuple[float, ...], word: str, runs
     ]
     findings = Findings(rows, words(runs[:1], tmp_path, "seeds=3"), in_percent=True)
     assert word in findings.sentences()[-1]
+
+
+def test_a_study_is_one_run_of_the_mirrors(done: Path, runs: list[Path], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert not (done / "metrics.jsonl").exists()
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    study(words(runs, output, "knn=true", "models=true", "tracking=tensorboard"))
+    record = json.loads((done / "study.json").read_text())
+    rows = [row for row in record["rows"] if (row["init"], row["regime"], row["labels"]) == ("run0", "lp_ft", 5)]
+    mean = sum(row["figures"]["accuracy"] for row in rows) / len(rows)
+    told = {line["step"]: line["study/run0_lp_ft"] for line in read_metrics(output) if "study/run0_lp_ft" in line}
+    assert told[50] == pytest.approx(mean)
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("study/run0_lp_ft")} == pytest.approx(told, rel=1e-6)
+    assert [e.step for e in events.Images("media/label_efficiency")] == [50]

@@ -24,7 +24,7 @@ from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.background import Background
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
-from ssl_pipeline.track.names import GROUPS
+from ssl_pipeline.track.names import GROUPS, TRAINING_STEP
 from ssl_pipeline.track.run import Run, open_run
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from tests.runs import tiny_finetune, tiny_pretrain
@@ -59,9 +59,9 @@ def runs(nowhere: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("runs")
     tracked = ["tracking=tensorboard", "tracking.name=auto", "tracking.group=pair", "tracking.pictures=true"]
     one = pretrain(tiny_pretrain(folder / "one", *tracked, "steps=4", "evaluate_every=2 steps"))
-    two = finetune(
-        tiny_finetune(one, folder / "two", "tracking=auto", "tracking.pictures=true", "regime=frozen", "seeds=2")
-    ).folder
+    short = ["regime=end_to_end", "regime.length=3 steps", "regime.least_steps=0", "regime.batch=20", "seeds=2"]
+    mirrored = ["tracking=auto", "tracking.mirrors=[tensorboard]", "tracking.pictures=true"]
+    two = finetune(tiny_finetune(one, folder / "two", *mirrored, *short)).folder
     wandb.teardown()  # as at a process's end: its service writes the last lines a moment after `finish`
     return one, two
 
@@ -88,7 +88,8 @@ def test_wandb_holds_what_the_log_holds(runs: tuple[Path, Path]) -> None:
         ]
         assert [row for row in kept if len(row) > 1] == [line for line in lines if len(line) > 1]
         axes = {r.metric.glob_name: r.metric.step_metric for r in records(wandb_file(run)) if r.HasField("metric")}
-        assert {glob: by for glob, by in axes.items() if glob} == {f"{group}/*": axis for group in GROUPS}
+        by_name = {f"{group}/*": axis for group in GROUPS} | {"finetune/*": TRAINING_STEP}
+        assert {glob: by for glob, by in axes.items() if glob} == by_name
 
 
 def test_pictures_are_few_and_the_same_in_folder_log_and_wandb(runs: tuple[Path, Path]) -> None:
@@ -172,6 +173,11 @@ def test_tensorboard_holds_what_the_log_holds(runs: tuple[Path, Path]) -> None:
         logged = {line["step"]: line[name] for line in lines if name in line}
         assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(logged, rel=1e-6)
     assert {(e.step, name) for name in events.Tags()["images"] for e in events.Images(name)} == pictured(lines)
+    events = EventAccumulator(str(runs[1] / "tensorboard"))
+    events.Reload()
+    losses = {line[TRAINING_STEP]: line["finetune/loss"] for line in read_metrics(runs[1]) if TRAINING_STEP in line}
+    assert list(losses) == list(range(1, 7))  # two seeds of three steps, one after another
+    assert {e.step: e.value for e in events.Scalars("finetune/loss")} == pytest.approx(losses, rel=1e-6)
 
 
 def test_every_logged_name_stands_in_the_docs(runs: tuple[Path, Path]) -> None:
@@ -181,7 +187,8 @@ def test_every_logged_name_stands_in_the_docs(runs: tuple[Path, Path]) -> None:
     assert logged <= documented
     assert {name.partition("/")[0] for name in documented} == set(GROUPS)
     assert documented - logged == {
-        "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "test/accuracy", "test/class_mean_accuracy",
+        "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",
+        "test/accuracy", "test/class_mean_accuracy", "study/pretrained_lp_ft", "media/label_efficiency",
     }  # fmt: skip
 
 

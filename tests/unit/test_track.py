@@ -466,6 +466,12 @@ def test_plain_lines_in_a_batch_system(capsys: pytest.CaptureFixture[str]) -> No
     assert said == "done [in brackets]"
 
 
+def test_each_of_several_trainings_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, title="seed 0, probe") as progress:
+        progress.update(2, {"finetune/loss": 1.5, "finetune/validation_accuracy": 0.25})
+    assert capsys.readouterr().out == "seed 0, probe  step 2/2  loss 1.500  validation 25.0%\n"
+
+
 @pytest.mark.parametrize("mode", ["plain", "quiet"])
 def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, mode=mode) as progress:

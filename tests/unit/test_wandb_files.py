@@ -56,10 +56,22 @@ def test_the_dashboard_shows_what_runs_log() -> None:
     model = dashboard.build("team", "project")._to_model()
     text = model.model_dump_json(by_alias=True)
     names = [section.name for section in model.spec.section.panel_bank_config.sections]
-    assert names == ["pretrain", "eval", "temperature", "system", "media", "finetune on test", "finetune on dev"]
-    shown = set(re.findall(r"\b(?:pretrain|eval|temperature|system|media|test|dev)/\w+", text))
+    assert names == [
+        "pretrain",
+        "eval",
+        "temperature",
+        "finetune",
+        "system",
+        "media",
+        "finetune on test",
+        "finetune on dev",
+    ]
+    shown = set(re.findall(r"\b(?:pretrain|eval|temperature|finetune|system|media|test|dev)/\w+", text))
     assert shown <= DOCUMENTED
-    of_no_curve = {"system/bad_files", "pretrain/queue", "pretrain/prototypes_used"}
+    of_no_curve = {
+        "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",
+        "study/pretrained_lp_ft", "media/label_efficiency", "finetune/epoch", "finetune/accuracy", "finetune/validation_class_mean_accuracy",
+    }  # fmt: skip
     per_class = {f"{split}/class_mean_accuracy" for split in dashboard.SPLITS}
     untrained = {name for name in DOCUMENTED if name.startswith("untrained/")}
     assert shown == DOCUMENTED - of_no_curve - per_class - untrained
