@@ -34,7 +34,7 @@ from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 
 _STEPS, _SAVES, _LOOKS, _KILLS_OF_A_RUN = 40, 5, 8, 5
-_OF_TIME = ("time", "pretrain/images_per_s", "pretrain/data_wait")  # what no two runs have in common
+_OF_TIME = ("time", "system/images_per_s", "system/data_wait")  # what no two runs have in common
 _POLL, _PATIENCE = 0.0005, 300.0  # seconds
 _CHECKPOINTS = "checkpoints"
 

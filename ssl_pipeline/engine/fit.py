@@ -32,7 +32,7 @@ from ssl_pipeline.engine.numbers import (
 )
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
-from ssl_pipeline.engine.signals import StoppedError
+from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
@@ -103,6 +103,10 @@ def fit(
     model.train()
     statistics = Statistics(task)
     since, images, waited = time.perf_counter(), 0, 0.0
+    if resume is not None and "cut_short" in resume and evaluate is not None:
+        _tell(listeners, start, resume["cut_short"] | evaluate(batches.clock(start - 1)), accelerator)
+        model.train()
+        since = time.perf_counter()
     asked = since
     for batch in own(batches.from_step(start), start, batches.workers):
         waited += time.perf_counter() - asked
@@ -171,12 +175,17 @@ def fit(
             agree_on_buffers(task)
             hand_back(task, whole)
         if looks and evaluate is not None:
-            figures |= evaluate(clock)
+            try:
+                figures |= evaluate(clock)
+            except CutShortError as cut:
+                if checkpoints is not None:
+                    state = _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler))
+                    checkpoints.save(done, {**state, "cut_short": figures})
+                    checkpoints.wait()
+                raise StoppedError(cut.number, done, total, saved=checkpoints is not None) from None
             model.train()
             since, images, waited = time.perf_counter(), 0, 0.0
-        if figures and accelerator.is_main_process:
-            for listener in listeners:
-                listener(done, figures)
+        _tell(listeners, done, figures, accelerator)
         if checkpoints is not None and saves:
             checkpoints.save(done, _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler)))
         if stops:
@@ -184,6 +193,12 @@ def fit(
                 checkpoints.wait()
             raise StoppedError(agreed.signal, done, total, saved=saves)
         asked = time.perf_counter()
+
+
+def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, float], accelerator: Accelerator) -> None:
+    if figures and accelerator.is_main_process:
+        for listener in listeners:
+            listener(done, figures)
 
 
 def _over_processes(
