@@ -18,7 +18,7 @@ from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import agree_on_buffers
+from ssl_pipeline.engine.distributed import agree_on_buffers, from_every
 from ssl_pipeline.engine.lost import explain, own
 from ssl_pipeline.engine.numbers import (
     FILE_NAME,
@@ -156,9 +156,8 @@ def fit(
         figures: dict[str, float] = {}
         if done % log_every == 0 or done == total:
             now = time.perf_counter()
-            loss, wait, bad_files = _over_processes(
-                accelerator, output.loss.detach().float(), waited / (now - since), batches.unreadable
-            )
+            loss, wait = _over_processes(accelerator, output.loss.detach().float(), waited / (now - since), batches)
+            bad_files = batches.unreadable
             batches.bear(bad_files)
             found = {"loss": loss, "lr": rate, "data_wait": wait, "epoch": done / clock.steps_per_epoch}
             found["images_per_s"] = images / (now - since)
@@ -202,12 +201,14 @@ def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, floa
 
 
 def _over_processes(
-    accelerator: Accelerator, loss: torch.Tensor, wait: float, bad_files: int
-) -> tuple[float, float, int]:
-    """The mean loss, the mean share of time spent waiting for data, and the sum of the bad files, in one exchange."""
-    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(bad_files)])
-    mean_loss, mean_wait, mean_bad_files = accelerator.reduce(mine, reduction="mean").tolist()
-    return mean_loss, mean_wait, round(mean_bad_files * accelerator.num_processes)
+    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: StepBatches | StreamBatches
+) -> tuple[float, float]:
+    """The mean loss and the mean share of time spent waiting for data; bad files are told where there are new ones."""
+    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.untold())))])
+    mean_loss, mean_wait, new = accelerator.reduce(mine, reduction="mean").tolist()
+    if new:
+        batches.learn(from_every(accelerator, batches.untold()))
+    return mean_loss, mean_wait
 
 
 def _due(done: int, total: int, every: int) -> bool:
@@ -222,6 +223,7 @@ def _state(
     batches: StepBatches | StreamBatches,
     skipped: tuple[int, int],
 ) -> dict[str, Any]:
+    batches.learn(from_every(accelerator, batches.untold()))  # a start from here does not find them again
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     state = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
     state = gathered(state, keep=accelerator.is_main_process)
