@@ -26,7 +26,7 @@ from ssl_pipeline.engine.numbers import (
     Statistics,
     agree,
     find,
-    gradient_norm,
+    gradient_check,
     sentence,
     write,
 )
@@ -123,8 +123,8 @@ def fit(
                 with accelerator.autocast():
                     output = model(batch)
                 accelerator.backward(output.loss)
-            norm = _clip(task, optim, accelerator)
-            agreed = agree(accelerator, output.loss, norm)
+            check = _clip(task, optim, accelerator)
+            agreed = agree(accelerator, output.loss, check)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"the GPU's memory is not enough for {micro or len(batch.index)} samples a process: lower `batch.micro`, "
@@ -235,11 +235,11 @@ def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:
 
 
 def _clip(task: Task, optim: OptimConfig, accelerator: Accelerator) -> torch.Tensor | None:
-    """Clips the gradient where that is wanted; its norm from before, or None where a scaler looks at it."""
+    """Clips the gradient where that is wanted; a number that is finite only if it was, or None where a scaler looks at it."""
     if optim.clip is not None:
         norm = accelerator.clip_grad_norm_(task.parameters(), optim.clip)
         return norm if accelerator.scaler is None else None
-    return gradient_norm(task.parameters()) if accelerator.scaler is None else None
+    return gradient_check(task.parameters()) if accelerator.scaler is None else None
 
 
 def _examine(
