@@ -38,9 +38,9 @@ def tiny_pretrain(output: Path | None, *overrides: str) -> PretrainConfig:
     return load("pretrain", PretrainConfig, [*TINY, "steps=4", *where, *overrides])
 
 
-def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfig:
-    """Likewise, for stage two."""
-    wanted = [
+def tiny_words(encoder: Path, output: Path) -> list[str]:
+    """What is told to stage two for a few seconds' work."""
+    return [
         "tracking=off",
         "tracking.pictures=false",
         "data.dev=4000",
@@ -49,7 +49,11 @@ def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfi
         f"encoder={encoder}",
         f"output={output}",
     ]
-    return load("finetune", FinetuneConfig, [*wanted, *overrides])
+
+
+def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfig:
+    """Likewise, for stage two."""
+    return load("finetune", FinetuneConfig, [*tiny_words(encoder, output), *overrides])
 
 
 def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

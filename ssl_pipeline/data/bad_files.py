@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_serializer
@@ -67,11 +68,16 @@ class BadFiles:
         Raises:
             ConfigError: they are too many, with the list.
         """
-        if file in self.faults:
-            return
-        self.faults[file] = fault
-        _log.warning("%s can't be read as an image: %s. A neighbour takes its place.", file, fault)
-        self.stop_if_too_many(len(self.faults))
+        if file not in self.faults:
+            self.learn({file: fault})
+            self.stop_if_too_many(len(self.faults))
+
+    def learn(self, faults: Mapping[str, str]) -> None:
+        """Takes on what other processes have found; the main one tells it."""
+        for file, fault in faults.items():
+            if file not in self.faults:
+                self.faults[file] = fault
+                _log.warning("%s can't be read as an image: %s. A neighbour takes its place.", file, fault)
 
     def stop_if_too_many(self, count: int) -> None:
         """Ends the run when ``count`` files, over all processes, are more than is borne.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ class StreamBatches:
         self.block = max(1, source.block // self.lanes)
         wanted = len(os.sched_getaffinity(0)) // share.processes if workers is None else workers
         self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
-        self.unreadable = 0
+        self.unreadable, self._untold = 0, 0
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
@@ -168,14 +168,22 @@ class StreamBatches:
     def bear(self, unreadable: int) -> None:
         """Goes on with any number of unreadable images, if the source skips them at all."""
 
+    def untold(self) -> dict[str, int]:
+        """How many images this process has left out that the others have not heard of; empty if there are none."""
+        return {"images": self._untold} if self._untold else {}
+
+    def learn(self, found: Sequence[Mapping[str, int]]) -> None:
+        """Takes on what is ``untold`` in each process: no two read the same shard in an epoch, so numbers will do."""
+        self.unreadable += sum(numbers.get("images", 0) for numbers in found) - self._untold
+        self._untold = 0
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resume goes on counting from: the images that this process has left out."""
+        """What a resume goes on counting from: how often an image was left out."""
         return {"unreadable": self.unreadable}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it on; the main process alone, since a process's images are counted once."""
-        if self.share.rank == 0:
-            self.unreadable = state["unreadable"]
+        """Takes it on, on every process."""
+        self.unreadable = state["unreadable"]
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start.
@@ -210,6 +218,7 @@ class StreamBatches:
         if faults and not self.unreadable:
             _log.warning("%s It is left out, and so are further ones, which are only counted.", faults[0])
         self.unreadable += len(faults)
+        self._untold += len(faults)
 
 
 def training_batches(

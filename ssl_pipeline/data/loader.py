@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +124,8 @@ class StepBatches:
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
         self.workers = default_workers(share) if workers is None else workers
-        self._known_bad = self._found_bad()
+        self._known_bad = len(self._faults)
+        self._told = set(self._faults)
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
@@ -135,16 +136,28 @@ class StepBatches:
         clock, share = self.clock(step), self.share
         return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes)
 
-    def _found_bad(self) -> int:
-        return 0 if self.source.bad_files is None else len(self.source.bad_files.faults)
+    @property
+    def _faults(self) -> dict[str, str]:
+        return {} if self.source.bad_files is None else self.source.bad_files.faults
 
     @property
     def unreadable(self) -> int:
-        """How many files this process has found to be damaged since the start."""
-        return self._found_bad() - self._known_bad
+        """How many files are known to be damaged that were not when the run began."""
+        return len(self._faults) - self._known_bad
+
+    def untold(self) -> dict[str, Any]:
+        """What this process has found and the others have not heard of; empty if there is nothing."""
+        return {file: fault for file, fault in self._faults.items() if file not in self._told}
+
+    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Takes on what is ``untold`` in each process, this one among them: a file that two have met counts once."""
+        for faults in found:
+            if self.source.bad_files is not None:
+                self.source.bad_files.learn(faults)
+            self._told |= faults.keys()
 
     def bear(self, unreadable: int) -> None:
-        """Goes on with so many damaged files, found by all processes since the start.
+        """Goes on with so many damaged files, found by all processes since the run began.
 
         Raises:
             ConfigError: together with those left out at the start they are too many.
@@ -153,13 +166,13 @@ class StepBatches:
             self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume goes on counting from: the damaged files that this process has found."""
-        return {"bad_files": {} if self.source.bad_files is None else dict(self.source.bad_files.faults)}
+        """What a resume goes on counting from: the damaged files that are known."""
+        return {"bad_files": dict(self._faults)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it on; the main process alone, since a process's files are counted once."""
-        if self.source.bad_files is not None and self.share.rank == 0:
-            self.source.bad_files.faults.update(state["bad_files"])
+        """Takes it on, on every process."""
+        self._faults.update(state["bad_files"])
+        self._told |= self._faults.keys()
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end; a resume is nothing but another start."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,16 @@ class PairedBatches(StepBatches):
         """Damaged files of both sides; those of one folder are counted once."""
         same = self.source.bad_files is self.target.source.bad_files
         return super().unreadable + (0 if same else self.target.unreadable)
+
+    def untold(self) -> dict[str, Any]:
+        """What this process has found on either side and the others have not heard of."""
+        sides = {"source": super().untold(), "target": self.target.untold()}
+        return {side: faults for side, faults in sides.items() if faults}
+
+    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Takes on what is ``untold`` in each process."""
+        super().learn([faults.get("source", {}) for faults in found])
+        self.target.learn([faults.get("target", {}) for faults in found])
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume goes on counting from, on both sides."""

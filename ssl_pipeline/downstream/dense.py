@@ -6,7 +6,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
+from ssl_pipeline.evaluate.together import from_all
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.views.policy import ViewsConfig
 
@@ -72,15 +72,15 @@ class DenseTask(DownstreamTask):
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
         was_training = self.training
         self.eval()
-        compared = []
-        for index, images in read_whole(source, preprocessing, share.device, own):
-            for i, prediction in zip(index, self.predict(images), strict=True):
-                compared.append(self.compare(prediction, to_device(source.annotations.whole(i), share.device)))
+        compared = from_all(
+            (
+                self.compare(prediction, to_device(source.annotations.whole(i), share.device))
+                for index, images in read_whole(source, preprocessing, share.device, own)
+                for i, prediction in zip(index, self.predict(images), strict=True)
+            ),
+            share,
+        )
         self.train(was_training)
-        if share.processes > 1:
-            parts: list[list[Any]] = [[] for _ in range(share.processes)]
-            dist.all_gather_object(parts, compared)
-            compared = [one for part in parts for one in part]
         return self.score(compared)
 
 

@@ -69,6 +69,14 @@ def from_main(accelerator: Accelerator, value: T) -> T:
     return box[0]
 
 
+def from_every(accelerator: Accelerator, value: T) -> list[T]:
+    """Each process's value, by rank, on every process."""
+    values = [value] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     """Makes something on the main process alone (None elsewhere); its mistake is every process's.
 

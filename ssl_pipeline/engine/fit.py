@@ -18,7 +18,7 @@ from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import agree_on_buffers
+from ssl_pipeline.engine.distributed import agree_on_buffers, from_every
 from ssl_pipeline.engine.lost import explain, own
 from ssl_pipeline.engine.numbers import (
     FILE_NAME,
@@ -26,13 +26,13 @@ from ssl_pipeline.engine.numbers import (
     Statistics,
     agree,
     find,
-    gradient_norm,
+    gradient_check,
     sentence,
     write,
 )
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
-from ssl_pipeline.engine.signals import StoppedError
+from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.schedules import Clock
@@ -103,6 +103,10 @@ def fit(
     model.train()
     statistics = Statistics(task)
     since, images, waited = time.perf_counter(), 0, 0.0
+    if resume is not None and "cut_short" in resume and evaluate is not None:
+        _tell(listeners, start, resume["cut_short"] | evaluate(batches.clock(start - 1)), accelerator)
+        model.train()
+        since = time.perf_counter()
     asked = since
     for batch in own(batches.from_step(start), start, batches.workers):
         waited += time.perf_counter() - asked
@@ -119,8 +123,8 @@ def fit(
                 with accelerator.autocast():
                     output = model(batch)
                 accelerator.backward(output.loss)
-            norm = _clip(task, optim, accelerator)
-            agreed = agree(accelerator, output.loss, norm)
+            check = _clip(task, optim, accelerator)
+            agreed = agree(accelerator, output.loss, check)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"the GPU's memory is not enough for {micro or len(batch.index)} samples a process: lower `batch.micro`, "
@@ -152,9 +156,8 @@ def fit(
         figures: dict[str, float] = {}
         if done % log_every == 0 or done == total:
             now = time.perf_counter()
-            loss, wait, bad_files = _over_processes(
-                accelerator, output.loss.detach().float(), waited / (now - since), batches.unreadable
-            )
+            loss, wait = _over_processes(accelerator, output.loss.detach().float(), waited / (now - since), batches)
+            bad_files = batches.unreadable
             batches.bear(bad_files)
             found = {"loss": loss, "lr": rate, "data_wait": wait, "epoch": done / clock.steps_per_epoch}
             found["images_per_s"] = images / (now - since)
@@ -171,12 +174,17 @@ def fit(
             agree_on_buffers(task)
             hand_back(task, whole)
         if looks and evaluate is not None:
-            figures |= evaluate(clock)
+            try:
+                figures |= evaluate(clock)
+            except CutShortError as cut:
+                if checkpoints is not None:
+                    state = _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler))
+                    checkpoints.save(done, {**state, "cut_short": figures})
+                    checkpoints.wait()
+                raise StoppedError(cut.number, done, total, saved=checkpoints is not None) from None
             model.train()
             since, images, waited = time.perf_counter(), 0, 0.0
-        if figures and accelerator.is_main_process:
-            for listener in listeners:
-                listener(done, figures)
+        _tell(listeners, done, figures, accelerator)
         if checkpoints is not None and saves:
             checkpoints.save(done, _state(task, optimizer, accelerator, batches, (skipped, skipped_by_scaler)))
         if stops:
@@ -186,13 +194,21 @@ def fit(
         asked = time.perf_counter()
 
 
+def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, float], accelerator: Accelerator) -> None:
+    if figures and accelerator.is_main_process:
+        for listener in listeners:
+            listener(done, figures)
+
+
 def _over_processes(
-    accelerator: Accelerator, loss: torch.Tensor, wait: float, bad_files: int
-) -> tuple[float, float, int]:
-    """The mean loss, the mean share of time spent waiting for data, and the sum of the bad files, in one exchange."""
-    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(bad_files)])
-    mean_loss, mean_wait, mean_bad_files = accelerator.reduce(mine, reduction="mean").tolist()
-    return mean_loss, mean_wait, round(mean_bad_files * accelerator.num_processes)
+    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: StepBatches | StreamBatches
+) -> tuple[float, float]:
+    """The mean loss and the mean share of time spent waiting for data; bad files are told where there are new ones."""
+    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.untold())))])
+    mean_loss, mean_wait, new = accelerator.reduce(mine, reduction="mean").tolist()
+    if new:
+        batches.learn(from_every(accelerator, batches.untold()))
+    return mean_loss, mean_wait
 
 
 def _due(done: int, total: int, every: int) -> bool:
@@ -207,6 +223,7 @@ def _state(
     batches: StepBatches | StreamBatches,
     skipped: tuple[int, int],
 ) -> dict[str, Any]:
+    batches.learn(from_every(accelerator, batches.untold()))  # a start from here does not find them again
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     state = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
     state = gathered(state, keep=accelerator.is_main_process)
@@ -218,11 +235,11 @@ def _reseed(seed: int, step: int, process: int, micro_batch: int) -> None:
 
 
 def _clip(task: Task, optim: OptimConfig, accelerator: Accelerator) -> torch.Tensor | None:
-    """Clips the gradient where that is wanted; its norm from before, or None where a scaler looks at it."""
+    """Clips the gradient where that is wanted; a number that is finite only if it was, or None where a scaler looks at it."""
     if optim.clip is not None:
         norm = accelerator.clip_grad_norm_(task.parameters(), optim.clip)
         return norm if accelerator.scaler is None else None
-    return gradient_norm(task.parameters()) if accelerator.scaler is None else None
+    return gradient_check(task.parameters()) if accelerator.scaler is None else None
 
 
 def _examine(

@@ -20,6 +20,7 @@ from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
 from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
 from ssl_pipeline.engine.signals import StoppedError
+from ssl_pipeline.engine.watchdog import Watchdog
 
 _Store: Any = dist.TCPStore  # type: ignore[attr-defined]
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
         return None
     when = "" if step is None else f" in step {step + 1}"
     if _OF_WORKERS.search(text):
-        what = f"a worker that decodes files {_of_worker(text)}{when}"
+        what = f"a worker that decodes files {_of_worker('timed out' in text)}{when}"
     else:
         silent = _silent_processes()
         who = f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
@@ -66,23 +67,26 @@ def own(batches: Iterator[T], step: int, workers: int) -> Iterator[T]:
         step: the first.
         workers: processes that decode them.
     """
+    watchdog = Watchdog()
     try:
-        for batch in batches:
+        for batch in watchdog.watched(batches) if workers else batches:
             yield batch
             step += 1
     except UserError as error:
         error.everywhere = False
         raise
     except RuntimeError as error:
-        lost = explain(error, step)
+        lost = _hanging_worker(step) if watchdog.barked else explain(error, step)
         _end_workers()  # one that hangs would keep the interpreter from leaving
         if lost is None:
             raise
         raise lost from error
     except (ConnectionError, EOFError) as error:  # a batch whose memory was to come from a worker that is gone
-        if not workers or str(error).startswith("Caught"):
+        if not workers or (str(error).startswith("Caught") and not watchdog.barked):
             raise
         _end_workers()
+        if watchdog.barked:
+            raise _hanging_worker(step) from error
         raise _lost(f"a worker that decodes files was killed in step {step + 1}") from error
 
 
@@ -146,10 +150,14 @@ def _silent_processes() -> list[int]:
     return silent
 
 
-def _of_worker(text: str) -> str:
-    if "timed out" in text:
+def _of_worker(hangs: bool) -> str:
+    if hangs:
         return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs"
     return "was killed (by the system, if memory was short: lower `workers` then)"
+
+
+def _hanging_worker(step: int) -> LostProcessError:
+    return _lost(f"a worker that decodes files {_of_worker(hangs=True)} in step {step + 1}")
 
 
 def _end_workers() -> None:

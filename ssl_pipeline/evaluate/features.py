@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour, read_in_order
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.evaluate.together import from_all
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.views.policy import Views
 
@@ -35,19 +35,19 @@ def extract(
 
     Returns:
         float32 of shape (N, D), on the CPU, the same on every process.
+
+    Raises:
+        CutShortError: a signal has come.
     """
     index = torch.arange(len(source)) if index is None else index
     part = index.tensor_split(share.processes)[share.rank]
     was_training = network.training
     network.eval()
     run = forward or network
-    rows = [run(images).float().cpu() for images in read_in_order(source, preprocessing, share.device, part)]
+    batches = read_in_order(source, preprocessing, share.device, part)
+    rows = from_all((run(images).float().cpu() for images in batches), share)
     network.train(was_training)
-    if share.processes == 1:
-        return torch.cat(rows)
-    parts: list[list[Tensor]] = [[] for _ in range(share.processes)]
-    dist.all_gather_object(parts, rows)
-    return torch.cat([row for rows_of_rank in parts for row in rows_of_rank])
+    return torch.cat(rows)
 
 
 @torch.no_grad()

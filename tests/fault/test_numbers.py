@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.numbers import NonFiniteError, Statistics
+from ssl_pipeline.engine.numbers import NonFiniteError, Statistics, gradient_check
 from ssl_pipeline.engine.task import StepOutput
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
@@ -116,6 +116,25 @@ def test_one_processs_bad_number_stops_all(tmp_path: Path) -> None:
     report = json.loads((run / "nonfinite.json").read_text())["processes"]
     assert [process["loss"] == "nan" for process in report] == [False, True]
     assert len({*report[0]["batch"], *report[1]["batch"]}) == 32
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 99), st.sampled_from([float("nan"), float("inf"), float("-inf")])), max_size=3),
+    st.floats(1e-30, 1e30),
+)
+def test_the_check_is_finite_just_when_every_gradient_is(
+    sizes: list[int], bad: list[tuple[int, float]], scale: float
+) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2, size)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(2, parameter.shape[1]).t().contiguous().t() * scale
+    for place, value in bad:
+        gradient = parameters[place % len(parameters)].grad
+        assert gradient is not None
+        gradient[place % 2, place % gradient.shape[1]] = value
+    parameters.append(torch.nn.Parameter(torch.zeros(3)))  # takes no part
+    assert bool(torch.isfinite(gradient_check(parameters))) == (not bad)
 
 
 def test_statistics_are_kept_and_restored() -> None:

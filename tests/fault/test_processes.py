@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -98,6 +99,31 @@ def test_a_worker_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "4")
     began = time.monotonic()
     with pytest.raises(LostProcessError, match="has given nothing for 2 s") as lost:
+        with_worker(tmp_path)
+    assert lost.value.exit_code == 71
+    assert time.monotonic() - began < 60
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.5])
+def test_a_worker_that_is_stopped_is_not_waited_for(
+    pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With batches announced whose memory it has not handed over, which the loader's own time-out would never see."""
+    embed = SimCLR.embed
+
+    def stops(self: SimCLR, batch: Batch) -> dict[str, Tensor]:
+        if batch.clock.step == 3:
+            time.sleep(pause)
+            for process in multiprocessing.active_children():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGSTOP)
+        return embed(self, batch)
+
+    monkeypatch.setattr(SimCLR, "embed", stops)
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "4")
+    began = time.monotonic()
+    with pytest.raises(LostProcessError, match=r"has given nothing for 2 s .* in step \d") as lost:
         with_worker(tmp_path)
     assert lost.value.exit_code == 71
     assert time.monotonic() - began < 60

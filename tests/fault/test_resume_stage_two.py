@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +23,7 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
 from ssl_pipeline.track.names import TRAINING_STEP
-from tests.runs import same_bytes, tiny_finetune, tiny_pretrain
+from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_words
 from tests.shapes import mask_folder
 
 SHORT = [
@@ -30,6 +34,23 @@ SHORT = [
 
 class StoppedError(Exception):
     """The plug was pulled."""
+
+
+def stopped_by_a_signal(words: list[str], run: Path) -> tuple[int, str]:
+    """The exit code and the words of a process that is told to stop when its second checkpoint of all layers is there."""
+    path = [sys.executable, "-c", "from ssl_pipeline.cli import main; main()", "finetune"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    kept, until = run / "checkpoints" / "seed-0" / "all_layers", time.monotonic() + 120
+    with subprocess.Popen(
+        [*path, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while len(list(kept.glob("step-*.pt"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        process.terminate()
+        said, _ = process.communicate(timeout=20)
+    return process.returncode, said
 
 
 @contextmanager
@@ -89,6 +110,20 @@ def test_a_classifier(regime: str, saves: int, encoder: Path, tmp_path: Path, mo
     with stopped_after(saves, monkeypatch):
         finetune(config("parts"))
     check_same(whole, finetune(config("parts", "resume=auto")).folder, 12)
+
+
+def test_a_signal_in_the_middle_of_lp_ft(encoder: Path, tmp_path: Path) -> None:
+    words = ["regime=lp_ft", *SHORT, "seeds=1", "regime.length=80 steps", "checkpoint_every=1 steps"]
+    whole = finetune(tiny_finetune(encoder, tmp_path / "whole", *words)).folder
+    parts = tmp_path / "parts"
+    code, said = stopped_by_a_signal([*tiny_words(encoder, parts), *words], parts)
+    assert code == 75, said
+    assert "of 80: its state is saved, `resume=auto` continues from it" in said
+    assert (parts / "requeue").is_file()
+    assert not (parts / "model.safetensors").exists()
+    finetune(tiny_finetune(encoder, parts, *words, "resume=auto"))
+    assert not (parts / "requeue").exists()
+    assert same_bytes(whole, parts, ["model.safetensors", "results.json"])
 
 
 def test_a_frozen_encoders_seeds_are_not_done_twice(

@@ -23,8 +23,10 @@ from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.jsonl import read_metrics
 from tests.fault.launched import launched
-from tests.runs import same_bytes, tiny_pretrain
+from tests.runs import TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
+
+OF_TIME = ("time", "system/images_per_s", "system/data_wait")
 
 
 @pytest.fixture
@@ -92,6 +94,47 @@ def test_a_signal_while_it_evaluates_waits_for_the_figures(
     with pytest.raises(StoppedError, match="after step 1 of 8"):  # the first look is at the untrained backbone
         pretrain(tiny_pretrain(tmp_path / "run", "steps=8", "evaluate_every=1 steps"))
     assert ["eval/knn" in line for line in read_metrics(tmp_path / "run")] == [False, True]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_an_evaluation_that_lasts_is_cut_short_and_made_up_for(
+    step: int, listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, words = OnlineEvaluation._collapse, ["steps=8", "evaluate_every=4 steps", "log_every=4"]
+    whole = pretrain(tiny_pretrain(tmp_path / "whole", *words))
+    before = iter(range(step // 4))  # after the look at the untrained backbone
+
+    def signalled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
+        if next(before, None) is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return looks(self, encoder)
+
+    monkeypatch.setattr(OnlineEvaluation, "_collapse", signalled)
+    monkeypatch.setattr(signals, "_SECONDS_FOR_AN_EVALUATION", -1.0)
+    with pytest.raises(StoppedError, match=f"after step {step} of 8: its state is saved"):
+        pretrain(tiny_pretrain(tmp_path / "parts", *words))
+    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == list(range(0, step, 4))
+    monkeypatch.undo()
+    signals.forget()
+    parts = pretrain(tiny_pretrain(tmp_path / "parts", *words, "resume=auto"))
+    assert same_bytes(whole, parts, ["encoder.safetensors", "best/encoder.safetensors"])
+    lines = [
+        [{name: value for name, value in line.items() if name not in OF_TIME} for line in read_metrics(run)]
+        for run in (whole, parts)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_signal_to_one_process_cuts_the_evaluation_of_all(tmp_path: Path) -> None:
+    launch = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml", "tests/fault/slow_look.py"]
+    run, codes = tmp_path / "run", tmp_path / "codes"
+    words = [*TINY, "steps=9", "evaluate_every=3 steps", f"output={run}"]
+    done = command(*launch, *words, SSL_PIPELINE_EXIT_CODES=str(codes))
+    assert codes.read_text().split() == ["75", "75"], done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step 3 of 9: its state is saved") == 1
+    assert (run / "requeue").is_file()
+    saved = run / "checkpoints" / "step-000000003.pt"
+    assert saved.stat().st_mtime - (run / "signalled").stat().st_mtime < 20
 
 
 def test_the_last_step_is_finished(listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
