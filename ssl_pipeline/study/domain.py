@@ -152,7 +152,7 @@ def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyCon
         alarm = (
             ""
             if shift.control is None or not groups["helps"]
-            else ". Nothing could be learned there: such a gain is chance or a leak"
+            else ". No gain was to be had from the target there: this one is chance, or has another cause"
         )
         told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
     return told

@@ -141,7 +141,9 @@ def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path)
     cells = {name: {"source only": base, "AdaBN": gain if "noise" in name else base, "bound": gain} for name in names}
     told = sentences(cells, config)
     assert told[0] == "original → edges: no gain beyond chance: AdaBN."
-    assert told[2].startswith("control, original → edges as noise: helps: AdaBN. Nothing could be learned there")
+    assert told[2].startswith(
+        "control, original → edges as noise: helps: AdaBN. No gain was to be had from the target there"
+    )
     assert len(told) == 4
 
 
