@@ -46,7 +46,6 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     assert code == 71, log
     assert 7 < time.monotonic() - began < 40
     assert "process(es) 1 has not answered within 8 s" in log
-    assert "in step" in log
     resumed = tiny_pretrain(tmp_path / "run", "steps=100000", "checkpoint_every=1 steps", "resume=auto")
     assert resumed.resume == "auto"
     assert list((run.folder / "checkpoints").glob("step-*.pt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,9 @@ def test_a_click_on_each_control_changes_what_is_shown(chromium: Chromium, made:
         assert chromium.run(is_open) != was
     for link in chromium.run("[...document.querySelectorAll('nav a')].map(node => node.getAttribute('href'))"):
         press(chromium, f"nav [href='{link}']")
+        until = time.monotonic() + 10  # the browser follows a link in its own time
+        while chromium.run("location.hash") != link and time.monotonic() < until:
+            time.sleep(0.05)
         assert chromium.run("location.hash") == link
     assert chromium.complaints == []
 

@@ -196,7 +196,7 @@ def test_a_study_is_one_run_of_the_mirrors(done: Path, runs: list[Path], tmp_pat
     output = tmp_path / "out"
     shutil.copytree(done, output)
     study(words(runs, output, "knn=true", "models=true", "tracking=tensorboard"))
-    record = json.loads((done / "study.json").read_text())
+    record = json.loads((output / "study.json").read_text())
     rows = [row for row in record["rows"] if (row["init"], row["regime"], row["labels"]) == ("run0", "lp_ft", 5)]
     mean = sum(row["figures"]["accuracy"] for row in rows) / len(rows)
     told = {line["step"]: line["study/run0_lp_ft"] for line in read_metrics(output) if "study/run0_lp_ft" in line}
