@@ -34,8 +34,10 @@ def run_command(
     name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
 ) -> None:
     """Runs a stage from the command line; leaves the process with the error's exit code when it is told in words."""
+    # `study domain` is composed from study_domain.yaml.
+    verb = name.replace("_", " ", 1)
     parser = argparse.ArgumentParser(
-        prog=f"ssl-pipeline {name}",
+        prog=f"ssl-pipeline {verb}",
         usage="%(prog)s [group=choice …] [key=value …] [--config-dir DIR] [--cfg job] [--help]",
         description=run.__doc__.splitlines()[0] if run.__doc__ else None,
         epilog=_keys_help(name),
@@ -52,7 +54,7 @@ def run_command(
             return
         run(config)
     except UserError as error:
-        leave(error, f"ssl-pipeline {name} --help")
+        leave(error, f"ssl-pipeline {verb} --help")
 
 
 def leave(error: UserError, hint: str = "") -> NoReturn:

@@ -21,6 +21,7 @@ class Comparison:
         against: per condition the one that it is compared with, over the seeds that both have.
         baseline: what the conditions are compared with, for people.
         percent: whether the figure is a share.
+        claimed: the conditions of the regime that was fixed beforehand; empty where none was.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Comparison:
     against: dict[str, str] = field(default_factory=dict)
     baseline: str = ""
     percent: bool = True
+    claimed: tuple[str, ...] = ()
 
     def mean(self, name: str) -> Interval:
         """A condition's mean with its interval."""
@@ -39,10 +41,14 @@ class Comparison:
         shared = [seed for seed in ours if seed in theirs]
         return paired_difference([ours[s] for s in shared], [theirs[s] for s in shared]) if shared else None
 
-    def best(self) -> tuple[str, Interval] | None:
-        """The condition that gained most; None where nothing is compared."""
+    def headline(self) -> tuple[str, Interval] | None:
+        """The first claimed condition that is compared, or the first one of all; None where nothing is compared.
+
+        The one that gained most would be a choice by the figures that it is then praised for.
+        """
         found = {name: gain for name in self.values if (gain := self.difference(name)) is not None}
-        return max(found.items(), key=lambda pair: pair[1].mean) if found else None
+        first = next((name for name in [*self.claimed, *found] if name in found), None)
+        return None if first is None else (first, found[first])
 
     def table(self) -> Table:
         """Each condition with its interval and the paired difference."""
@@ -86,7 +92,8 @@ def _of_rows(run: RunRecord, rows: list[tuple[dict[str, Any], float]]) -> Compar
     percent = percent if isinstance(percent, bool) else all(0 <= value <= 1 for _, value in rows)
     unit = " (%)" if percent else ""
     title = f"{run.name}: {spoken(figure)}{unit}{split}{labels}"
-    return Comparison(title, values, against, baseline, percent)
+    claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("claimed"))
+    return Comparison(title, values, against, baseline, percent, claimed)
 
 
 def _of_lists(run: RunRecord) -> Comparison | None:

@@ -164,10 +164,10 @@ def _glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         add("kNN on dev", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained")
     for study in runs:
         found = study_comparison(study) if study.stage == "study" else None
-        if found and (best := found.best()):
-            gain = stage_two.shown(best[1], found.percent, signed=True)
-            value = stage_two.shown(found.mean(best[0]), found.percent) + (" %" if found.percent else "")
-            add("Stage two", value, f"{best[0]}: {gain} against {found.baseline}")
+        if found and (told := found.headline()):
+            gain = stage_two.shown(told[1], found.percent, signed=True)
+            value = stage_two.shown(found.mean(told[0]), found.percent) + (" %" if found.percent else "")
+            add("Stage two", value, f"{told[0]}: {gain} against {found.baseline}")
         elif study.stage == "finetune" and (rows := stage_two.seeds_of(study)):
             name, percent = next(iter(rows[0])), stage_two.in_percent(study)
             value = stage_two.shown(interval([row[name] for row in rows if name in row]), percent)

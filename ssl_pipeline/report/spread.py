@@ -31,6 +31,7 @@ def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The figure over the number of labels, a line an initialisation and regime; for studies of several numbers."""
     lines, percent = [], True
     for run in runs:
+        in_percent = run.study.get("in_percent") is not False
         grouped: dict[str, dict[float, list[float]]] = {}
         for row, value in measured_rows(run.study):
             count = row.get("label_count", row.get("labels"))
@@ -38,8 +39,10 @@ def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
                 name = condition(row, with_labels=False)
                 grouped.setdefault(name, {}).setdefault(float(count), []).append(value)
         if max((len(by_labels) for by_labels in grouped.values()), default=0) > 1:
-            lines += [{"name": name, "points": _with_intervals(by_labels)} for name, by_labels in grouped.items()]
-            percent = percent and run.study.get("in_percent") is not False
+            lines += [
+                {"name": name, "points": _with_intervals(by_labels, in_percent)} for name, by_labels in grouped.items()
+            ]
+            percent = percent and in_percent
     if not lines:
         return []
     return [
@@ -48,11 +51,13 @@ def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _with_intervals(by_labels: dict[float, list[float]]) -> list[list[float | None]]:
+def _with_intervals(by_labels: dict[float, list[float]], in_percent: bool) -> list[list[float | None]]:
     rows: list[list[float | None]] = []
     for labels in sorted(by_labels):
         found = interval(by_labels[labels])
-        ends = [None, None] if found.half == float("inf") else [found.low, found.mean + found.half]
+        ends: list[float | None] = [found.low, found.mean + found.half] if found.half != float("inf") else [None, None]
+        if in_percent:  # Student's t of few seeds reaches beyond what a share can be
+            ends = [None if end is None else min(1.0, max(0.0, end)) for end in ends]
         rows.append([labels, None, None, found.mean, *ends])
     return rows
 

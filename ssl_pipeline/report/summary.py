@@ -91,11 +91,11 @@ def _study(run: RunRecord) -> list[str]:
 
 
 def conclusion(found: Comparison) -> list[str]:
-    """The best condition against the baseline, in words; no gain means that the interval contains 0."""
-    best = found.best()
-    if best is None:
+    """The claimed condition against the baseline, in words; no gain means that the interval contains 0."""
+    told = found.headline()
+    if told is None:
         return [f"{len(found.values)} condition(s) are measured so far."]
-    return [f"{best[0]} against {found.baseline}: {verdict(best[1], found.percent)}"]
+    return [f"{told[0]} against {found.baseline}: {verdict(told[1], found.percent)}"]
 
 
 def verdict(difference: Interval, percent: bool = True) -> str:

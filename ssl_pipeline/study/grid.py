@@ -137,7 +137,13 @@ def _of_initialisation(
     for regime in regimes:
         own = config.overrides.get(regime, ())  # type: ignore[call-overload]
         words = [*config.common, *start, f"regime={regime}", "tracking=off", *own]
-        settled = load("finetune", FinetuneConfig, words)
+        try:
+            settled = load("finetune", FinetuneConfig, words)
+        except ConfigError as error:
+            raise ConfigError([
+                *str(error).splitlines(),
+                f"What a study's cells are told ({name}, {regime}) are keys of `ssl-pipeline finetune --help`.",
+            ]) from error  # fmt: skip
         for labels in config.labels:
             asked = settled.labels.model_copy(update=_asked(labels))
             for place in range(config.seeds):

@@ -131,6 +131,31 @@ def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
     assert line["points"][0][5] - line["points"][0][3] == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-3)
 
 
+def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
+    rows = [
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": value}}
+        for labels in (5, 20) for seed, value in enumerate((0.1, 0.9))
+    ]  # fmt: skip
+    run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
+    (chart,) = payload(page([run], looking=blind))["charts"]
+    assert [row[4:] for row in chart["lines"][0]["points"]] == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def test_the_headline_is_the_claimed_condition_and_not_the_best_one(tmp_path: Path) -> None:
+    values = {"scratch": 0.5, "end_to_end": 0.9, "lp_ft": 0.6}
+    rows = [
+        {"init": "a", "regime": regime, "labels": 10, "seed": seed, "figures": {"accuracy": value + 0.01 * seed}}
+        for regime, value in values.items() for seed in (0, 1)
+    ]  # fmt: skip
+    record = {"rows": rows, "baseline": {"init": "a", "regime": "scratch"}, "claimed": "lp_ft"}
+    found = study_comparison(read_runs([write_study(tmp_path / "study", record)])[0])
+    assert found
+    told = found.headline()
+    assert told
+    assert told[0] == "a, LP-FT"
+    assert told[1].mean == pytest.approx(0.1)
+
+
 def test_confusion_and_domains(tmp_path: Path) -> None:
     folder = write_finetune(tmp_path / "run", [0.5], confusion={"classes": ["cat", "dog"], "matrix": [[3, 1], [0, 4]]})
     rows = [
