@@ -159,6 +159,7 @@ def finetune(config: FinetuneConfig) -> Result:
     labelled = {seed: draw(config.labels, config.downstream, pools[seed], seed) for seed in seeds}
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
+    data |= {} if across is None else {"target": across.target.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained)}
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
     folder, finished = from_main(
@@ -187,12 +188,8 @@ def finetune(config: FinetuneConfig) -> Result:
                 task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
             task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             views = Views(policy, blueprint.mean, blueprint.std, seed)
-            keeping = Keeping(
-                folder / "checkpoints" / f"seed-{seed}",
-                config.checkpoint_every,
-                config.keep_checkpoints,
-                run is not None,
-            )
+            kept = folder / "checkpoints" / f"seed-{seed}"
+            keeping = Keeping(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
             around = Surroundings(
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves
             )
@@ -207,14 +204,14 @@ def finetune(config: FinetuneConfig) -> Result:
                 told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
                 matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
                 result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
+                Gallery(trackers).confusion(seed, matrix, pool.classes)
                 if run is not None:
                     result.keep_confusion()
-                Gallery(trackers).confusion(seed, matrix, pool.classes)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None:
-                shutil.rmtree(keeping.folder, ignore_errors=True)
+                shutil.rmtree(kept, ignore_errors=True)
         if run is not None:
             result.write()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

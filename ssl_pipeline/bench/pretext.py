@@ -72,6 +72,7 @@ def measure(rounds: int) -> dict[str, float]:
     figures: dict[str, float] = {}
 
     def knn(name: str, seed: int, build: Callable[[Encoder, Indexed], Task] | None) -> float:
+        """On `dev`, after a short pretraining of a task: ours, or what ``build`` makes of lightly's parts."""
         config = load(
             "pretrain",
             PretrainConfig,

@@ -141,8 +141,8 @@ def _of_initialisation(
             settled = load("finetune", FinetuneConfig, words)
         except ConfigError as error:
             raise ConfigError([
-                *str(error).splitlines(),
-                f"What a study's cells are told ({name}, {regime}) are keys of `ssl-pipeline finetune --help`.",
+                f"{line} (In {name}'s cells, {regime}; `ssl-pipeline finetune --help` lists what these are told.)"
+                for line in str(error).splitlines()
             ]) from error  # fmt: skip
         for labels in config.labels:
             asked = settled.labels.model_copy(update=_asked(labels))

@@ -72,6 +72,10 @@ def test_the_trunk_loads_into_torchvision_by_stripping_a_prefix(tmp_path: Path) 
     theirs = models.resnet18()
     theirs.fc = nn.Identity()
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+    ours, _ = load_encoder(tmp_path)
+    image = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(image), ours.eval()(image))
 
 
 def test_channels_last_and_shared_tensors(tmp_path: Path) -> None:
