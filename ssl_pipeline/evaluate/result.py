@@ -35,8 +35,9 @@ class Result:
     def rows(self, in_percent: bool) -> list[list[str]]:
         """Each figure's name, and its mean with its interval."""
         found = {name: self.interval(name) for name in self.figures[0]}
-        shares = {name for name in found if in_percent and not name.startswith("label_free/")}
-        return [[name, value.percent() if name in shares else _plain(value)] for name, value in found.items()]
+        return [
+            [name, value.percent() if is_share(name, in_percent) else _plain(value)] for name, value in found.items()
+        ]
 
     def keep_confusion(self) -> None:
         """Keeps the first seed's confusion for a run that is stopped before its last seed."""
@@ -63,6 +64,11 @@ class Result:
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"confusion": self.confusion} if self.confusion else {}
         write_text_atomic(self._written, json.dumps(record, indent=1))
+
+
+def is_share(name: str, in_percent: bool) -> bool:
+    """Whether a figure of a task that is measured in per cent is a share itself: entropies, densities and distances are not."""
+    return in_percent and not name.startswith("label_free/")
 
 
 def _plain(value: Interval) -> str:

@@ -90,7 +90,12 @@ def _write(folders: Sequence[Path], path: Path, refresh: int, looks: _Looks) -> 
 
 
 def _seconds(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number of seconds: name the runs before --watch, or write --watch 10"
+        ) from None
     if value < 1:
         raise argparse.ArgumentTypeError("give 1 second or more")
     return value

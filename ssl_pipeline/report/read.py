@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
+from ssl_pipeline.track.lock import is_held
 
 Stage = Literal["pretrain", "finetune", "study"]
 State = Literal["finished", "running", "stopped"]
@@ -120,7 +119,7 @@ def _read(folder: Path, name: str) -> RunRecord:
     card, results, study = (_object(folder / f"{file}.json", notes) for file in ("card", "results", "study"))
     starts = _object(folder / "run.json", notes).get("starts")
     last = {"pretrain": card, "finetune": results, "study": study}[stage]
-    state: State = "finished" if last else "running" if _is_held(folder) else "stopped"
+    state: State = "finished" if last else "running" if is_held(folder) else "stopped"
     if state == "running":
         notes.append("It is still going: these are its figures so far.")
     elif state == "stopped":
@@ -184,23 +183,6 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} is damaged ({_first_line(error)}).")
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a process holds the folder's lock; the shared lock that finds it out is given back at once."""
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks tells nothing
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _first_line(error: Exception) -> str:

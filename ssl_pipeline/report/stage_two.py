@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.evaluate.interval import Interval, interval
+from ssl_pipeline.evaluate.result import is_share
 from ssl_pipeline.report.read import RunRecord
 
 _MOST_CLASSES = 40
@@ -38,9 +40,10 @@ def seeds_of(run: RunRecord) -> list[dict[str, float]]:
 
 
 def numbers(figures: Any) -> dict[str, float]:
-    """The figures that are numbers; nothing of what is no mapping."""
+    """The figures that are finite numbers; nothing of what is no mapping."""
     items = figures.items() if isinstance(figures, dict) else ()
-    return {str(name): float(value) for name, value in items if isinstance(value, int | float)}
+    known = {str(name): float(value) for name, value in items if isinstance(value, int | float)}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
 def measured_rows(record: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
@@ -81,8 +84,8 @@ def results_table(run: RunRecord) -> Table | None:
     cells = [
         [
             spoken(name),
-            shown(interval([row[name] for row in rows]), percent),
-            *(_one(row[name], percent) for row in rows),
+            shown(interval([row[name] for row in rows]), is_share(name, percent)),
+            *(_one(row[name], is_share(name, percent)) for row in rows),
         ]
         for name in names
     ]
@@ -110,8 +113,11 @@ def confusion(run: RunRecord) -> dict[str, Any] | None:
         return None
     if any(not isinstance(row, list) or len(row) != len(matrix) for row in matrix):
         return None
+    if any(not isinstance(cell, int | float) or not math.isfinite(cell) for row in matrix for cell in row):
+        return None
     assert isinstance(found, dict)
-    classes = found.get("classes") or run.card.get("classes") or []
+    classes = found.get("classes") or run.card.get("classes")
+    classes = classes if isinstance(classes, list) else []
     names = [str(name) for name in classes] if len(classes) == len(matrix) else [str(i) for i in range(len(matrix))]
     rows = [[{"count": int(v), "share": v / max(1, sum(row))} for v in row] for row in matrix]
     return {"run": run.name, "classes": names, "rows": list(zip(names, rows, strict=True))}

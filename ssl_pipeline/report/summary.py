@@ -80,13 +80,13 @@ def _finetune(run: RunRecord) -> list[str]:
 
 def _study(run: RunRecord) -> list[str]:
     found = study_comparison(run)
-    if found is None:
-        return ["The study has measured nothing yet."]
     told = run.study.get("conclusion")
     left_out = run.study.get("left_out")
     missing = [f"{name} was left out: {why}" for name, why in left_out.items()] if isinstance(left_out, dict) else []
     if isinstance(told, list) and told:
         return [*map(str, told), *missing]
+    if found is None:
+        return ["Its figures are in its own table, study.json." if run.study else "The study has measured nothing yet."]
     return [*conclusion(found), *missing]
 
 

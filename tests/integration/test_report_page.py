@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from ssl_pipeline.bench.chromium import Chromium, find_chromium
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
+from ssl_pipeline.track.lock import FolderLock
 from tests.report_runs import write_finetune, write_pretrain, write_study
 from tests.runs import tiny_finetune, tiny_pretrain
 
@@ -205,12 +205,14 @@ def test_pointing_and_arrow_keys_tell_the_values_that_were_logged(chromium: Chro
 
 def test_a_page_that_is_watched_reloads_and_stays_where_it_was(chromium: Chromium, tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FolderLock(folder)
+    try:
         path, _ = report([folder], refresh=1)
         chromium.open(path)
         chromium.run("window.before = true; window.scrollTo({ top: 400, behavior: 'instant' });"
                      " document.querySelector('[data-axis=epoch]').click()")  # fmt: skip
         chromium.wait("window.before === undefined && document.readyState === 'complete'")
+    finally:
+        lock.release()
     assert chromium.run("window.scrollY") == 400
     assert pressed(chromium, "[data-axis=epoch]")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import dump
+from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.sources import embedded
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
 from ssl_pipeline.report.look import look
@@ -46,6 +49,24 @@ def test_a_run_without_labels_shows_all_that_needs_none(unlabelled: tuple[Path, 
     assert seen.neighbours[0]["query"]["label"] is None
     path, _ = report([folder], tmp_path / "page.html")
     assert "Without labels nobody knows its kNN accuracy." in path.read_text()
+
+
+def test_the_images_are_of_dev_and_no_test_image_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pretrain(tiny_pretrain(tmp_path / "run", "steps=1"))
+    opened: dict[str, Any] = {}
+    real = embedded.Config.open
+
+    def noted(self: embedded.Config, split: Split) -> Any:
+        opened[split] = real(self, split)
+        return opened[split]
+
+    monkeypatch.setattr(embedded.Config, "open", noted)
+    seen = look(read_runs([folder])[0])
+    assert set(opened) == {"train", "dev"}
+    assert seen.map is not None
+    shown = [int(name.removeprefix("image ")) for name in seen.map["names"]]
+    assert seen.map["labels"] == opened["dev"].labels[shown].tolist()
+    assert seen.map["labels"] != opened["train"].labels[shown].tolist()
 
 
 def test_before_the_encoder_is_there_the_views_are(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,30 @@ from tests.report_page import Page, blind, payload
 from tests.report_runs import write_finetune, write_pretrain, write_study
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Another process is in the folder, as a run would be."""
+    code = (
+        "import sys; from pathlib import Path; from ssl_pipeline.track.lock import FolderLock;"
+        "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.communicate("")
+
+
 def test_a_run_that_is_going_and_one_that_was_killed(tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
-    (folder / ".lock").touch()
-    with (folder / ".lock").open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(folder):
         (run,) = read_runs([folder])
         assert run.state == "running"
         text = page([run], refresh=7, looking=blind)
         assert payload(text)["refresh"] == 7
         assert "trains small_resnet" in Page(text).text
-        fcntl.flock(lock, fcntl.LOCK_UN)
     (run,) = read_runs([folder])
     assert run.state == "stopped"
     assert "was stopped before its end" in Page(page([run], looking=blind)).text
@@ -100,8 +115,6 @@ def test_a_folder_of_runs_stands_for_them_and_each_stands_once(tmp_path: Path) -
 
 def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
-    lock = (folder / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
     pages: list[int] = []
 
     def sleep(seconds: float) -> None:
@@ -111,7 +124,7 @@ def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert seconds == 3
 
     monkeypatch.setattr("time.sleep", sleep)
-    path = watch([folder], None, 3)
-    lock.close()
+    with held(folder):
+        path = watch([folder], None, 3)
     assert pages == [3, 3]
     assert payload(path.read_text())["refresh"] == 0

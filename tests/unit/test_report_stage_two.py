@@ -141,6 +141,34 @@ def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
     assert [row[4:] for row in chart["lines"][0]["points"]] == [[0.0, 1.0], [0.0, 1.0]]
 
 
+@pytest.mark.parametrize("found", [
+    {"classes": ["a"], "matrix": [["x"]]}, {"classes": ["a"], "matrix": [[None]]}, {"classes": ["a"], "matrix": [[float("nan")]]},
+])  # fmt: skip
+def test_a_broken_confusion_is_left_out(tmp_path: Path, found: dict[str, Any]) -> None:
+    (run,) = read_runs([write_finetune(tmp_path / "run", [0.5], confusion=found)])
+    assert confusion(run) is None
+    page([run], looking=blind)
+
+
+def test_what_is_no_share_and_what_is_no_number(tmp_path: Path) -> None:
+    folder = write_finetune(tmp_path / "run", [0.5], confusion={"classes": 3, "matrix": [[1]]})
+    results = json.loads((folder / "results.json").read_text())
+    results["figures"] = [{"accuracy": 0.5, "label_free/entropy": 1.7, "loss": float("nan")}]
+    (folder / "results.json").write_text(json.dumps(results))
+    (run,) = read_runs([folder])
+    table = results_table(run)
+    assert table
+    assert table.rows == [["accuracy", "50.0", "50.0"], ["label free/entropy", "1.7", "1.7"]]
+    assert confusion(run) == {"run": run.name, "classes": ["0"], "rows": [("0", [{"count": 1, "share": 1.0}])]}
+
+
+def test_a_study_with_a_table_of_its_own_is_not_called_empty(tmp_path: Path) -> None:
+    (run,) = read_runs([write_study(tmp_path / "a", {"figures": {"edges": {}}, "conclusion": ["It helps."]})])
+    assert summary(run) == ["It helps."]
+    (run,) = read_runs([write_study(tmp_path / "b", {"known": [], "figures": {"trained": {}}})])
+    assert summary(run) == ["Its figures are in its own table, study.json."]
+
+
 def test_the_headline_is_the_claimed_condition_and_not_the_best_one(tmp_path: Path) -> None:
     values = {"scratch": 0.5, "end_to_end": 0.9, "lp_ft": 0.6}
     rows = [
