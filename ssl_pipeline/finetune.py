@@ -162,9 +162,10 @@ def finetune(config: FinetuneConfig) -> Result:
     data |= {} if across is None else {"target": across.target.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained)}
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
-    folder, finished = from_main(
-        accelerator, (run.path, finished_seeds(run.path, seeds, config.split)) if run else (Path(), {})
-    )
+    if run is not None and run.changes:  # seeds of two configurations make no mean: all are trained anew
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
+    folder, finished = from_main(accelerator, (run.path if run else Path(), done))
     result = Result(folder, config.split)
     if finished:
         result.take_confusion()

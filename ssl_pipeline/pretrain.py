@@ -18,7 +18,7 @@ from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import check_same_start, from_main, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
@@ -189,6 +189,7 @@ def pretrain(config: PretrainConfig) -> Path:
     best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
     resume = checkpoints.load() if config.resume != "no" else None
     start = int(resume["done"]) if resume else 0
+    check_same_start(accelerator, start)
 
     def card(figures: dict[str, float]) -> Card:
         return Card(

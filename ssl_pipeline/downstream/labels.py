@@ -53,7 +53,7 @@ def draw_index(
 ) -> tuple[Tensor, Tensor | None]:
     """Draws a seed's labels, evenly over the classes where an image has one, and holds some of them out for selection.
 
-    Of a class's only label nothing is held out.
+    One label of each class stays to learn from, whatever is held out.
 
     Returns:
         The images to learn from and those held out, sorted int64 indices of the pool; None where nothing is.
@@ -75,4 +75,7 @@ def draw_index(
     if count == 0:
         return index, None
     rest, held_out = hold_out(strata[index], count, seed, "validation")
-    return index[rest], index[held_out]
+    for missing in set(strata[index].tolist()) - set(strata[index][rest].tolist()):
+        back = held_out[strata[index][held_out] == missing][:1]
+        rest, held_out = torch.cat([rest, back]).sort().values, held_out[held_out != back]
+    return index[rest], index[held_out] if len(held_out) else None

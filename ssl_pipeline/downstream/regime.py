@@ -26,6 +26,7 @@ from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorTask, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.distributed import check_same_start
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
@@ -198,7 +199,7 @@ def run_kept_loop(
         around: what it is trained with.
         name: of this loop among those of a training.
         best: keeps the weights that score best; None takes the last ones.
-        evaluate_every: steps between two looks of ``best``; 0 for none but the last.
+        evaluate_every: steps between two looks of ``best``; 0 for never.
     """
     checkpoints, resume = None, None
     if around.keeping is not None:
@@ -207,6 +208,7 @@ def run_kept_loop(
         beside = best.state_dict if best is not None else dict[str, Any]
         checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=beside)
         resume = checkpoints.load()
+        check_same_start(around.accelerator, int(resume["done"]) if resume else 0)
     if resume is not None and best is not None:
         best.load_state_dict(resume)
     total, done = batches.total_steps, int(resume["done"]) if resume is not None else 0

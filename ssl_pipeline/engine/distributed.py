@@ -77,6 +77,20 @@ def from_every(accelerator: Accelerator, value: T) -> list[T]:
     return values
 
 
+def check_same_start(accelerator: Accelerator, done: int) -> None:
+    """Holds that all processes continue from the same step.
+
+    Raises:
+        ConfigError: they don't; on all of them.
+    """
+    starts = from_every(accelerator, done)
+    if len(set(starts)) > 1:
+        raise ConfigError(
+            f"the processes read checkpoints of different steps ({', '.join(map(str, starts))}): they need one `output` that all "
+            "machines see alike, such as a folder on a shared disk."
+        )
+
+
 def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     """Makes something on the main process alone (None elsewhere); its mistake is every process's.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -89,13 +90,15 @@ def fit(
     """
     start, skipped, skipped_by_scaler, whole = 0, 0, 0, task
     if resume is not None:
-        whole.load_state_dict(resume["task"])
+        with _must_fit():
+            whole.load_state_dict(resume["task"])
     task, optimizer = to_train(whole, optimizer, accelerator)
     model, prepared = accelerator.prepare(task, optimizer)
     if resume is not None:
         start = int(resume["done"])
         skipped, skipped_by_scaler = resume.get("skipped", (0, 0))
-        prepared.load_state_dict(scattered(resume["optimizer"], optimizer))
+        with _must_fit():
+            _take_on(prepared, optimizer, scattered(resume["optimizer"], optimizer))
         batches.load_state_dict(resume["batches"])
         if accelerator.scaler is not None and resume["scaler"] is not None:
             accelerator.scaler.load_state_dict(resume["scaler"])
@@ -125,19 +128,25 @@ def fit(
                 accelerator.backward(output.loss)
             check = _clip(task, optim, accelerator)
             agreed = agree(accelerator, output.loss, check)
+            if agreed.finite:
+                prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well
         except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(
+            short = ConfigError(
                 f"the GPU's memory is not enough for {micro or len(batch.index)} samples a process: lower `batch.micro`, "
                 "`batch.size` or `views.size`, take a smaller backbone, or add processes."
-            ) from error
+            )
+            short.everywhere = False
+            raise short from error
         except RuntimeError as error:
             raise explain(error, clock.step) or error from error
         if agreed.finite:
-            prepared.step()
             task.after_step(batch)
             skipped_by_scaler += prepared.step_was_skipped
         else:
             skipped += 1
+            if accelerator.scaler is not None and optim.clip is not None:
+                # Clipping has unscaled this step's gradients, which a scaler allows once a step: the step ends here.
+                accelerator.scaler.update(accelerator.scaler.get_scale())
             problem = None
             statistics.restore()
             if optim.nonfinite.action == "stop" or skipped > optim.nonfinite.limit:
@@ -192,6 +201,27 @@ def fit(
                 checkpoints.wait()
             raise StoppedError(agreed.signal, done, total, saved=saves)
         asked = time.perf_counter()
+
+
+@contextmanager
+def _must_fit() -> Iterator[None]:
+    """Around the reading of a checkpoint's state: ``resume=changed`` can't carry it into another network."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        told = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"the checkpoint does not fit this configuration ({told}). `resume=changed` goes on with other rates, lengths and data, "
+            "and not with another network, task or optimizer: undo that change, or choose another `output`."
+        ) from error
+
+
+def _take_on(prepared: Optimizer, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """The optimizer's state from a checkpoint; its settings stay the configuration's, which ``resume=changed`` may have changed."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    prepared.load_state_dict(state)
+    for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own_settings)
 
 
 def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, float], accelerator: Accelerator) -> None:

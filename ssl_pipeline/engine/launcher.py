@@ -58,6 +58,7 @@ class Launch:
     def __init__(self, command: Sequence[str], codes: Path) -> None:
         self._codes = codes
         self._signal = 0
+        self._launcher: subprocess.Popen[bytes] | None = None
         _prctl(_ADOPT_ORPHANS, 1)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
@@ -65,27 +66,33 @@ class Launch:
         self._launcher = subprocess.Popen(
             command, env={**os.environ, EXIT_CODES: str(codes)}, start_new_session=True, preexec_fn=_die_with_parent
         )
+        if self._signal:  # it came before there was anybody to pass it on to
+            self._pass_on(self._signal, None)
 
     def wait(self) -> int:
         """Waits for the run, ends what it left over, and returns the exit code."""
-        while (code := self._launcher.poll()) is None:
+        launcher = self._launcher
+        assert launcher is not None
+        while (code := launcher.poll()) is None:
             time.sleep(0.2)
             if LOST in self._told():
-                self._end_the_others()
+                self._end_the_others(launcher)
         _end(psutil.Process().children(recursive=True))
         for known in (_SAVED, _WRONG_INPUT, LOST):
             if known in self._told():
                 return known
         if code == 0:
             return 0
+        if self._signal in (signal.SIGTERM, signal.SIGUSR1) and not self._told():
+            return _SAVED  # it died of the signal before it listened, or was told twice: what it has saved is whole
         return 128 + (self._signal or -code) if self._signal or code < 0 else code
 
     def _told(self) -> list[int]:
         return [int(word) for word in self._codes.read_text().split()]
 
-    def _end_the_others(self) -> None:
+    def _end_the_others(self, launcher: subprocess.Popen[bytes]) -> None:
         """Of a group that has lost a process nothing will come: what hangs is killed, which the launcher is slow to do."""
-        others = psutil.Process(self._launcher.pid).children()
+        others = psutil.Process(launcher.pid).children()
         for process in psutil.wait_procs(others, _SECONDS_AFTER_A_LOSS)[1]:
             process.kill()
 
@@ -93,6 +100,8 @@ class Launch:
         """To the run's processes themselves: the launcher would kill them half a minute later, or leave them alone."""
         del frame
         self._signal = number
+        if self._launcher is None:
+            return
         run = psutil.Process(self._launcher.pid).children() if self._launcher.poll() is None else []
         for process in run or psutil.Process().children():
             try:

@@ -172,7 +172,7 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
 
 def write(file: Path, step: int, findings: list[Finding]) -> None:
     """Everything that is known of a bad step, as JSON."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"step": step, "processes": [asdict(f) for f in findings]}, indent=1), encoding="utf-8")
 
 
@@ -199,6 +199,8 @@ def _bad_samples(task: Task, batch: Batch) -> list[int]:
     bad = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.index.device)
     for view in batch.views:
         bad |= ~torch.isfinite(view.flatten(1)).all(1)
+    if any(isinstance(parameter, DTensor) for parameter in task.parameters()):
+        return batch.index[bad].tolist()  # FSDP2 gathers weights for the whole forward alone
     modes = [(module, module.training) for module in task.modules()]
     task.eval()
     embeddings = task.embed(batch)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ssl_pipeline.track.tracker import Tracker
 
 _log = logging.getLogger("ssl_pipeline")
+_SECONDS_AFTER_A_STOP = 10.0  # of the two minutes that a scheduler gives between its signal and the end
 _ROOM = 10_000  # calls that may wait: hours of a run, and a few MB
 
 
@@ -61,14 +62,15 @@ class Background:
         self._later(lambda mirror: mirror.used(folder))
 
     def finish(self, failed: bool) -> None:
-        """Waits until all is told, but not for ever."""
+        """Waits until all is told, but not for ever; of a run that failed or was stopped no longer than a scheduler would bear."""
+        patience = min(self._patience, _SECONDS_AFTER_A_STOP) if failed else self._patience
         self._later(lambda mirror: mirror.finish(failed))
         self._later(None)
         if self._given_up:
             return
-        self._thread.join(self._patience)
+        self._thread.join(patience)
         if self._thread.is_alive():
-            self._give_up(f"was not done {self._patience:g} s after the run's end")
+            self._give_up(f"was not done {patience:g} s after the run's end")
 
     def _later(self, call: Callable[[Tracker], None] | None) -> None:
         if self._given_up:

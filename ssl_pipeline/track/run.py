@@ -25,7 +25,8 @@ _log = logging.getLogger("ssl_pipeline")
 _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
-_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every", "keep_checkpoints")  # none moves a figure
+# None of them moves a figure; more `seeds` are more figures beside those that are there.
+_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every", "keep_checkpoints", "seeds")
 
 Resume = Literal["no", "auto", "changed"]
 

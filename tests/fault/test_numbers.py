@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.numbers import NonFiniteError, Statistics, gradient_check
 from ssl_pipeline.engine.task import StepOutput
+from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.alerts import LossSpikes
 from ssl_pipeline.track.jsonl import read_metrics
-from tests.runs import TINY, command, tiny_pretrain
+from tests.runs import TINY, command, tiny_finetune, tiny_pretrain
 
 EACH = ["checkpoint_every=1 steps", "optim.warmup=0 steps"]
 embed, objective = SimCLR.embed, SimCLR.objective
@@ -81,6 +83,21 @@ def test_a_bad_step_stops_before_anything_is_changed(
         assert report["processes"][0]["batch"][3] in report["processes"][0]["samples"]
 
 
+def test_a_bad_first_step_of_stage_two_is_told_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = pretrain(tiny_pretrain(tmp_path / "one", "steps=1"))
+    right = Classification.objective
+
+    def no_number(self: Classification, embeddings: dict[str, torch.Tensor], batch: Batch) -> StepOutput:
+        output = right(self, embeddings, batch)
+        output.loss = output.loss * torch.nan
+        return output
+
+    monkeypatch.setattr(Classification, "objective", no_number)
+    with pytest.raises(NonFiniteError, match="step 0 gives no finite number"):
+        finetune(tiny_finetune(encoder, tmp_path / "two", "regime=end_to_end", "regime.length=2 steps"))
+    assert list(tmp_path.glob("two/**/nonfinite.json"))
+
+
 def test_bad_steps_are_passed_over_and_counted_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimCLR, "embed", bad_sample)
     words = [*EACH, "steps=6", "optim.nonfinite.action=skip"]
@@ -88,8 +105,32 @@ def test_bad_steps_are_passed_over_and_counted_up_to_a_limit(tmp_path: Path, mon
     assert same(state(done, 3), state(done, 4))
     assert [line.get("pretrain/nonfinite_steps") for line in read_metrics(done)] == [None, None, None, 1, 2]
     assert state(done, 4)["skipped"] == (2, 0)
+    on = pretrain(tiny_pretrain(tmp_path / "run", *words, "steps=5", "resume=changed"))
+    assert state(on, 5)["skipped"] == (3, 0)
     with pytest.raises(NonFiniteError, match="step 5"):
         pretrain(tiny_pretrain(tmp_path / "limit", *words, "optim.nonfinite.limit=3"))
+
+
+def test_a_clipped_bad_step_is_passed_over_under_a_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled() -> Any:
+        accelerator = start_accelerator()
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        accelerator.native_amp = False  # fp32 arithmetic is enough to see what the scaler is told
+        return accelerator
+
+    def once(self: SimCLR, embeddings: dict[str, torch.Tensor], batch: Batch) -> StepOutput:
+        output = objective(self, embeddings, batch)
+        if batch.clock.step == 1:
+            output.loss = output.loss * torch.nan
+        return output
+
+    monkeypatch.setattr("ssl_pipeline.pretrain.start_accelerator", scaled)
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
+    monkeypatch.setattr(SimCLR, "objective", once)
+    done = pretrain(tiny_pretrain(tmp_path / "run", *EACH, "steps=4", "optim.clip=1.0", "optim.nonfinite.action=skip"))
+    assert state(done, 4)["skipped"] == (1, 0)
+    assert state(done, 4)["scaler"]["scale"] == 2.0**10
+    assert not same(state(done, 3), state(done, 4))
 
 
 def test_a_scalers_own_skips_are_only_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,22 @@ def test_a_changed_config_is_named(tmp_path: Path) -> None:
         pretrain(tiny_pretrain(tmp_path / "run", "steps=2"))
     # One word goes on despite it. Of the data a part is held out now: its fingerprint is another.
     changed = pretrain(tiny_pretrain(tmp_path / "run", "steps=3", "resume=changed", "optim.lr=0.5", "data.dev=3000"))
-    assert [line["step"] for line in read_metrics(changed)] == [0, 1, 2, 3]
+    lines = read_metrics(changed)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[3]["pretrain/lr"] > 20 * lines[2]["pretrain/lr"]  # the optimizer obeys the new rate, too
     noted = json.loads((changed / "run.json").read_text())["starts"][-1]["changed"]
     assert [sentence.split()[0] for sentence in noted] == ["`data.dev`", "`optim.lr`", "`steps`", "`dev`", "`train`"]
+
+
+@pytest.mark.parametrize("word", ["backbone.width=8", "optim=sgd"])
+def test_another_network_or_optimizer_does_not_fit(word: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(tiny_pretrain(run, "steps=2", "optim=adamw"))
+    if word == "optim=sgd":  # its momentum starts anew
+        assert (pretrain(tiny_pretrain(run, "steps=3", word, "resume=changed")) / "encoder.safetensors").is_file()
+        return
+    with pytest.raises(ConfigError, match="the checkpoint does not fit this configuration"):
+        pretrain(tiny_pretrain(run, "steps=3", "optim=adamw", word, "resume=changed"))
 
 
 def test_the_best_encoder_by_dev_is_kept_and_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.downstream.regime import train
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.fit import _tell as tell
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
@@ -110,6 +111,39 @@ def test_a_classifier(regime: str, saves: int, encoder: Path, tmp_path: Path, mo
     with stopped_after(saves, monkeypatch):
         finetune(config("parts"))
     check_same(whole, finetune(config("parts", "resume=auto")).folder, 12)
+
+
+def test_a_step_beyond_the_last_checkpoint_is_told_once(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["regime=end_to_end", *SHORT, "checkpoint_every=4 steps"]
+    whole = finetune(tiny_finetune(encoder, tmp_path / "whole", *words)).folder
+
+    def tell_and_stop(listeners: Any, done: int, *rest: Any) -> None:
+        tell(listeners, done, *rest)
+        if done == 5:
+            raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl_pipeline.engine.fit._tell", tell_and_stop)
+        with pytest.raises(StoppedError):
+            finetune(tiny_finetune(encoder, tmp_path / "parts", *words))
+    check_same(whole, finetune(tiny_finetune(encoder, tmp_path / "parts", *words, "resume=auto")).folder, 12)
+
+
+def test_seeds_of_two_configurations_are_not_mixed(encoder: Path, tmp_path: Path) -> None:
+    words = ["regime=frozen", "labels.per_class=3"]
+    run = tmp_path / "run"
+    finetune(tiny_finetune(encoder, run, "regime=frozen", "labels.per_class=1", "seeds=1"))
+    changed = finetune(tiny_finetune(encoder, run, *words, "seeds=2", "resume=changed"))
+    fresh = finetune(tiny_finetune(encoder, tmp_path / "fresh", *words, "seeds=2"))
+    assert changed.figures == fresh.figures
+    assert same_bytes(changed.folder, fresh.folder, ["model.safetensors", "results.json"])
+    before = (run / "model.safetensors").stat().st_mtime_ns
+    more = finetune(tiny_finetune(encoder, run, *words, "seeds=3", "resume=auto"))  # more seeds are no change
+    assert more.figures[:2] == fresh.figures
+    assert len(more.figures) == 3
+    assert (run / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_signal_in_the_middle_of_lp_ft(encoder: Path, tmp_path: Path) -> None:

@@ -270,12 +270,21 @@ def test_numbers_are_drawn_by_share(table: Path) -> None:
 
 
 def test_of_a_class_s_only_label_nothing_is_held_out() -> None:
+    config = classification.Config(name="classification")
+    lonely_first = torch.tensor([*range(1, 10), 0, 0, 0])
+    pool = ArraySource("t", torch.zeros(12, 1, 8, 8, dtype=torch.uint8), lonely_first, tuple("abcdefghij"))
+    for seed in range(5):
+        for share in (0.2, 0.9):
+            learned = draw(LabelsConfig(validation=share), config, pool, seed).train.labels
+            assert learned is not None
+            assert set(learned.tolist()) == set(range(10))
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     pool = ArraySource("t", torch.zeros(6, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b", "c"))
-    config = classification.Config(name="classification")
     assert draw(LabelsConfig(per_class=1, validation=0.4), config, pool, 0).validation is None
     for seed in range(5):
         drawn = draw(LabelsConfig(validation=0.9), config, pool, seed)
         assert drawn.validation is not None
         assert len(drawn.train) + len(drawn.validation) == 6
         assert len(drawn.train) >= 3
+        assert drawn.train.labels is not None
+        assert set(drawn.train.labels.tolist()) == {0, 1, 2}
