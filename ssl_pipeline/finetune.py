@@ -155,8 +155,12 @@ def finetune(config: FinetuneConfig) -> Result:
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
-    pools = {s: pool if across is None else across.labelled(s) for s in seeds}
-    labelled = {seed: draw(config.labels, config.downstream, pools[seed], seed) for seed in seeds}
+    labelled = {
+        seed: draw(config.labels, config.downstream, pool, seed)
+        if across is None
+        else across.draw(config.labels, config.downstream, seed)
+        for seed in seeds
+    }
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}

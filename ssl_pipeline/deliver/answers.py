@@ -137,13 +137,17 @@ class Mask(Answers):
         if self.folder is None:
             return None
         place, number = self.folder / f"{file.stem}.png", 1
-        while place in self._taken:  # images of one name in several folders
+        # Images of one name in several folders; and what lies there already may be the photo itself.
+        while place in self._taken or place.exists():
             number += 1
             place = self.folder / f"{file.stem}-{number}.png"
         self._taken.add(place)
         mask = Image.fromarray(classes.numpy())
         mask.putpalette(palette(len(self.names)))
-        mask.save(place)
+        try:
+            mask.save(place)
+        except OSError as error:
+            raise ConfigError(f"--masks: {str(place)!r} can't be written ({error.strerror}).") from error
         return str(place)
 
     def cells(self, row: dict[str, Any]) -> Cells:
@@ -239,26 +243,71 @@ def palette(classes: int) -> list[int]:
     return flat
 
 
-def coco_results(rows: list[dict[str, Any]], annotations: Path) -> list[dict[str, Any]]:
-    """Boxes as COCO's results: the numbers of images (by file name) and categories (by name) are those of a COCO json.
+class CocoNumbers:
+    """The numbers that a COCO json gives to images (by the end of their paths) and categories (by name).
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+
+    def __init__(self, annotations: Path) -> None:
+        self._place = annotations
+        try:
+            known = json.loads(annotations.read_text(encoding="utf-8"))
+            self._images = [(Path(one["file_name"]).parts, one["id"]) for one in known["images"]]
+            self._categories = {one["name"]: one["id"] for one in known["categories"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--annotations: {str(annotations)!r} can't be read as COCO's json: {error}.") from error
+
+    def image(self, file: Path) -> Any:
+        """Of the image whose path shares the longest end with the file's.
+
+        Raises:
+            ConfigError: none does, or two as long a one.
+        """
+        ends = [(_shared_end(parts, file.parts), number) for parts, number in self._images]
+        longest = max((length for length, _ in ends), default=0)
+        found = [number for length, number in ends if length == longest]
+        if longest == 0:
+            raise ConfigError(f"--annotations: {str(self._place)!r} has no image {file.name!r}.")
+        if len(found) > 1:
+            raise ConfigError(
+                f"--annotations: {str(self._place)!r} has {len(found)} images that {str(file)!r} may be: give the files by paths as "
+                "long as its `file_name`s."
+            )
+        return found[0]
+
+    def category(self, name: str) -> Any:
+        """Of a class.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if name not in self._categories:
+            raise ConfigError(f"--annotations: {str(self._place)!r} has no category {name!r}.")
+        return self._categories[name]
+
+
+def coco_results(rows: list[dict[str, Any]], annotations: Path | CocoNumbers) -> list[dict[str, Any]]:
+    """Boxes as COCO's results, under the numbers of a COCO json.
 
     Raises:
         ConfigError: it can't be read, or lacks an image or a category.
     """
-    try:
-        known = json.loads(annotations.read_text(encoding="utf-8"))
-        images = {Path(one["file_name"]).name: one["id"] for one in known["images"]}
-        categories = {one["name"]: one["id"] for one in known["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--annotations: {str(annotations)!r} can't be read as COCO's json: {error}.") from error
+    known = CocoNumbers(annotations) if isinstance(annotations, Path) else annotations
     results = []
     for row in rows:
         for one in row.get("objects", ()):
-            name, (left, top, right, bottom) = Path(row["file"]).name, one["box"]
-            if name not in images or one["class"] not in categories:
-                missing = f"image {name!r}" if name not in images else f"category {one['class']!r}"
-                raise ConfigError(f"--annotations: {str(annotations)!r} has no {missing}.")
+            left, top, right, bottom = one["box"]
             box = [left, top, round(right - left, 2), round(bottom - top, 2)]
-            ids = {"image_id": images[name], "category_id": categories[one["class"]]}
+            ids = {"image_id": known.image(Path(row["file"])), "category_id": known.category(one["class"])}
             results.append({**ids, "bbox": box, "score": one["score"]})
     return results
+
+
+def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """How many of the last parts of two paths are the same."""
+    length = 0
+    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+        length += 1
+    return length

@@ -17,7 +17,7 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.deliver.answers import Answers, coco_results, open_answers
+from ssl_pipeline.deliver.answers import Answers, CocoNumbers, coco_results, open_answers
 from ssl_pipeline.deliver.graph import load_onnx, load_torch_export
 from ssl_pipeline.deliver.model import load_model
 
@@ -113,7 +113,7 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
                 yield {"file": str(file), **answers.row(file, *next(predictions))}
 
 
-def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, annotations: Path | None) -> int:
+def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers: CocoNumbers | None) -> int:
     """Writes rows as they come; returns how many files were no images."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
@@ -130,8 +130,8 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, annotati
             table.writerows([row["file"], *line, row.get("error", "")] for line in lines)
         else:
             sys.stdout.write(f"{row['file']}  {row.get('error') or answers.text(row)}\n")
-    if annotations is not None:
-        sys.stdout.write(json.dumps(coco_results(found, annotations)) + "\n")
+    if numbers is not None:
+        sys.stdout.write(json.dumps(coco_results(found, numbers)) + "\n")
     return faults
 
 
@@ -145,7 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="coco: boxes as one json of results, as pycocotools reads them (needs --annotations)",
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=3, help="classes to name for an image (text and jsonl)")
-    parser.add_argument("--threshold", type=float, help="least probability of a label, or score of a box (0.5)")
+    parser.add_argument(
+        "--threshold", type=float, help="least probability of a label, or score of a box (0.5; with --format coco 0)"
+    )
     parser.add_argument("--masks", type=Path, help="a folder for the masks, a palette PNG each")
     parser.add_argument(
         "--annotations", type=Path, help="the COCO json whose numbers of images and categories are meant"
@@ -159,9 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = open_predictor(options.model)
         if options.format == "coco" and model.gives != "boxes":
             raise ConfigError(f"--format coco is for boxes, and this model gives {model.gives}: take csv or jsonl.")
+        numbers = CocoNumbers(options.annotations) if options.annotations is not None else None
+        # COCO's precision is measured over all scores: those below a threshold count, too.
+        options.threshold = 0.0 if options.threshold is None and numbers is not None else options.threshold
         answers = open_answers(model.gives, model.classes, options.top, options.threshold, options.masks)
         rows = predict(model, image_files(options.images), answers)
-        faults = _write(rows, options.format, answers, options.annotations)
+        faults = _write(rows, options.format, answers, numbers)
     except UserError as error:
         leave(error)
     if faults:

@@ -17,7 +17,8 @@ from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.open_set import open_set_figures
 from ssl_pipeline.domain.selection import unlabelled_figures
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index
+from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.evaluate.features import extract
 
 
@@ -45,21 +46,34 @@ class Across:
     _hidden: Tensor
     _known: Tensor
 
-    def labelled(self, seed: int) -> Indexed:
-        """The source's images, and with them ``target_labels`` of each class of the target, drawn by the seed.
+    def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> Labelled:
+        """What is learned from: of the source as many labels as are asked for, and with them ``target_labels`` of the target.
+
+        Labels that choose are held out of the *source* alone.
+        """
+        train, held_out = draw_index(labels, downstream, self.source, seed)
+        return Labelled(self.labelled(seed, train), None if held_out is None else self.source.select(held_out))
+
+    def labelled(self, seed: int, taught: Tensor | None = None) -> Indexed:
+        """Images of the source, and with them ``target_labels`` of each class of the target, drawn by the seed.
+
+        Args:
+            seed: of the draw.
+            taught: the source's images that are meant, by their numbers in it; None for all.
 
         Raises:
             ConfigError: a class of the target has fewer.
         """
         per_class = self.method.target_labels
         if per_class == 0:
-            return self.source
+            return self.source if taught is None else self.source.select(taught)
         hidden = self._pool.select(self._hidden)
         try:
             drawn = draw_labels(_labels(hidden), per_class, None, seed, hidden.classes)
         except ConfigError as error:
             raise ConfigError(str(error).replace("labels.per_class", "domain.target_labels")) from None
-        both = self._pool.select(torch.cat([self._taught, self._hidden[drawn]]))
+        of_source = self._taught if taught is None else self._taught[taught]
+        both = self._pool.select(torch.cat([of_source, self._hidden[drawn]]))
         return _renumbered(both, self._known)
 
     @torch.no_grad()

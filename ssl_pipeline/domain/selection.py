@@ -10,6 +10,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate.features import extract
 
 _MOST = 4000
@@ -40,7 +41,8 @@ def unlabelled_figures(
         preprocessing: what the classifier expects.
         share: this process's.
     """
-    index = torch.arange(min(len(target), _MOST))  # the density compares all pairs
+    # The density compares all pairs. Files come class by class, so that the first ones would be of a few classes alone.
+    index = permutation(len(target), "label-free selection")[:_MOST].sort().values
     logits = extract(classifier, target, preprocessing, share, index, classifier.predict)
     figures = {
         "label_free/entropy": float(entropy(logits).mean()),

@@ -179,4 +179,6 @@ def _measure(
 
 def _of(rows: dict[str, Tensor], index: Tensor) -> Tensor:
     """The features of some training images."""
-    return rows["train"][torch.searchsorted(rows["index"], index)]
+    place = torch.searchsorted(rows["index"], index)
+    assert torch.equal(rows["index"][place], index)
+    return rows["train"][place]

@@ -13,9 +13,18 @@ from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.study.domain_map import draw, spots
-from ssl_pipeline.study.trained import VERDICTS, Figures, against, checked, place_of, trained, write_domain_json
+from ssl_pipeline.study.trained import (
+    VERDICTS,
+    Figures,
+    against,
+    check_places,
+    checked,
+    place_of,
+    trained,
+    write_domain_json,
+)
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
 
 _DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
@@ -68,7 +77,7 @@ class DomainStudyConfig(Strict):
     controls: bool = False
     seeds: int = Field(3, ge=1)
     output: str | None = None
-    resume: Literal["no", "auto"] = "no"
+    resume: Resume = "no"
 
     def shifts(self) -> list[Shift]:
         """What every method is measured on."""
@@ -108,9 +117,11 @@ def study(config: DomainStudyConfig) -> Path:
         raise ConfigError(
             f"`baseline` {config.baseline!r} has no `domain=`: take a row that learns without the target's labels."
         )
+    check_places([shift.name, method] for shift in config.shifts() for method in shift.methods)
     for shift in config.shifts():
         for method in shift.methods:  # all of them before the first trains
-            checked(config.overrides(method, shift, 0))
+            for seed in range(config.seeds):
+                checked(config.overrides(method, shift, seed))
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
         cells = {
             shift.name: {method: [trained(run.path, [shift.name, method], config.overrides(method, shift, seed), seed)

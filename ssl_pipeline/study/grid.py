@@ -17,7 +17,10 @@ from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.track.tracker import TrackingConfig
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
-_OWN_PLACE = ("output", "encoder", "workers", "tracking", "seeds")  # they decide no figure: the weights have a digest
+# They decide no figure: the weights have a digest.
+_OWN_PLACE = (
+    "output", "encoder", "workers", "tracking", "seeds", "resume", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
 _OFFICIAL = re.compile(r"(?P<name>[\w./-]+):(?P<weights>.+)")
 
 
@@ -54,6 +57,13 @@ class StudyConfig(Strict):
     jobs: int | None = Field(None, ge=1)
     tracking: TrackingConfig = TrackingConfig(name="off")
     output: str | None = None
+
+    @field_validator("labels", "regimes")
+    @classmethod
+    def _once_each(cls, listed: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(listed)) < len(listed):
+            raise ValueError("one stands there twice, and its figures would count twice: name each once.")
+        return listed
 
     @field_validator("labels")
     @classmethod
@@ -96,7 +106,12 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its figures, beside the bytes of weights and data."""
-        return {key: value for key, value in dump(self.config).items() if key not in _OWN_PLACE}
+        return settings_of(self.config)
+
+
+def settings_of(config: FinetuneConfig) -> dict[str, Any]:
+    """What decides a training's figures, beside the bytes of weights and data."""
+    return {key: value for key, value in dump(config).items() if key not in _OWN_PLACE}
 
 
 def cells(config: StudyConfig) -> dict[str, list[Cell]]:
@@ -118,7 +133,7 @@ def cells(config: StudyConfig) -> dict[str, list[Cell]]:
                 "its own. Give as many, or one name for each run."
             )
         regimes: Sequence[str] = _with_fresh_weights(config.regimes) if fresh else config.regimes
-        start = [*_start(architecture if fresh else what), *(["initialisation=random"] if fresh else [])]
+        start = [*_start(architecture if fresh else what, fresh), *(["initialisation=random"] if fresh else [])]
         grid[name] = list(_of_initialisation(config, name, regimes, start, () if isinstance(what, str) else what))
     return grid
 
@@ -144,6 +159,8 @@ def _of_initialisation(
                 f"{line} (In {name}'s cells, {regime}; `ssl-pipeline finetune --help` lists what these are told.)"
                 for line in str(error).splitlines()
             ]) from error  # fmt: skip
+        if settled.domain is not None:
+            raise ConfigError("`domain`: this study measures across no domains; `ssl-pipeline study domain` does.")
         for labels in config.labels:
             asked = settled.labels.model_copy(update=_asked(labels))
             for place in range(config.seeds):
@@ -160,15 +177,18 @@ def _asked(labels: int | str) -> dict[str, Any]:
     return {"per_class": None, "fraction": None if labels == "all" else float(labels[:-1]) / 100}
 
 
-def _start(what: str | tuple[str, ...] | None) -> list[str]:
-    """An initialisation as overrides of ``finetune.yaml``."""
+def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
+    """An initialisation as overrides of ``finetune.yaml``; of a fresh one the architecture alone."""
     if what is None:
         return []
     place = what if isinstance(what, str) else what[0]
     found = None if Path(place).expanduser().exists() else _OFFICIAL.fullmatch(place)
     if found is None:
         return [f"encoder={_quoted(place)}"]
-    return [f"backbone.name={_quoted(found['name'])}", f"backbone.weights={_quoted(found['weights'])}"]
+    weights = (
+        [] if fresh else [f"backbone.weights={_quoted(found['weights'])}"]
+    )  # may be out of reach, and are not wanted
+    return [f"backbone.name={_quoted(found['name'])}", *weights]
 
 
 def digest_of_weights(config: FinetuneConfig) -> str:

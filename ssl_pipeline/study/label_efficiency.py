@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, dump
@@ -42,7 +43,11 @@ def study(config: StudyConfig) -> Path:
     left_out = _check(grid, pool, held_out)
     for name, why in left_out.items():
         console().print(f"{name} is left out: {why}", markup=False)
-    grid = {name: of_init for name, of_init in grid.items() if name not in left_out}
+    if left_out:  # fresh weights are of an architecture that is compared
+        known = {name: what for name, what in config.initialisations.items() if name not in left_out}
+        if not set(known.values()) - {"random"}:
+            raise ConfigError("none of the pretrained `initialisations` can be had: give a run of stage one.")
+        grid = cells(config.model_copy(update={"initialisations": known}))
     facts = {name: _facts(of_init, pool, held_out) for name, of_init in grid.items()}
     settings = {"common": list(config.common), "overrides": dump(config)["overrides"]}
     with open_run(config.output, "study", "auto" if config.output else "no", settings) as run:
@@ -54,7 +59,8 @@ def study(config: StudyConfig) -> Path:
         _do(readings, config, len(readings))
         _do(trainings, config, total)
         rows = [json.loads(_file(run.path, cell).read_text()) for of_init in grid.values() for cell in of_init]
-        findings = _tell(config, grid, rows, left_out, run.path)
+        knn = _knn(grid, facts, run.path) if config.knn else {}
+        findings = _tell(config, grid, rows, left_out, knn, run.path)
         _track(config, findings, run)
         return run.path
 
@@ -104,7 +110,7 @@ def _work(
     config: StudyConfig, grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path, pool: Indexed
 ) -> tuple[list[Reading], list[Training]]:
     """What is to be done; cells that are there are left alone if they were made by the same settings."""
-    readings, trainings = dict[Path, Reading](), list[Training]()
+    wanted, trainings = dict[Path, Reading](), list[Training]()
     problems = list[str]()
     for name, of_init in grid.items():
         for cell in of_init:
@@ -115,13 +121,10 @@ def _work(
             if done:
                 problems += _changed(file, own)
             if reads_features(cell.config) and (not done or knn):
-                asked = knn and not features.with_suffix(".json").exists()
-                if asked or (not done and not features.exists()):
-                    before = readings.get(features)
-                    index = (
-                        _drawn(cell, pool) if before is None else torch.cat([before.index, _drawn(cell, pool)]).unique()
-                    )
-                    readings[features] = Reading(cell, index, asked or (before is not None and before.knn), features)
+                asked, index = knn and not features.with_suffix(".json").exists(), _drawn(cell, pool)
+                before = wanted.get(features, Reading(cell, index, False, features))
+                index = torch.cat([before.index, index]).unique()
+                wanted[features] = Reading(before.cell, index, asked or before.knn, features)
             if not done:
                 keep = config.models and cell.seed == of_init[0].seed
                 model = folder / "models" / cell.name.rpartition("_")[0] if keep else None
@@ -133,9 +136,16 @@ def _work(
         ])  # fmt: skip
     # The longest first, so that at the end no process waits long for another.
     size = {labels: place for place, labels in enumerate(sorted(config.labels, key=_extent))}
-    return list(readings.values()), sorted(
-        trainings, key=lambda t: (-t.cell.config.regime.trains_all, -size[t.cell.labels])
-    )
+    readings = [reading for reading in wanted.values() if reading.knn or not _holds(reading.file, reading.index)]
+    return readings, sorted(trainings, key=lambda t: (-t.cell.config.regime.trains_all, -size[t.cell.labels]))
+
+
+def _holds(features: Path, index: Tensor) -> bool:
+    """Whether a file has the features of these training images: an earlier part of the study may have drawn fewer."""
+    if not features.exists():
+        return False
+    with safe_open(features, "pt") as file:
+        return bool(torch.isin(index, file.get_tensor("index")).all())
 
 
 def _extent(labels: int | str) -> tuple[int, float]:
@@ -181,13 +191,14 @@ def _do(work: Sequence[Reading | Training], config: StudyConfig, total: int) -> 
 
 
 def _tell(
-    config: StudyConfig, grid: dict[str, list[Cell]], rows: list[dict[str, Any]], left_out: dict[str, str], folder: Path
-) -> Findings:
+    config: StudyConfig, grid: dict[str, list[Cell]], rows: list[dict[str, Any]], left_out: dict[str, str],
+    knn: dict[str, float], folder: Path,
+) -> Findings:  # fmt: skip
     first = next(iter(grid.values()))[0].config
     findings = Findings(rows, config, first.downstream.in_percent)
     unit = " (%)" if findings.in_percent else ""
     print_table(f"{findings.figure}{unit} on {first.split}, {config.seeds} seed(s)", *findings.table())
-    notes, knn = list(_shared(config)), _knn(grid, folder)
+    notes = list(_shared(config))
     if knn:
         told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in knn.items())
         notes.insert(0, f"kNN (k = 20, all training labels): {told}.")
@@ -242,12 +253,14 @@ def _shared(config: StudyConfig) -> Iterator[str]:
         yield f"Of {', '.join(several)} each seed has a run of stage one of its own, so the intervals hold its chance too."
 
 
-def _knn(grid: dict[str, list[Cell]], folder: Path) -> dict[str, float]:
+def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Of each initialisation's first encoder, in the file that the study has for it."""
     found = {}
-    for name, of_init in grid.items():
-        for file in sorted((folder / "features").glob(f"{slug(name)}_*.json")):
-            if of_init and name not in found:
-                found[name] = float(json.loads(file.read_text())["knn"])
+    for name, (first, *_) in grid.items():
+        own = {"settings": first.settings, **facts[name][str(first.config.encoder)]}
+        file = _features(folder, first, own).with_suffix(".json")
+        if file.exists():
+            found[name] = float(json.loads(file.read_text())["knn"])
     return found
 
 

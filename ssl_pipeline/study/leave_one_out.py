@@ -6,16 +6,15 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.evaluate.interval import interval
-from ssl_pipeline.study.trained import Figures, against, checked, trained, write_domain_json
+from ssl_pipeline.study.trained import Figures, against, check_places, checked, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
 
 Cells = dict[str, dict[str, list[Figures]]]
 
@@ -43,7 +42,7 @@ class LeaveOneOutConfig(Strict):
     baseline: str
     seeds: int = Field(3, ge=1)
     output: str | None = None
-    resume: Literal["no", "auto"] = "no"
+    resume: Resume = "no"
 
     def overrides(self, method: str, left_out: str, seed: int) -> list[str]:
         """Those of a row that has never seen a domain."""
@@ -62,9 +61,11 @@ def study(config: LeaveOneOutConfig) -> Path:
             f"`domains` is {', '.join(config.domains) or 'empty'}: name two or more different ones. With one left out, another "
             "must be there to learn from."
         )
+    check_places([name, method] for name in config.domains for method in config.methods)
     for left_out in config.domains:
         for method in config.methods:  # all of them before the first trains
-            checked(config.overrides(method, left_out, 0))
+            for seed in range(config.seeds):
+                checked(config.overrides(method, left_out, seed))
     with open_run(config.output, "study-leave-one-out", config.resume, dump(config)) as run:
         cells: Cells = {
             method: {name: [trained(run.path, [name, method], config.overrides(method, name, seed), seed)

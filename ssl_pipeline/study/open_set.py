@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -14,9 +13,9 @@ from ssl_pipeline.domain.open_set import SCORES
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.study.trained import Figures, checked, trained, verdict
+from ssl_pipeline.study.trained import Figures, check_places, checked, trained, verdict
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
 
 
 class OpenSetConfig(Strict):
@@ -44,7 +43,7 @@ class OpenSetConfig(Strict):
     known: int = Field(6, ge=2)
     splits: int = Field(5, ge=1)
     output: str | None = None
-    resume: Literal["no", "auto"] = "no"
+    resume: Resume = "no"
 
     def overrides(self, row: str, known: list[str], split: int) -> list[str]:
         """Those of a row on a split."""
@@ -70,8 +69,10 @@ def study(config: OpenSetConfig) -> Path:
             f"`known` is {config.known}, and there are {len(classes)} classes: leave one or more unknown."
         )
     taught = [known_classes(classes, config.known, split) for split in range(config.splits)]
+    check_places([row, "split"] for row in config.rows)
     for row in config.rows:  # all of them before the first trains
-        checked(config.overrides(row, taught[0], 0))
+        for split, known in enumerate(taught):
+            checked(config.overrides(row, known, split), with_unknown=True)
     with open_run(config.output, "study-open-set", config.resume, dump(config)) as run:
         cells = {
             row: [trained(run.path, [row, "split"], config.overrides(row, taught[split], split), split)

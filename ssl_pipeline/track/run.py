@@ -25,8 +25,10 @@ _log = logging.getLogger("ssl_pipeline")
 _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
-# None of them moves a figure; more `seeds` are more figures beside those that are there.
-_FREE_TO_CHANGE = ("output", "resume", "tracking", "workers", "log_every", "keep_checkpoints", "seeds")
+_FREE_TO_CHANGE = (
+    "output", "resume", "tracking", "workers", "log_every", "keep_checkpoints",  # none of them moves a figure
+    "seeds", "splits", "targets", "methods", "rows",  # more of them are more figures; a study's cells know their own settings
+)  # fmt: skip
 
 Resume = Literal["no", "auto", "changed"]
 
