@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
+from ssl_pipeline.downstream.labels import LabelsConfig
+from ssl_pipeline.downstream.regime import Best
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.schedules import Clock
 from tests.runs import ROOT, tiny_pretrain
 
 TINY = [
@@ -92,6 +96,72 @@ def test_a_few_labels_of_the_target_join_the_sources() -> None:
     assert across.target.labels is None
     with pytest.raises(ConfigError, match=r"`domain.target_labels` is 3, and class 'cat' has only 2"):
         split_domains(method(target_labels=3), few(), few()).labelled(seed=0)
+
+
+def test_labels_of_the_target_are_added_and_choose_nothing() -> None:
+    task = load("finetune", FinetuneConfig, [*TINY, "domain=dann"]).downstream
+    across = split_domains(method(target_labels=1), few(), few())
+    drawn = across.draw(LabelsConfig(per_class=2, validation=0.5), task, seed=0)
+    assert drawn.validation is not None
+    assert drawn.train.domains is not None
+    assert drawn.validation.domains is not None
+    assert drawn.train.domains.bincount().tolist() == [3, 3]
+    assert drawn.validation.domains.tolist() == [0, 0, 0]
+    plain = split_domains(method(), few(), few()).draw(LabelsConfig(per_class=2, validation=0), task, seed=0)
+    assert plain.train.domains is not None
+    assert plain.train.domains.tolist() == [0] * 6
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Of some methods, after the same few steps."""
+    root, found = tmp_path_factory.mktemp("methods"), {}
+    for name in ("source_only", "adabn", "dann", "coral", "mcc", "shot_im", "weight_averaging", "erm"):
+        tiny(root / name, f"domain={name}", "labels.validation=0")
+        found[name] = load_file(root / name / "model.safetensors")
+    tiny(root / "off", "domain=coral", "domain.weight=0", "domain.forwards=two", "labels.validation=0")
+    tiny(root / "on", "domain=coral", "domain.weight=1", "domain.forwards=two", "labels.validation=0")
+    return found | {name: load_file(root / name / "model.safetensors") for name in ("off", "on")}
+
+
+def differs(first: dict[str, Tensor], second: dict[str, Tensor], part: str = "") -> bool:
+    return any(not torch.equal(first[key], second[key]) for key in first if part in key)
+
+
+def test_each_methods_own_part_takes_part(weights: dict[str, dict[str, Tensor]]) -> None:
+    plain = weights["source_only"]
+    for name in ("dann", "coral", "mcc"):
+        assert differs(weights[name], plain, "head"), name
+    assert differs(weights["on"], weights["off"], "head")  # the term, and not the forward over both alone
+    assert differs(weights["weight_averaging"], weights["erm"], "head")
+
+
+def test_adabn_takes_statistics_alone_after_the_sources_training(weights: dict[str, dict[str, Tensor]]) -> None:
+    first, second = weights["adabn"], weights["source_only"]
+    changed = {key.rpartition(".")[2] for key in first if not torch.equal(first[key], second[key])}
+    assert changed
+    assert changed <= {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_shot_keeps_the_head_that_labels_taught_and_moves_the_rest(weights: dict[str, dict[str, Tensor]]) -> None:
+    first, second = weights["shot_im"], weights["source_only"]
+    assert not differs(first, second, "head.")
+    assert differs(first, second, "backbone.")
+
+
+@pytest.mark.parametrize(("name", "chooses"), [("erm", True), ("mixstyle", True), ("dann", False), ("shot_im", False)])
+def test_labels_choose_the_step_of_generalization_alone(
+    name: str, chooses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, evaluate = list[int](), Best.evaluate
+
+    def counted(self: Best, clock: Clock) -> Mapping[str, float]:
+        looked.append(clock.step)
+        return evaluate(self, clock)
+
+    monkeypatch.setattr(Best, "evaluate", counted)
+    tiny(tmp_path / "run", f"domain={name}", "labels.validation=0.2")
+    assert bool(looked) == chooses
 
 
 def test_unknown_classes_are_out_of_the_source_and_apart_in_the_target() -> None:

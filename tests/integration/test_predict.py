@@ -191,6 +191,27 @@ def test_boxes_as_coco_has_them(tmp_path: Path) -> None:
             coco_results([{**row, **changed}], tmp_path / "known.json")
 
 
+def test_images_of_one_name_have_the_numbers_of_their_folders(tmp_path: Path) -> None:
+    known = {
+        "images": [{"id": 1, "file_name": "train/1.png"}, {"id": 2, "file_name": "val/1.png"}],
+        "categories": [{"id": 30, "name": "sea"}],
+    }
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    one = {"class": "sea", "score": 0.5, "box": [1.0, 2.0, 4.0, 8.0]}
+    found = [{"file": f"photos/{folder}/1.png", "objects": [one]} for folder in ("val", "train")]
+    assert [row["image_id"] for row in coco_results(found, tmp_path / "known.json")] == [2, 1]
+    with pytest.raises(ConfigError, match=r"has 2 images that '1\.png' may be"):
+        coco_results([{"file": "1.png", "objects": [one]}], tmp_path / "known.json")
+
+
+def test_a_mask_overwrites_nothing(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "x.png")
+    before = (tmp_path / "x.png").read_bytes()
+    (row,) = predict(Planted("mask"), [tmp_path / "x.png"], Mask(Planted.classes, tmp_path))
+    assert (tmp_path / "x.png").read_bytes() == before
+    assert row["mask"] == str(tmp_path / "x-2.png")
+
+
 def test_options_that_do_not_go_together_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for gives, options, sentence in (
         ("classes", {"masks": tmp_path}, "--masks is for models of masks"),

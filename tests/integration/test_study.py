@@ -123,6 +123,49 @@ def test_more_seeds_complete_it_and_changed_settings_are_named(done: Path, runs:
     assert (done / "cells" / "run1_frozen_1_2.json").is_file()
 
 
+def test_a_grid_that_grew_finds_what_one_does_that_was_large_at_once(runs: list[Path], tmp_path: Path) -> None:
+    own = ["regimes=[frozen]"]
+    study(words(runs[:1], tmp_path / "grown", *own, "labels=[1]", "seeds=1"))
+    study(words(runs[:1], tmp_path / "grown", *own))
+    study(words(runs[:1], tmp_path / "whole", *own))
+    files = sorted(file.name for file in (tmp_path / "whole" / "cells").iterdir())
+    assert len(files) == 8
+    for name in files:
+        grown, whole = (
+            json.loads((tmp_path / folder / "cells" / name).read_text())["figures"] for folder in ("grown", "whole")
+        )
+        assert grown == whole, name
+
+
+def test_what_would_count_twice_or_measure_something_else_is_told(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one stands there twice"):
+        words(runs[:1], tmp_path / "x", "labels=[1,1]")
+    across = ["data=fashion_domains", "domain=dann", "domain.source=[original]", "domain.target=[edges]"]
+    with pytest.raises(ConfigError, match="measures across no domains"):
+        cells(words(runs[:1], tmp_path / "x", common=across))
+
+
+def test_weights_out_of_reach_leave_random_ones_of_what_is_left(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", _unreachable)
+    official = "initialisations.imagenet='resnet18:IMAGENET1K_V1'"
+    small = ["labels=[1]", "seeds=1", "regimes=[frozen]"]
+    listed = load("study", StudyConfig, [official, f"initialisations.own='{runs[0]}'", *small, "jobs=1",
+                                         f"output={tmp_path / 'out'}", "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"])  # fmt: skip
+    record = json.loads((study(listed) / "study.json").read_text())
+    assert list(record["left_out"]) == ["imagenet"]
+    assert {row["init"] for row in record["rows"]} == {"random", "own"}
+    with pytest.raises(ConfigError, match="none of the pretrained `initialisations` can be had"):
+        study(load("study", StudyConfig, [official, *small, "jobs=1", f"output={tmp_path / 'none'}",
+                                          "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"]))  # fmt: skip
+    assert not (tmp_path / "none").exists()
+
+
+def _unreachable(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
 def test_several_processes_find_the_same(done: Path, runs: list[Path], tmp_path: Path) -> None:
     again = study(words(runs[:1], tmp_path / "out", "jobs=2", "labels=[5]", "regimes=[lp_ft]"))
     files = list((again / "cells").iterdir())

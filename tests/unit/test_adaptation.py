@@ -29,7 +29,10 @@ from ssl_pipeline.domain.certainty import class_confusion, entropy, information_
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
 from ssl_pipeline.domain.selection import soft_neighbourhood_density
 from ssl_pipeline.domain.statistics import batch_norms, estimate_statistics
+from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.labels import Labelled
+from ssl_pipeline.downstream.regime import Surroundings
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
@@ -208,6 +211,36 @@ def prime(task: Task, target: ArraySource) -> None:
     with torch.no_grad():
         task.eval()
         task.prime(lambda forward: torch.cat([forward(x) for x in read_in_order(target, PREPROCESSING, SHARE.device)]))
+
+
+def test_the_two_sides_are_not_cropped_alike() -> None:
+    policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
+    task, config, target = tiny_method("dann")
+    around = Surroundings(
+        Labelled(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+    )  # fmt: skip
+    made = list[PairedBatches]()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ssl_pipeline.domain.train.run_kept_loop", lambda *words: made.append(words[2]))
+        regime = load("finetune", FinetuneConfig, ["regime=scratch", "regime.length=2 steps"]).regime
+        train_across(config, regime, task.classifier, target, around)
+    assert made[0].views.seed != made[0].target.views.seed
+
+
+def test_the_memory_holds_the_features_of_the_last_step() -> None:
+    task, config, target = tiny_method("exemplar_memory")
+    prime(task, target)
+    (batch, *_) = tiny_batches(config, target).from_step(0)
+    before = {name: value.clone() for name, value in task.named_buffers()}
+    task(batch)
+    task.after_step(batch)
+    after = dict(task.named_buffers())
+    rows_moved = {
+        name: (after[name] != value).flatten(1).any(1).nonzero()[:, 0].tolist()
+        for name, value in before.items() if value.ndim == 2 and len(value) == len(target)
+    }  # fmt: skip
+    (moved,) = rows_moved.values()
+    assert moved == sorted(batch.index.chunk(2)[1].tolist())
 
 
 @pytest.mark.parametrize("name", METHODS)
