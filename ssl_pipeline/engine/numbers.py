@@ -82,7 +82,7 @@ class Agreed(NamedTuple):
 
 
 def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A number that is finite only if all gradients are: on a CPU their sum, for it costs less than their norm.
+    """A number that is finite only if all gradients are: on a CPU their sum, which does not overflow as a norm's squares do.
 
     Of sharded gradients a process looks at its own shards there; ``agree`` brings the processes together.
     """
