@@ -27,7 +27,7 @@ _PACKAGES = (
 )  # fmt: skip
 _FREE_TO_CHANGE = (
     "output", "resume", "tracking", "workers", "log_every", "keep_checkpoints",  # none of them moves a figure
-    "seeds", "splits", "targets", "methods", "rows",  # more of them are more figures; a study's cells know their own settings
+    "seeds", "splits", "targets", "methods", "rows", "controls",  # more of them are more figures; a study's cells know their own settings
 )  # fmt: skip
 
 Resume = Literal["no", "auto", "changed"]
