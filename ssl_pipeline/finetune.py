@@ -21,9 +21,10 @@ from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
-from ssl_pipeline.downstream.start import new_encoder, pretrained_encoder
+from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.downstream.vector import targets_of
 from ssl_pipeline.draws import derive_seed
@@ -113,7 +114,12 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     ) + config.downstream.check_regime(config.regime.name)
     if not problems and held_out is None:
         problems.append(f"{pool.name} has no `{config.split}` split to measure on: see its keys in `configs/data`.")
-    if config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
+    model = config.domain.starts_from if config.domain is not None else None
+    if model is not None and (config.encoder is not None or config.starts_fresh):
+        problems.append(
+            "`domain.model` brings its own encoder: leave `encoder` out, and take regime lp_ft or end_to_end."
+        )
+    if model is None and config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     problems += config.downstream.check_views(config.views)
     problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
@@ -128,8 +134,13 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         raise ConfigError(problems)
 
 
-def starting_point(config: FinetuneConfig, pool: Indexed) -> tuple[Blueprint, Encoder | None]:
+def starting_point(
+    config: FinetuneConfig, pool: Indexed, model: Model | None = None
+) -> tuple[Blueprint, Encoder | None]:
     """What stage two starts from: an architecture and, unless it is to be random, its pretrained encoder."""
+    if model is not None:
+        check_channels(model.card.blueprint, "the model in `domain.model`", pool)
+        return model.card.blueprint, model.task.encoder
     if config.encoder is not None:
         blueprint, encoder = pretrained_encoder(config.encoder, pool, config.size)
     else:
@@ -145,12 +156,14 @@ def finetune(config: FinetuneConfig) -> Result:
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
     domain = config.domain
-    across = split_domains(domain, pool, held_out) if domain is not None else None
+    model = load_model(domain.starts_from) if domain is not None and domain.starts_from is not None else None
+    classes = None if model is None else model.classes
+    across = split_domains(domain, pool, held_out, classes) if domain is not None else None
     pool = pool if across is None else across.source
     check(config, pool, held_out)
     assert held_out is not None
     assert pool.classes is not None
-    blueprint, pretrained = starting_point(config, pool)
+    blueprint, pretrained = starting_point(config, pool, model)
     preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
@@ -164,7 +177,7 @@ def finetune(config: FinetuneConfig) -> Result:
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}
-    data |= {} if pretrained is None else {"encoder": digest(pretrained)}
+    data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
     if run is not None and run.changes:  # seeds of two configurations make no mean: all are trained anew
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
@@ -187,8 +200,11 @@ def finetune(config: FinetuneConfig) -> Result:
                 result.figures.append(finished[seed])
                 continue
             torch.manual_seed(derive_seed(seed, "initialisation"))
-            encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
-            task = config.downstream.build(encoder, len(pool.classes))
+            if model is not None:
+                task = copy.deepcopy(model.task)
+            else:
+                encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
+                task = config.downstream.build(encoder, len(pool.classes))
             if share.processes > 1 and share.device.type == "cuda":
                 task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
             task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

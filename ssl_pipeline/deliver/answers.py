@@ -228,7 +228,7 @@ def open_answers(
     if gives not in kinds:
         raise ConfigError(
             "this model's task says of its predictions neither that they are classes nor values, masks or boxes: from Python, "
-            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.deliver.model)."
+            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.downstream.finished)."
         )
     return kinds[gives]()
 

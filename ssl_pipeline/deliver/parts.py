@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.model.artifact import Card, load_encoder
 from ssl_pipeline.model.encoder import Encoder

@@ -19,7 +19,7 @@ from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.deliver.answers import Answers, CocoNumbers, coco_results, open_answers
 from ssl_pipeline.deliver.graph import load_onnx, load_torch_export
-from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.finished import load_model
 
 _CHUNK = 64
 _CHUNK_OF_MAPS = 8

@@ -28,7 +28,7 @@ class Across:
 
     Attributes:
         method: what was asked for.
-        source: the training images of the source domains, labelled.
+        source: the training images of the source domains, labelled; none where a finished model is adapted without them.
         target: those of the target domains, without labels.
         measured: per domain its held-out images of known classes; read by the final evaluation alone.
         targets: which of those domains are targets.
@@ -45,12 +45,15 @@ class Across:
     _taught: Tensor
     _hidden: Tensor
     _known: Tensor
+    _names: tuple[str, ...]
 
     def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> Labelled:
         """What is learned from: of the source as many labels as are asked for, and with them ``target_labels`` of the target.
 
         Labels that choose are held out of the *source* alone.
         """
+        if self.method.starts_from is not None:
+            return Labelled(self.source, None)
         train, held_out = draw_index(labels, downstream, self.source, seed)
         return Labelled(self.labelled(seed, train), None if held_out is None else self.source.select(held_out))
 
@@ -74,7 +77,7 @@ class Across:
             raise ConfigError(str(error).replace("labels.per_class", "domain.target_labels")) from None
         of_source = self._taught if taught is None else self._taught[taught]
         both = self._pool.select(torch.cat([of_source, self._hidden[drawn]]))
-        return _renumbered(both, self._known)
+        return _renumbered(both, self._known, self._names)
 
     @torch.no_grad()
     def evaluate(
@@ -123,13 +126,16 @@ class Across:
         return {"label_free/proxy_a_distance": proxy_a_distance(*(torch.cat(side) for side in sides))}
 
 
-def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None) -> Across:
+def split_domains(
+    config: MethodConfig, pool: Indexed, held_out: Indexed | None, classes: tuple[str, ...] | None = None
+) -> Across:
     """The sides of a run, of images of several domains.
 
     Args:
         config: names the domains.
         pool: training images.
         held_out: images to measure on.
+        classes: those of the finished model that the run starts from, in its order; None where a source teaches them.
 
     Raises:
         ConfigError: naming a domain that is absent, a source without labels, or a target that there is nothing to measure on.
@@ -139,12 +145,12 @@ def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None)
             f"`domain` needs images whose domains are known, and {pool.name} has none: take data=domain_folder, data=table with a "
             "column `domain`, or data=fashion_domains to try it."
         )
-    targets, sources = _chosen(config, pool)
+    targets, sources = _chosen(config, pool, has_source=classes is None)
     if pool.labels is None or pool.classes is None:
         raise ConfigError(
             f"`domain.source`: {pool.name} has no labels to learn from: put images into domain/class/image."
         )
-    known = _known(config, pool)
+    known, names = _known(config, pool, classes)
     of_source, of_target = _in(pool, sources), _in(pool, targets)
     unlabelled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
     if unlabelled:
@@ -154,19 +160,25 @@ def split_domains(config: MethodConfig, pool: Indexed, held_out: Indexed | None)
         rest, held = hold_out(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
         of_source, of_target, targets = of_source[rest], of_source[held], sources
     taught = of_source[torch.isin(pool.labels[of_source], known)]
-    source = _renumbered(pool.select(taught), known)
+    source = _renumbered(pool.select(taught), known, names)
     target = pool.select(of_target)
     target.labels = target.classes = None
     if config.control in ("noise", "shuffled"):
         target = stand_in(config.control, target)
     hidden = of_target[torch.isin(pool.labels[of_target], known)]
+    learned = _labels(source) if classes is None else torch.arange(len(classes))
     measured, unknown = _measured(
-        config, held_out, list(dict.fromkeys([*targets, *sources])), targets, known, _labels(source)
+        config, held_out, list(dict.fromkeys([*targets, *sources])), targets, known, names, learned
     )
-    return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known)
+    if classes is not None and unknown is not None:
+        raise ConfigError(
+            f"`domain.target`: {pool.name} has classes that the model in {config.starts_from!r} does not know. It knows "
+            f"{', '.join(classes)}: leave the others out."
+        )
+    return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known, names)
 
 
-def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
+def _chosen(config: MethodConfig, pool: Indexed, has_source: bool) -> tuple[list[str], list[str]]:
     """The names of targets and sources."""
     assert pool.domains is not None
     assert pool.domain_names is not None
@@ -181,10 +193,11 @@ def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
     if not config.target and config.control != "no_shift":
         problems.append(f"`domain.target` is required: one or more of {', '.join(present)}.")
     sources = list(config.source) if config.source is not None else [n for n in present if n not in config.target]
+    sources = sources if has_source else []
     both = [name for name in sources if name in config.target]
     if both:
         problems.append(f"`domain.source` and `domain.target` both name {', '.join(both)}: name a domain in one place.")
-    if not sources:
+    if has_source and not sources:
         problems.append(
             f"no domain is left to learn from: {pool.name} has {', '.join(present)}, and all of them are targets."
         )
@@ -193,17 +206,30 @@ def _chosen(config: MethodConfig, pool: Indexed) -> tuple[list[str], list[str]]:
     return list(config.target), sources
 
 
-def _known(config: MethodConfig, pool: Indexed) -> Tensor:
-    """The numbers of the classes to learn, in the pool's numbering."""
+def _known(config: MethodConfig, pool: Indexed, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """The numbers of the classes to learn, in the pool's numbering, and their names.
+
+    A finished model's are in its own order; one that the pool lacks has a number that no image has.
+    """
     assert pool.classes is not None
+    if classes is not None:
+        numbers = [pool.classes.index(name) if name in pool.classes else -1 for name in classes]
+        if max(numbers) < 0:
+            raise ConfigError(
+                f"`domain.model`: the model in {config.starts_from!r} knows {', '.join(classes)}, and {pool.name} has "
+                f"{', '.join(pool.classes)}: they share no class."
+            )
+        absent_from = len(pool.classes)
+        return torch.tensor([absent_from + i if n < 0 else n for i, n in enumerate(numbers)]), classes
     if config.known is None:
-        return torch.arange(len(pool.classes))
+        return torch.arange(len(pool.classes)), pool.classes
     absent = [name for name in config.known if name not in pool.classes]
     if absent or len(set(config.known)) < 2:
         raise ConfigError(
             f"`domain.known`: {', '.join(map(repr, absent)) or 'fewer than two'}: name two or more of {', '.join(pool.classes)}."
         )
-    return torch.tensor(sorted(pool.classes.index(name) for name in set(config.known)))
+    known = sorted(pool.classes.index(name) for name in set(config.known))
+    return torch.tensor(known), tuple(pool.classes[c] for c in known)
 
 
 def _measured(
@@ -212,6 +238,7 @@ def _measured(
     domains: list[str],
     targets: list[str],
     known: Tensor,
+    names: tuple[str, ...],
     taught: Tensor,
 ) -> tuple[dict[str, Indexed], Indexed | None]:
     """Per domain the images to measure on, and the target's of unknown classes."""
@@ -224,7 +251,7 @@ def _measured(
         index = _in(held_out, [name]) if name in held_out.domain_names else torch.arange(0)
         images = held_out.select(index[torch.isin(held_out.labels[index], known)])
         if len(images):
-            measured[name] = _renumbered(images, known)
+            measured[name] = _renumbered(images, known, names)
     missing = [name for name in targets if name not in measured]
     if missing:
         raise ConfigError(
@@ -257,12 +284,11 @@ def _in(images: Indexed, names: list[str]) -> Tensor:
     return torch.isin(images.domains, torch.tensor(numbers, dtype=torch.int64)).nonzero()[:, 0]
 
 
-def _renumbered(images: Indexed, known: Tensor) -> Indexed:
+def _renumbered(images: Indexed, known: Tensor, names: tuple[str, ...]) -> Indexed:
     """The same images, their classes numbered from 0 in the order of the known ones; in place."""
-    assert images.labels is not None
-    assert images.classes is not None
-    images.labels = torch.searchsorted(known, images.labels)
-    images.classes = tuple(images.classes[c] for c in known.tolist())
+    place = torch.empty(int(known.max()) + 1, dtype=torch.int64)
+    place[known] = torch.arange(len(known))
+    images.labels, images.classes = place[_labels(images)], names
     return images
 
 

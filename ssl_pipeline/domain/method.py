@@ -54,6 +54,11 @@ class MethodConfig(ComponentConfig, ABC):
         """The training of the phase ``target``."""
         raise NotImplementedError(f"{self.name} has no training on the target alone")
 
+    @property
+    def starts_from(self) -> str | None:
+        """The folder of a finished model that is adapted without an image of its source; None for a method that has a source."""
+        return None
+
     def check(self, downstream: str, regime: str) -> list[str]:
         """What does not go together with the task or the regime, as sentences."""
         problems = []

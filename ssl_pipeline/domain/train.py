@@ -29,15 +29,17 @@ def train_across(
         around: the labelled images and what they are trained with.
     """
     labelled, share = around.labelled, around.share
-    classifier.look_at(labelled.train)
+    has_source = method.starts_from is None
+    if has_source:
+        classifier.look_at(labelled.train)
     classifier.backbone_lr_factor, classifier.layer_decay = regime.backbone_lr_factor, regime.layer_decay
-    if regime.probes:
+    if regime.probes and has_source:
         solve_head(regime, classifier, around)
     task = method.build(classifier, target).to(share.device)
     for phase in method.phases:
         if phase == "target":
             _run_phase(phase, method, method.on_target, regime.batch, task, target, around)
-        elif regime.trains_all:
+        elif regime.trains_all and has_source:
             stage = SourceTask(classifier) if "target" in method.phases else task
             _run_phase(phase, method, regime, regime.batch, stage, target, around)
     task.finish(labelled.train, target, around.preprocessing, share)

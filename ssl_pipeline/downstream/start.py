@@ -24,11 +24,7 @@ def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blue
     """
     encoder, card = load_encoder(path)
     blueprint = card.blueprint.without_weights()
-    if blueprint.channels != pool.channels:
-        raise ConfigError(
-            f"the encoder in {path!r} reads {blueprint.channels} channel(s), and {pool.name} has "
-            f"{pool.channels}: set `data.channels` or pretrain on such images."
-        )
+    check_channels(blueprint, f"the encoder in {path!r}", pool)
     bound = encoder.backbone.fixed_input
     if size is not None and bound not in (None, size):
         raise ConfigError(
@@ -36,6 +32,19 @@ def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blue
             "asked for: leave `size` out, or pretrain a convolutional network."
         )
     return (blueprint if size is None else blueprint.at_size(size)), encoder
+
+
+def check_channels(blueprint: Blueprint, name: str, pool: Indexed) -> None:
+    """Refuses images that a network can't read.
+
+    Raises:
+        ConfigError: they have another number of channels.
+    """
+    if blueprint.channels != pool.channels:
+        raise ConfigError(
+            f"{name} reads {blueprint.channels} channel(s), and {pool.name} has {pool.channels}: set `data.channels` or pretrain on "
+            "such images."
+        )
 
 
 def new_encoder(backbone: BackboneConfig, neck: NeckConfig, pool: Indexed, size: int) -> tuple[Blueprint, Encoder]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.report.planes import principal_plane

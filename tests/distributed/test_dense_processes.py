@@ -11,7 +11,7 @@ import torch
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.finetune import FinetuneConfig
 from tests.distributed.test_processes import TWO
 from tests.runs import command

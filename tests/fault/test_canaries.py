@@ -21,7 +21,7 @@ from torchvision.models import ResNet18_Weights
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.sources import huggingface, torchvision
 from ssl_pipeline.data.tar import ShardError, read_groups
-from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.engine.checkpoint import CheckpointError, Checkpoints
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.model.artifact import load_encoder

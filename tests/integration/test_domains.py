@@ -17,6 +17,7 @@ from ssl_pipeline.config.compose import choices
 from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.regime import Best
@@ -218,6 +219,37 @@ def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_fi
     assert torch.equal(values(across.target.select(torch.tensor([3])), 0), values(across.target, 3))
     assert torch.equal(values(across.measured["sketch"], 1), values(plain, 1))
     assert across.target.labels is None
+
+
+def test_a_finished_model_goes_to_the_target_without_its_sources_images(tmp_path: Path) -> None:
+    tiny(tmp_path / "source", "domain=source_only", "downstream.bottleneck.width=5")
+    alone = [f"domain.model={tmp_path / 'source'}", "domain.source=null", "data.domains=[edges]", "regime=lp_ft"]
+    figures = tiny(tmp_path / "adapted", "domain=shot_im", *alone, "domain.adaptation.length=2 steps").figures[0]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "adapted"))
+    assert first.keys() == second.keys()  # the model's own bottleneck, whatever the method's YAML says
+    assert not differs(first, second, "head.")
+    assert differs(first, second, "backbone.")
+    assert {name for name in figures if name.startswith("accuracy/")} == {"accuracy/edges"}
+    with pytest.raises(ConfigError, match=r"without its source's images: `domain.source` can't be had"):
+        tiny(tmp_path / "no", "domain=shot_im", *alone, "domain.source=[original]", "data.domains=[original,edges]")
+    with pytest.raises(ConfigError, match=r"`domain.model` brings its own encoder"):
+        tiny(tmp_path / "no", "domain=shot_im", *alone, f"encoder={tmp_path / 'source'}")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_finished_models_classes_keep_its_order() -> None:
+    start = ShotIM(name="shot_im", target=["sketch"], model="finished")
+    across = split_domains(start, few(), few(), ("elk", "yak", "dog", "cat"))
+    assert len(across.source) == 0
+    assert list(across.measured) == ["sketch"]
+    images = across.measured["sketch"]
+    assert images.classes == ("elk", "yak", "dog", "cat")
+    assert images.labels is not None
+    assert images.labels.tolist() == [3, 2, 0, 3, 2, 0]
+    with pytest.raises(ConfigError, match=r"has classes that the model in 'finished' does not know. It knows elk, cat"):
+        split_domains(start, few(), few(), ("elk", "cat"))
+    with pytest.raises(ConfigError, match=r"knows yak, and few has cat, dog, elk: they share no class"):
+        split_domains(start, few(), few(), ("yak",))
 
 
 @pytest.mark.parametrize(("keys", "sentence"), [

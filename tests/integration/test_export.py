@@ -26,10 +26,10 @@ from ssl_pipeline.data.decode import decode
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver import hub
 from ssl_pipeline.deliver.export import FORMATS, export, main
-from ssl_pipeline.deliver.model import Model, load_model
 from ssl_pipeline.deliver.parts import Part, Parts, open_parts
 from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
 from ssl_pipeline.deliver.predict import main as predict_main
+from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder
 from tests.pictures import colour_folder

@@ -19,10 +19,10 @@ from ssl_pipeline.config.resolve import component
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.answers import Boxes, Mask, coco_results, open_answers, palette
 from ssl_pipeline.deliver.export import FORMATS, export
-from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.deliver.parts import open_parts
 from ssl_pipeline.deliver.predict import main, open_predictor, predict
 from ssl_pipeline.downstream.dense import whole_images
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.sources.embedded import Config as Embedded
-from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.deliver.predict import predict
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder, read
 from ssl_pipeline.pretrain import pretrain

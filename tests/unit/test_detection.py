@@ -20,8 +20,8 @@ from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.loader import Share
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.data.sources import coco
-from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.downstream.detection import Config
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder

@@ -17,8 +17,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.deliver.model import load_model
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
 from ssl_pipeline.downstream.task import DownstreamTask

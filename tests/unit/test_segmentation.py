@@ -16,7 +16,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, read_whole
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.sources import mask_folder
-from ssl_pipeline.deliver.model import load_model
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune

@@ -22,6 +22,8 @@ class Config(MethodConfig):
 
     Attributes:
         adaptation: the training on the target.
+        model: a finished model's folder, where the source's images are not at hand: it brings encoder, bottleneck and head, and goes
+            to the target at once. Null: the source's training comes first.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = ("source", "target")
@@ -30,6 +32,24 @@ class Config(MethodConfig):
             length=parse_duration("15 epochs"), optim=OptimConfig(name="adamw", lr=0.0002, scaling="none")
         )
     )
+
+    model: str | None = None
+
+    @property
+    def starts_from(self) -> str | None:
+        """``model``."""
+        return self.model
+
+    def check(self, downstream: str, regime: str) -> list[str]:
+        """A finished model comes without a source, and so without what is made of one."""
+        problems = super().check(downstream, regime)
+        given = [key for key in ("source", "control", "known", "target_labels") if getattr(self, key)]
+        if self.model is not None and given:
+            problems.append(
+                f"`domain.model` starts from a finished model, without its source's images: {', '.join(f'`domain.{k}`' for k in given)} "
+                "can't be had beside it."
+            )
+        return problems
 
     @property
     def on_target(self) -> TrainingConfig:
