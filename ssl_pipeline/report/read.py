@@ -36,7 +36,6 @@ class RunRecord:
         results: its ``results.json``, likewise.
         study: its ``study.json``, likewise.
         domain: its ``domain.json``, likewise.
-        conditions: of a study, the runs below it.
         notes: what is missing or broken, for the page.
     """
 
@@ -51,7 +50,6 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     study: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
-    conditions: tuple[RunRecord, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,13 +122,11 @@ def _read(folder: Path, name: str) -> RunRecord:
         notes.append("It is still going: these are its figures so far.")
     elif state == "stopped":
         notes.append("It was stopped before its end: these are the figures that it left.")
-    below = _runs_below(folder) if stage == "study" else []
     if stage == "study" and not study:
         study = _cells(folder, notes)
-    conditions = tuple(_read(path, path.name) for path in below)
     return RunRecord(
         folder, name, stage, state, config, [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else [],
-        lines, card, results, study, _object(folder / "domain.json", notes), conditions, tuple(notes),
+        lines, card, results, study, _object(folder / "domain.json", notes), tuple(notes),
     )  # fmt: skip
 
 
@@ -148,13 +144,20 @@ def _stage(config: dict[str, Any], folder: Path) -> Stage:
         return "pretrain"
     if "downstream" in config:
         return "finetune"
-    is_study = "conditions" in config or "common" in config or (folder / "study.json").exists()
+    is_study = "common" in config or (folder / "study.json").exists()
     return "study" if is_study else "pretrain"
 
 
 def _cells(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """The rows of a study that has not written its table yet: each of its cells is a file."""
-    rows = [cell for file in sorted(folder.glob("cells/*.json")) if (cell := _object(file, notes))]
+    """The rows of a study that has not written its table yet: each of its cells is a file.
+
+    Cells of studies across domains do not say what they are of: there it is the file's name, which ends in the seed.
+    """
+    rows = list[dict[str, Any]]()
+    for file in sorted(folder.glob("cells/*.json")):
+        if cell := _object(file, notes):
+            name, _, seed = file.stem.rpartition("_")
+            rows.append(cell if "init" in cell or not seed.isdecimal() else {"init": name, "seed": int(seed), **cell})
     return {"rows": rows} if rows else {}
 
 

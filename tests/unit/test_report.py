@@ -173,7 +173,13 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
     stage_two = write_finetune(
         tmp_path / "two", [0.5], confusion={"classes": [WICKED, "b"], "matrix": [[1, 0], [0, 1]]}
     )
-    study = write_study(tmp_path / "study", {"accuracy": {WICKED: [0.1], "b": [0.2]}, "baseline": WICKED})
+    rows = [
+        {"init": init, "regime": "lp_ft", "labels": WICKED, "seed": 0, "figures": {WICKED: 0.1}}
+        for init in (WICKED, "b")
+    ]
+    study = write_study(
+        tmp_path / "study", {"rows": rows, "baseline": {"init": WICKED, "regime": "lp_ft"}, "split": WICKED}
+    )
     points_seen = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     source = small_source()
     source.classes, source.name = (WICKED, "b", "c"), WICKED
