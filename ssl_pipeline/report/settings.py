@@ -40,7 +40,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def system(runs: Sequence[RunRecord]) -> Table:
-    """What each run ran on: command, commit, device, threads, versions, times."""
+    """What each run ran on, of a continued one at its last start: command, commit, device, threads, versions; and times."""
     facts = [_facts(run) for run in runs]
     names = list(dict.fromkeys(name for of_run in facts for name in of_run))
     rows = [[name, *(of_run.get(name, _ABSENT) for of_run in facts)] for name in names]
