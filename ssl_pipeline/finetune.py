@@ -43,7 +43,8 @@ from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
-from ssl_pipeline.track.run import Resume, open_run, redact, versions
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import Resume, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.track.training import TrainingCurves, trained_steps
 from ssl_pipeline.views.policy import Views, ViewsConfig

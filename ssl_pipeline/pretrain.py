@@ -37,7 +37,8 @@ from ssl_pipeline.model.weights import normalisation
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.alerts import Alerts, logged_losses
 from ssl_pipeline.track.progress import Progress, one_voice
-from ssl_pipeline.track.run import Resume, open_run, redact, versions
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import Resume, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 

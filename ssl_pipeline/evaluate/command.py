@@ -19,7 +19,8 @@ from ssl_pipeline.evaluate.encoder import EncoderConfig, Opened, leading_words, 
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.evaluate.protocol import Features, Figure
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import redact, versions, write_text_atomic
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import versions, write_text_atomic
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
