@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.lock import is_held
 
@@ -51,6 +51,11 @@ class RunRecord:
     study: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def named(self, group: str) -> str:
+        """The name of what its configuration has chosen, such as of ``backbone``; empty where there is none."""
+        tree = self.config.get(group)
+        return str(tree.get("name", "")) if isinstance(tree, dict) else ""
 
     @property
     def seconds(self) -> float | None:
@@ -134,7 +139,7 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # no YAML, or no text at all: whatever the parsers raise
-        notes.append(f"{path.name} can't be read ({_first_line(error)}).")
+        notes.append(f"{path.name} can't be read ({first_line(error)}).")
         return {}
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
@@ -183,10 +188,6 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is damaged ({_first_line(error)}).")
+        notes.append(f"{path.name} is damaged ({first_line(error)}).")
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

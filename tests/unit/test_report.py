@@ -84,6 +84,10 @@ def test_a_collapse_is_told(tmp_path: Path) -> None:
         file.write('{"step": 21, "eval/feature_std": 0.01, "eval/effective_rank": 1.0, "eval/knn": 0.1}\n')
     told = " ".join(summary(read_runs([folder])[0]))
     assert "have collapsed" in told
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 22, "eval/feature_std": 0.3, "eval/effective_rank": 1.2}\n')
+    few = " ".join(summary(read_runs([folder])[0]))
+    assert "onto few directions (effective rank 1.2)." in few  # of how many, the run's files do not say
     assert "kNN accuracy on dev fell from 50.0 % untrained to 10.0 %" in told
 
 
