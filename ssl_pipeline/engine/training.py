@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
@@ -232,8 +232,7 @@ def _must_fit() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
-        told = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"the checkpoint does not fit this configuration ({told}). `resume=changed` goes on with other rates, lengths and data, "
+            f"the checkpoint does not fit this configuration ({first_line(error)}). `resume=changed` goes on with other rates, lengths and data, "
             "and not with another network, task or optimizer: undo that change, or choose another `output`."
         ) from error

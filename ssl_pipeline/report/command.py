@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import check_folder_of, leave
 from ssl_pipeline.report.look import Look, look
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
@@ -72,8 +72,8 @@ def _path(folders: Sequence[Path], output: Path | None) -> Path:
     path = output or (folders[0] / _NAME if len(folders) == 1 else Path(_NAME))
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: {str(path)!r} is no page's name: end it in .html.")
-    if output is not None and not path.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    if output is not None:
+        check_folder_of(path, "--output")
     return path
 
 

@@ -58,7 +58,8 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
         curve_runs=[(number, runs[number].name) for number in curve_runs],
         panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
-        over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages), several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
+        over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages),
+        several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
     )  # fmt: skip
 
 

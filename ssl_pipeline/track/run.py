@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 from omegaconf import OmegaConf
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, flatten
 from ssl_pipeline.track.lock import FolderLock
 from ssl_pipeline.track.redaction import redact, redact_command
 
@@ -186,12 +186,12 @@ def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, st
 
 def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:
     try:
-        before = _flat(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        before = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
     except Exception as error:  # missing, no YAML, or no text at all: whatever the parsers raise
         raise ConfigError(
             f"`output`: {str(path)!r} can't be continued, its config.yaml can't be read ({error}): choose another folder."
         ) from error
-    now = _flat(OmegaConf.to_container(OmegaConf.create(redact(config))))
+    now = flatten(OmegaConf.to_container(OmegaConf.create(redact(config))))
     return [
         f"`{key}` was {before.get(key, 'not there')!r} and is now {now.get(key, 'not there')!r}."
         for key in sorted(before.keys() | now.keys())
@@ -218,15 +218,6 @@ def _changed_surroundings(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         for name, (then, current) in found.items()
         if then is not None and then != current
     ]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _start(data: dict[str, str]) -> dict[str, Any]:
