@@ -34,14 +34,13 @@ from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.pictures import Gallery
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluate.result import Result, finished_seeds
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.redaction import redact
 from ssl_pipeline.track.run import Resume, Run, open_run, versions
@@ -253,19 +252,6 @@ def tell_confusion(
     Gallery(trackers).confusion(around.seed, matrix, classes)
     if around.accelerator.is_main_process:
         result.keep_confusion()
-
-
-def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
-    """The figures of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is the last thing of it."""
-    if not (folder / FILE_NAME).exists():
-        return {}
-    return {
-        line["step"]: {
-            name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
-        }
-        for line in read_metrics(folder)
-        if line["step"] in seeds and any(name.startswith(f"{split}/") for name in line)
-    }
 
 
 def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
