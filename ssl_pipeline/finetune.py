@@ -10,42 +10,42 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
-from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.across import Across, split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.finished import Model, load_model
-from ssl_pipeline.downstream.labels import LabelsConfig, draw
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
-from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.downstream.vector import targets_of
 from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.distributed import from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.pictures import Gallery
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluate.result import Result, finished_seeds
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
-from ssl_pipeline.track.run import Resume, open_run, redact, versions
-from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import Resume, Run, open_run, versions
+from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from ssl_pipeline.track.training import TrainingCurves, trained_steps
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -114,12 +114,12 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     ) + config.downstream.check_regime(config.regime.name)
     if not problems and held_out is None:
         problems.append(f"{pool.name} has no `{config.split}` split to measure on: see its keys in `configs/data`.")
-    model = config.domain.starts_from if config.domain is not None else None
-    if model is not None and (config.encoder is not None or config.starts_fresh):
+    starts_from = config.domain.starts_from if config.domain is not None else None
+    if starts_from is not None and (config.encoder is not None or config.starts_fresh):
         problems.append(
             "`domain.model` brings its own encoder: leave `encoder` out, and take regime lp_ft or end_to_end."
         )
-    if model is None and config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
+    elif starts_from is None and config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
     problems += config.downstream.check_views(config.views)
     problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
@@ -132,6 +132,12 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         problems.append(f"`views.local.count` is {config.views.local.count}, and stage two takes no local views.")
     if problems:
         raise ConfigError(problems)
+
+
+def finished_model(config: FinetuneConfig) -> Model | None:
+    """The finished model that a method across domains starts from, if it does."""
+    folder = config.domain.starts_from if config.domain is not None else None
+    return None if folder is None else load_model(folder)
 
 
 def starting_point(
@@ -155,10 +161,11 @@ def finetune(config: FinetuneConfig) -> Result:
     share = share_of(accelerator)
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
-    domain = config.domain
-    model = load_model(domain.starts_from) if domain is not None and domain.starts_from is not None else None
+    model = finished_model(config)
+    if model is not None:  # its bottleneck and head are those that it was trained with
+        config = config.model_copy(update={"downstream": model.config})
     classes = None if model is None else model.classes
-    across = split_domains(domain, pool, held_out, classes) if domain is not None else None
+    across = split_domains(config.domain, pool, held_out, classes) if config.domain is not None else None
     pool = pool if across is None else across.source
     check(config, pool, held_out)
     assert held_out is not None
@@ -168,21 +175,12 @@ def finetune(config: FinetuneConfig) -> Result:
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
-    labelled = {
-        seed: draw(config.labels, config.downstream, pool, seed)
-        if across is None
-        else across.draw(config.labels, config.downstream, seed)
-        for seed in seeds
-    }
+    labelled = {seed: labelled_images(config, pool, across, seed) for seed in seeds}
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
-    run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
-    if run is not None and run.changes:  # seeds of two configurations make no mean: all are trained anew
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-    done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
-    folder, finished = from_main(accelerator, (run.path if run else Path(), done))
+    run, folder, finished = open_folder(config, data, seeds, accelerator)
     result = Result(folder, config.split)
     if finished:
         result.take_confusion()
@@ -199,35 +197,21 @@ def finetune(config: FinetuneConfig) -> Result:
             if seed in finished:
                 result.figures.append(finished[seed])
                 continue
-            torch.manual_seed(derive_seed(seed, "initialisation"))
-            if model is not None:
-                task = copy.deepcopy(model.task)
-            else:
-                encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
-                task = config.downstream.build(encoder, len(pool.classes))
-            if share.processes > 1 and share.device.type == "cuda":
-                task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
-            task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            task = (
+                build_task(config, blueprint, pretrained, len(pool.classes), seed, share)
+                if model is None
+                else on_device(copy.deepcopy(model.task), share)
+            )
             views = Views(policy, blueprint.mean, blueprint.std, seed)
             kept = folder / "checkpoints" / f"seed-{seed}"
             keeping = Keeping(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
             around = Surroundings(
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves
             )
-            if across is None:
-                train(config.regime, task, around)
-                figures = task.evaluate(held_out, preprocessing, share)
-            else:
-                train_across(across.method, config.regime, task, across.target, around)
-                figures = across.evaluate(task, labelled[seed], preprocessing, share)
+            figures = train_and_measure(config, task, across, held_out, around)
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
-                told = extract(task, held_out, preprocessing, share, forward=task.predict).argmax(1)
-                matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(pool.classes))
-                result.confusion.update(classes=list(pool.classes), matrix=matrix.tolist())
-                Gallery(trackers).confusion(seed, matrix, pool.classes)
-                if run is not None:
-                    result.keep_confusion()
+                tell_confusion(result, task, held_out, pool.classes, around, trackers)
             if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
                 save(run.path, task, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
@@ -239,17 +223,60 @@ def finetune(config: FinetuneConfig) -> Result:
     return result
 
 
-def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
-    """The figures of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is the last thing of it."""
-    if not (folder / FILE_NAME).exists():
-        return {}
-    return {
-        line["step"]: {
-            name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
-        }
-        for line in read_metrics(folder)
-        if line["step"] in seeds and any(name.startswith(f"{split}/") for name in line)
-    }
+def labelled_images(config: FinetuneConfig, pool: Indexed, across: Across | None, seed: int) -> Labelled:
+    """The labelled images of a seed, and those of them that are held out."""
+    if across is not None:
+        return across.draw(config.labels, config.downstream, seed)
+    return draw(config.labels, config.downstream, pool, seed)
+
+
+def open_folder(
+    config: FinetuneConfig, data: dict[str, str], seeds: range, accelerator: Accelerator
+) -> tuple[Run | None, Path, dict[int, dict[str, float]]]:
+    """Makes or continues the run's folder.
+
+    Returns:
+        Its open folder (None in all processes but the main one); its path; and the figures of the seeds that are done.
+    """
+    run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
+    if run is not None and run.changes:  # seeds of two configurations make no mean: all are trained anew
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
+    folder, finished = from_main(accelerator, (run.path if run else Path(), done))
+    return run, folder, finished
+
+
+def build_task(
+    config: FinetuneConfig, blueprint: Blueprint, pretrained: Encoder | None, classes: int, seed: int, share: Share
+) -> DownstreamTask:
+    """A seed's task on this process's device, around a copy of the pretrained encoder or one of fresh weights."""
+    torch.manual_seed(derive_seed(seed, "initialisation"))
+    encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
+    return on_device(config.downstream.build(encoder, classes), share)
+
+
+def train_and_measure(
+    config: FinetuneConfig, task: DownstreamTask, across: Across | None, held_out: Indexed, around: Surroundings
+) -> dict[str, float]:
+    """The figures of a task, trained in place."""
+    if across is None:
+        train(config.regime, task, around)
+        return task.evaluate(held_out, around.preprocessing, around.share)
+    assert isinstance(task, Classification)  # a method's `check` allows no other
+    train_across(across.method, config.regime, task, across.target, around)
+    return across.evaluate(task, around.labelled, around.preprocessing, around.share)
+
+
+def tell_confusion(
+    result: Result, task: Classification, held_out: Indexed, classes: tuple[str, ...], around: Surroundings, trackers: Trackers
+) -> None:  # fmt: skip
+    """Puts the confusion of a seed's classes into the result, keeps it for a run that is stopped, and draws it."""
+    told = extract(task, held_out, around.preprocessing, around.share, forward=task.predict).argmax(1)
+    matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(classes))
+    result.confusion.update(classes=list(classes), matrix=matrix.tolist())
+    Gallery(trackers).confusion(around.seed, matrix, classes)
+    if around.accelerator.is_main_process:
+        result.keep_confusion()
 
 
 def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
-from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
@@ -18,26 +20,29 @@ from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import check_same_start, from_main, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import check_same_start, from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.signals import listen, requeue_marker
-from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.evaluate.pictures import Gallery
+from ssl_pipeline.evaluate.watch import Watch
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
+from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import normalisation
-from ssl_pipeline.schedules import Clock, Duration, parse_duration
-from ssl_pipeline.track.alerts import Alerts, logged_losses
+from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.track.alerts import open_alerts
 from ssl_pipeline.track.progress import Progress, one_voice
-from ssl_pipeline.track.run import Resume, open_run, redact, versions
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import Resume, Run, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -149,101 +154,133 @@ def check_local_views(views: ViewsConfig, backbone: Backbone, name: str) -> None
         )
 
 
+def build_task(
+    config: PretrainConfig, blueprint: Blueprint, views: ViewsConfig, train: Indexed | Stream, accelerator: Accelerator
+) -> tuple[Encoder, Task, list[str]]:
+    """The encoder, the pretext task around it on this process's device, and what is to be said of them."""
+    torch.manual_seed(derive_seed(config.seed, "initialisation"))
+    encoder, notes = blueprint.build()
+    check_local_views(views, encoder.backbone, config.backbone.name)
+    task = config.pretext.build(encoder, train)
+    check_shardable(task, config.batch.micro, accelerator)
+    return encoder, on_device(task, share_of(accelerator)), list(notes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept, and what of it is there already.
+
+    Attributes:
+        run: its open folder; None in all processes but the main one.
+        folder: the same on all of them.
+        checkpoints: states to continue from.
+        best: keeps the encoder that scores best on ``dev``.
+        resume: the state to continue from; None for a start from nothing.
+        start: the steps that it has done.
+    """
+
+    run: Run | None
+    folder: Path
+    checkpoints: Checkpoints
+    best: BestEncoder
+    resume: dict[str, Any] | None
+    start: int
+
+
+def open_place(config: PretrainConfig, data: dict[str, str], every: int | None, accelerator: Accelerator) -> Place:
+    """Makes or continues the run's folder.
+
+    Args:
+        config: of the run.
+        data: fingerprints of what it learns from and is measured on, by name.
+        every: steps between two checkpoints; None for the end only.
+        accelerator: gives the processes, which all continue from the same step.
+    """
+    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data))
+    folder = from_main(accelerator, run.path if run else Path())
+    checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
+    best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
+    resume = checkpoints.load() if config.resume != "no" else None
+    start = int(resume["done"]) if resume else 0
+    check_same_start(accelerator, start)
+    return Place(run, folder, checkpoints, best, resume, start)
+
+
 def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
     one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
+
     train, dev = open_training(config.data), config.data.open("dev")
     check(config, train, share.processes)
     views_config, notes = config.views.for_channels(train.channels)
     if isinstance(train, Indexed):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
+    views, preprocessing = Views(views_config, mean, std, config.seed), Preprocessing(config.views.size, mean, std)
 
-    torch.manual_seed(derive_seed(config.seed, "initialisation"))
     blueprint = Blueprint(
         backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
     )
-    encoder, more_notes = blueprint.build()
-    check_local_views(views_config, encoder.backbone, config.backbone.name)
-    task = config.pretext.build(encoder, train)
-    check_shardable(task, config.batch.micro, accelerator)
-    if share.processes > 1 and share.device.type == "cuda":
-        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder, task, more_notes = build_task(config, blueprint, views_config, train, accelerator)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
-
-    views = Views(views_config, mean, std, config.seed)
-    preprocessing = Preprocessing(config.views.size, mean, std)
     total = config.total_steps(known_length(train))
     batches = training_batches(
         train, views, config.batch.size, config.seed, share, total, config.workers, with_labels=task.reads_labels
     )
 
     data = {"train": train.fingerprint()} | ({} if dev is None else {"dev": dev.fingerprint()})
-    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data))
-    folder = from_main(accelerator, run.path if run else Path())
-    every = config.checkpoint_every.on(batches.clock(0)) or None
-    checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
-    best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
-    resume = checkpoints.load() if config.resume != "no" else None
-    start = int(resume["done"]) if resume else 0
-    check_same_start(accelerator, start)
-
-    def card(figures: dict[str, float]) -> Card:
-        return Card(
-            kind="encoder", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(),
-            data={"name": train.name, "fingerprint": data["train"], "licence": train.licence},
-        )  # fmt: skip
-
+    card = partial(encoder_card, config, blueprint, train, data["train"])
+    place = open_place(config, data, config.checkpoint_every.on(batches.clock(0)) or None, accelerator)
+    run, start = place.run, place.start
     with (
         run or nullcontext(),
-        checkpoints,
+        place.checkpoints,
         Progress(total, start, enabled=run is not None, mode=config.tracking.terminal) as progress,
         # A run that starts again from nothing also measures step 0 again.
         open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
         requeue_marker(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
-        for note in [*notes, *more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {folder}"]:
+        notes += [*more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {place.folder}"]
+        for note in notes:
             progress.say(f"  {note}")
+
         looked_at = numbered(train)
         evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share)
-        figures = {} if start else evaluation(encoder)
+        untrained = {} if start else evaluation(encoder)
         if not start and isinstance(train, Indexed):
-            images = train
-            task.prime(lambda forward: extract(task, images, preprocessing, share, forward=forward))
-        trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in figures.items()})
+            task.prime(lambda forward: extract(task, looked_at, preprocessing, share, forward=forward))
+        trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in untrained.items()})
         gallery = Gallery(trackers)
         gallery.views(start, looked_at, config.views, config.seed)
         gallery.evaluation(start, evaluation, must=True)
-        latest: dict[str, float] = {}
 
-        def evaluate(clock: Clock) -> dict[str, float]:
-            latest.update(evaluation(encoder))
-            best.offer(encoder, card(latest), clock.step + 1)
-            gallery.evaluation(clock.step + 1, evaluation, must=clock.step + 1 == total)
-            return latest
-
-        def alert(step: int, title: str, text: str) -> None:
-            progress.say(text)
-            trackers.alert(step, title, text)
-
-        before = logged_losses(folder, "pretrain") if run is not None and start else []
-        alerts = Alerts("pretrain", encoder.width, alert, before)
+        watch = Watch(encoder, evaluation, place.best, gallery, card, total)
+        alerts = open_alerts("pretrain", encoder.width, progress, trackers, place.folder if run and start else None)
         fit(
-            task, batches, config.optim, optimizer, accelerator, checkpoints, resume, evaluate,
+            task, batches, config.optim, optimizer, accelerator, place.checkpoints, place.resume, watch,
             config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update, alerts), config.log_every, "pretrain",
             config.batch.micro,
         )  # fmt: skip
-        final = latest or evaluation(encoder)
+        final = watch.latest or evaluation(encoder)
         if run is not None:
-            progress.say(f"wrote {save(folder, encoder, card(final))} and card.json")
-            trackers.made(folder)
+            progress.say(f"wrote {save(place.folder, encoder, card(final))} and card.json")
+            trackers.made(place.folder)
             progress.say_end(final)
     accelerator.wait_for_everyone()
-    return folder
+    return place.folder
+
+
+def encoder_card(
+    config: PretrainConfig, blueprint: Blueprint, train: Indexed | Stream, fingerprint: str, figures: dict[str, float]
+) -> Card:
+    """What an encoder is."""
+    return Card(
+        kind="encoder", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(),
+        data={"name": train.name, "fingerprint": fingerprint, "licence": train.licence},
+    )  # fmt: skip
 
 
 def main() -> None:

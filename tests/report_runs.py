@@ -77,7 +77,7 @@ def write_finetune(folder: Path, accuracies: list[float], seed: int = 0, **resul
 def write_study(folder: Path, record: dict[str, Any]) -> Path:
     """A study's, with the record it wrote."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps({"encoder": "x", "conditions": {"a": []}, "baseline": "a"}))
+    (folder / "config.yaml").write_text(json.dumps({"common": [], "overrides": {}}))
     write_start(folder)
     (folder / "study.json").write_text(json.dumps(record))
     return folder

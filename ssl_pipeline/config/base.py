@@ -36,6 +36,11 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Strict(BaseModel):
     """A frozen model that refuses keys it does not know."""
 
@@ -67,3 +72,13 @@ def dump(config: BaseModel) -> dict[str, Any]:
     """The whole configuration as plain YAML types, the chosen components' own keys included."""
     tree: dict[str, Any] = config.model_dump(mode="json", serialize_as_any=True)
     return tree
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree's values by dotted keys; a mapping that is empty is a value."""
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from ssl_pipeline.config.base import UserError, dump
+from ssl_pipeline.config.base import ConfigError, UserError, dump
 from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import resolve
 
@@ -55,6 +55,16 @@ def run_command(
         run(config)
     except UserError as error:
         leave(error, f"ssl-pipeline {verb} --help")
+
+
+def check_folder_of(file: Path, key: str) -> None:
+    """Refuses a file to be written whose folder is not there, before anything is computed.
+
+    Raises:
+        ConfigError: naming the folder, and the ``key`` that it was given by.
+    """
+    if not file.parent.is_dir():
+        raise ConfigError(f"{key}: there is no folder {str(file.parent)!r}: make it, or name another file.")
 
 
 def leave(error: UserError, hint: str = "") -> NoReturn:

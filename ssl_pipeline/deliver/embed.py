@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.evaluate.encoder import EncoderConfig, leading_words, open_encoder
 from ssl_pipeline.evaluate.features import extract
@@ -139,8 +139,7 @@ def check_output(text: str) -> Path:
         close = difflib.get_close_matches(path.suffix, _ENDINGS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"`output`: {text!r} ends in no format of features: take {' or '.join(_ENDINGS)}.{hint}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"`output`: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    check_folder_of(path, "`output`")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError('`output`: Parquet needs pyarrow: pip install "ssl-pipeline[parquet]"; or end it in .npz.')
     return path

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.parts import Parts, example
 from ssl_pipeline.downstream.dense import whole_images
@@ -32,8 +32,8 @@ class Graph(nn.Module):
 
     Args:
         parts: what is exported.
-        raw: whether the central square (for masks all of the image), its resize and the normalisation are inside: uint8 (B, C, H, W) of any height and
-            width goes in. Otherwise it is normalised float32 (B, C, size, size).
+        raw: whether the central square (for masks all of the image), its resize and the normalisation are inside: uint8
+            (B, C, H, W) of any height and width goes in. Otherwise it is normalised float32 (B, C, size, size).
     """
 
     mean: Tensor
@@ -108,7 +108,7 @@ def _trace(graph: Graph, parts: Parts, form: str) -> Any:
     except Exception as error:  # the tracer's errors have no common base
         name = parts.card.blueprint.backbone.name
         raise ConfigError(
-            f"{form} can't hold {name} for batches of any length: {_first_line(error)} Export --to safetensors, or to the "
+            f"{form} can't hold {name} for batches of any length: {_start_of(error)} Export --to safetensors, or to the "
             "library that the backbone is from."
         ) from error
 
@@ -209,7 +209,7 @@ def load_torch_export(path: Path) -> Exported:
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # the archive's readers raise nearly anything
-        raise ConfigError(f"{str(path)!r} can't be read as a torch.export file: {_first_line(error)}") from error
+        raise ConfigError(f"{str(path)!r} can't be read as a torch.export file: {_start_of(error)}") from error
     finally:
         torch_log.setLevel(level)
     module = program.module()
@@ -254,7 +254,7 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        raise ConfigError(f"{str(path)!r} can't be read as an ONNX file: {_first_line(error)}") from error
+        raise ConfigError(f"{str(path)!r} can't be read as an ONNX file: {_start_of(error)}") from error
 
 
 def _onnx_run(session: Any, images: Tensor) -> Tensor:
@@ -262,5 +262,5 @@ def _onnx_run(session: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _start_of(error: Exception) -> str:
+    return first_line(error)[:300]

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.deliver.parts import Parts
 from ssl_pipeline.model.artifact import Card, save
 
@@ -81,9 +81,8 @@ def push(folder: Path, repository: str, public: bool) -> str:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the folder {str(folder)!r} is written and was not sent to {repository!r}: {first} Log in with `hf auth login`, and "
+            f"the folder {str(folder)!r} is written and was not sent to {repository!r}: {first_line(error)} Log in with `hf auth login`, and "
             "name the repository OWNER/NAME."
         ) from error
     return str(address)

@@ -11,10 +11,11 @@ from PIL import Image
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.decode import decode
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.deliver.embed import open_split
+from ssl_pipeline.evaluate.classes import class_name
 from ssl_pipeline.evaluate.encoder import EncoderConfig, leading_words, open_encoder
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.knn import neighbours
@@ -84,7 +85,7 @@ def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[N
             row = opened.encoder.features(images).float().cpu()
     ((similarity, index),) = neighbours(row, features, config.k + (number is not None))
     found = [
-        Neighbour(i, source.describe(i), _label(source, i), value)
+        Neighbour(i, source.describe(i), class_name(source, i), value)
         for i, value in zip(index[0].tolist(), similarity[0].tolist(), strict=True)
         if i != number
     ]
@@ -101,12 +102,6 @@ def _number(image: str | int, source: Indexed) -> int | None:
             f"`image`: {source.name} has {len(source)} images, numbered from 0, and none has number {text}."
         )
     return int(text)
-
-
-def _label(source: Indexed, index: int) -> str | None:
-    if source.labels is None or source.classes is None or int(source.labels[index]) < 0:
-        return None
-    return source.classes[int(source.labels[index])]
 
 
 def draw(query: Image.Image, found: list[Neighbour], source: Indexed, path: Path) -> None:
@@ -134,8 +129,7 @@ def find_and_tell(config: NeighboursConfig) -> None:
     path = Path(config.output).expanduser()
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in {', '.join(_ENDINGS)}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"`output`: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    check_folder_of(path, "`output`")
     source = open_split(config, config.split)
     query, found = find(config, source)
     for neighbour in found:

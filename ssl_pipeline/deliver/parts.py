@@ -14,7 +14,7 @@ from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.model.artifact import Card, load_encoder
 from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.track.run import redact
+from ssl_pipeline.track.redaction import redact
 
 Part = Literal["model", "encoder"]
 

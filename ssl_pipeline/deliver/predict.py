@@ -17,7 +17,8 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.deliver.answers import Answers, CocoNumbers, coco_results, open_answers
+from ssl_pipeline.deliver.answers import Answers, open_answers
+from ssl_pipeline.deliver.coco import CocoNumbers, coco_results
 from ssl_pipeline.deliver.graph import load_onnx, load_torch_export
 from ssl_pipeline.downstream.finished import load_model
 

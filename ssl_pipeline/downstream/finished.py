@@ -25,12 +25,17 @@ class Model:
     Attributes:
         task: encoder and head, in evaluation mode.
         card: what it is.
-        gives: what a prediction is; see :class:`DownstreamConfig`.
+        config: the downstream task's.
     """
 
     task: DownstreamTask
     card: Card
-    gives: str
+    config: DownstreamConfig
+
+    @property
+    def gives(self) -> str:
+        """What a prediction is; see :class:`DownstreamConfig`."""
+        return self.config.gives
 
     @property
     def channels(self) -> int:
@@ -70,7 +75,7 @@ def load_model(path: str | Path) -> Model:
     task = config.build(encoder, len(card.classes))
     task.make_room(state)
     load_strictly(task, state, f"the model in {str(path)!r}")
-    return Model(task.eval(), card, config.gives)
+    return Model(task.eval(), card, config)
 
 
 def _check_code_is_yours(path: Path, downstream: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ssl_pipeline.data.loader import Share
 from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 def start_accelerator() -> Accelerator:
@@ -51,6 +52,14 @@ def start_accelerator() -> Accelerator:
 def share_of(accelerator: Accelerator) -> Share:
     """This process's share of the work."""
     return Share(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def on_device(task: M, share: Share) -> M:
+    """A task on this process's device; on several GPUs its BatchNorms see the whole batch."""
+    if share.processes > 1 and share.device.type == "cuda":
+        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    moved: M = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def agree_on_buffers(module: nn.Module) -> None:

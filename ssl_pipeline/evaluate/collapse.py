@@ -40,12 +40,12 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     return float((-t * squared).exp().mean().log())
 
 
-def verdict(figures: dict[str, float], width: int) -> str | None:
+def verdict(figures: dict[str, float], width: int | None) -> str | None:
     """A sentence if the features have collapsed, None if they are well.
 
     Args:
         figures: with ``feature_std`` and ``effective_rank``.
-        width: the features' dimension.
+        width: the features' dimension; None where it is not known.
     """
     std, rank = figures["feature_std"], figures["effective_rank"]
     if std < 0.05:
@@ -53,9 +53,10 @@ def verdict(figures: dict[str, float], width: int) -> str | None:
             f"The features have collapsed: all images look alike to the backbone (feature std {std:.3f}, healthy runs stay "
             "above 0.2). Lower `optim.lr`, lengthen `optim.warmup`, or check that the views differ enough."
         )
-    if rank < min(2.0, width / 4):
+    if rank < (2.0 if width is None else min(2.0, width / 4)):
+        told = f"{rank:.1f}" if width is None else f"{rank:.1f} of {width}"
         return (
-            f"The features have collapsed onto few directions (effective rank {rank:.1f} of {width}). Raise the batch size, "
+            f"The features have collapsed onto few directions (effective rank {told}). Raise the batch size, "
             "lower the temperature, or strengthen the views."
         )
     return None

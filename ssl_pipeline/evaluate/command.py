@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
-from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import protocol
@@ -19,7 +19,8 @@ from ssl_pipeline.evaluate.encoder import EncoderConfig, Opened, leading_words, 
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.evaluate.protocol import Features, Figure
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import redact, versions, write_text_atomic
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import versions, write_text_atomic
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
@@ -205,8 +206,7 @@ def _views(config: EvaluateConfig, opened: Opened) -> Views:
 def evaluate_and_tell(config: EvaluateConfig) -> None:
     """Measures an encoder's features on a data set."""
     path = Path(config.output).expanduser()
-    if not path.parent.is_dir():
-        raise ConfigError(f"`output`: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    check_folder_of(path, "`output`")
     found = evaluate(config)
     for note in found.notes:
         console().print(note, markup=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.loader import open_or_neighbour
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.evaluate.classes import one_of_each_class
 from ssl_pipeline.evaluate.knn import neighbours
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.track.tracker import Trackers
@@ -86,7 +87,7 @@ def neighbour_strips(source: Indexed, index: Tensor, features: Tensor) -> Image.
         features: theirs, shape (N, D).
     """
     count = min(_NEIGHBOURS, len(index) - 1)
-    queries = _one_of_each_class(source, index)[:_QUERIES]
+    queries = one_of_each_class(source, index)[:_QUERIES]
     _, places = next(neighbours(features[queries], features, count + 1))
     cell, gap = _TILE + 2 * _EDGE + 2, 8
     picture = Image.new("RGB", (cell * (count + 1) + gap, cell * len(queries)), "white")
@@ -151,11 +152,3 @@ def _framed(source: Indexed, sample: int, size: int, colour: str) -> Image.Image
 def _label(source: Indexed, index: Tensor, place: int) -> int | None:
     label = -1 if source.labels is None else int(source.labels[index[place]])
     return None if label < 0 else label
-
-
-def _one_of_each_class(source: Indexed, index: Tensor) -> list[int]:
-    """Places in ``index``: the first of each class, then whatever is left."""
-    labels = [_label(source, index, place) for place in range(len(index))]
-    first = {label: labels.index(label) for label in sorted({label for label in labels if label is not None})}
-    chosen = set(first.values())
-    return [*first.values(), *(place for place in range(len(index)) if place not in chosen)]

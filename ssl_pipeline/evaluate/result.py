@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pipeline.evaluate.interval import Interval, interval
+from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.run import write_text_atomic
 
 
@@ -64,6 +65,19 @@ class Result:
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"confusion": self.confusion} if self.confusion else {}
         write_text_atomic(self._written, json.dumps(record, indent=1))
+
+
+def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
+    """The figures of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is the last thing of it."""
+    if not (folder / FILE_NAME).exists():
+        return {}
+    return {
+        line["step"]: {
+            name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
+        }
+        for line in read_metrics(folder)
+        if line["step"] in seeds and any(name.startswith(f"{split}/") for name in line)
+    }
 
 
 def is_share(name: str, in_percent: bool) -> bool:

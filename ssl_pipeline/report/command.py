@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import check_folder_of, leave
 from ssl_pipeline.report.look import Look, look
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], output: Path | None = None, refresh: int = 0
         ConfigError: a folder that holds no run, or a page that can't be written.
     """
     path = _path(folders, output)
-    return path, _write(folders, path, refresh, _Looks())
+    return path, _write(folders, path, refresh, Looks())
 
 
 def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
@@ -43,7 +43,7 @@ def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
     Raises:
         ConfigError: see :func:`report`.
     """
-    path, looks = _path(folders, output), _Looks()
+    path, looks = _path(folders, output), Looks()
     runs = _write(folders, path, seconds, looks)
     console().print(f"wrote {path}: open it, it refreshes itself every {seconds} s (Ctrl-C ends this)", markup=False)
     while any(run.state == "running" for run in runs):
@@ -53,13 +53,14 @@ def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
     return path
 
 
-class _Looks:
+class Looks:
     """Remembers what was seen of a run, which a page that is written every few seconds must not read anew."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Path, float], Look] = {}
 
     def __call__(self, run: RunRecord) -> Look:
+        """What there is to see of a run, read anew only where its encoder has been written since."""
         weights = run.folder / "encoder.safetensors"
         key = run.folder, weights.stat().st_mtime if weights.is_file() else 0.0
         if key not in self._seen:
@@ -71,12 +72,12 @@ def _path(folders: Sequence[Path], output: Path | None) -> Path:
     path = output or (folders[0] / _NAME if len(folders) == 1 else Path(_NAME))
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: {str(path)!r} is no page's name: end it in .html.")
-    if output is not None and not path.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {str(path.parent)!r}: make it, or name another file.")
+    if output is not None:
+        check_folder_of(path, "--output")
     return path
 
 
-def _write(folders: Sequence[Path], path: Path, refresh: int, looks: _Looks) -> list[RunRecord]:
+def _write(folders: Sequence[Path], path: Path, refresh: int, looks: Looks) -> list[RunRecord]:
     runs = read_runs(folders)
     going = any(run.state == "running" for run in runs)
     text = page(runs, refresh if going else 0, looks)

@@ -63,12 +63,10 @@ class Comparison:
 
 
 def study_comparison(run: RunRecord) -> Comparison | None:
-    """What a study compared, from its rows, or from the lists by condition that it wrote before it had any."""
+    """What a study compared, from its rows; None where it has none."""
     rows = measured_rows(run.study)
-    return _of_rows(run, rows) if rows else _of_lists(run)
-
-
-def _of_rows(run: RunRecord, rows: list[tuple[dict[str, Any], float]]) -> Comparison:
+    if not rows:
+        return None
     counts = list(dict.fromkeys(row.get("labels") for row, _ in rows))
     values: dict[str, dict[int, float]] = {}
     of: dict[tuple[Any, Any, Any], str] = {}
@@ -94,21 +92,6 @@ def _of_rows(run: RunRecord, rows: list[tuple[dict[str, Any], float]]) -> Compar
     title = f"{run.name}: {spoken(figure)}{unit}{split}{labels}"
     claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("claimed"))
     return Comparison(title, values, against, baseline, percent, claimed)
-
-
-def _of_lists(run: RunRecord) -> Comparison | None:
-    accuracy, baseline = run.study.get("accuracy"), run.study.get("baseline")
-    found = accuracy.items() if isinstance(accuracy, dict) else ()
-    values = {
-        str(name): {seed: float(value) for seed, value in enumerate(of_name) if isinstance(value, int | float)}
-        for name, of_name in found if isinstance(of_name, list) and of_name
-    }  # fmt: skip
-    values = {name: of_name for name, of_name in values.items() if of_name}
-    if not values:
-        return None
-    known = baseline if isinstance(baseline, str) and baseline in values else ""
-    against = {name: known for name in values if known and name != known}
-    return Comparison(f"{run.name}: accuracy (%)", values, against, known)
 
 
 def condition(row: dict[str, Any], with_labels: bool) -> str:

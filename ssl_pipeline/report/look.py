@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import numbered, open_training
 from ssl_pipeline.draws import permutation
+from ssl_pipeline.evaluate.classes import class_name, one_of_each_class
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.knn import neighbours
 from ssl_pipeline.model.artifact import load_encoder
@@ -89,7 +90,7 @@ def look(run: RunRecord) -> Look:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 def _views(train: Indexed, config: PretrainConfig) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def map_of(features: Tensor, source: Indexed, index: Tensor) -> dict[str, Any] |
 def neighbour_strips(features: Tensor, source: Indexed, index: Tensor) -> list[dict[str, Any]]:
     """A few images, one of each class as long as there are classes, with the images nearest to each by cosine."""
     count = min(_NEIGHBOURS, len(features) - 1)
-    queries = _one_of_each_class(source, index)[:_QUERIES]
+    queries = one_of_each_class(source, index)[:_QUERIES]
     strips = []
     similarity, place = next(neighbours(features[queries], features, count + 1))
     for row, query in enumerate(queries):
@@ -155,29 +156,14 @@ def neighbour_strips(features: Tensor, source: Indexed, index: Tensor) -> list[d
         strips.append({
             "query": _shown(source, int(index[query])),
             "near": [{**_shown(source, int(index[p])), "similarity": s,
-                      "same": _label(source, int(index[p])) == _label(source, int(index[query]))} for p, s in near],
+                      "same": class_name(source, int(index[p])) == class_name(source, int(index[query]))} for p, s in near],
         })  # fmt: skip
     return strips
 
 
-def _one_of_each_class(source: Indexed, index: Tensor) -> list[int]:
-    """Places in ``index``: the first of each class, then whatever is left."""
-    if source.labels is None:
-        return list(range(len(index)))
-    labels = source.labels[index].tolist()
-    first = {label: labels.index(label) for label in sorted(set(labels)) if label >= 0}
-    return [*first.values(), *(place for place in range(len(index)) if place not in set(first.values()))]
-
-
-def _label(source: Indexed, sample: int) -> str | None:
-    if source.labels is None or source.classes is None or int(source.labels[sample]) < 0:
-        return None
-    return source.classes[int(source.labels[sample])]
-
-
 def _shown(source: Indexed, sample: int) -> dict[str, Any]:
     uri = picture_uri(open_or_neighbour(source, sample).convert("RGB"))
-    return {"picture": uri, "label": _label(source, sample), "name": f"image {sample}"}
+    return {"picture": uri, "label": class_name(source, sample), "name": f"image {sample}"}
 
 
 def _sprite(source: Indexed, index: Tensor) -> tuple[str, int]:

@@ -42,7 +42,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     drawn = [*charts(runs), *spectra(looks), *label_efficiency(runs)]
     tables = _stage_two(runs)
     seen = _seen(looks)
-    confusions = [found for run in _stage_two_runs(runs) if (found := stage_two.confusion(run))]
+    confusions = [found for run in runs if run.stage == "finetune" and (found := stage_two.confusion(run))]
     domains = [asdict(table) for run in runs if (table := stage_two.domain_table(run))]
     shown = {chart["panel"] for chart in drawn} | {"settings", "system"}
     shown |= {key for key in ("views", "neighbours", "map") if any(entry[key] for entry in seen)}
@@ -56,9 +56,10 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
         style=Markup(_asset("page.css")), script=_script(), data=_data(runs, drawn, seen, refresh), charts=drawn,
         runs=[_run(run, of_run) for _, run, of_run in looks], glance=_glance(runs),
         curve_runs=[(number, runs[number].name) for number in curve_runs],
-        panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables, by_seed=_by_seed(runs),
+        panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
-        over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages), several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
+        over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages),
+        several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
     )  # fmt: skip
 
 
@@ -107,11 +108,6 @@ def _seen(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _stage_two_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs of stage two, those below studies among them."""
-    return [other for run in runs for other in (run, *run.conditions) if other.stage == "finetune"]
-
-
 def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The tables of stage two, those of comparisons first."""
     compared = [*(study_comparison(run) for run in runs if run.stage == "study"), runs_comparison(runs)]
@@ -120,12 +116,6 @@ def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         *(_with_bars(found) for found in compared if found is not None),
         *({**asdict(table), "bars": None} for table in measured if table is not None),
     ]
-
-
-def _by_seed(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The figures of the conditions of studies, which the comparison sums up already."""
-    tables = [stage_two.results_table(condition) for run in runs for condition in run.conditions]
-    return [asdict(table) for table in tables if table is not None]
 
 
 def _with_bars(found: Comparison) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.lock import is_held
 
@@ -36,7 +36,6 @@ class RunRecord:
         results: its ``results.json``, likewise.
         study: its ``study.json``, likewise.
         domain: its ``domain.json``, likewise.
-        conditions: of a study, the runs below it.
         notes: what is missing or broken, for the page.
     """
 
@@ -51,8 +50,12 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     study: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
-    conditions: tuple[RunRecord, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def named(self, group: str) -> str:
+        """The name of what its configuration has chosen, such as of ``backbone``; empty where there is none."""
+        tree = self.config.get(group)
+        return str(tree.get("name", "")) if isinstance(tree, dict) else ""
 
     @property
     def seconds(self) -> float | None:
@@ -124,13 +127,11 @@ def _read(folder: Path, name: str) -> RunRecord:
         notes.append("It is still going: these are its figures so far.")
     elif state == "stopped":
         notes.append("It was stopped before its end: these are the figures that it left.")
-    below = _runs_below(folder) if stage == "study" else []
     if stage == "study" and not study:
         study = _cells(folder, notes)
-    conditions = tuple(_read(path, path.name) for path in below)
     return RunRecord(
         folder, name, stage, state, config, [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else [],
-        lines, card, results, study, _object(folder / "domain.json", notes), conditions, tuple(notes),
+        lines, card, results, study, _object(folder / "domain.json", notes), tuple(notes),
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # no YAML, or no text at all: whatever the parsers raise
-        notes.append(f"{path.name} can't be read ({_first_line(error)}).")
+        notes.append(f"{path.name} can't be read ({first_line(error)}).")
         return {}
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
@@ -148,13 +149,20 @@ def _stage(config: dict[str, Any], folder: Path) -> Stage:
         return "pretrain"
     if "downstream" in config:
         return "finetune"
-    is_study = "conditions" in config or "common" in config or (folder / "study.json").exists()
+    is_study = "common" in config or (folder / "study.json").exists()
     return "study" if is_study else "pretrain"
 
 
 def _cells(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """The rows of a study that has not written its table yet: each of its cells is a file."""
-    rows = [cell for file in sorted(folder.glob("cells/*.json")) if (cell := _object(file, notes))]
+    """The rows of a study that has not written its table yet: each of its cells is a file.
+
+    Cells of studies across domains do not say what they are of: there it is the file's name, which ends in the seed.
+    """
+    rows = list[dict[str, Any]]()
+    for file in sorted(folder.glob("cells/*.json")):
+        if cell := _object(file, notes):
+            name, _, seed = file.stem.rpartition("_")
+            rows.append(cell if "init" in cell or not seed.isdecimal() else {"init": name, "seed": int(seed), **cell})
     return {"rows": rows} if rows else {}
 
 
@@ -180,10 +188,6 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is damaged ({_first_line(error)}).")
+        notes.append(f"{path.name} is damaged ({first_line(error)}).")
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

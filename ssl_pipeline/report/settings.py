@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
+from ssl_pipeline.config.base import flatten
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.stage_two import Table
 from ssl_pipeline.report.summary import duration
@@ -17,7 +18,11 @@ def difference(runs: Sequence[RunRecord]) -> Table | None:
     """The keys whose values differ, side by side; a stage's runs are compared among themselves only."""
     rows: list[list[str]] = []
     for stage in ("pretrain", "finetune", "study"):
-        flat = {run.name: flatten(run.config) for run in runs if run.stage == stage}
+        flat = {
+            run.name: {key: _written(value) for key, value in flatten(run.config).items()}
+            for run in runs
+            if run.stage == stage
+        }
         if len(flat) < 2:
             continue
         for key in sorted({key for values in flat.values() for key in values}):
@@ -29,18 +34,8 @@ def difference(runs: Sequence[RunRecord]) -> Table | None:
     return Table("Settings that differ", ["key", *(run.name for run in runs)], rows)
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys, and their values as they are written in YAML's way."""
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: _written(tree)}
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def system(runs: Sequence[RunRecord]) -> Table:
-    """What each run ran on: command, commit, device, threads, versions, times."""
+    """What each run ran on, of a continued one at its last start: command, commit, device, threads, versions; and times."""
     facts = [_facts(run) for run in runs]
     names = list(dict.fromkeys(name for of_run in facts for name in of_run))
     rows = [[name, *(of_run.get(name, _ABSENT) for of_run in facts)] for name in names]
@@ -71,6 +66,7 @@ def _when(seconds: float | None) -> str:
 
 
 def _written(value: Any) -> str:
+    """As YAML has it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -34,7 +34,7 @@ def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         in_percent = run.study.get("in_percent") is not False
         grouped: dict[str, dict[float, list[float]]] = {}
         for row, value in measured_rows(run.study):
-            count = row.get("label_count", row.get("labels"))
+            count = row.get("label_count")
             if isinstance(count, int | float):
                 name = condition(row, with_labels=False)
                 grouped.setdefault(name, {}).setdefault(float(count), []).append(value)

@@ -96,8 +96,7 @@ def results_table(run: RunRecord) -> Table | None:
 
 def title_of(run: RunRecord) -> str:
     """What a stage-two run did, in a few words."""
-    regime, downstream = _name(run.config.get("regime")), _name(run.config.get("downstream"))
-    return f"{spoken(regime)} {spoken(downstream)}".strip() or "stage two"
+    return f"{spoken(run.named('regime'))} {spoken(run.named('downstream'))}".strip() or "stage two"
 
 
 def confusion(run: RunRecord) -> dict[str, Any] | None:
@@ -154,7 +153,3 @@ def spoken(name: str) -> str:
 
 def _one(value: float, percent: bool) -> str:
     return f"{100 * value:.1f}" if percent else f"{value:.4g}"
-
-
-def _name(tree: Any) -> str:
-    return str(tree.get("name", "")) if isinstance(tree, dict) else ""

@@ -12,8 +12,6 @@ from ssl_pipeline.report.curves import first_and_last, last
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.stage_two import in_percent, seeds_of, shown, spoken, title_of
 
-_WIDE = 64  # where a run's card does not tell: only a rank below 2 is called collapse then
-
 
 def summary(run: RunRecord) -> list[str]:
     """The sentences of one run."""
@@ -22,7 +20,7 @@ def summary(run: RunRecord) -> list[str]:
 
 
 def _pretrain(run: RunRecord) -> list[str]:
-    backbone, data = _named(run, "backbone"), _named(run, "data")
+    backbone, data = run.named("backbone"), run.named("data")
     what = f"{_pretext(run)} {'trains' if run.state == 'running' else 'trained'} {backbone or 'a backbone'}"
     steps = max((line["step"] for line in run.lines), default=0)
     how_long = f" for {steps:,} steps" if steps else ""
@@ -33,7 +31,7 @@ def _pretrain(run: RunRecord) -> list[str]:
 
 def _pretext(run: RunRecord) -> str:
     """The pretext task as the field writes it: its module's first words."""
-    name = _named(run, "pretext")
+    name = run.named("pretext")
     try:
         told = importlib.import_module(name if "." in name else f"ssl_pipeline.pretext.{name or '_'}").__doc__ or ""
     except ImportError:
@@ -58,7 +56,7 @@ def _collapse(run: RunRecord) -> str:
     std, rank = figures["feature_std"], figures["effective_rank"]
     if std is None or rank is None:
         return ""
-    told = collapse.verdict({"feature_std": std, "effective_rank": rank}, _WIDE)
+    told = collapse.verdict({"feature_std": std, "effective_rank": rank}, width=None)
     return told or f"The features did not collapse: std {std:.2f}, effective rank {rank:.0f}."
 
 
@@ -121,12 +119,4 @@ def duration(seconds: float | None) -> str:
 
 
 def _starts_fresh(run: RunRecord) -> bool:
-    regime = run.config.get("regime")
-    return run.config.get("initialisation") == "random" or (
-        isinstance(regime, dict) and regime.get("name") == "scratch"
-    )
-
-
-def _named(run: RunRecord, key: str) -> str:
-    tree = run.config.get(key)
-    return str(tree.get("name", "")) if isinstance(tree, dict) else ""
+    return run.config.get("initialisation") == "random" or run.named("regime") == "scratch"

@@ -21,7 +21,7 @@ from ssl_pipeline.downstream.regime import Surroundings, train
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
 from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point
@@ -120,7 +120,7 @@ class Desk:
         """Takes an encoder's features of training images and of those to measure on, and writes them whole or not at all."""
         pool, held_out = self.sources(task.cell.config)
         blueprint, encoder = self.start(task.cell.config)
-        encoder = encoder.to(self.share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoder = on_device(encoder, self.share)
         preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
         index = torch.arange(len(pool)) if task.knn else task.index
         found = {
@@ -142,8 +142,7 @@ class Desk:
         pool, held_out = self.sources(config)
         blueprint, encoder = self.start(config)
         assert pool.classes is not None
-        model = config.downstream.build(encoder, len(pool.classes))
-        model = model.to(self.share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = on_device(config.downstream.build(encoder, len(pool.classes)), self.share)
         policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
         views = Views(policy, blueprint.mean, blueprint.std, config.seed)
         preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)

@@ -9,17 +9,13 @@ from statistics import median
 
 from ssl_pipeline.evaluate.collapse import verdict
 from ssl_pipeline.track.jsonl import read_metrics
+from ssl_pipeline.track.progress import Progress
+from ssl_pipeline.track.tracker import Trackers
 
 _WINDOW, _FEWEST = 50, 20
 _NORMAL = 1.4826  # the standard deviation of normal noise, from its median absolute deviation
 _TIMES = 8.0
 _LEAST_SHARE = 0.02  # a loss that hardly moves has no spread worth the name
-
-
-def logged_losses(folder: Path, prefix: str) -> list[float]:
-    """The last losses in a run's log."""
-    losses = [line[f"{prefix}/loss"] for line in read_metrics(folder) if f"{prefix}/loss" in line]
-    return losses[-_WINDOW:]
 
 
 class LossSpikes:
@@ -80,3 +76,23 @@ class Alerts:
         collapsed = verdict(looked, self._width) if len(looked) == 2 else None
         if collapsed is not None:
             self._tell(done, "collapse", collapsed)
+
+
+def open_alerts(prefix: str, width: int, progress: Progress, trackers: Trackers, logged: Path | None) -> Alerts:
+    """Alerts that are told in the terminal and to the mirrors.
+
+    Args:
+        prefix: group of the step's own figures.
+        width: of the features.
+        progress: the terminal.
+        trackers: the mirrors.
+        logged: the folder of a run that goes on, whose log holds losses from before; None for a new one.
+    """
+
+    def tell(step: int, title: str, text: str) -> None:
+        progress.say(text)
+        trackers.alert(step, title, text)
+
+    lines = read_metrics(logged) if logged is not None else []
+    losses = [line[f"{prefix}/loss"] for line in lines if f"{prefix}/loss" in line]
+    return Alerts(prefix, width, tell, losses[-_WINDOW:])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssl_pipeline.config.base import first_line
 from ssl_pipeline.track.jsonl import FILE_NAME
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ class Background:
             while (call := self._calls.get()) is not None and not self._given_up:
                 call(mirror)
         except Exception as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            self._give_up(f"failed ({first_line})")
+            self._give_up(f"failed ({first_line(error)})")
 
     def _give_up(self, why: str) -> None:
         with self._one_warning:

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.track.names import TRAINING_STEP
 
@@ -83,9 +83,8 @@ def publish(entity: str, project: str) -> str:
     try:
         workspace.save()
     except Exception as error:  # a client's, the network's, or the server's
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the dashboard of {entity}/{project} can't be saved ({first_line}): it needs W&B's server and a key that may "
+            f"the dashboard of {entity}/{project} can't be saved ({first_line(error)}): it needs W&B's server and a key that may "
             "write there. Try `wandb login`, and log a run to the project first."
         ) from error
     return str(workspace.url)

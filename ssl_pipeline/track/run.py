@@ -6,10 +6,9 @@ import datetime
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,9 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 from omegaconf import OmegaConf
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, flatten
 from ssl_pipeline.track.lock import FolderLock
+from ssl_pipeline.track.redaction import redact, redact_command
 
 _log = logging.getLogger("ssl_pipeline")
 _PACKAGES = (
@@ -31,19 +31,6 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 
 Resume = Literal["no", "auto", "changed"]
-
-_REDACTED = "<redacted>"
-_SECRET_WORDS = {
-    "key", "token", "secret", "secrets", "password", "passwords", "passwd", "apikey", "credential", "credentials",
-}  # fmt: skip
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_SETTING = re.compile(r"([\w.\-]+)(['\"]?\s*[:=]\s*)([^,}\]]+)")
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_|gh[opsur]_|sk-|xox[abp]-|AKIA|wandb_v\d_)[\w\-]{8,}"  # by the prefix that a service gives its keys
-    r"|(?<![\w/.\-])[0-9a-fA-F]{40,}(?![\w/.\-])"  # a bare hexadecimal key, such as W&B's
-    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of an address
-    r"|(?<=[?&])(?i:[\w\-]*(?:token|key|sig|signature|credential|secret|password))=[^&\s'\"]+"  # of a signed address
-)
 
 
 class Run:
@@ -137,41 +124,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def redact(tree: Any) -> Any:
-    """The same tree without secrets: what keys such as ``api_key`` and ``password`` hold, and texts that look like one."""
-    if isinstance(tree, dict):
-        return {k: _REDACTED if _is_secret(str(k)) and v is not None else redact(v) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact(value) for value in tree]
-    return _SECRET_VALUE.sub(_REDACTED, tree) if isinstance(tree, str) else tree
-
-
-def redact_command(words: Sequence[str]) -> list[str]:
-    """A command line without secrets: ``a.token=…``, ``--api-key …``, and whatever looks like a key by itself."""
-    shown: list[str] = []
-    hide_next = False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if hide_next:
-            shown.append(_REDACTED)
-            hide_next = False
-        elif equals and _is_secret(name):
-            shown.append(f"{name}={_REDACTED}")
-        else:
-            hide_next = word.startswith("-") and not equals and _is_secret(word)
-            shown.append(_SECRET_VALUE.sub(_REDACTED, _SETTING.sub(_redact_setting, word)))
-    return shown
-
-
-def _is_secret(name: str) -> bool:
-    return any(word.lower() in _SECRET_WORDS for word in _WORD.findall(name))
-
-
-def _redact_setting(found: re.Match[str]) -> str:
-    name, sign, _ = found.groups()
-    return f"{name}{sign}{_REDACTED}" if _is_secret(name) else found.group()
-
-
 def _next_number(root: Path, stage: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     taken = [entry.name.removeprefix(f"{stage}-") for entry in root.glob(f"{stage}-*")]
@@ -234,12 +186,12 @@ def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, st
 
 def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:
     try:
-        before = _flat(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        before = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
     except Exception as error:  # missing, no YAML, or no text at all: whatever the parsers raise
         raise ConfigError(
             f"`output`: {str(path)!r} can't be continued, its config.yaml can't be read ({error}): choose another folder."
         ) from error
-    now = _flat(OmegaConf.to_container(OmegaConf.create(redact(config))))
+    now = flatten(OmegaConf.to_container(OmegaConf.create(redact(config))))
     return [
         f"`{key}` was {before.get(key, 'not there')!r} and is now {now.get(key, 'not there')!r}."
         for key in sorted(before.keys() | now.keys())
@@ -266,15 +218,6 @@ def _changed_surroundings(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         for name, (then, current) in found.items()
         if then is not None and then != current
     ]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _start(data: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from ssl_pipeline.track.background import Background
 from ssl_pipeline.track.by_name import check_names, open_by_name
 from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
 from ssl_pipeline.track.progress import Mode
-from ssl_pipeline.track.run import Run, redact
+from ssl_pipeline.track.redaction import redact
+from ssl_pipeline.track.run import Run
 
 _log = logging.getLogger("ssl_pipeline")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl_pipeline.config.base import first_line
 from ssl_pipeline.track.names import GROUPS, TRAINING_STEP
 from ssl_pipeline.track.run import write_text_atomic
 
@@ -75,7 +76,7 @@ class WandbMirror:
             else:
                 self._run.use_artifact(artifact)
         except Exception as error:  # another version of W&B may have no such record; the figures are worth more
-            _log.warning("W&B can't link this run to its encoder's (%s)", _first_line(error))
+            _log.warning("W&B can't link this run to its encoder's (%s)", first_line(error))
 
     def finish(self, failed: bool) -> None:
         """Waits for what is under way, but not for ever; W&B shows a run that failed as such."""
@@ -121,7 +122,7 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
     except Exception as error:
         _forget_failed_start()
         mirror = _start(arguments, "offline", tracking)
-        _log.warning("W&B can't go online (%s): it logs offline, send that later by `wandb sync`", _first_line(error))
+        _log.warning("W&B can't go online (%s): it logs offline, send that later by `wandb sync`", first_line(error))
         return mirror
 
 
@@ -172,7 +173,3 @@ def _forget_failed_start() -> None:
 
     if wandb.run is None:
         wandb.teardown()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

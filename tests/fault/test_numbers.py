@@ -109,6 +109,7 @@ def test_bad_steps_are_passed_over_and_counted_up_to_a_limit(tmp_path: Path, mon
     assert state(on, 5)["skipped"] == (3, 0)
     with pytest.raises(NonFiniteError, match="step 5"):
         pretrain(tiny_pretrain(tmp_path / "limit", *words, "optim.nonfinite.limit=3"))
+    assert state(tmp_path / "limit", 5)["skipped"] == (3, 0)  # the step that ended it was not passed over
 
 
 def test_a_clipped_bad_step_is_passed_over_under_a_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +146,25 @@ def test_a_scalers_own_skips_are_only_counted(tmp_path: Path, monkeypatch: pytes
     assert 1 <= counts[-1] < 6
     assert counts == sorted(counts)
     assert not any("pretrain/nonfinite_steps" in line for line in read_metrics(done))
+
+
+def test_a_scaler_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled() -> Any:
+        accelerator = start_accelerator()
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # halved until the gradient is finite
+        return accelerator
+
+    monkeypatch.setattr("ssl_pipeline.pretrain.start_accelerator", scaled)
+    words = [*EACH, "steps=4", "keep_checkpoints=4"]
+    run = pretrain(tiny_pretrain(tmp_path / "run", *words))
+    whole = state(run, 4)
+    assert whole["scaler"]["scale"] < 2.0**127
+    for done in (3, 4):
+        (run / "checkpoints" / f"step-{done:09d}.pt").unlink()
+    pretrain(tiny_pretrain(run, *words, "resume=auto"))
+    assert state(run, 4)["scaler"] == whole["scaler"]
+    assert state(run, 4)["skipped"] == whole["skipped"]
+    assert same(state(run, 4), whole)
 
 
 def test_one_processs_bad_number_stops_all(tmp_path: Path) -> None:

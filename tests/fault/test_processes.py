@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import FileSource
 from ssl_pipeline.engine.lost import LostProcessError, explain
+from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from tests.fault.launched import launched
@@ -127,6 +129,29 @@ def test_a_worker_that_is_stopped_is_not_waited_for(
     assert lost.value.exit_code == 71
     assert time.monotonic() - began < 60
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_stopped_with_the_first_batch_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is announced, and its memory is still to be fetched from the worker."""
+    fetch = DupFd.detach
+
+    def stops_first(self: DupFd) -> int:
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # before that it may still answer
+        return fetch(self)
+
+    monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *_: {})  # it has workers of its own
+    monkeypatch.setattr(DupFd, "detach", stops_first)
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "4")
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(LostProcessError, match=r"has given nothing for 2 s .* in step 1"):
+        with_worker(tmp_path)
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 def test_an_error_about_something_else_is_left_alone() -> None:

@@ -162,3 +162,24 @@ def test_the_best_encoder_by_dev_is_kept_and_survives_a_stop(tmp_path: Path, mon
     assert stopped.figures["step"] == best.figures["step"] == 4
     assert best.figures["eval/knn"] == 0.5
     assert load_encoder(run)[1].figures["eval/knn"] == 0.2
+
+
+def test_the_best_of_another_configuration_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.1, 0.9, 0.3, 0.2])  # before, then at steps 2, 4 and 6
+    monkeypatch.setattr(OnlineEvaluation, "_knn", lambda *_: next(values))
+    length = ["evaluate_every=2 steps", "checkpoint_every=3 steps"]
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
+        save(self, done, state)
+        raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            pretrain(tiny_pretrain(tmp_path / "run", *length, "steps=4"))
+    run = pretrain(tiny_pretrain(tmp_path / "run", *length, "steps=4", "resume=auto"))
+    assert load_encoder(run / "best")[1].figures["step"] == 2  # of the same configuration the best stays
+    pretrain(tiny_pretrain(run, *length, "steps=6", "resume=changed"))
+    best = load_encoder(run / "best")[1].figures
+    assert (best["step"], best["eval/knn"]) == (6, 0.2)

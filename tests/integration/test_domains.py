@@ -19,6 +19,7 @@ from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
+from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.regime import Best
 from ssl_pipeline.evaluate.result import Result
@@ -226,6 +227,7 @@ def test_a_finished_model_goes_to_the_target_without_its_sources_images(tmp_path
     alone = [f"domain.model={tmp_path / 'source'}", "domain.source=null", "data.domains=[edges]", "regime=lp_ft"]
     figures = tiny(tmp_path / "adapted", "domain=shot_im", *alone, "domain.adaptation.length=2 steps").figures[0]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "adapted"))
+    assert load_model(tmp_path / "adapted").config == load_model(tmp_path / "source").config
     assert first.keys() == second.keys()  # the model's own bottleneck, whatever the method's YAML says
     assert not differs(first, second, "head.")
     assert differs(first, second, "backbone.")

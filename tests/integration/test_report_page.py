@@ -14,7 +14,7 @@ from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
 from ssl_pipeline.track.lock import FolderLock
-from tests.report_runs import write_finetune, write_pretrain, write_study
+from tests.report_runs import write_pretrain, write_study
 from tests.runs import tiny_finetune, tiny_pretrain
 
 BINARY = find_chromium()
@@ -30,11 +30,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second = pretrain(tiny_pretrain(root / "second", "pretext.temperature.value=0.2", "steps=6"))
     finetune(tiny_finetune(first, root / "two", "regime=frozen", "seeds=2"))
     rows = [
-        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": 0.01 * labels}}
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "label_count": 10 * labels, "seed": seed, "figures": {"accuracy": 0.01 * labels}}
         for labels in (10, 20) for seed in (0, 1)
     ]  # fmt: skip
     study = write_study(root / "study", {"rows": rows})
-    write_finetune(study / "frozen", [0.1, 0.2], confusion={"classes": ["a", "b"], "matrix": [[3, 1], [1, 3]]})
     return report([first, second, root / "two", study], root / "page.html")[0]
 
 

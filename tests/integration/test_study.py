@@ -19,11 +19,14 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.report.page import page
+from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.study.cell import Desk
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initialisations_of, study
 from ssl_pipeline.study.verdict import Findings
 from ssl_pipeline.track.jsonl import read_metrics
+from tests.report_page import Page, blind, payload
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
 
@@ -77,6 +80,20 @@ def test_what_is_written(done: Path) -> None:
     assert (done / "study.svg").read_text().count("a class") >= 2
     card = json.loads((done / "models" / "run1_lp_ft_5" / "card.json").read_text())
     assert len(card["classes"]) == 10
+
+
+def test_the_report_shows_all_of_it(done: Path) -> None:
+    record = json.loads((done / "study.json").read_text())
+    (run,) = read_runs([done])
+    shown = Page(page([run], looking=blind))
+    assert "stage-two" in shown.ids()
+    assert all(sentence in shown.text for sentence in record["conclusion"])
+    conditions = {(row["init"], row["regime"], row["labels"]) for row in record["rows"]}
+    for init, regime, labels in conditions:
+        assert f"{init}, {'LP-FT' if regime == 'lp_ft' else regime}, {labels} a class" in shown.text
+    (chart,) = payload(page([run], looking=blind))["charts"]
+    assert len(chart["lines"]) == len({condition[:2] for condition in conditions})
+    assert all([point[0] for point in line["points"]] == [10, 50] for line in chart["lines"])
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft"])

@@ -11,16 +11,24 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.domain.open_set import (
     aupr_unknown,
     auroc,
     fpr_at_95_known,
     hos,
     neighbour_score,
+    open_set_figures,
     oscr,
     scores,
     threshold,
 )
+from ssl_pipeline.downstream import classification
+from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
 
 # Few different values, so that many are equal.
 VALUES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=30).map(torch.tensor)
@@ -63,6 +71,42 @@ def test_the_threshold_accepts_at_least_95_percent_and_no_more_than_it_must() ->
     known = torch.arange(100.0)
     assert threshold(known) == 5
     assert threshold(torch.tensor([3.0])) == 3
+
+
+def noise(count: int, seed: int, darkest: float) -> ArraySource:
+    """Images of noise, each dimmed by a factor of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = darkest + (1 - darkest) * torch.rand(count, 1, 1, 1, generator=generator)
+    pixels = (256 * factor * torch.rand(count, 1, 12, 12, generator=generator)).byte()
+    return ArraySource("noise", pixels, torch.arange(count) % 3, ("a", "b", "c"))
+
+
+def test_the_rejection_of_hos_is_chosen_by_held_out_source_images() -> None:
+    torch.manual_seed(0)
+    blueprint = Blueprint(
+        backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
+    )
+    model = classification.Config(name="classification", head="cosine").build(blueprint.build()[0], 3)
+    preprocessing, share = Preprocessing(12, (0.5,), (0.3,)), Share(0, 1, torch.device("cpu"))
+    taught, held_back, source = noise(30, 0, 0.8), noise(41, 1, 0.5), noise(30, 2, 0.5)
+    target, unknown = noise(60, 3, 0.0), noise(50, 4, 0.3)
+    figures = open_set_figures(
+        model, taught, held_back, {"source": source, "target": target}, ("target",), unknown, preprocessing, share
+    )
+
+    def logits(images: ArraySource) -> Tensor:
+        return extract(model, images, preprocessing, share, forward=model.predict)
+
+    def expected(reference: Tensor) -> float:
+        least = reference.sort().values[int(0.05 * len(reference))]  # 5 % of them are below it
+        right = (logits(target).argmax(1) == target.labels) & (logits(target).amax(1) >= least)
+        known = sum(float(right[target.labels == c].double().mean()) for c in range(3)) / 3
+        rejected = float((logits(unknown).amax(1) < least).double().mean())
+        return 2 * known * rejected / (known + rejected)
+
+    by_source, by_target = expected(logits(held_back).amax(1)), expected(logits(target).amax(1))
+    assert 0.1 < by_source != pytest.approx(by_target, abs=0.01)
+    assert figures["open/max_logit/hos"] == pytest.approx(by_source, abs=1e-6)
 
 
 def test_the_neighbours_score_is_minus_the_kth_distance() -> None:

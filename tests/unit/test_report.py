@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.report.command import Looks
 from ssl_pipeline.report.curves import charts, points, thin
 from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, spectrum
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.planes import neighbour_plane, planes, principal_plane
-from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.report.settings import difference
+from ssl_pipeline.report.read import RunRecord, read_runs
+from ssl_pipeline.report.settings import difference, system
 from ssl_pipeline.report.summary import duration, summary
 from tests.report_page import Page, blind, payload
 from tests.report_runs import write_finetune, write_pretrain, write_study
@@ -81,6 +84,10 @@ def test_a_collapse_is_told(tmp_path: Path) -> None:
         file.write('{"step": 21, "eval/feature_std": 0.01, "eval/effective_rank": 1.0, "eval/knn": 0.1}\n')
     told = " ".join(summary(read_runs([folder])[0]))
     assert "have collapsed" in told
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 22, "eval/feature_std": 0.3, "eval/effective_rank": 1.2}\n')
+    few = " ".join(summary(read_runs([folder])[0]))
+    assert "onto few directions (effective rank 1.2)." in few  # of how many, the run's files do not say
     assert "kNN accuracy on dev fell from 50.0 % untrained to 10.0 %" in told
 
 
@@ -173,7 +180,13 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
     stage_two = write_finetune(
         tmp_path / "two", [0.5], confusion={"classes": [WICKED, "b"], "matrix": [[1, 0], [0, 1]]}
     )
-    study = write_study(tmp_path / "study", {"accuracy": {WICKED: [0.1], "b": [0.2]}, "baseline": WICKED})
+    rows = [
+        {"init": init, "regime": "lp_ft", "labels": WICKED, "seed": 0, "figures": {WICKED: 0.1}}
+        for init in (WICKED, "b")
+    ]
+    study = write_study(
+        tmp_path / "study", {"rows": rows, "baseline": {"init": WICKED, "regime": "lp_ft"}, "split": WICKED}
+    )
     points_seen = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     source = small_source()
     source.classes, source.name = (WICKED, "b", "c"), WICKED
@@ -198,6 +211,48 @@ def test_the_key_figures_of_both_stages(tmp_path: Path) -> None:
     assert "Stage two 80.0 ± 24.8 % accuracy, LP-FT classification" in text
     assert "Effective rank 60 feature std 0.80" in text
     assert "Time 20 s 1,000 images/s" in text
+
+
+def test_a_run_that_was_continued_began_at_its_first_start_and_runs_on_what_its_last_one_found(tmp_path: Path) -> None:
+    folder = write_pretrain(tmp_path / "run")
+    (first,) = json.loads((folder / "run.json").read_text())["starts"]
+    second = {
+        **first,
+        "started": "2026-01-03T00:00:00+00:00",
+        "command": ["pretrain", "again"],
+        "threads": 5,
+        "device": "cuda",
+    }
+    (folder / "run.json").write_text(json.dumps({"starts": [first, second]}))
+    told = {row[0]: row[1] for row in system(read_runs([folder])).rows}
+    assert told["started"] == "2026-01-02 03:04 UTC"
+    assert told["duration"] == "20 s"
+    assert (told["starts"], told["command"], told["threads"], told["device"]) == ("2", "pretrain again", "5", "cuda")
+
+
+def test_a_page_that_is_written_again_looks_at_new_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = list[Path]()
+
+    def counted(run: RunRecord) -> Look:
+        looked.append(run.folder)
+        return Look(notes=(f"look {len(looked)}",))
+
+    monkeypatch.setattr("ssl_pipeline.report.command.look", counted)
+    folders = [write_pretrain(tmp_path / name) for name in ("a", "b")]
+    weights = folders[0] / "encoder.safetensors"
+    looks = Looks()
+
+    def notes() -> list[str]:
+        return [looks(run).notes[0] for run in read_runs(folders)]
+
+    assert notes() == notes() == ["look 1", "look 2"]
+    weights.touch()
+    assert notes() == notes() == ["look 3", "look 2"]
+    os.utime(weights, (1, 1))  # written anew, such as by a run that was continued
+    assert notes() == notes() == ["look 4", "look 2"]
+    assert looked == [folders[0], folders[1], folders[0], folders[0]]
 
 
 def test_durations() -> None:

@@ -81,7 +81,7 @@ def test_a_broken_run_gives_a_page_that_says_so(tmp_path: Path, break_it: Any, t
 
 
 @pytest.mark.parametrize(
-    ("figures", "study"), [(3, {}), ([1, {"accuracy": "x"}], {"accuracy": 3}), ([], {"rows": [{}, 1]})]
+    ("figures", "study"), [(3, {}), ([1, {"accuracy": "x"}], {"rows": 3}), ([], {"rows": [{}, 1]})]
 )
 def test_records_of_another_shape_give_a_page(tmp_path: Path, figures: Any, study: Any) -> None:
     folder = write_finetune(tmp_path / "run", [0.5], figures=figures, confusion={"matrix": [[1, 2]]})

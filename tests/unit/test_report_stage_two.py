@@ -44,14 +44,19 @@ def test_runs_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None
     assert none_shared.difference("c") is None
 
 
-@pytest.mark.parametrize("record", [
-    {"accuracy": {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}, "baseline": "scratch"},
-    {"rows": [{"init": init, "regime": "lp_ft", "labels": 10, "seed": seed, "figures": {"accuracy": value}}
-              for init, values in {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}.items()
-              for seed, value in enumerate(values)], "baseline": {"init": "scratch", "regime": "lp_ft"},
-     "split": "test", "figure": "accuracy", "in_percent": True},
-])  # fmt: skip
-def test_a_study_of_either_form(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_a_study_is_compared_by_seed(tmp_path: Path) -> None:
+    values = {"scratch": [0.5, 0.5, 0.6], "pretrained": [0.7, 0.7, 0.8]}
+    rows = [
+        {"init": init, "regime": "lp_ft", "labels": 10, "label_count": 100, "seed": seed, "figures": {"accuracy": value}}
+        for init, of_init in values.items() for seed, value in enumerate(of_init)
+    ]  # fmt: skip
+    record = {
+        "rows": rows,
+        "baseline": {"init": "scratch", "regime": "lp_ft"},
+        "split": "test",
+        "figure": "accuracy",
+        "in_percent": True,
+    }
     run = read_runs([write_study(tmp_path / "study", record)])[0]
     found = study_comparison(run)
     assert found
@@ -92,7 +97,6 @@ def test_each_label_count_is_compared_with_its_own_baseline(tmp_path: Path) -> N
 def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", {})
     (folder / "study.json").unlink()
-    (folder / "config.yaml").write_text('{"common": [], "overrides": {}}')
     (folder / "cells").mkdir()
     for place, row in enumerate(grid()[:3]):
         (folder / "cells" / f"{place}.json").write_text(json.dumps(row))
@@ -103,6 +107,17 @@ def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
     assert found
     assert found.values == {"random, scratch, 5 a class": {0: 0.3, 1: 0.31}, "random, scratch, 20 a class": {0: 0.3}}
     assert "3.json is damaged" in Page(page([run], looking=blind)).text
+
+
+def test_cells_of_a_study_across_domains_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", {})
+    (folder / "study.json").unlink()
+    (folder / "cells").mkdir()
+    for name, value in {"edges_adabn_0": 0.5, "edges_adabn_1": 0.7, "edges_source_only_0": 0.25}.items():
+        (folder / "cells" / f"{name}.json").write_text(json.dumps({"settings": {}, "figures": {"accuracy": value}}))
+    found = study_comparison(read_runs([folder])[0])
+    assert found
+    assert found.values == {"edges adabn": {0: 0.5, 1: 0.7}, "edges source only": {0: 0.25}}
 
 
 def test_figures_that_are_no_shares_are_not_told_in_percent(tmp_path: Path) -> None:
@@ -120,7 +135,7 @@ def test_figures_that_are_no_shares_are_not_told_in_percent(tmp_path: Path) -> N
 
 def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
     rows = [
-        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": labels / 100 + seed / 10}}
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "label_count": labels, "seed": seed, "figures": {"accuracy": labels / 100 + seed / 10}}
         for labels in (5, 20) for seed in (0, 1)
     ]  # fmt: skip
     run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
@@ -133,7 +148,7 @@ def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
 
 def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
     rows = [
-        {"init": "pretrained", "regime": "frozen", "labels": labels, "seed": seed, "figures": {"accuracy": value}}
+        {"init": "pretrained", "regime": "frozen", "labels": labels, "label_count": labels, "seed": seed, "figures": {"accuracy": value}}
         for labels in (5, 20) for seed, value in enumerate((0.1, 0.9))
     ]  # fmt: skip
     run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]

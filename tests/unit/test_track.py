@@ -21,7 +21,8 @@ import pytest
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
 from ssl_pipeline.track.progress import Progress, print_table
-from ssl_pipeline.track.run import Run, open_run, redact, redact_command, versions, write_text_atomic
+from ssl_pipeline.track.redaction import redact, redact_command
+from ssl_pipeline.track.run import Run, open_run, versions, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 
 CONFIG: dict[str, Any] = {

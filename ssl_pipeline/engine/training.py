@@ -1,0 +1,238 @@
+"""A task in training: how the processes hold it, what a step does to it, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.lanes import StreamBatches
+from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.distributed import agree_on_buffers, from_every
+from ssl_pipeline.engine.lost import explain
+from ssl_pipeline.engine.numbers import (
+    FILE_NAME,
+    NonFiniteError,
+    Statistics,
+    agree,
+    find,
+    gradient_check,
+    sentence,
+    write,
+)
+from ssl_pipeline.engine.optim import OptimConfig, set_rate
+from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
+from ssl_pipeline.engine.task import StepOutput, Task
+from ssl_pipeline.engine.two_pass import two_pass
+from ssl_pipeline.schedules import Clock
+
+
+class Step(NamedTuple):
+    """What is known of a step once it is over.
+
+    Attributes:
+        clock: which one it was.
+        output: this process's loss and metrics.
+        rate: the learning rate it was taken with.
+        signal: the number of the signal that a process was sent, 0 for none.
+    """
+
+    clock: Clock
+    output: StepOutput
+    rate: float
+    signal: int
+
+
+class Training:
+    """A task and its optimizer on this group of processes; what a step needs, and what is saved, is all here.
+
+    Args:
+        task: on the accelerator's device already; trained in place.
+        batches: whose steps they are.
+        optim: gives the rate of each step.
+        optimizer: of the task's parameters.
+        accelerator: gives precision and processes.
+        checkpoints: where the state before a bad step is saved.
+        micro: samples that a process embeds at once; None for its whole share of the batch.
+        resume: a loaded checkpoint to continue from.
+
+    Attributes:
+        done: the steps that were done before.
+        skipped: steps passed over because a number was not finite.
+        skipped_by_scaler: steps that the gradient scaler passed over to find its scale.
+
+    Raises:
+        ConfigError: the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        batches: StepBatches | StreamBatches,
+        optim: OptimConfig,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints | None,
+        micro: int | None,
+        resume: Mapping[str, Any] | None,
+    ) -> None:
+        self._whole, self._batches, self._optim, self._accelerator = task, batches, optim, accelerator
+        self._checkpoints, self._micro = checkpoints, micro
+        self.done, self.skipped, self.skipped_by_scaler = 0, 0, 0
+        if resume is not None:
+            with _must_fit():
+                task.load_state_dict(resume["task"])
+        self._task, self._optimizer = to_train(task, optimizer, accelerator)
+        self._model, self._prepared = accelerator.prepare(self._task, self._optimizer)
+        if resume is not None:
+            self._take_on(resume)
+        self.begin()
+        self._statistics = Statistics(self._task)
+
+    def begin(self) -> None:
+        """Training mode: at the start, and after whoever looked at the task."""
+        self._model.train()
+
+    def step(self, batch: Batch) -> Step:
+        """Moves the task by a batch, on all processes or on none.
+
+        Raises:
+            NonFiniteError: the loss or gradient of any process is no finite number, and the step is not to be skipped.
+            LostProcessError: another process was killed or hangs.
+            ConfigError: the GPU's memory is not enough.
+        """
+        # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.
+        self._reseed(batch.clock.step, 0)
+        self._statistics.keep()
+        rate = set_rate(self._optimizer, self._optim, batch.clock)
+        try:
+            output = self._backward(batch)
+            agreed = agree(self._accelerator, output.loss, self._clip())
+            if agreed.finite:
+                self._prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well
+        except torch.cuda.OutOfMemoryError as error:
+            short = ConfigError(
+                f"the GPU's memory is not enough for {self._micro or len(batch.index)} samples a process: lower `batch.micro`, "
+                "`batch.size` or `views.size`, take a smaller backbone, or add processes."
+            )
+            short.everywhere = False
+            raise short from error
+        except RuntimeError as error:
+            raise explain(error, batch.clock.step) or error from error
+        if agreed.finite:
+            self._task.after_step(batch)
+            self.skipped_by_scaler += self._prepared.step_was_skipped
+        else:
+            self._pass_over(batch, output.loss)
+        self._prepared.zero_grad()
+        return Step(batch.clock, output, rate, agreed.signal)
+
+    def bring_together(self) -> None:
+        """Makes the task what all processes will look at, save or continue from; called on all of them."""
+        agree_on_buffers(self._task)
+        hand_back(self._task, self._whole)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; called on all processes."""
+        # A start from here does not find the bad files again.
+        self._batches.learn(from_every(self._accelerator, self._batches.untold()))
+        scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
+        state = {"task": self._task.state_dict(), "optimizer": self._optimizer.state_dict()}
+        state = gathered(state, keep=self._accelerator.is_main_process)
+        skipped = (self.skipped, self.skipped_by_scaler)
+        return {**state, "scaler": scaler, "batches": self._batches.state_dict(), "skipped": skipped}
+
+    def _take_on(self, resume: Mapping[str, Any]) -> None:
+        """The rest of a checkpoint's state, once the task is prepared."""
+        self.done = int(resume["done"])
+        self.skipped, self.skipped_by_scaler = resume.get("skipped", (0, 0))
+        # The optimizer's settings stay the configuration's, which ``resume=changed`` may have changed.
+        groups = self._optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        with _must_fit():
+            self._prepared.load_state_dict(scattered(resume["optimizer"], self._optimizer))
+            for group, own_settings in zip(self._optimizer.param_groups, settings, strict=True):
+                group.update(own_settings)
+        self._batches.load_state_dict(resume["batches"])
+        if self._accelerator.scaler is not None and resume["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(resume["scaler"])
+
+    def _backward(self, batch: Batch) -> StepOutput:
+        """The loss, and its gradient."""
+        if self._micro is not None and self._micro < len(batch.index):
+            reseed = partial(self._reseed, batch.clock.step)
+            return two_pass(self._task, self._model, batch, self._micro, self._accelerator, reseed)
+        with self._accelerator.autocast():
+            output: StepOutput = self._model(batch)
+        self._accelerator.backward(output.loss)
+        return output
+
+    def _reseed(self, step: int, micro_batch: int) -> None:
+        torch.manual_seed(derive_seed(self._batches.seed, "model", step, micro_batch, self._accelerator.process_index))
+
+    def _clip(self) -> Tensor | None:
+        """Clips the gradient where that is wanted; a number that is finite only if it was, or None where a scaler looks at it."""
+        if self._optim.clip is not None:
+            norm = self._accelerator.clip_grad_norm_(self._task.parameters(), self._optim.clip)
+            return norm if self._accelerator.scaler is None else None
+        return gradient_check(self._task.parameters()) if self._accelerator.scaler is None else None
+
+    def _pass_over(self, batch: Batch, loss: Tensor) -> None:
+        """Leaves everything as it was before a bad step, and counts it.
+
+        Raises:
+            NonFiniteError: it is one too many; the state before it is saved.
+        """
+        if self._accelerator.scaler is not None and self._optim.clip is not None:
+            # Clipping has unscaled this step's gradients, which a scaler allows once a step: the step ends here.
+            self._accelerator.scaler.update(self._accelerator.scaler.get_scale())
+        self._statistics.restore()
+        if self._optim.nonfinite.action == "stop" or self.skipped >= self._optim.nonfinite.limit:
+            problem = self._examine(batch, loss)
+            self._statistics.restore()
+            agree_on_buffers(self._task)
+            if self._checkpoints is not None:
+                self._checkpoints.save(batch.clock.step, self.state())
+                self._checkpoints.wait()
+            raise problem
+        self.skipped += 1
+
+    def _examine(self, batch: Batch, loss: Tensor) -> NonFiniteError:
+        """Looks for the cause of a bad step, and writes it down beside the checkpoints."""
+        step = batch.clock.step
+        self._reseed(step, 0)
+        alone = isinstance(self._model, nn.parallel.DistributedDataParallel) and self._micro is None
+        alone = alone or self._accelerator.num_processes == 1
+        findings = find(self._task, batch, loss, self._accelerator, alone)
+        told = f"{sentence(step, findings)} Nothing was changed by this step"
+        if self._checkpoints is not None:
+            file = self._checkpoints.folder.parent / FILE_NAME
+            if self._checkpoints.main:
+                write(file, step, findings)
+            told += f", and the state before it is saved; {file} lists all samples"
+        return NonFiniteError(
+            f"{told}. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature; `optim.nonfinite.action=skip` passes "
+            "over such steps."
+        )
+
+
+@contextmanager
+def _must_fit() -> Iterator[None]:
+    """Around the reading of a checkpoint's state: ``resume=changed`` can't carry it into another network."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the checkpoint does not fit this configuration ({first_line(error)}). `resume=changed` goes on with other rates, lengths and data, "
+            "and not with another network, task or optimizer: undo that change, or choose another `output`."
+        ) from error
