@@ -28,11 +28,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssl_pipeline.data import manifest as stored
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.loader import Share, StepBatches, default_workers
 from ssl_pipeline.data.manifest import Manifest, place_of
 from ssl_pipeline.data.scan import Wanted, look
-from ssl_pipeline.data.source import FileSource
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.views.config import BlurConfig, JitterConfig

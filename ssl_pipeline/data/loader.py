@@ -16,14 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.geometry import central_boxes, resize_box_of_file, resize_boxes
 from ssl_pipeline.views.policy import Views
-
-_NEIGHBOURS = 64
 
 
 @dataclass(frozen=True)
@@ -33,47 +32,6 @@ class Share:
     rank: int
     processes: int
     device: torch.device
-
-
-@dataclass
-class Crops:
-    """A step's cropped images.
-
-    Attributes:
-        index: the samples, int64 of shape (B,); one that can't be decoded is replaced by a neighbour, here too.
-        views: per view uint8 of shape (B, C, S, S).
-        faults: of the samples that were replaced, what is wrong with them.
-    """
-
-    index: Tensor
-    views: list[Tensor]
-    faults: dict[int, DecodeError]
-
-
-def read_crops(source: Indexed, views: Views, index: Tensor, epoch: int) -> Crops:
-    """Decodes files, each once for all its views and as small as they allow, and crops them.
-
-    Raises:
-        DecodeError: so many neighbours can't be decoded either that something else must be wrong.
-    """
-    index, images, faults = index.clone(), dict[int, Image.Image](), dict[int, DecodeError]()
-    pending = list(range(len(index)))
-    for _ in range(_NEIGHBOURS):
-        sizes = source.sizes(index)
-        factors = [1] * len(index) if sizes is None else views.reductions(sizes, index, epoch)
-        failed = []
-        for place in pending:
-            try:
-                images[place] = source.open_reduced(int(index[place]), factors[place])
-            except DecodeError as error:
-                faults[int(index[place])] = error
-                failed.append(place)
-        if not failed:
-            return Crops(index, views.of_files([images[i] for i in range(len(index))], index, epoch, sizes), faults)
-        for place in failed:
-            index[place] = source.neighbour(int(index[place]))
-        pending = failed
-    raise next(reversed(faults.values()))
 
 
 class _Steps(Dataset[Crops | DecodeError]):
@@ -270,7 +228,7 @@ def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
         DecodeError: the source bears no such image, or the neighbours can't be decoded either.
         ConfigError: it bears no more.
     """
-    for _ in range(_NEIGHBOURS):
+    for _ in range(NEIGHBOURS):
         try:
             return source.open_image(index)
         except DecodeError as error:

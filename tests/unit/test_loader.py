@@ -15,8 +15,10 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_crops, read_in_order
-from ssl_pipeline.data.source import FileSource, Indexed
+from ssl_pipeline.data.crops import read_crops
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
+from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.views.geometry import reductions
 from ssl_pipeline.views.policy import Views, ViewsConfig
 

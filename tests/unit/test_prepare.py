@@ -16,11 +16,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError
-from ssl_pipeline.data.loader import Share, StepBatches, read_crops
+from ssl_pipeline.data.crops import read_crops
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.manifest import FILE_NAME, load, place_of
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
 from ssl_pipeline.data.scan import Wanted, look
-from ssl_pipeline.data.source import FileSource
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
 from tests.runs import ssl_pipeline
@@ -275,7 +276,7 @@ def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cached.open_image(6).getpixel((3, 3)) == (77, 77, 77)
     index = torch.arange(6)
     from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), index, 0).views
-    monkeypatch.setattr("ssl_pipeline.data.source.decode", None)  # no file is opened from here on
+    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)  # no file is opened from here on
     from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), index, 0).views
     for one, other in zip(from_files, from_cache, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3  # the same crops of the same images

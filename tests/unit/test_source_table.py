@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import FileSource
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.sources import domain_folder, table
 
 ROWS = [

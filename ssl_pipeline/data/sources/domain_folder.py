@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 

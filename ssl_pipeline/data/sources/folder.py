@@ -15,10 +15,11 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.cache import Cache
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.manifest import place_of
 from ssl_pipeline.data.scan import ENDINGS, cache_folder, look
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import hold_out
 
 _TOLD = 10

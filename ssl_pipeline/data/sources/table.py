@@ -18,7 +18,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.columns import number_names, numbers_in, one_of, read_columns
-from ssl_pipeline.data.source import FileSource, Indexed, SourceConfig, Split
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.source import Indexed, SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 _SPLITS: dict[str, Split] = {
