@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,15 +105,15 @@ class FileSource(Indexed):
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """From the manifest, or from the files' headers; 1 by 1 where a header can't be read."""
         heights, widths = self.files.at("height", index), self.files.at("width", index)
-        if heights is not None and widths is not None:
-            return heights.clamp_min(1), widths.clamp_min(1)
+        if heights is not None and widths is not None and bool((heights > 0).all()):
+            return heights, widths
         found = torch.tensor([self._size(i) for i in index.tolist()])
         return found[:, 0], found[:, 1]
 
     def _size(self, index: int) -> tuple[int, int]:
         place = torch.tensor([index])
         height, width = self.files.at("height", place), self.files.at("width", place)
-        if height is not None and width is not None:
+        if height is not None and width is not None and height > 0:
             return int(height), int(width)
         if index not in self._seen:
             header = check_header(self.root / self.files[index])
@@ -133,9 +134,9 @@ class FileSource(Indexed):
         """
         digest = hashlib.blake2b(digest_size=16)
         known = self.files.column("bytes")
-        sizes = iter(known.tolist()) if known is not None else (self._stored_size(file) for file in self.files)
+        sizes = [-1] * len(self.files) if known is None else known.tolist()
         for name, size in zip(self.files.encoded(), sizes, strict=True):
-            digest.update(b"%b\0%d\0" % (name, size))
+            digest.update(b"%b\0%d\0" % (name, self._stored_size(os.fsdecode(name)) if size < 0 else size))
         for numbers in (self.labels, self.domains):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import scan
+from ssl_pipeline.data import prepared, scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError
 from ssl_pipeline.data.crops import read_crops
@@ -255,7 +255,8 @@ def test_where_nothing_can_be_written_a_start_still_works(tmp_path: Path) -> Non
 
 
 def opened(root: Path, **keys: Any) -> FileSource:
-    sources_folder._scan.cache_clear()
+    for looked in (prepared.look_at, sources_folder._scan, sources_folder._held_out):
+        looked.cache_clear()
     source = Config(name="folder", path=str(root), **keys).open("train")
     assert source is not None
     return source
@@ -310,7 +311,7 @@ def test_images_that_the_cache_lacks_are_told_of(tmp_path: Path, caplog: pytest.
     os.utime(root, (OLD + 9, OLD + 9))
     source = opened(root, prepared=str(tmp_path / "out"), cache=True)
     assert [source.open_image(i).size for i in (0, 4)] == [(48, 32), (96, 64)]
-    assert f"2 of 5 images in {root} are new since its cache was made" in caplog.text
+    assert f"2 of 5 images in {root} are not in its cache" in caplog.text
     assert "--cache 32" in caplog.text
 
 
