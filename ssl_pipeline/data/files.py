@@ -93,3 +93,11 @@ class Files(Sequence[str]):
     def select(self, index: Tensor) -> Files:
         """Some of the chosen files, by their places."""
         return Files(self._blob, self._ends, self._columns, index if self._rows is None else self._rows[index])
+
+    def with_column(self, name: str, numbers: Tensor) -> Files:
+        """The same files with other numbers of a kind that is known, one a chosen file."""
+        column = numbers
+        if self._rows is not None:
+            column = self._columns[name].clone()
+            column[self._rows] = numbers
+        return Files(self._blob, self._ends, {**self._columns, name: column}, self._rows)

@@ -154,14 +154,19 @@ def place_of(root: Path, base: Path | None = None) -> Path:
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
+def locked(place: Path) -> Iterator[bool]:
     """One process at a time looks at a folder; the others wait, and find its manifest.
+
+    Yields:
+        Whether that is certain: some network file systems have no locks, and there two looks at once are waste, not harm.
 
     Raises:
         OSError: nothing can be written there.
     """
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("w") as file:
-        with suppress(OSError):  # some network file systems have no locks: two looks at once are waste, not harm
+        alone = False
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone

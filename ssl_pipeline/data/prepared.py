@@ -22,11 +22,11 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
-from ssl_pipeline.data.cache import Cache
+from ssl_pipeline.data.cache import Cache, cache_folder, shards_in
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.manifest import Manifest, load, place_of
-from ssl_pipeline.data.scan import cache_folder, look
+from ssl_pipeline.data.scan import look
 from ssl_pipeline.data.source import SourceConfig
 
 _NOT_KNOWN: dict[str, int] = {"bytes": -1, "width": 0, "height": 0, **dict.fromkeys(CACHE_COLUMNS, 0), "shard": -1}
@@ -90,12 +90,12 @@ class ImageFiles:
         """
         bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), dict(self.faults))
         skipped = [file.removeprefix(f"{self.root}/") for file in self.faults]
-        cache = self._cache(config) if config.cache else None
+        files, cache = self._cached(config) if config.cache else (self.files, None)
         return FileSource(
-            name, self.root, self.files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known
+            name, self.root, files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known
         )
 
-    def _cache(self, config: PreparedConfig) -> Cache:
+    def _cached(self, config: PreparedConfig) -> tuple[Files, Cache]:
         kind = "" if config.name == "folder" else f" --data {config.name}"
         command = f"ssl-pipeline prepare {self.root}{kind} --cache {self.cache_side or 256}"
         command += f" --output {config.prepared}" if config.prepared else ""
@@ -103,14 +103,18 @@ class ImageFiles:
             raise ConfigError(
                 f"`data.cache`: {str(self.root)!r} has no cache of decoded images yet. Make it first, with `{command}`."
             )
-        shards = self.files.column("shard")
-        lacking = 0 if shards is None else int((shards < 0).sum())
+        folder = cache_folder(self.place, self.cache_side)
+        cache = Cache(folder, self.cache_side)  # from here on nothing in it is deleted
+        shards = _column(self.files, "shard")
+        there = torch.isin(shards, torch.tensor(list(shards_in(folder)), dtype=shards.dtype))
+        lacking = int((~there).sum())
         if lacking:
             _log.warning(
                 "%d of %d images in %s are not in its cache, and are decoded anew each time: `%s` adds those below it.",
                 lacking, len(self.files), self.root, command,
             )  # fmt: skip
-        return Cache(cache_folder(self.place, self.cache_side), self.cache_side)
+        # Between the look and here a `prepare` may have made the cache anew: one warning, not one for each image.
+        return self.files.with_column("shard", torch.where(there, shards, -1)) if lacking else self.files, cache
 
 
 @lru_cache(maxsize=8)

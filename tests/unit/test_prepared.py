@@ -152,7 +152,10 @@ def test_a_table_honours_what_prepare_has_found(domains: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Path, "is_file", told)
     ready = of_table(written(tmp_path / "t.csv", [*names, "ink/cat/0.jpg", "oil/dog/5.jpg"]), cache=True, **keys)
-    assert sorted(asked) == ["0.jpg", "5.jpg", "t.csv"]  # the others are known to be there
+    assert sorted(name for name in asked if name.endswith(".jpg")) == [
+        "0.jpg",
+        "5.jpg",
+    ]  # the others are known to be there
     assert ready.files == names
     assert ready.bad_files is not None
     assert sorted(Path(file).name for file in ready.bad_files.faults) == ["0.jpg", "5.jpg"]
