@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.loader import Share, StepBatches, worker_options
+from ssl_pipeline.data.loader import Share, StepBatches, default_workers, worker_options
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.draws import derive_seed, hash_bits, permutation
@@ -115,6 +114,7 @@ class _Crops:
     index: Tensor
     views: list[Tensor]
     labels: list[int | None]
+    domains: list[int]
     faults: list[str]
 
 
@@ -157,7 +157,7 @@ class StreamBatches:
         self.steps_per_epoch = total_steps if source.length is None else source.length // batch_size
         self.lanes = lanes_of_process(len(source.shards), share.processes)
         self.block = max(1, source.block // self.lanes)
-        wanted = len(os.sched_getaffinity(0)) // share.processes if workers is None else workers
+        wanted = default_workers(share) if workers is None else workers
         self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
         self.unreadable, self._untold = 0, 0
 
@@ -207,12 +207,9 @@ class StreamBatches:
             views = self.views.finish(
                 [crop.to(device, non_blocking=True) for crop in item.views], item.index, clock.epoch
             )
-            yield Batch(
-                clock,
-                item.index.to(device),
-                views,
-                torch.tensor(item.labels, device=device) if self.with_labels else None,
-            )
+            label = torch.tensor(item.labels, device=device) if self.with_labels else None
+            domain = torch.tensor(item.domains, device=device) if self.source.has_domains else None
+            yield Batch(clock, item.index.to(device), views, label, domain)
 
     def _count(self, faults: list[str]) -> None:
         if faults and not self.unreadable:
@@ -285,5 +282,13 @@ class _Steps(IterableDataset[_Crops | UserError]):
             without = next((sample.name for _, sample, _ in whole if sample.label is None), None)
             if without is not None:
                 raise ConfigError(f"{without} has no label, and this task reads labels: see `data.label`.")
+        domains = [_domain_id(sample) for _, sample, _ in whole] if source.has_domains else []
         crops = self._batches.views.of_files([image for _, _, image in whole], index, epoch)
-        return _Crops(index, crops, [sample.label for _, sample, _ in whole], faults)
+        return _Crops(index, crops, [sample.label for _, sample, _ in whole], domains, faults)
+
+
+def _domain_id(sample: Sample) -> int:
+    """The number of a sample's domain, the same in each process that meets it."""
+    if sample.domain is None:
+        raise ConfigError(f"{sample.name} does not say what domain it is from: mend it, or see `data.domain`.")
+    return derive_seed("domain", sample.domain)

@@ -136,14 +136,22 @@ class RowStream(Stream):
         image: their column.
         label: the labels' column, or None.
         classes: names of the labels' numbers, where declared.
+        domain: the domains' column, or None.
     """
 
     def __init__(
-        self, name: str, rows: IterableDataset, image: str, label: str | None, classes: tuple[str, ...] | None
+        self,
+        name: str,
+        rows: IterableDataset,
+        image: str,
+        label: str | None,
+        classes: tuple[str, ...] | None,
+        domain: str | None = None,
     ) -> None:
         self.name, self.classes = name, classes
         self.shards = tuple(str(number) for number in range(rows.num_shards))
-        self._rows, self._image, self._label = rows, image, label
+        self._rows, self._image, self._label, self._domain = rows, image, label, domain
+        self.has_domains = domain is not None
         self._sizes: dict[int, int] = {}
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
@@ -153,10 +161,11 @@ class RowStream(Stream):
         position = start
         # By batches: a row-wise loop in a worker would deal the shards out among the workers once more.
         for batch in _told(self.name, rows.iter(batch_size=32)):
-            labels = batch[self._label] if self._label else [None] * len(batch[self._image])
-            for cell, label in zip(batch[self._image], labels, strict=True):
+            none = [None] * len(batch[self._image])
+            labels, domains = (batch[column] if column else none for column in (self._label, self._domain))
+            for cell, label, domain in zip(batch[self._image], labels, domains, strict=True):
                 name = f"{self.name}/shard {shard}/row {position}"
-                yield Sample(position, encoded(cell, name), self._number(label, name), name)
+                yield Sample(position, encoded(cell, name), self._number(label, name), name, text_of(domain))
                 position += 1
 
     def _number(self, value: Any, name: str) -> int | None:

@@ -52,6 +52,11 @@ class Indexed(ABC):
         """How many samples there are."""
 
     @property
+    def has_domains(self) -> bool:
+        """Whether it is known where each image is from."""
+        return self.domains is not None
+
+    @property
     def absent_domains(self) -> list[str]:
         """The names of the domains that no sample is from."""
         present = set() if self.domains is None else set(self.domains.tolist())

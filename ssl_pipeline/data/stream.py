@@ -28,12 +28,14 @@ class Sample:
         data: the image file.
         label: the number of its class; None where it has none.
         name: what a message calls it.
+        domain: the name of where it is from; None where that is not known.
     """
 
     position: int
     data: bytes
     label: int | None
     name: str
+    domain: str | None = None
 
 
 class Stream(ABC):
@@ -46,7 +48,8 @@ class Stream(ABC):
         shards: their names, each once and without the place they lie at: ids are made of them.
         channels: 1 or 3.
         classes: names, in the order of the labels; None where they are not declared.
-        domains: none: a shard's samples don't say where they are from.
+        has_domains: whether samples say where they are from. Nobody has read all names, so a domain's number is 63 bits of its
+            name.
         length: samples of all shards, as far as it is known.
         block: samples that a process holds to be shuffled, encoded.
         skip_unreadable: whether an image that can't be decoded is left out rather than an error.
@@ -59,7 +62,7 @@ class Stream(ABC):
     shards: tuple[str, ...]
     channels: int
     classes: tuple[str, ...] | None = None
-    domains: None = None
+    has_domains: bool = False
     length: int | None = None
     block: int = 4096
     skip_unreadable: bool = False

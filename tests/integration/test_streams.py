@@ -191,6 +191,39 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(
         list(batches_of(stream_of(tmp_path / "bad", [8], on_unreadable="skip", **keys), workers=workers).from_step(0))
 
 
+def with_domains(folder: Path, domains: list[str]) -> Path:
+    """One shard, whose images of 12 × 10 pixels say where they are from; "" does not."""
+    members: list[tuple[str, bytes]] = []
+    for i, domain in enumerate(domains):
+        members += [(f"{i:02}.png", png(i)), *([(f"{i:02}.from", domain.encode())] if domain else [])]
+    write_tar(folder / "a.tar", members)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_domains_of_a_stream_travel_with_its_images(tmp_path: Path, workers: int) -> None:
+    names = ["ink", "oil", "oil", "ink", "oil", "ink", "ink", "ink"]
+    stream = stream_of(with_domains(tmp_path / "shards", names), [8], domain="from")
+    number_of = {sample_id("a.tar", i): name for i, name in enumerate(names)}
+    found: dict[str, set[int]] = {"ink": set(), "oil": set()}
+    for batch in batches_of(stream, workers=workers, total_steps=2).from_step(0):
+        assert batch.domain is not None
+        for index, domain in zip(batch.index.tolist(), batch.domain.tolist(), strict=True):
+            found[number_of[index]].add(domain)
+    assert [len(numbers) for numbers in found.values()] == [1, 1]
+    assert found["ink"] != found["oil"]
+    assert next(iter(batches_of(stream_of(tmp_path / "shards", [8])).from_step(0))).domain is None
+    with pytest.raises(ConfigError, match=r"a\.tar/0[0-7] does not say what domain it is from"):
+        list(batches_of(stream_of(with_domains(tmp_path / "no", [""] * 8), [8], domain="from")).from_step(0))
+
+
+def test_workers_are_those_of_one_machine_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    stream = stream_of(tmp_path / "shards", [1] * 32)
+    assert batches_of(stream, Share(0, 8, CPU), workers=None).workers == 4
+
+
 def test_a_task_that_reads_labels_finds_them_missing(tmp_path: Path) -> None:
     write_tar(tmp_path / "shards" / "a.tar", [(f"{i}.png", png(i)) for i in range(8)])
     with pytest.raises(ConfigError, match="has no label, and this task reads labels"):
@@ -229,8 +262,18 @@ def test_a_stopped_run_on_a_stream_continues_to_the_same_bits(tmp_path: Path, mo
     parts = stream_run(tmp_path / "parts", tmp_path / "shards", *keys, "resume=auto")
     assert same_bytes(whole, parts, ["encoder.safetensors"])
     lines = read_metrics(whole)
+    assert all(0 <= line["system/data_wait"] <= 1 for line in lines[1:])
     assert "eval/knn" in figures(whole)
     assert [line["pretrain/epoch"] for line in lines[1:]] == [step / 4 for step in range(1, 7)]
+
+
+def test_a_temperature_per_domain_reads_those_of_a_stream(tmp_path: Path) -> None:
+    with_domains(tmp_path / "shards", ["ink", "oil"] * 8)
+    keys = ["pretext=simclr", "pretext.temperature.other_domain=0.2", "steps=1"]
+    run = stream_run(tmp_path / "run", tmp_path / "shards", *keys, "data.domain=from")
+    assert (run / "encoder.safetensors").is_file()
+    with pytest.raises(ConfigError, match="needs images with domains"):
+        stream_run(tmp_path / "other", tmp_path / "shards", *keys)
 
 
 def test_a_stream_of_unknown_length_needs_a_runs_length(tmp_path: Path) -> None:

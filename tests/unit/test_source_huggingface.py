@@ -186,6 +186,16 @@ def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
     assert dev.labels.tolist() == [0, 1, 0, 1]
 
 
+def test_a_stream_says_where_its_images_are_from(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(6, origin=["ink", "oil", "ink"] * 2))
+    stream = streamed(tmp_path / "d", domain="origin")
+    assert stream.has_domains
+    assert [sample.domain for sample in stream.read(0, 1)] == ["oil", "ink", "ink", "oil", "ink"]
+    assert not streamed(tmp_path / "d").has_domains
+    with pytest.raises(ConfigError, match=r"no column 'x'.*mend `data\.domain`"):
+        streamed(tmp_path / "d", domain="x")
+
+
 def test_a_shard_that_is_cut_off_is_told(tmp_path: Path) -> None:
     write_parquet(tmp_path / "d", table(20), shards=2)
     stream = streamed(tmp_path / "d")

@@ -107,6 +107,18 @@ def test_names_and_digests_are_the_same_in_another_place(tmp_path: Path) -> None
     assert opened(tmp_path / "b" / "*/*.tar").fingerprint() != first.fingerprint()
 
 
+def test_domains(tmp_path: Path) -> None:
+    told = json.dumps({"class": 1, "from": "oil"}).encode()
+    write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("0.json", told), ("0.txt", b" ink\n"), ("1.png", png(2))])
+    by_json = opened(tmp_path, label="json:class", domain="json:from")
+    assert by_json.has_domains
+    assert [(s.label, s.domain) for s in everything(by_json)] == [(1, "oil"), (None, None)]
+    assert [s.domain for s in everything(opened(tmp_path, domain="txt"))] == ["ink", None]
+    assert not opened(tmp_path).has_domains
+    with pytest.raises(ConfigError, match=r"no key 'place': see `data\.domain`"):
+        everything(opened(tmp_path, domain="json:place", channels=1))
+
+
 def test_labels(tmp_path: Path) -> None:
     label = json.dumps({"class": "b"}).encode()
     write_tar(

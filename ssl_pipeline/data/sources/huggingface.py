@@ -147,7 +147,8 @@ def _stream(config: Config, split: str) -> RowStream:
     if isinstance(features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     classes = None if label is None else getattr(features[label], "names", None)
-    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None)
+    domain = None if config.domain is None else _there(config.domain, features, "domain", name)
+    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None, domain)
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"

@@ -37,6 +37,7 @@ class Config(StreamConfig):
         image: the ending of the image's member; ``auto``: that of any image file.
         label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
             null reads none.
+        domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
         channels: 3 for RGB, 1 for grey; null: as of the first image.
         shuffle: samples that a process holds to deal them out in a random order.
@@ -51,6 +52,7 @@ class Config(StreamConfig):
     length: int | None = Field(None, ge=2)
     image: str = "auto"
     label: str | None = "cls"
+    domain: str | None = None
     classes: tuple[str, ...] | None = None
     channels: Literal[1, 3] | None = None
     shuffle: int = Field(4096, ge=1)
@@ -103,6 +105,7 @@ class TarStream(Stream):
         self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
         self.classes, self.length, self.licence = config.classes, config.length, config.licence
+        self.has_domains = config.domain is not None
         self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
         self._sizes: dict[int, int] = {}
         self.channels = config.channels or self._channels()
@@ -119,9 +122,8 @@ class TarStream(Stream):
         return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
 
     def _is_wanted(self, ending: str) -> bool:
-        label = self._config.label
-        own = None if label is None else "json" if label.startswith("json:") else label
-        return self._is_image(ending) or ending == own
+        told_in = {key.partition(":")[0] for key in (self._config.label, self._config.domain) if key is not None}
+        return self._is_image(ending) or ending in told_in
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
         """An archive's samples; of one that is cut off, those before the cut, if it is to be skipped."""
@@ -130,7 +132,7 @@ class TarStream(Stream):
             for position, group in enumerate(read_groups(url, self._is_image, self._is_wanted, start), start):
                 name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
-                yield Sample(position, data, self._label(group, name), name)
+                yield Sample(position, data, self._label(group, name), name, self._domain(group, name))
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
@@ -158,23 +160,33 @@ class TarStream(Stream):
         return digest.hexdigest()
 
     def _label(self, group: Group, name: str) -> int | None:
-        label = self._config.label
-        if label is None:
-            return None
-        if label.startswith("json:"):
-            if "json" not in group.files:
-                return None
-            try:
-                value = json.loads(group.files["json"])[label.removeprefix("json:")]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{name}.json has no key {label.removeprefix('json:')!r}: see `data.label`."
-                ) from error
-        elif label in group.files:
-            value = group.files[label].decode(errors="replace").strip()
-        else:
-            return None
-        return _number(value, self.classes, name)
+        value = _told(group, self._config.label, "label", name)
+        return None if value is None else _number(value, self.classes, name)
+
+    def _domain(self, group: Group, name: str) -> str | None:
+        value = _told(group, self._config.domain, "domain", name)
+        return None if value is None else str(value)
+
+
+def _told(group: Group, wanted: str | None, key: str, name: str) -> Any:
+    """What a sample's members say: the text of one, or the value of a JSON key; None where there is no such member.
+
+    Args:
+        group: the members.
+        wanted: the member's ending, or ``json:KEY``; None reads none.
+        key: the configuration's key that says so.
+        name: what a message calls the sample.
+    """
+    if wanted is None:
+        return None
+    if not wanted.startswith("json:"):
+        return group.files[wanted].decode(errors="replace").strip() if wanted in group.files else None
+    if "json" not in group.files:
+        return None
+    try:
+        return json.loads(group.files["json"])[wanted.removeprefix("json:")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{name}.json has no key {wanted.removeprefix('json:')!r}: see `data.{key}`.") from error
 
 
 def _number(value: Any, classes: tuple[str, ...] | None, name: str) -> int:
