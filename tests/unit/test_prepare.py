@@ -18,6 +18,7 @@ from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.manifest import FILE_NAME, load, place_of
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
@@ -351,6 +352,15 @@ def test_split_folders_are_prepared_each(tmp_path: Path) -> None:
             photos(tmp_path / "in" / part / name, 3)
     assert prepare(str(tmp_path / "in"), str(tmp_path / "out")) == 12
     assert all(load(place_of(tmp_path / "in" / p, tmp_path / "out"), tmp_path / "in" / p) for p in ("train", "test"))
+
+
+def test_names_are_kept_byte_for_byte() -> None:
+    names = ["a.jpg", "", "写真/č.png", os.fsdecode(b"not \xff utf-8.png"), "z"]
+    files = Files.of(names)
+    assert list(files) == [files[i] for i in range(5)] == names
+    assert list(files.select(torch.tensor([4, 0, 3]))) == ["z", "a.jpg", names[3]]
+    assert list(files.select(torch.tensor([], dtype=torch.int64))) == list(Files.of([])) == []
+    assert [os.fsdecode(name) for name in files.select(torch.tensor([2, 2])).encoded()] == [names[2]] * 2
 
 
 def test_a_million_files_need_no_strings(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -186,7 +187,7 @@ def _read(config: Config) -> _Rows:
     there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
     splits = _splits(kept.get("split", ["train"] * len(there)), path)
-    _refuse_twice(images.files, splits, path)
+    _refuse_twice(kept["path"], splits, path)
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
@@ -203,15 +204,11 @@ def _read(config: Config) -> _Rows:
 
 def _existing(root: Path, files: list[str | None], sound: list[bool], config: Config) -> list[int]:
     """The rows whose file is there; of those that are known to be sound nobody need ask."""
+    unknown = [i for i, known in enumerate(sound) if not known]
     with ThreadPoolExecutor(8) as pool:  # a network's file system answers many at once
-        there = list(
-            pool.map(
-                lambda file, known: known or (file is not None and (root / file).is_file()), files, sound, chunksize=256
-            )
-        )
-    missing = [
-        str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i, ok in enumerate(there) if not ok
-    ]
+        found = pool.map(partial(_absent, root, files), (unknown[i : i + 256] for i in range(0, len(unknown), 256)))
+        absent = set(itertools.chain.from_iterable(found))
+    missing = [str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i in sorted(absent)]
     if missing and (config.on_missing == "stop" or len(missing) == len(files)):
         raise ConfigError(
             [
@@ -223,7 +220,11 @@ def _existing(root: Path, files: list[str | None], sound: list[bool], config: Co
         )
     if missing:
         _log.warning("left out %d rows of %d whose file is not there, such as %s", len(missing), len(files), missing[0])
-    return [i for i, ok in enumerate(there) if ok]
+    return [i for i in range(len(files)) if i not in absent]
+
+
+def _absent(root: Path, files: Sequence[str | None], rows: list[int]) -> list[int]:
+    return [i for i in rows if (file := files[i]) is None or not (root / file).is_file()]
 
 
 def _splits(values: list[str | None], path: Path) -> list[Split]:
@@ -237,9 +238,9 @@ def _splits(values: list[str | None], path: Path) -> list[Split]:
     return [_SPLITS[value.strip().lower()] for value in values if value is not None]
 
 
-def _refuse_twice(paths: Sequence[str], splits: list[Split], path: Path) -> None:
+def _refuse_twice(paths: Sequence[str | None], splits: list[Split], path: Path) -> None:
     """A file in two splits would be trained on and measured on."""
-    split_of: dict[str, Split] = {}
+    split_of: dict[str | None, Split] = {}
     repeats = 0
     for file, split in zip(paths, splits, strict=True):
         repeats += file in split_of
