@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
@@ -34,7 +35,7 @@ class Share:
     device: torch.device
 
 
-class _Steps(Dataset[Crops | DecodeError]):
+class _Steps(Dataset[Crops | UserError]):
     """A whole step per item, so that a worker draws a batch's geometry at once.
 
     An error is returned rather than raised: the loader would wrap it in a traceback.
@@ -43,11 +44,11 @@ class _Steps(Dataset[Crops | DecodeError]):
     def __init__(self, batches: StepBatches) -> None:
         self._batches = batches
 
-    def __getitem__(self, step: int) -> Crops | DecodeError:
+    def __getitem__(self, step: int) -> Crops | UserError:
         batches = self._batches
         try:
             return read_crops(batches.source, batches.views, batches.samples(step), batches.clock(step).epoch)
-        except DecodeError as error:
+        except UserError as error:
             return error
 
 
@@ -63,6 +64,9 @@ class StepBatches:
         total_steps: the run's length.
         workers: processes that decode files; in-memory sources need none. None settles it by the machine.
         with_labels: whether batches carry labels; stage one's don't, except for tasks that say so.
+
+    Attributes:
+        replaced: the samples of the batch that was given last, where neighbours have taken the place of some; None otherwise.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class StepBatches:
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
         self.workers = default_workers(share) if workers is None else workers
+        self.replaced: Tensor | None = None
         self._known_bad = len(self._faults)
         self._told = set(self._faults)
 
@@ -160,8 +165,9 @@ class StepBatches:
             **options,
         )
         for item in loader:
-            if isinstance(item, DecodeError):
+            if isinstance(item, UserError):
                 raise item
+            self.replaced = item.index if item.faults else None
             for sample, fault in item.faults.items():
                 note_bad(self.source, sample, fault)
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
-from ssl_pipeline.data.decode import decode_bytes
+from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.draws import derive_seed
@@ -27,7 +27,8 @@ def encoded(cell: Any, name: str) -> bytes:
     """The image file of a cell, which holds its bytes, or its path, or is its bytes.
 
     Raises:
-        ConfigError: it is none of these, or the path leads nowhere.
+        ConfigError: it is none of these.
+        DecodeError: the path leads nowhere.
     """
     if isinstance(cell, bytes):
         return cell
@@ -41,7 +42,7 @@ def encoded(cell: Any, name: str) -> bytes:
             content: bytes = file.read()
             return content
     except OSError as error:
-        raise ConfigError(f"{name} names {path!r}, which can't be read: {error}") from error
+        raise DecodeError(Path(name), f"its file {path!r} can't be opened ({error.strerror or error})") from error
 
 
 class Rows(Indexed):
@@ -104,10 +105,12 @@ class Rows(Indexed):
     def select(self, index: Tensor) -> Rows:
         """The chosen rows; nothing is copied."""
         labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
-        return Rows(
+        chosen = Rows(
             self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
             self.licence, self._index[index],
         )  # fmt: skip
+        chosen.bad_files = self.bad_files
+        return chosen
 
 
 def _marks(rows: Dataset, image: str) -> Tensor:

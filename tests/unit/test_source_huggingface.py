@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.lanes import StreamBatches, sample_id
-from ssl_pipeline.data.loader import Share
-from ssl_pipeline.data.rows import Rows, RowStream
+from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.rows import Rows, RowStream, encoded
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.shards import png
@@ -149,6 +150,28 @@ def test_files_beside_the_rows_are_read(tmp_path: Path) -> None:
     files = str(tmp_path / "images" / "**" / "*.png")
     by_kind = opened("imagefolder", data_files=files)
     assert by_kind.fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_replaced_by_its_neighbour_or_stops_the_run(tmp_path: Path, workers: int) -> None:
+    images = [{"bytes": b"no image" if i in (3, 5, 8) else png(i), "path": None} for i in range(12)]
+    rows = table(12)
+    rows = rows.remove_columns("image").add_column("image", images, feature=datasets.Image())
+    rows.save_to_disk(tmp_path / "saved")
+    views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
+
+    def run(bad_files: str) -> StepBatches:
+        source = opened(tmp_path / "saved", label=None, bad_files=bad_files)
+        made = StepBatches(source, views, 4, 0, Share(0, 1, torch.device("cpu")), 3, workers)
+        seen = torch.cat([batch.index for batch in made.from_step(0)]).tolist()
+        assert sorted(seen) == [0, 1, 2, 4, 4, 6, 6, 7, 9, 9, 10, 11]
+        return made
+
+    assert run("3").unreadable == 3
+    with pytest.raises(ConfigError, match=r"(?s)saved/train/row \d.*3 of 12 files can't be read"):
+        run("2")
+    with pytest.raises(DecodeError, match=r"row 7 can't be read as an image: its file '\S+gone.png' can't be opened"):
+        encoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "row 7")
 
 
 def test_what_can_not_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
