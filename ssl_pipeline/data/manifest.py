@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.files import Files
 
@@ -151,6 +152,27 @@ def place_of(root: Path, base: Path | None = None) -> Path:
     cache = Path(own) if own else Path(shared or "~/.cache") / "ssl_pipeline"
     digest = hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()
     return (base or cache.expanduser() / "folders") / f"{root.name}-{digest}"
+
+
+def made_place(root: Path, output: str | None) -> Path:
+    """The same as a folder that is there.
+
+    Args:
+        root: the folder of images, resolved.
+        output: where the user wants it, which must not be in there.
+
+    Raises:
+        ConfigError: it is, or can't be written.
+    """
+    base = Path(output).expanduser().resolve() if output else None
+    place = place_of(root, base)
+    if base is not None and base.is_relative_to(root):
+        raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+    return place
 
 
 @contextmanager

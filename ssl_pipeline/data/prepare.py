@@ -7,8 +7,6 @@ decoded images. Stopped and started again, it goes on where it was; so it does w
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -17,15 +15,14 @@ import numpy as np
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
-from ssl_pipeline.data.manifest import TRAITS, Manifest, place_of
+from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
+from ssl_pipeline.data.prepare_shards import prepare_shards
 from ssl_pipeline.data.scan import Wanted, look
 from ssl_pipeline.data.sources.folder import Config, existing_folder
-from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.data.verdicts import TOLD, say, show_verdicts
 
 Kind = Literal["folder", "domain_folder", "table"]
-BAD_FILES = "bad_files.txt"
 _LEVELS_OF_CLASSES: dict[Kind, int] = {"folder": 1, "domain_folder": 2, "table": 0}  # 0: folders are no classes
-_TOLD = 20
 _READ_AS = {
     "I;16": "rescaled from 16 bits", "I;16B": "rescaled from 16 bits", "I": "rescaled from 32 bits",
     "F": "rescaled from floats", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
@@ -50,16 +47,9 @@ def prepare(
     Raises:
         ConfigError: there is no such folder, nothing can be written, or fewer than two images are usable.
     """
-    base = Path(output).expanduser().resolve() if output else None
     usable = 0
     for root in _roots(path, kind):
-        place = place_of(root, base)
-        if base is not None and base.is_relative_to(root):
-            raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+        place = made_place(root, output)
         manifest = look(root, place, Wanted(True, cache_side, recheck))
         report = Report(manifest, kind)
         report.show(place)
@@ -120,11 +110,6 @@ class Report:
             groups.setdefault(int(self._rows["digest"][row]), []).append(self._manifest.files[row])
         return list(groups.values())
 
-    def verdicts(self) -> list[tuple[str, int]]:
-        """Per verdict the number of files; numbers within a verdict are left out, so that it is one."""
-        kinds = Counter(re.sub(r"\d+", "N", fault) for fault in self.bad.values())
-        return [("usable", self.usable), *kinds.most_common()]
-
     def remarks(self) -> list[str]:
         """What is worth knowing of the usable ones."""
         manifest, rows, remarks = self._manifest, self._rows[self._good], list[str]()
@@ -157,7 +142,7 @@ class Report:
         if self.outside:
             remarks.append(f"left alone: {self.outside} images lie at no domain/class")
         if self.empty:
-            remarks.append(f"folders without a usable image: {', '.join(self.empty[:_TOLD])}")
+            remarks.append(f"folders without a usable image: {', '.join(self.empty[:TOLD])}")
         if manifest.others[0]:
             remarks.append(f"ignored: {manifest.others[0]} files with other endings, such as {manifest.others[1]}")
         if manifest.cache_side:
@@ -172,17 +157,10 @@ class Report:
 
     def show(self, place: Path) -> None:
         """Prints it, and writes the whole list of bad files beside the manifest."""
-        told = [f"{file}\t{fault}" for file, fault in self.bad.items()]
-        (place / BAD_FILES).write_bytes(os.fsencode("".join(f"{line}\n" for line in told)))
-        root = self._manifest.root
-        print_table(str(root), ["verdict", "files"], [[verdict, str(count)] for verdict, count in self.verdicts()])
-        for file, fault in list(self.bad.items())[:_TOLD]:
-            _say(f"  {file}: {fault}")
-        if len(self.bad) > _TOLD:
-            _say(f"  … and {len(self.bad) - _TOLD} more, in {place / BAD_FILES}")
+        show_verdicts(str(self._manifest.root), self.usable, self.bad, place)
         for remark in self.remarks():
-            _say(remark)
-        _say(f"wrote {place}")
+            say(remark)
+        say(f"wrote {place}")
 
 
 def _first(folder: str, levels: int) -> str:
@@ -195,11 +173,6 @@ def _classes_of(files: list[str], levels: int) -> set[str]:
     return {_first(file.rpartition("/")[0] or ".", levels).rpartition("/")[2] for file in files} - {""}
 
 
-def _say(text: str) -> None:
-    encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
-    console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -207,9 +180,9 @@ def main() -> None:
     )
     parser.add_argument("folder", help="your images, or what a table's paths start from; nothing in it is changed")
     parser.add_argument(
-        "--data", choices=list(_LEVELS_OF_CLASSES), default="folder",
+        "--data", choices=[*_LEVELS_OF_CLASSES, "webdataset"], default="folder",
         help="which source reads it: `folder` (default) takes train, val and test in it for splits, `domain_folder` has "
-        "domain/class in it, and to a `table` its folders mean nothing",
+        "domain/class in it, to a `table` its folders mean nothing, and `webdataset` reads tar archives",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", help="where to write; `data.prepared` tells a run")
     parser.add_argument(
@@ -220,13 +193,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.cache and options.cache < 8:
         parser.error("--cache must be 8 pixels or more")
+    shards = options.data == "webdataset"
+    if shards and (options.cache or options.recheck):
+        parser.error("archives have no cache, and are read whole each time: leave out --cache and --recheck")
     try:
-        prepare(options.folder, options.output, options.cache, options.recheck, options.data)
+        if shards:
+            prepare_shards(options.folder, options.output)
+        else:
+            prepare(options.folder, options.output, options.cache, options.recheck, options.data)
     except UserError as error:
         leave(error, "ssl-pipeline prepare --help")
-    then = [f"data.prepared={options.output}"] if options.output else []
+    then = [f"data.prepared={options.output}"] if options.output and not shards else []
     where = "data.path=TABLE data.root=" if options.data == "table" else "data.path="
-    _say(" ".join([f"train: ssl-pipeline pretrain data={options.data}", f"{where}{options.folder}", *then,
+    say(" ".join([f"train: ssl-pipeline pretrain data={options.data}", f"{where}{options.folder}", *then,
                    *(["data.cache=true"] if options.cache else [])]))  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
         if wanted.cache_side and place is not None and places:
             writer = stack.enter_context(CacheWriter(cache_folder(place, wanted.cache_side)))
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)) if level == PIXELS else 16))
-        bar = stack.enter_context(_bar())
+        bar = stack.enter_context(counting_bar())
         row = bar.add_task(f"looking at {listing.root.name}", total=len(places))
         for start in range(0, len(places), _CHUNK):
             chunk = places[start : start + _CHUNK]
@@ -224,7 +224,8 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
         _log.info("looked at %d files of %s in %.1f s", len(places), listing.root, time.monotonic() - began)
 
 
-def _bar() -> Progress:
+def counting_bar() -> Progress:
+    """Of a look; only the main process of a terminal's shows it."""
     quiet = not console().is_terminal or os.environ.get("RANK", "0") != "0"
     columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()
     return Progress(*columns, console=console(), disable=quiet, transient=True)

@@ -21,10 +21,11 @@ from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.manifest import FILE_NAME, load, place_of
-from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
+from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.scan import Wanted, look
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
+from ssl_pipeline.data.verdicts import BAD_FILES
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views
 

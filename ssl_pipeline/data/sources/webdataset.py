@@ -16,6 +16,7 @@ import fsspec
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
@@ -110,6 +111,11 @@ class TarStream(Stream):
         self._sizes: dict[int, int] = {}
         self.channels = config.channels or self._channels()
 
+    @property
+    def folder(self) -> Path:
+        """Where the first archive lies."""
+        return Path(shown(self._urls[0])).parent
+
     def _channels(self) -> int:
         first = next(itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls))), None)
         if first is None:
@@ -150,6 +156,28 @@ class TarStream(Stream):
                     raise
             self._sizes[shard] = count
         return self._sizes[shard]
+
+    def examine(self, shard: int) -> tuple[int, dict[str, str]]:
+        """Decodes an archive's images.
+
+        Returns:
+            How many are usable; and of those that are not, of members that are not read and of an archive that is damaged, by
+            name, what is wrong.
+        """
+        url, usable = self._urls[shard], 0
+        faults, refused = dict[str, str](), dict[str, str]()
+        try:
+            for group in read_groups(url, self._is_image, self._is_image, refused=refused):
+                ending, data = next(iter(group.files.items()))
+                name = f"{shown(url)}/{group.key}.{ending}"
+                try:
+                    decode_bytes(data, Path(name), 3, 1)  # a JPEG at an eighth of its size, to its end
+                    usable += 1
+                except DecodeError as error:
+                    faults[name] = error.fault
+        except ShardError as error:
+            faults[shown(url)] = str(error)
+        return usable, faults | {f"{shown(url)}/{name}": f"not read: {fault}" for name, fault in refused.items()}
 
     def fingerprint(self) -> str:
         """Of the archives' names and, of files, their sizes."""
