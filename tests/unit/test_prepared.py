@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import prepared
+from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.loader import Share, StepBatches
@@ -166,6 +167,26 @@ def test_a_table_honours_what_prepare_has_found(domains: Path, tmp_path: Path, m
     assert [ready.open_image(i).size for i in (0, 1, 21)] == [(72, 48)] * 3
     with pytest.raises(ConfigError, match=r"(?s)ink/cat/0\.jpg: image file is truncated.*2 of 24"):
         of_table(tmp_path / "t.csv", bad_files="1", **keys)
+
+
+def test_a_table_leaves_out_a_broken_files_targets_with_it(domains: Path, tmp_path: Path) -> None:
+    prepare(str(domains), str(tmp_path / "out"), kind="table")
+    rows = [f"{file},{number}" for number, file in enumerate(files_of(domains))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,value", *rows]))
+    config = table.Config(
+        name="table", path=str(tmp_path / "t.csv"), root=str(domains), prepared=str(tmp_path / "out"), bad_files="2",
+        target_columns=("value",),
+    )  # fmt: skip
+    seen = set[int]()
+    for split in ("train", "dev", "test"):
+        source = config.open(split)
+        assert isinstance(source, Annotated)
+        assert isinstance(source.images, FileSource)
+        assert isinstance(source.annotations, Numbers)
+        values = [int(value) for value in source.annotations.values[:, 0]]
+        assert [files_of(domains)[value] for value in values] == source.images.files
+        seen |= set(values)
+    assert len(seen) == 22
 
 
 def test_a_table_may_name_files_that_the_manifest_lacks(domains: Path, tmp_path: Path) -> None:
