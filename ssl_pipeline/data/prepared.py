@@ -182,14 +182,13 @@ def look_up(root: Path, names: Sequence[str | None], base: Path | None) -> Named
         return Named(root, names, place, None, torch.full((len(names),), -1))
     manifest = look(root, place)
     row_of = {name: row for row, name in enumerate(manifest.files)}
-    prefix = f"{root}/"
-    rows = [-1 if name is None else row_of.get(_plain(name.removeprefix(prefix)), -1) for name in names]
+    rows = [-1 if name is None else row_of.get(plain(name, root), -1) for name in names]
     return Named(root, names, place, manifest, torch.tensor(rows, dtype=torch.int64))
 
 
-def _plain(name: str) -> str:
-    """The path as a manifest has it; ``..`` stays, because after a link it leads elsewhere than it seems."""
-    return name if ".." in name else posixpath.normpath(name)
+def plain(name: str, root: Path) -> str:
+    """The path of a file as a manifest of the root has it; ``..`` stays, because after a link it leads elsewhere than it seems."""
+    return name if ".." in name else posixpath.normpath(name.removeprefix(f"{root}/"))
 
 
 @dataclass(frozen=True)

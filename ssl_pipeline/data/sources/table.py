@@ -19,7 +19,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.columns import number_names, numbers_in, one_of, read_columns
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.splits import share_out
 
@@ -187,7 +187,7 @@ def _read(config: Config) -> _Rows:
     there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
     splits = _splits(kept.get("split", ["train"] * len(there)), path)
-    _refuse_twice(kept["path"], splits, path)
+    _refuse_twice(kept["path"], root, splits, path)
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
@@ -238,11 +238,12 @@ def _splits(values: list[str | None], path: Path) -> list[Split]:
     return [_SPLITS[value.strip().lower()] for value in values if value is not None]
 
 
-def _refuse_twice(paths: Sequence[str | None], splits: list[Split], path: Path) -> None:
+def _refuse_twice(paths: Sequence[str | None], root: Path, splits: list[Split], path: Path) -> None:
     """A file in two splits would be trained on and measured on."""
-    split_of: dict[str | None, Split] = {}
+    split_of: dict[str, Split] = {}
     repeats = 0
-    for file, split in zip(paths, splits, strict=True):
+    for given, split in zip(paths, splits, strict=True):
+        file = plain(str(given), root)
         repeats += file in split_of
         if split_of.setdefault(file, split) != split:
             raise ConfigError(f"{path}: {file} stands in `{split_of[file]}` and in `{split}`: leave it in one of them.")
