@@ -159,7 +159,7 @@ class Cache:
         self.folder, self.side = folder, side
         self._shards: dict[int, np.memmap] = {}
         with suppress(OSError):  # a file system without locks, on which nothing is deleted
-            lock = os.open(folder / LOCK, os.O_RDONLY)
+            lock = os.open(folder / LOCK, os.O_RDONLY | os.O_CREAT, 0o666)
             weakref.finalize(self, os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_SH)
 

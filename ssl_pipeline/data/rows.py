@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
-from ssl_pipeline.data.decode import DecodeError, decode_bytes
+from ssl_pipeline.data.decode import DecodeError, Encoded
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.draws import derive_seed
@@ -78,6 +78,7 @@ class Rows(Indexed):
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
         self._index = torch.arange(len(rows)) if index is None else index
+        self._opened: dict[int, Encoded] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -88,8 +89,32 @@ class Rows(Indexed):
         Raises:
             DecodeError: naming the row.
         """
+        return self._open(index).decode(self.channels, 1)
+
+    def _open(self, index: int) -> Encoded:
         cell = self._rows[int(self._index[index])][self._image]
-        return decode_bytes(encoded(cell, self.describe(index)), Path(self.describe(index)), self.channels)
+        return Encoded(encoded(cell, self.describe(index)), Path(self.describe(index)))
+
+    def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the images' headers, 1 by 1 where one can't be read; the rows are kept, because they are wanted next."""
+        self._opened, found = {}, list[tuple[int, int]]()
+        for i in index.tolist():
+            try:
+                image = self._opened[i] = self._open(i)
+                found.append((image.height, image.width))
+            except DecodeError:  # told when it is decoded
+                found.append((1, 1))
+        heights, widths = torch.tensor(found).unbind(1)
+        return heights, widths
+
+    def open_reduced(self, index: int, factor: int) -> Image.Image:
+        """One decoded image, a JPEG at 1/factor of its size.
+
+        Raises:
+            DecodeError: naming the row.
+        """
+        opened = self._opened.pop(index, None)
+        return (self._open(index) if opened is None else opened).decode(self.channels, factor)
 
     def describe(self, index: int) -> str:
         """The row's number in its dataset."""

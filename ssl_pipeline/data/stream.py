@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import decode_bytes
 from ssl_pipeline.data.source import Indexed, SourceConfig
 
@@ -87,9 +88,15 @@ class Stream(ABC):
         """A digest that changes when the shards do, as far as can be told without reading them."""
 
     def head(self, count: int) -> Handful:
-        """The first samples, as they lie, held in memory: something to look at while training runs."""
+        """The first samples, as they lie, held in memory: something to look at while training runs.
+
+        Where training leaves out what can't be decoded, a neighbour takes its place here.
+        """
         every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        return Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held = Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        if self.skip_unreadable:
+            held.bad_files = BadFiles(parse_limit("100%"), len(held))
+        return held
 
 
 class Handful(Indexed):
@@ -134,7 +141,9 @@ class Handful(Indexed):
 
     def select(self, index: Tensor) -> Handful:
         """The chosen samples."""
-        return Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+        chosen = Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+        chosen.bad_files = self.bad_files
+        return chosen
 
 
 class StreamConfig(SourceConfig, ABC):

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data import rows as rows_module
+from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.lanes import StreamBatches, sample_id
 from ssl_pipeline.data.loader import Share, StepBatches
@@ -20,6 +22,7 @@ from ssl_pipeline.data.rows import Rows, RowStream, encoded
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.shards import png
+from tests.unit.test_loader import photos
 
 datasets = pytest.importorskip("datasets")
 
@@ -172,6 +175,28 @@ def test_a_bad_image_is_replaced_by_its_neighbour_or_stops_the_run(tmp_path: Pat
         run("2")
     with pytest.raises(DecodeError, match=r"row 7 can't be read as an image: its file '\S+gone.png' can't be opened"):
         encoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "row 7")
+
+
+def test_large_photos_are_decoded_small_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = photos(tmp_path / "photos", 4, 320, 240)
+    images = [{"bytes": (tmp_path / "photos" / name).read_bytes(), "path": None} for name in names]
+    table(4).remove_columns("image").add_column("image", images, feature=datasets.Image()).save_to_disk(tmp_path / "d")
+    source = opened(tmp_path / "d", label=None)
+    assert [size.tolist() for size in source.sizes(torch.arange(4))] == [[240] * 4, [320] * 4]
+    read, whole = list[str](), rows_module.encoded
+
+    def watched(cell: Any, name: str) -> bytes:
+        read.append(name)
+        return whole(cell, name)
+
+    monkeypatch.setattr(rows_module, "encoded", watched)
+    views = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
+    small = read_crops(source, views, torch.arange(4), 0).views
+    assert len(read) == 4
+    source.sizes(torch.arange(4))
+    assert source.open_reduced(0, 8).size == (40, 30)
+    large = views.of_files([source.open_image(i) for i in range(4)], torch.arange(4), 0)
+    assert all((one.float() - other.float()).abs().mean() < 2 for one, other in zip(small, large, strict=True))
 
 
 def test_what_can_not_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
