@@ -115,6 +115,7 @@ class Annotated(Indexed):
             images.licence,
         )
         self.mean, self.std, self.classes = images.mean, images.std, annotations.names
+        self.bad_files = images.bad_files
 
     def __len__(self) -> int:
         return len(self.images)
@@ -122,6 +123,14 @@ class Annotated(Indexed):
     def open_image(self, index: int) -> Image.Image:
         """One decoded image."""
         return self.images.open_image(index)
+
+    def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As the images' source knows them."""
+        return self.images.sizes(index)
+
+    def open_reduced(self, index: int, factor: int) -> Image.Image:
+        """One decoded image, perhaps smaller; views are drawn in the whole image's pixels, as annotations are."""
+        return self.images.open_reduced(index, factor)
 
     def describe(self, index: int) -> str:
         """As the images' source says it."""
@@ -153,15 +162,20 @@ class AnnotatedBatches(StepBatches):
         with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
             coming = iter(range(start, self.total_steps))
             ahead = deque(pool.submit(self._target, step) for step in islice(coming, 4))
-            for batch in super().from_step(start):
-                batch.target = to_device(ahead.popleft().result(), self.share.device)
+            for step, batch in enumerate(super().from_step(start), start):
+                target = ahead.popleft().result()
+                if self.replaced is not None:
+                    target = self._target(step, self.replaced)
+                batch.target = to_device(target, self.share.device)
                 ahead.extend(pool.submit(self._target, step) for step in islice(coming, 1))
                 yield batch
 
-    def _target(self, step: int) -> Any:
+    def _target(self, step: int, index: Tensor | None = None) -> Any:
+        """The annotations of a step's samples, or of those that have taken the place of some."""
         source = self.source
         assert isinstance(source, Annotated)
-        return source.annotations.of_views(self.samples(step), self.views, self.clock(step).epoch)
+        index = self.samples(step) if index is None else index
+        return source.annotations.of_views(index, self.views, self.clock(step).epoch)
 
 
 def to_device(target: Any, device: torch.device) -> Any:

@@ -1,14 +1,20 @@
 """Decoded images on disk: uint8, memory-mapped, in shards, each image with a checksum.
 
 An image's row in the manifest says where it lies (``shard``, ``offset``), its size and channels, and the CRC-32 of its
-bytes, which every reading checks. Shards are only ever added to.
+bytes, which every reading checks. Shards are never written to again: what is made anew goes to new ones. :func:`sweep` deletes
+those that no row names any more, while nobody reads the cache: whoever reads it holds a shared lock on it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import re
+import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -17,10 +23,12 @@ import numpy as np
 from PIL import Image
 
 SHARD_BYTES = 256 * 2**20
+LOCK = "in_use.lock"
 COLUMNS = {
     "shard": np.int32, "offset": np.int64, "cached_width": np.int32, "cached_height": np.int32,
     "cached_channels": np.uint8, "crc": np.int64,
 }  # fmt: skip
+_log = logging.getLogger("ssl_pipeline")
 
 
 class CacheError(Exception):
@@ -36,8 +44,53 @@ def limited(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
+def cache_folder(place: Path, side: int) -> Path:
+    """Where the decoded images lie, beside the manifest."""
+    return place / f"cache-{side}"
+
+
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.bin"
+
+
+def shards_in(folder: Path) -> dict[int, Path]:
+    """By number the shards that are there."""
+    with suppress(OSError):
+        found = [path for path in folder.iterdir() if re.fullmatch(r"\d{5,}\.bin", path.name)]
+        return {int(path.stem): path for path in found if path.is_file() and not path.is_symlink()}
+    return {}
+
+
+def sweep(place: Path, side: int, used: Collection[int]) -> None:
+    """Deletes shards that hold nothing of use, of this cache and of those with other sides, unless somebody reads them.
+
+    Args:
+        place: of the manifest, which nobody else may be writing.
+        side: what the shorter sides are limited to.
+        used: the shards that its rows name.
+    """
+    own = cache_folder(place, side)
+    others = [path for path in place.glob("cache-*") if re.fullmatch(r"cache-\d+", path.name) and path != own]
+    for folder in (own, *others):
+        old = [path for number, path in shards_in(folder).items() if folder != own or number not in used]
+        if not old:
+            continue
+        with (folder / LOCK).open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # a run reads it; or the file system has no locks, and nobody can tell
+                _log.warning(
+                    "%s: %d old shards may be in use and stay; a later `prepare` deletes them.", folder, len(old)
+                )
+                continue
+            size = sum(path.stat().st_size for path in old)
+            for path in old:
+                path.unlink()
+            _log.info("%s: deleted %d old shards, %.2f GiB", folder, len(old), size / 2**30)
+            if folder != own:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # somebody else's file lies in it
+                    folder.rmdir()
 
 
 class CacheWriter:
@@ -49,8 +102,9 @@ class CacheWriter:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
         self._folder = folder
-        self._number = max((int(path.stem) for path in folder.glob("[0-9]*.bin")), default=-1)
+        self._number = max(shards_in(folder), default=-1)
         self._file = self._next()
 
     def _next(self) -> BinaryIO:
@@ -94,7 +148,7 @@ class CacheWriter:
 
 
 class Cache:
-    """Reads a cache.
+    """Reads a cache. As long as it lives, also in a worker that was forked, no shard is deleted.
 
     Args:
         folder: of the shards.
@@ -104,6 +158,10 @@ class Cache:
     def __init__(self, folder: Path, side: int) -> None:
         self.folder, self.side = folder, side
         self._shards: dict[int, np.memmap] = {}
+        with suppress(OSError):  # a file system without locks, on which nothing is deleted
+            lock = os.open(folder / LOCK, os.O_RDONLY | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_SH)
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Path, int]]:
         """A worker maps the shards itself: a pickled map would be a copy."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
 
@@ -73,8 +75,15 @@ def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = 
     Raises:
         DecodeError: naming the image and what is wrong with it.
     """
-    try:
+    with _in_words(name, data):
         return _decode(BytesIO(data), channels, min_size)
+
+
+@contextmanager
+def _in_words(name: Path, data: bytes) -> Iterator[None]:
+    """Around the decoding of bytes: whatever is wrong with them is a :class:`DecodeError`."""
+    try:
+        yield
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -84,15 +93,54 @@ def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = 
 
 
 def _decode(stored: Path | BytesIO, channels: int, min_size: int | None) -> Image.Image:
-    mode = "L" if channels == 1 else "RGB"
     with Image.open(stored) as file:
-        if min_size is not None:
-            file.draft(mode, (min_size, min_size))
-        file.load()
-        # Asked for first, because what need not be turned would be copied.
-        turned = file.getexif().get(_ORIENTATION, 1) != 1
-        image = ImageOps.exif_transpose(file) if turned else file
-        return _to_8_bit(image, mode, file.format)
+        return _load(file, channels, min_size)
+
+
+def _load(file: ImageFile.ImageFile, channels: int, min_size: int | None) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    if min_size is not None:
+        file.draft(mode, (min_size, min_size))
+    file.load()
+    # Asked for first, because what need not be turned would be copied.
+    turned = file.getexif().get(_ORIENTATION, 1) != 1
+    image = ImageOps.exif_transpose(file) if turned else file
+    return _to_8_bit(image, mode, file.format)
+
+
+class Encoded:
+    """An image in memory whose header is read and whose pixels are not yet: what they may be shrunk by depends on its size.
+
+    Args:
+        data: the whole file.
+        name: what a message calls it.
+
+    Attributes:
+        height: in pixels, as it is seen after EXIF rotation.
+        width: likewise.
+
+    Raises:
+        DecodeError: naming the image and what is wrong with it.
+    """
+
+    def __init__(self, data: bytes, name: Path) -> None:
+        self._data, self._name = data, name
+        with _in_words(name, data):
+            self._file = Image.open(BytesIO(data))
+            self.width, self.height = _upright_size(self._file)
+
+    def decode(self, channels: int, factor: int) -> Image.Image:
+        """The image, once: a JPEG at 1/factor of its size.
+
+        Args:
+            channels: 1 for grey, 3 for RGB.
+            factor: 1, 2, 4 or 8.
+
+        Raises:
+            DecodeError: as above.
+        """
+        with _in_words(self._name, self._data), self._file as file:
+            return _load(file, channels, min(self.height, self.width) // factor if factor > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -119,18 +167,25 @@ def read_header(stored: Path | BytesIO) -> Header:
         Exception: nearly any, by a decoder on damaged bytes; :func:`check_header` has them in words.
     """
     with Image.open(stored) as file:
-        # A PNG without EXIF before its pixels would be decoded in search of it.
-        told = file.format != "PNG" or "exif" in file.info
-        orientation = file.getexif().get(_ORIENTATION, 1) if told else 1
+        orientation = _orientation(file)
         found = {
             "animated": bool(getattr(file, "is_animated", False)),
             "rotated": orientation in range(2, 9),
             "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
         }
-        width, height = file.size
-        if orientation in _SIDEWAYS:
-            width, height = height, width
-        return Header(width, height, file.mode, frozenset(name for name, holds in found.items() if holds))
+        return Header(*_upright_size(file), file.mode, frozenset(name for name, holds in found.items() if holds))
+
+
+def _orientation(file: Image.Image) -> int:
+    # A PNG without EXIF before its pixels would be decoded in search of it.
+    told = file.format != "PNG" or "exif" in file.info
+    return int(file.getexif().get(_ORIENTATION, 1)) if told else 1
+
+
+def _upright_size(file: Image.Image) -> tuple[int, int]:
+    """Width and height as it is seen."""
+    width, height = file.size
+    return (height, width) if _orientation(file) in _SIDEWAYS else (width, height)
 
 
 def check_header(path: Path) -> Header | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
@@ -54,7 +55,8 @@ class Files(Sequence[str]):
         return os.fsdecode(self._encoded(self.row(place % len(self))))
 
     def __iter__(self) -> Iterator[str]:
-        return (os.fsdecode(name) for name in self.encoded())
+        encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+        return (name.decode(encoding, errors) for name in self.encoded())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
@@ -67,10 +69,12 @@ class Files(Sequence[str]):
 
     def encoded(self) -> Iterator[bytes]:
         """The names as the file system has them."""
-        ends, blob = self._ends.numpy(), self._blob.numpy()
-        for place in range(len(self)):
-            row = self.row(place)
-            yield blob[int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes()
+        ends = self._ends.numpy()
+        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        if self._rows is not None:
+            starts, ends = starts[self._rows.numpy()], ends[self._rows.numpy()]
+        names = self._blob.numpy().data
+        return (bytes(names[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All names, not only the chosen, as :func:`pack` has them."""
@@ -93,3 +97,11 @@ class Files(Sequence[str]):
     def select(self, index: Tensor) -> Files:
         """Some of the chosen files, by their places."""
         return Files(self._blob, self._ends, self._columns, index if self._rows is None else self._rows[index])
+
+    def with_column(self, name: str, numbers: Tensor) -> Files:
+        """The same files with other numbers of a kind that is known, one a chosen file."""
+        column = numbers
+        if self._rows is not None:
+            column = self._columns[name].clone()
+            column[self._rows] = numbers
+        return Files(self._blob, self._ends, {**self._columns, name: column}, self._rows)

@@ -14,23 +14,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.loader import Share, StepBatches, worker_options
+from ssl_pipeline.data.loader import Share, StepBatches, default_workers, worker_options
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
 from ssl_pipeline.draws import derive_seed, hash_bits, permutation
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.policy import Views
@@ -108,16 +103,6 @@ def _from(stream: Stream, order: list[int], start: int) -> tuple[Iterator[tuple[
     return iter(()), start
 
 
-@dataclass
-class _Crops:
-    """A step's crops, and what could not be decoded."""
-
-    index: Tensor
-    views: list[Tensor]
-    labels: list[int | None]
-    faults: list[str]
-
-
 class StreamBatches:
     """The training batches of a run on a stream; to the loop the same as ``StepBatches``.
 
@@ -157,7 +142,7 @@ class StreamBatches:
         self.steps_per_epoch = total_steps if source.length is None else source.length // batch_size
         self.lanes = lanes_of_process(len(source.shards), share.processes)
         self.block = max(1, source.block // self.lanes)
-        wanted = len(os.sched_getaffinity(0)) // share.processes if workers is None else workers
+        wanted = default_workers(share) if workers is None else workers
         self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
         self.unreadable, self._untold = 0, 0
 
@@ -207,12 +192,9 @@ class StreamBatches:
             views = self.views.finish(
                 [crop.to(device, non_blocking=True) for crop in item.views], item.index, clock.epoch
             )
-            yield Batch(
-                clock,
-                item.index.to(device),
-                views,
-                torch.tensor(item.labels, device=device) if self.with_labels else None,
-            )
+            label = torch.tensor(item.labels, device=device) if self.with_labels else None
+            domain = torch.tensor(item.domains, device=device) if self.source.has_domains else None
+            yield Batch(clock, item.index.to(device), views, label, domain)
 
     def _count(self, faults: list[str]) -> None:
         if faults and not self.unreadable:
@@ -236,13 +218,13 @@ def training_batches(
     return StreamBatches(source, *settings) if isinstance(source, Stream) else StepBatches(source, *settings)
 
 
-class _Steps(IterableDataset[_Crops | UserError]):
+class _Steps(IterableDataset[StreamCrops | UserError]):
     """The steps of a run that a worker makes: an error is returned, because the loader would wrap it in a traceback."""
 
     def __init__(self, batches: StreamBatches, start: int) -> None:
         self._batches, self._start = batches, start
 
-    def __iter__(self) -> Iterator[_Crops | UserError]:
+    def __iter__(self) -> Iterator[StreamCrops | UserError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         batches, share = self._batches, self._batches.share
@@ -261,29 +243,8 @@ class _Steps(IterableDataset[_Crops | UserError]):
                     ),
                 )
             try:
-                yield self._crops(list(itertools.islice(running[lane][1], size)), epoch)
+                drawn = list(itertools.islice(running[lane][1], size))
+                yield read_stream_crops(batches.source, batches.views, drawn, epoch, batches.with_labels)
             except UserError as error:
                 yield error
                 return
-
-    def _crops(self, drawn: list[tuple[int, Sample]], epoch: int) -> _Crops:
-        source = self._batches.source
-        good: list[tuple[int, Sample, Image.Image] | None] = []
-        faults: list[str] = []
-        for number, sample in drawn:
-            try:
-                good.append((number, sample, decode_bytes(sample.data, Path(sample.name), source.channels)))
-            except DecodeError as error:
-                faults.append(str(error))
-                if not source.skip_unreadable or len(faults) == len(drawn):
-                    raise
-                good.append(None)
-        # A bad image gives its place to the next good one, under that one's id: a loss can know it for a repeat.
-        whole = [next(one for one in [*good[i:], *good[:i]] if one is not None) for i in range(len(good))]
-        index = torch.tensor([number for number, _, _ in whole])
-        if self._batches.with_labels:
-            without = next((sample.name for _, sample, _ in whole if sample.label is None), None)
-            if without is not None:
-                raise ConfigError(f"{without} has no label, and this task reads labels: see `data.label`.")
-        crops = self._batches.views.of_files([image for _, _, image in whole], index, epoch)
-        return _Crops(index, crops, [sample.label for _, sample, _ in whole], faults)

@@ -14,16 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.geometry import central_boxes, resize_box_of_file, resize_boxes
 from ssl_pipeline.views.policy import Views
-
-_NEIGHBOURS = 64
 
 
 @dataclass(frozen=True)
@@ -35,48 +35,7 @@ class Share:
     device: torch.device
 
 
-@dataclass
-class Crops:
-    """A step's cropped images.
-
-    Attributes:
-        index: the samples, int64 of shape (B,); one that can't be decoded is replaced by a neighbour, here too.
-        views: per view uint8 of shape (B, C, S, S).
-        faults: of the samples that were replaced, what is wrong with them.
-    """
-
-    index: Tensor
-    views: list[Tensor]
-    faults: dict[int, DecodeError]
-
-
-def read_crops(source: Indexed, views: Views, index: Tensor, epoch: int) -> Crops:
-    """Decodes files, each once for all its views and as small as they allow, and crops them.
-
-    Raises:
-        DecodeError: so many neighbours can't be decoded either that something else must be wrong.
-    """
-    index, images, faults = index.clone(), dict[int, Image.Image](), dict[int, DecodeError]()
-    pending = list(range(len(index)))
-    for _ in range(_NEIGHBOURS):
-        sizes = source.sizes(index)
-        factors = [1] * len(index) if sizes is None else views.reductions(sizes, index, epoch)
-        failed = []
-        for place in pending:
-            try:
-                images[place] = source.open_reduced(int(index[place]), factors[place])
-            except DecodeError as error:
-                faults[int(index[place])] = error
-                failed.append(place)
-        if not failed:
-            return Crops(index, views.of_files([images[i] for i in range(len(index))], index, epoch, sizes), faults)
-        for place in failed:
-            index[place] = source.neighbour(int(index[place]))
-        pending = failed
-    raise next(reversed(faults.values()))
-
-
-class _Steps(Dataset[Crops | DecodeError]):
+class _Steps(Dataset[Crops | UserError]):
     """A whole step per item, so that a worker draws a batch's geometry at once.
 
     An error is returned rather than raised: the loader would wrap it in a traceback.
@@ -85,11 +44,11 @@ class _Steps(Dataset[Crops | DecodeError]):
     def __init__(self, batches: StepBatches) -> None:
         self._batches = batches
 
-    def __getitem__(self, step: int) -> Crops | DecodeError:
+    def __getitem__(self, step: int) -> Crops | UserError:
         batches = self._batches
         try:
             return read_crops(batches.source, batches.views, batches.samples(step), batches.clock(step).epoch)
-        except DecodeError as error:
+        except UserError as error:
             return error
 
 
@@ -105,6 +64,9 @@ class StepBatches:
         total_steps: the run's length.
         workers: processes that decode files; in-memory sources need none. None settles it by the machine.
         with_labels: whether batches carry labels; stage one's don't, except for tasks that say so.
+
+    Attributes:
+        replaced: the samples of the batch that was given last, where neighbours have taken the place of some; None otherwise.
     """
 
     def __init__(
@@ -124,6 +86,7 @@ class StepBatches:
         self._labels = source.labels if with_labels else None
         self._pixels = source.pixels
         self.workers = default_workers(share) if workers is None else workers
+        self.replaced: Tensor | None = None
         self._known_bad = len(self._faults)
         self._told = set(self._faults)
 
@@ -202,8 +165,9 @@ class StepBatches:
             **options,
         )
         for item in loader:
-            if isinstance(item, DecodeError):
+            if isinstance(item, UserError):
                 raise item
+            self.replaced = item.index if item.faults else None
             for sample, fault in item.faults.items():
                 note_bad(self.source, sample, fault)
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
@@ -270,7 +234,7 @@ def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
         DecodeError: the source bears no such image, or the neighbours can't be decoded either.
         ConfigError: it bears no more.
     """
-    for _ in range(_NEIGHBOURS):
+    for _ in range(NEIGHBOURS):
         try:
             return source.open_image(index)
         except DecodeError as error:

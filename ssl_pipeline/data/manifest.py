@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.files import Files
 
@@ -153,15 +154,41 @@ def place_of(root: Path, base: Path | None = None) -> Path:
     return (base or cache.expanduser() / "folders") / f"{root.name}-{digest}"
 
 
+def made_place(root: Path, output: str | None) -> Path:
+    """The same as a folder that is there.
+
+    Args:
+        root: the folder of images, resolved.
+        output: where the user wants it, which must not be in there.
+
+    Raises:
+        ConfigError: it is, or can't be written.
+    """
+    base = Path(output).expanduser().resolve() if output else None
+    place = place_of(root, base)
+    if base is not None and base.is_relative_to(root):
+        raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+    return place
+
+
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
+def locked(place: Path) -> Iterator[bool]:
     """One process at a time looks at a folder; the others wait, and find its manifest.
+
+    Yields:
+        Whether that is certain: some network file systems have no locks, and there two looks at once are waste, not harm.
 
     Raises:
         OSError: nothing can be written there.
     """
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("w") as file:
-        with suppress(OSError):  # some network file systems have no locks: two looks at once are waste, not harm
+        alone = False
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone

@@ -7,36 +7,39 @@ decoded images. Stopped and started again, it goes on where it was; so it does w
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
-from ssl_pipeline.data.manifest import TRAITS, Manifest, place_of
+from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
+from ssl_pipeline.data.prepare_shards import prepare_shards
 from ssl_pipeline.data.scan import Wanted, look
-from ssl_pipeline.data.sources.folder import Config
-from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.data.sources.folder import Config, existing_folder
+from ssl_pipeline.data.verdicts import TOLD, say, show_verdicts
 
-BAD_FILES = "bad_files.txt"
-_TOLD = 20
+Kind = Literal["folder", "domain_folder", "table"]
+_LEVELS_OF_CLASSES: dict[Kind, int] = {"folder": 1, "domain_folder": 2, "table": 0}  # 0: folders are no classes
 _READ_AS = {
     "I;16": "rescaled from 16 bits", "I;16B": "rescaled from 16 bits", "I": "rescaled from 32 bits",
     "F": "rescaled from floats", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
 }  # fmt: skip
 
 
-def prepare(path: str, output: str | None = None, cache_side: int = 0, recheck: bool = False) -> int:
-    """Looks at a folder, or at each of its ``train``, ``val`` and ``test``.
+def prepare(
+    path: str, output: str | None = None, cache_side: int = 0, recheck: bool = False, kind: Kind = "folder"
+) -> int:
+    """Looks at a folder as the source of its kind does: ``folder`` looks at each of its ``train``, ``val`` and ``test``.
 
     Args:
-        path: the folder.
+        path: the folder; of a table the one that its paths start from.
         output: where to write; None is this user's cache.
         cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
         recheck: read the files that have not changed, too, and compare their digests.
+        kind: which source is to read it.
 
     Returns:
         The number of usable images.
@@ -44,18 +47,11 @@ def prepare(path: str, output: str | None = None, cache_side: int = 0, recheck: 
     Raises:
         ConfigError: there is no such folder, nothing can be written, or fewer than two images are usable.
     """
-    base = Path(output).expanduser().resolve() if output else None
     usable = 0
-    for root in dict.fromkeys(Config(name="folder", path=path).folders().values()):
-        place = place_of(root, base)
-        if base is not None and base.is_relative_to(root):
-            raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+    for root in _roots(path, kind):
+        place = made_place(root, output)
         manifest = look(root, place, Wanted(True, cache_side, recheck))
-        report = Report(manifest)
+        report = Report(manifest, kind)
         report.show(place)
         usable += report.usable
     if usable < 2:
@@ -63,35 +59,47 @@ def prepare(path: str, output: str | None = None, cache_side: int = 0, recheck: 
     return usable
 
 
+def _roots(path: str, kind: Kind) -> list[Path]:
+    """The folders that a source of this kind has a manifest of each."""
+    if kind == "folder":
+        return list(dict.fromkeys(Config(name="folder", path=path).folders().values()))
+    return [existing_folder(path, "prepare")]
+
+
 class Report:
     """What is told of a folder.
 
     Args:
         manifest: of the folder, all pixels checked.
+        kind: which source reads it: what its folders mean.
 
     Attributes:
         usable: how many files are images.
         bad: per file that is none, what is wrong with it.
         alike: groups of files with the same bytes.
         disagreeing: those of them that lie in different class folders.
-        classes: the names of the subfolders that hold usable images.
-        empty: the names of those that hold none.
+        classes: the names of the class folders that hold usable images.
+        empty: those that hold none.
+        outside: how many usable images lie in no class folder, where all should.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, kind: Kind = "folder") -> None:
         self._manifest, files, rows = manifest, manifest.files, manifest.rows()
         self._good = rows["fault"] == 0
         self._rows = rows
         self.usable = int(self._good.sum())
         self.bad = {files[i]: manifest.faults[rows["fault"][i]] for i in (~self._good).nonzero()[0].tolist()}
         self.alike = self._same_bytes()
-        tops = ["" if folder == "." else folder.split("/")[0] for folder in manifest.folders]
-        used = {tops[number] for number in np.unique(rows["folder"][self._good]).tolist()}
-        self.classes = sorted(used) if "" not in used and len(used) > 1 else []
-        self.empty = sorted(set(tops) - used - {""})
-        with_class = [group for group in self.alike if len({file.split("/")[0] for file in group}) > 1]
-        self.disagreeing = with_class if self.classes else []
-        self._one_class = next(iter(used)) if len(used) == 1 and "" not in used else None
+        levels = _LEVELS_OF_CLASSES[kind]
+        places = [_first(folder, levels) for folder in manifest.folders]
+        of_file = [places[number] for number in rows["folder"][self._good].tolist()]
+        used = set(of_file) - {""}
+        flat = kind == "folder" and (len(used) < 2 or "" in of_file)  # which is read without labels
+        self.classes = [] if flat else sorted({place.rpartition("/")[2] for place in used})
+        self.empty = sorted(set(places) - used - {""})
+        self.outside = of_file.count("") if kind == "domain_folder" else 0
+        self.disagreeing = [group for group in self.alike if self.classes and len(_classes_of(group, levels)) > 1]
+        self._one_class = next(iter(used)) if flat and used and "" not in of_file else None
 
     def _same_bytes(self) -> list[list[str]]:
         good = self._good.nonzero()[0]
@@ -101,11 +109,6 @@ class Report:
         for row in repeated.tolist():
             groups.setdefault(int(self._rows["digest"][row]), []).append(self._manifest.files[row])
         return list(groups.values())
-
-    def verdicts(self) -> list[tuple[str, int]]:
-        """Per verdict the number of files; numbers within a verdict are left out, so that it is one."""
-        kinds = Counter(re.sub(r"\d+", "N", fault) for fault in self.bad.values())
-        return [("usable", self.usable), *kinds.most_common()]
 
     def remarks(self) -> list[str]:
         """What is worth knowing of the usable ones."""
@@ -136,8 +139,10 @@ class Report:
             remarks.append(f"classes: {len(self.classes)}")
         if self._one_class is not None:
             remarks.append(f"one class only, {self._one_class!r}: its images are taken without labels")
+        if self.outside:
+            remarks.append(f"left alone: {self.outside} images lie at no domain/class")
         if self.empty:
-            remarks.append(f"folders without a usable image: {', '.join(self.empty[:_TOLD])}")
+            remarks.append(f"folders without a usable image: {', '.join(self.empty[:TOLD])}")
         if manifest.others[0]:
             remarks.append(f"ignored: {manifest.others[0]} files with other endings, such as {manifest.others[1]}")
         if manifest.cache_side:
@@ -152,22 +157,20 @@ class Report:
 
     def show(self, place: Path) -> None:
         """Prints it, and writes the whole list of bad files beside the manifest."""
-        told = [f"{file}\t{fault}" for file, fault in self.bad.items()]
-        (place / BAD_FILES).write_bytes(os.fsencode("".join(f"{line}\n" for line in told)))
-        root = self._manifest.root
-        print_table(str(root), ["verdict", "files"], [[verdict, str(count)] for verdict, count in self.verdicts()])
-        for file, fault in list(self.bad.items())[:_TOLD]:
-            _say(f"  {file}: {fault}")
-        if len(self.bad) > _TOLD:
-            _say(f"  … and {len(self.bad) - _TOLD} more, in {place / BAD_FILES}")
+        show_verdicts(str(self._manifest.root), self.usable, self.bad, place)
         for remark in self.remarks():
-            _say(remark)
-        _say(f"wrote {place}")
+            say(remark)
+        say(f"wrote {place}")
 
 
-def _say(text: str) -> None:
-    encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
-    console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)
+def _first(folder: str, levels: int) -> str:
+    """The first levels of a folder's path, "" if it has fewer."""
+    names = [] if folder == "." else folder.split("/")
+    return "/".join(names[:levels]) if len(names) >= levels else ""
+
+
+def _classes_of(files: list[str], levels: int) -> set[str]:
+    return {_first(file.rpartition("/")[0] or ".", levels).rpartition("/")[2] for file in files} - {""}
 
 
 def main() -> None:
@@ -175,7 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="ssl-pipeline prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="your images; nothing in it is changed")
+    parser.add_argument("folder", help="your images, or what a table's paths start from; nothing in it is changed")
+    parser.add_argument(
+        "--data", choices=[*_LEVELS_OF_CLASSES, "webdataset"], default="folder",
+        help="which source reads it: `folder` (default) takes train, val and test in it for splits, `domain_folder` has "
+        "domain/class in it, to a `table` its folders mean nothing, and `webdataset` reads tar archives",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", help="where to write; `data.prepared` tells a run")
     parser.add_argument(
         "--cache", metavar="PIXELS", type=int, default=0,
@@ -185,12 +193,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.cache and options.cache < 8:
         parser.error("--cache must be 8 pixels or more")
+    shards = options.data == "webdataset"
+    if shards and (options.cache or options.recheck):
+        parser.error("archives have no cache, and are read whole each time: leave out --cache and --recheck")
     try:
-        prepare(options.folder, options.output, options.cache, options.recheck)
+        if shards:
+            prepare_shards(options.folder, options.output)
+        else:
+            prepare(options.folder, options.output, options.cache, options.recheck, options.data)
     except UserError as error:
         leave(error, "ssl-pipeline prepare --help")
-    then = [f"data.prepared={options.output}"] if options.output else []
-    _say(" ".join(["train: ssl-pipeline pretrain data=folder", f"data.path={options.folder}", *then,
+    then = [f"data.prepared={options.output}"] if options.output and not shards else []
+    where = "data.path=TABLE data.root=" if options.data == "table" else "data.path="
+    say(" ".join([f"train: ssl-pipeline pretrain data={options.data}", f"{where}{options.folder}", *then,
                    *(["data.cache=true"] if options.cache else [])]))  # fmt: skip
 
 

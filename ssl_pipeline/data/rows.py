@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
-from ssl_pipeline.data.decode import decode_bytes
+from ssl_pipeline.data.decode import DecodeError, Encoded
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.draws import derive_seed
@@ -27,7 +27,8 @@ def encoded(cell: Any, name: str) -> bytes:
     """The image file of a cell, which holds its bytes, or its path, or is its bytes.
 
     Raises:
-        ConfigError: it is none of these, or the path leads nowhere.
+        ConfigError: it is none of these.
+        DecodeError: the path leads nowhere.
     """
     if isinstance(cell, bytes):
         return cell
@@ -41,7 +42,7 @@ def encoded(cell: Any, name: str) -> bytes:
             content: bytes = file.read()
             return content
     except OSError as error:
-        raise ConfigError(f"{name} names {path!r}, which can't be read: {error}") from error
+        raise DecodeError(Path(name), f"its file {path!r} can't be opened ({error.strerror or error})") from error
 
 
 class Rows(Indexed):
@@ -77,6 +78,7 @@ class Rows(Indexed):
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
         self._index = torch.arange(len(rows)) if index is None else index
+        self._opened: dict[int, Encoded] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -87,8 +89,32 @@ class Rows(Indexed):
         Raises:
             DecodeError: naming the row.
         """
+        return self._open(index).decode(self.channels, 1)
+
+    def _open(self, index: int) -> Encoded:
         cell = self._rows[int(self._index[index])][self._image]
-        return decode_bytes(encoded(cell, self.describe(index)), Path(self.describe(index)), self.channels)
+        return Encoded(encoded(cell, self.describe(index)), Path(self.describe(index)))
+
+    def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the images' headers, 1 by 1 where one can't be read; the rows are kept, because they are wanted next."""
+        self._opened, found = {}, list[tuple[int, int]]()
+        for i in index.tolist():
+            try:
+                image = self._opened[i] = self._open(i)
+                found.append((image.height, image.width))
+            except DecodeError:  # told when it is decoded
+                found.append((1, 1))
+        heights, widths = torch.tensor(found).unbind(1)
+        return heights, widths
+
+    def open_reduced(self, index: int, factor: int) -> Image.Image:
+        """One decoded image, a JPEG at 1/factor of its size.
+
+        Raises:
+            DecodeError: naming the row.
+        """
+        opened = self._opened.pop(index, None)
+        return (self._open(index) if opened is None else opened).decode(self.channels, factor)
 
     def describe(self, index: int) -> str:
         """The row's number in its dataset."""
@@ -104,10 +130,12 @@ class Rows(Indexed):
     def select(self, index: Tensor) -> Rows:
         """The chosen rows; nothing is copied."""
         labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
-        return Rows(
+        chosen = Rows(
             self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
             self.licence, self._index[index],
         )  # fmt: skip
+        chosen.bad_files = self.bad_files
+        return chosen
 
 
 def _marks(rows: Dataset, image: str) -> Tensor:
@@ -136,14 +164,22 @@ class RowStream(Stream):
         image: their column.
         label: the labels' column, or None.
         classes: names of the labels' numbers, where declared.
+        domain: the domains' column, or None.
     """
 
     def __init__(
-        self, name: str, rows: IterableDataset, image: str, label: str | None, classes: tuple[str, ...] | None
+        self,
+        name: str,
+        rows: IterableDataset,
+        image: str,
+        label: str | None,
+        classes: tuple[str, ...] | None,
+        domain: str | None = None,
     ) -> None:
         self.name, self.classes = name, classes
         self.shards = tuple(str(number) for number in range(rows.num_shards))
-        self._rows, self._image, self._label = rows, image, label
+        self._rows, self._image, self._label, self._domain = rows, image, label, domain
+        self.has_domains = domain is not None
         self._sizes: dict[int, int] = {}
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
@@ -153,10 +189,11 @@ class RowStream(Stream):
         position = start
         # By batches: a row-wise loop in a worker would deal the shards out among the workers once more.
         for batch in _told(self.name, rows.iter(batch_size=32)):
-            labels = batch[self._label] if self._label else [None] * len(batch[self._image])
-            for cell, label in zip(batch[self._image], labels, strict=True):
+            none = [None] * len(batch[self._image])
+            labels, domains = (batch[column] if column else none for column in (self._label, self._domain))
+            for cell, label, domain in zip(batch[self._image], labels, domains, strict=True):
                 name = f"{self.name}/shard {shard}/row {position}"
-                yield Sample(position, encoded(cell, name), self._number(label, name), name)
+                yield Sample(position, encoded(cell, name), self._number(label, name), name, text_of(domain))
                 position += 1
 
     def _number(self, value: Any, name: str) -> int | None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import manifest as stored
-from ssl_pipeline.data.cache import CacheWriter, limited
+from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
 from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes, explain
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
@@ -90,7 +90,7 @@ def look(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
         writable = False
     if not writable:
         _log.info("%s can't be written: every start reads the headers of all files in %s.", place, root)
-    with stored.locked(place) if writable else nullcontext():
+    with stored.locked(place) if writable else nullcontext(False) as alone:
         old = stored.load(place, root)
         if wanted is None and old is not None and old.whole and old.is_fresh():
             return old
@@ -98,6 +98,8 @@ def look(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
         if old is not None:
             _reuse(listing, old)
         _check(listing, place if writable else None, wanted or Wanted())
+        if wanted is not None and alone:
+            sweep(place, listing.cache_side, np.unique(listing.rows["shard"]).tolist())
         return (stored.load(place, root) if writable else None) or listing.manifest()
 
 
@@ -187,6 +189,9 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
     rows = listing.rows
     if wanted.cache_side and wanted.cache_side != listing.cache_side:
         rows["shard"], listing.cache_side = -1, wanted.cache_side
+    if wanted.cache_side and place is not None:
+        there = list(shards_in(cache_folder(place, wanted.cache_side)))
+        rows["shard"][~np.isin(rows["shard"], there)] = -1  # somebody has deleted it
     level = PIXELS if wanted.pixels or wanted.cache_side else HEADER
     due = (rows["checked"] < level) | wanted.recheck
     if wanted.cache_side:
@@ -200,7 +205,7 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
         if wanted.cache_side and place is not None and places:
             writer = stack.enter_context(CacheWriter(cache_folder(place, wanted.cache_side)))
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)) if level == PIXELS else 16))
-        bar = stack.enter_context(_bar())
+        bar = stack.enter_context(counting_bar())
         row = bar.add_task(f"looking at {listing.root.name}", total=len(places))
         for start in range(0, len(places), _CHUNK):
             chunk = places[start : start + _CHUNK]
@@ -219,12 +224,8 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
         _log.info("looked at %d files of %s in %.1f s", len(places), listing.root, time.monotonic() - began)
 
 
-def cache_folder(place: Path, side: int) -> Path:
-    """Where the decoded images lie, beside the manifest."""
-    return place / f"cache-{side}"
-
-
-def _bar() -> Progress:
+def counting_bar() -> Progress:
+    """Of a look; only the main process of a terminal's shows it."""
     quiet = not console().is_terminal or os.environ.get("RANK", "0") != "0"
     columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()
     return Progress(*columns, console=console(), disable=quiet, transient=True)

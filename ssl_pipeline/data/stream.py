@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import decode_bytes
 from ssl_pipeline.data.source import Indexed, SourceConfig
 
@@ -28,12 +29,14 @@ class Sample:
         data: the image file.
         label: the number of its class; None where it has none.
         name: what a message calls it.
+        domain: the name of where it is from; None where that is not known.
     """
 
     position: int
     data: bytes
     label: int | None
     name: str
+    domain: str | None = None
 
 
 class Stream(ABC):
@@ -46,7 +49,8 @@ class Stream(ABC):
         shards: their names, each once and without the place they lie at: ids are made of them.
         channels: 1 or 3.
         classes: names, in the order of the labels; None where they are not declared.
-        domains: none: a shard's samples don't say where they are from.
+        has_domains: whether samples say where they are from. Nobody has read all names, so a domain's number is 63 bits of its
+            name.
         length: samples of all shards, as far as it is known.
         block: samples that a process holds to be shuffled, encoded.
         skip_unreadable: whether an image that can't be decoded is left out rather than an error.
@@ -59,7 +63,7 @@ class Stream(ABC):
     shards: tuple[str, ...]
     channels: int
     classes: tuple[str, ...] | None = None
-    domains: None = None
+    has_domains: bool = False
     length: int | None = None
     block: int = 4096
     skip_unreadable: bool = False
@@ -84,9 +88,15 @@ class Stream(ABC):
         """A digest that changes when the shards do, as far as can be told without reading them."""
 
     def head(self, count: int) -> Handful:
-        """The first samples, as they lie, held in memory: something to look at while training runs."""
+        """The first samples, as they lie, held in memory: something to look at while training runs.
+
+        Where training leaves out what can't be decoded, a neighbour takes its place here.
+        """
         every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        return Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held = Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        if self.skip_unreadable:
+            held.bad_files = BadFiles(parse_limit("100%"), len(held))
+        return held
 
 
 class Handful(Indexed):
@@ -131,7 +141,9 @@ class Handful(Indexed):
 
     def select(self, index: Tensor) -> Handful:
         """The chosen samples."""
-        return Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+        chosen = Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+        chosen.bad_files = self.bad_files
+        return chosen
 
 
 class StreamConfig(SourceConfig, ABC):

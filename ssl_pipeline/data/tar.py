@@ -43,7 +43,11 @@ class Group:
 
 
 def read_groups(
-    url: str, is_image: Callable[[str], bool], is_wanted: Callable[[str], bool], start: int = 0
+    url: str,
+    is_image: Callable[[str], bool],
+    is_wanted: Callable[[str], bool],
+    start: int = 0,
+    refused: dict[str, str] | None = None,
 ) -> Iterator[Group]:
     """An archive's samples that have an image, in their order.
 
@@ -54,19 +58,20 @@ def read_groups(
         is_image: whether an ending is the image's.
         is_wanted: whether members with an ending are to be read.
         start: samples to pass over; of a file that is not gzipped, their bytes are not even read.
+        refused: if given, takes the names of the members that are left out, and why, instead of the log.
 
     Raises:
         ShardError: naming the archive and what is wrong with it.
     """
     group, place = Group(""), 0
-    refused: list[str] = []
+    told, refused = refused is None, {} if refused is None else refused
     with _opened(url) as archive:
         for member in archive:
             if member.isdir():
                 continue
             fault = _fault(member)
             if fault:
-                refused.append(f"{member.name} ({fault})")
+                refused[member.name] = fault
                 continue
             path = PurePosixPath(member.name)
             stem, _, ending = path.name.partition(".")
@@ -84,8 +89,9 @@ def read_groups(
                 group.files[ending] = content.read()
     if group.has_image and place >= start:
         yield group
-    if refused:
-        warn_once(f"{shown(url)}: left out {len(refused)} members, such as {', '.join(refused[:3])}")
+    if refused and told:
+        first = ", ".join(f"{name} ({fault})" for name, fault in list(refused.items())[:3])
+        warn_once(f"{shown(url)}: left out {len(refused)} members, such as {first}")
 
 
 def shown(url: str) -> str:

@@ -42,13 +42,13 @@ class ContrastiveConfig(ProjectedConfig):
 
     temperature: TemperatureConfig = TemperatureConfig()
 
-    def check_domains(self, domains: object) -> None:
+    def check_domains(self, known: bool) -> None:
         """A temperature per domain needs domains.
 
         Raises:
             ConfigError: the source has none.
         """
-        if self.temperature.other_domain is not None and domains is None:
+        if self.temperature.other_domain is not None and not known:
             raise ConfigError(
                 "`pretext.temperature.other_domain` needs images with domains, and this data has none: set it to null, or take a "
                 "source with domains."

@@ -24,7 +24,7 @@ class Config(ContrastiveConfig):
 
     def build(self, encoder: Encoder, source: Indexed | Stream) -> DCL:
         """The task around an encoder."""
-        self.check_domains(source.domains)
+        self.check_domains(source.has_domains)
         return DCL(self, encoder)
 
 

@@ -32,7 +32,7 @@ class Config(ContrastiveConfig):
 
     def build(self, encoder: Encoder, source: Indexed | Stream) -> DCLW:
         """The task around an encoder."""
-        self.check_domains(source.domains)
+        self.check_domains(source.has_domains)
         return DCLW(self, encoder)
 
 

@@ -41,7 +41,7 @@ class Config(ContrastiveConfig):
 
     def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV3:
         """The task around an encoder."""
-        self.check_domains(source.domains)
+        self.check_domains(source.has_domains)
         return MoCoV3(self, encoder)
 
 

@@ -31,7 +31,7 @@ class Config(ContrastiveConfig):
 
     def build(self, encoder: Encoder, source: Indexed | Stream) -> SimCLR:
         """The task around an encoder."""
-        self.check_domains(source.domains)
+        self.check_domains(source.has_domains)
         return SimCLR(self, encoder)
 
 

@@ -38,7 +38,7 @@ class Config(ContrastiveConfig):
             raise ConfigError(
                 f"`pretext=supcon` reads labels, and {source.name} has none: take a task without labels, such as simclr."
             )
-        self.check_domains(source.domains)
+        self.check_domains(source.has_domains)
         return SupCon(self, encoder)
 
 

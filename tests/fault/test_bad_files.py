@@ -9,8 +9,8 @@ import torch
 
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.loader import Share, StepBatches
-from ssl_pipeline.data.source import FileSource
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import FileSource
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.engine.lost import LostProcessError, explain
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.pretext.simclr import SimCLR

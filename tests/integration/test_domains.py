@@ -14,7 +14,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
-from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.source import ArraySource, Indexed, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM

@@ -11,7 +11,7 @@ import torch
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.source import FileSource
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.evaluate.command import EvaluateConfig, Evaluation, evaluate, main
 from ssl_pipeline.evaluate.encoder import leading_words

@@ -14,20 +14,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.decode import DecodeError, Encoded, decode_bytes
 from ssl_pipeline.data.lanes import StreamBatches, lanes_of_process, sample_id, samples_of_lane
 from ssl_pipeline.data.loader import Share
 from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.stream_crops import read_stream_crops
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.track.jsonl import read_metrics
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import same_bytes, tiny_pretrain
 from tests.shards import png, write_shards, write_tar
+from tests.unit.test_loader import photos
 
 CPU = torch.device("cpu")
 
@@ -191,6 +194,70 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(
         list(batches_of(stream_of(tmp_path / "bad", [8], on_unreadable="skip", **keys), workers=workers).from_step(0))
 
 
+def with_domains(folder: Path, domains: list[str]) -> Path:
+    """One shard, whose images of 12 × 10 pixels say where they are from; "" does not."""
+    members: list[tuple[str, bytes]] = []
+    for i, domain in enumerate(domains):
+        members += [(f"{i:02}.png", png(i)), *([(f"{i:02}.from", domain.encode())] if domain else [])]
+    write_tar(folder / "a.tar", members)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_domains_of_a_stream_travel_with_its_images(tmp_path: Path, workers: int) -> None:
+    names = ["ink", "oil", "oil", "ink", "oil", "ink", "ink", "ink"]
+    stream = stream_of(with_domains(tmp_path / "shards", names), [8], domain="from")
+    number_of = {sample_id("a.tar", i): name for i, name in enumerate(names)}
+    found: dict[str, set[int]] = {"ink": set(), "oil": set()}
+    for batch in batches_of(stream, workers=workers, total_steps=2).from_step(0):
+        assert batch.domain is not None
+        for index, domain in zip(batch.index.tolist(), batch.domain.tolist(), strict=True):
+            found[number_of[index]].add(domain)
+    assert [len(numbers) for numbers in found.values()] == [1, 1]
+    assert found["ink"] != found["oil"]
+    assert next(iter(batches_of(stream_of(tmp_path / "shards", [8])).from_step(0))).domain is None
+    with pytest.raises(ConfigError, match=r"a\.tar/0[0-7] does not say what domain it is from"):
+        list(batches_of(stream_of(with_domains(tmp_path / "no", [""] * 8), [8], domain="from")).from_step(0))
+
+
+def test_large_photos_of_a_stream_are_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = photos(tmp_path / "photos", 6, 320, 240)
+    members = [(name, (tmp_path / "photos" / name).read_bytes()) for name in names]
+    members[2] = ("002.png", png(90, (12, 10)))  # of which nothing can be shrunk
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(tmp_path / "photos" / names[4]) as photo:
+        photo.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    members[4] = ("004.jpg", (tmp_path / "turned.jpg").read_bytes())
+    write_tar(tmp_path / "shards" / "a.tar", members)
+    stream = stream_of(tmp_path / "shards", [6], channels=3)
+    factors = dict[str, int]()
+    whole = Encoded.decode
+
+    def watched(self: Encoded, channels: int, factor: int) -> Image.Image:
+        factors[Path(self._name).name] = factor
+        return whole(self, channels, factor)
+
+    monkeypatch.setattr(Encoded, "decode", watched)
+    of_size_8 = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
+    drawn = [(sample_id("a.tar", sample.position), sample) for sample in stream.read(0)]
+    small = read_stream_crops(stream, of_size_8, drawn, 0, with_labels=False)
+    assert factors.pop("002") == 1
+    assert set(factors.values()) <= {4, 8}
+    images = [decode_bytes(sample.data, Path(sample.name), 3) for _, sample in drawn]
+    assert images[4].size == (240, 320)
+    for one, other in zip(small.views, of_size_8.of_files(images, small.index, 0), strict=True):
+        assert (one.float() - other.float()).abs().mean() < 2
+        assert torch.equal(one[2], other[2])
+
+
+def test_workers_are_those_of_one_machine_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    stream = stream_of(tmp_path / "shards", [1] * 32)
+    assert batches_of(stream, Share(0, 8, CPU), workers=None).workers == 4
+
+
 def test_a_task_that_reads_labels_finds_them_missing(tmp_path: Path) -> None:
     write_tar(tmp_path / "shards" / "a.tar", [(f"{i}.png", png(i)) for i in range(8)])
     with pytest.raises(ConfigError, match="has no label, and this task reads labels"):
@@ -229,8 +296,30 @@ def test_a_stopped_run_on_a_stream_continues_to_the_same_bits(tmp_path: Path, mo
     parts = stream_run(tmp_path / "parts", tmp_path / "shards", *keys, "resume=auto")
     assert same_bytes(whole, parts, ["encoder.safetensors"])
     lines = read_metrics(whole)
+    assert all(0 <= line["system/data_wait"] <= 1 for line in lines[1:])
     assert "eval/knn" in figures(whole)
     assert [line["pretrain/epoch"] for line in lines[1:]] == [step / 4 for step in range(1, 7)]
+
+
+def test_a_run_on_a_stream_survives_bad_images_in_training_and_in_dev(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes]] = []
+    for i in range(16):
+        members += [(f"{i:02}.cls", str(i % 2).encode()), (f"{i:02}.png", b"no image" if i in (1, 6) else png(i))]
+    write_tar(tmp_path / "shards" / "a.tar", members)
+    keys = [f"data.dev={tmp_path / 'shards'}", "data.classes=[even,odd]", "steps=1"]
+    run = stream_run(tmp_path / "run", tmp_path / "shards", *keys, "data.on_unreadable=skip")
+    assert "eval/knn" in figures(run)
+    with pytest.raises(DecodeError, match=r"a\.tar/01 can't be read as an image"):
+        stream_run(tmp_path / "other", tmp_path / "shards", *keys)
+
+
+def test_a_temperature_per_domain_reads_those_of_a_stream(tmp_path: Path) -> None:
+    with_domains(tmp_path / "shards", ["ink", "oil"] * 8)
+    keys = ["pretext=simclr", "pretext.temperature.other_domain=0.2", "steps=1"]
+    run = stream_run(tmp_path / "run", tmp_path / "shards", *keys, "data.domain=from")
+    assert (run / "encoder.safetensors").is_file()
+    with pytest.raises(ConfigError, match="needs images with domains"):
+        stream_run(tmp_path / "other", tmp_path / "shards", *keys)
 
 
 def test_a_stream_of_unknown_length_needs_a_runs_length(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.embedded.make import make
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, Split
+from ssl_pipeline.data.prepared import look_at
+from ssl_pipeline.data.source import ArraySource, Indexed, Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.data.sources.fashion_mnist import CLASSES
@@ -431,7 +433,8 @@ def test_a_folder_source_travels_and_is_recognised(tmp_path: Path) -> None:
     assert first.select(torch.tensor([1, 0])).fingerprint() != first.fingerprint()
     path = Path(copy.describe(0))
     path.write_bytes(path.read_bytes() + b"more")
-    sources_folder._scan.cache_clear()  # a new process
+    for looked in (look_at, sources_folder._scan):
+        looked.cache_clear()  # a new process
     assert first.fingerprint() != opened(folder(tmp_path / "b"), "train").fingerprint()
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path.name} has gone"):

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, Numbers
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_crops, read_in_order
-from ssl_pipeline.data.source import FileSource, Indexed
+from ssl_pipeline.data.crops import read_crops
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
+from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.views.geometry import reductions
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -99,6 +102,45 @@ def test_a_photo_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest.M
         difference = (one.float() - other.float()).abs()
         assert difference.mean() < 2  # the same boxes, of smooth pictures: shrinking in two steps changes little
         assert difference.max() < 24
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_is_told_is_told_as_it_is(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FileSource, index: int, factor: int) -> Image.Image:
+        raise ConfigError("mend this.")
+
+    monkeypatch.setattr(FileSource, "open_reduced", refuse)
+    with pytest.raises(ConfigError) as told:
+        batches(FileSource("photos", tmp_path, photos(tmp_path, 8), 3), workers)
+    assert str(told.value) == "mend this."
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_annotated_photo_is_decoded_small_and_a_neighbour_brings_its_own_annotation(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = photos(tmp_path, 12, 640, 480)
+    broken = tmp_path / names[5]
+    broken.write_bytes(broken.read_bytes()[:900])  # its header is whole, so that no start finds it
+    images = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 12))
+    source = Annotated(images, Numbers(torch.arange(12.0)[:, None], ("value",)))
+    factors = list[int]()
+    whole = FileSource.open_reduced
+
+    def watched(self: FileSource, index: int, factor: int) -> Image.Image:
+        factors.append(factor)
+        return whole(self, index, factor)
+
+    monkeypatch.setattr(FileSource, "open_reduced", watched)
+    made = AnnotatedBatches(source, views(), 4, 3, Share(0, 1, CPU), 3, workers)
+    epoch = list(made.from_step(0))
+    assert all(batch.target[:, 0].tolist() == batch.index.tolist() for batch in epoch)
+    assert 5 not in torch.cat([batch.index for batch in epoch]).tolist()
+    assert made.unreadable == 1
+    assert set(factors) <= {4, 8}
+    plain = StepBatches(source, views(), 4, 3, Share(0, 1, CPU), 3, workers)  # stage one's
+    for one, other in zip(plain.from_step(0), epoch, strict=True):
+        assert torch.equal(one.views[0], other.views[0])
 
 
 def test_a_small_photo_is_decoded_whole(tmp_path: Path) -> None:

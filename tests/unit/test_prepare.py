@@ -13,16 +13,19 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import scan
+from ssl_pipeline.data import prepared, scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
-from ssl_pipeline.data.cache import Cache, CacheError
-from ssl_pipeline.data.loader import Share, StepBatches, read_crops
+from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
+from ssl_pipeline.data.crops import read_crops
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.files import Files
+from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.manifest import FILE_NAME, load, place_of
-from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
+from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.scan import Wanted, look
-from ssl_pipeline.data.source import FileSource
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
+from ssl_pipeline.data.verdicts import BAD_FILES
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views
 
@@ -207,7 +210,7 @@ def test_a_stopped_look_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     manifest = look(root, place, Wanted(cache_side=16))
     assert manifest.whole
     assert 3 <= len(seen) <= 4
-    cache = Cache(scan.cache_folder(place, 16), 16)
+    cache = Cache(cache_folder(place, 16), 16)
     for i in range(12):
         row = {name: int(manifest.files.at(name, torch.tensor([i])) or 0) for name in CACHE_COLUMNS}
         assert cache.read(row).size == (24, 16)
@@ -254,7 +257,8 @@ def test_where_nothing_can_be_written_a_start_still_works(tmp_path: Path) -> Non
 
 
 def opened(root: Path, **keys: Any) -> FileSource:
-    sources_folder._scan.cache_clear()
+    for looked in (prepared.look_at, sources_folder._scan, sources_folder._held_out):
+        looked.cache_clear()
     source = Config(name="folder", path=str(root), **keys).open("train")
     assert source is not None
     return source
@@ -275,7 +279,7 @@ def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cached.open_image(6).getpixel((3, 3)) == (77, 77, 77)
     index = torch.arange(6)
     from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), index, 0).views
-    monkeypatch.setattr("ssl_pipeline.data.source.decode", None)  # no file is opened from here on
+    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)  # no file is opened from here on
     from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), index, 0).views
     for one, other in zip(from_files, from_cache, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3  # the same crops of the same images
@@ -286,7 +290,7 @@ def test_a_damaged_cache_gives_way_to_the_file(tmp_path: Path, caplog: pytest.Lo
     photos(root, 3)
     aged(root)
     prepare(str(root), str(tmp_path / "out"), cache_side=32)
-    place = scan.cache_folder(place_of(root, tmp_path / "out"), 32)
+    place = cache_folder(place_of(root, tmp_path / "out"), 32)
     shard = place / "00000.bin"
     data = bytearray(shard.read_bytes())
     data[5] ^= 255
@@ -309,7 +313,7 @@ def test_images_that_the_cache_lacks_are_told_of(tmp_path: Path, caplog: pytest.
     os.utime(root, (OLD + 9, OLD + 9))
     source = opened(root, prepared=str(tmp_path / "out"), cache=True)
     assert [source.open_image(i).size for i in (0, 4)] == [(48, 32), (96, 64)]
-    assert f"2 of 5 images in {root} are new since its cache was made" in caplog.text
+    assert f"2 of 5 images in {root} are not in its cache" in caplog.text
     assert "--cache 32" in caplog.text
 
 
@@ -351,6 +355,15 @@ def test_split_folders_are_prepared_each(tmp_path: Path) -> None:
     assert all(load(place_of(tmp_path / "in" / p, tmp_path / "out"), tmp_path / "in" / p) for p in ("train", "test"))
 
 
+def test_names_are_kept_byte_for_byte() -> None:
+    names = ["a.jpg", "", "写真/č.png", os.fsdecode(b"not \xff utf-8.png"), "z"]
+    files = Files.of(names)
+    assert list(files) == [files[i] for i in range(5)] == names
+    assert list(files.select(torch.tensor([4, 0, 3]))) == ["z", "a.jpg", names[3]]
+    assert list(files.select(torch.tensor([], dtype=torch.int64))) == list(Files.of([])) == []
+    assert [os.fsdecode(name) for name in files.select(torch.tensor([2, 2])).encoded()] == [names[2]] * 2
+
+
 def test_a_million_files_need_no_strings(tmp_path: Path) -> None:
     """The arrays of a selection are those of the whole: what it adds is its own numbers alone."""
     photos(tmp_path / "in", 4)
@@ -363,3 +376,76 @@ def test_a_million_files_need_no_strings(tmp_path: Path) -> None:
     assert some != ["002.jpg"]
     with pytest.raises(IndexError):
         some[1]
+
+
+def shards(place: Path, side: int) -> list[str]:
+    return sorted(path.name for path in cache_folder(place, side).glob("*.bin"))
+
+
+def test_old_shards_are_deleted_when_nobody_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    photos(root, 5)
+    aged(root)
+    place = place_of(root, out)
+    monkeypatch.setattr("ssl_pipeline.data.cache.SHARD_BYTES", 4000)
+    prepare(str(root), str(out), cache_side=32)
+    assert shards(place, 32) == ["00000.bin", "00001.bin", "00002.bin", "00003.bin", "00004.bin"]
+    running = opened(root, prepared=str(out), cache=True)
+    before = [running.open_image(i).tobytes() for i in range(2)]  # its other shards are not mapped yet
+    prepare(str(root), str(out), cache_side=32, recheck=True)
+    assert len(shards(place, 32)) == 10
+    assert "5 old shards may be in use and stay" in caplog.text
+    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)
+    now = [running.open_image(i).tobytes() for i in range(5)]
+    assert now[:2] == before
+    del running
+    prepare(str(root), str(out))
+    assert shards(place, 32) == ["00005.bin", "00006.bin", "00007.bin", "00008.bin", "00009.bin"]
+    assert [opened(root, prepared=str(out), cache=True).open_image(i).tobytes() for i in range(5)] == now
+
+
+def test_another_side_takes_the_old_ones_place_and_nothing_else_is_deleted(tmp_path: Path) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    photos(root, 3)
+    aged(root)
+    place = place_of(root, out)
+    prepare(str(root), str(out), cache_side=16)
+    theirs = [cache_folder(place, 16) / "00000.bin.bak", place / "cache-old" / "00000.bin", place / "00000.bin"]
+    theirs[1].parent.mkdir()
+    for path in theirs:
+        path.write_text("not ours")
+    linked = cache_folder(place, 16) / "00007.bin"
+    linked.symlink_to(theirs[2])
+    prepare(str(root), str(out), cache_side=24)
+    assert all(path.read_text() == "not ours" for path in [*theirs, linked])
+    assert shards(place, 16) == [linked.name]
+    assert shards(place, 24) == ["00000.bin"]
+    prepare(str(root), str(out), cache_side=20)
+    assert not cache_folder(place, 24).exists()
+
+
+def test_a_cache_that_was_made_anew_in_between_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    photos(root, 4)
+    aged(root)
+    prepare(str(root), str(out), cache_side=32)
+    config = Config(name="folder", path=str(root), prepared=str(out), cache=True)
+    prepared.look_at.cache_clear()
+    sources_folder._scan.cache_clear()
+    assert config.open("train") is not None
+    prepare(str(root), str(out), cache_side=32, recheck=True)
+    late = config.open("train")  # by what this process saw at first
+    assert late is not None
+    assert [late.open_image(i).size for i in range(4)] == [(96, 64)] * 4
+    assert [record.message for record in caplog.records if "cache" in record.message] == [
+        f"4 of 4 images in {root} are not in its cache, and are decoded anew each time: `ssl-pipeline prepare {root} --cache 32 "
+        f"--output {out}` adds those below it."
+    ]
+    for path in cache_folder(place_of(root, out), 32).glob("*.bin"):
+        path.unlink()
+    prepare(str(root), str(out), cache_side=32)
+    assert opened(root, prepared=str(out), cache=True).open_image(0).size == (48, 32)

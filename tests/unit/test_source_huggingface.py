@@ -13,12 +13,16 @@ import pytest
 import torch
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data import rows as rows_module
+from ssl_pipeline.data.crops import read_crops
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.lanes import StreamBatches, sample_id
-from ssl_pipeline.data.loader import Share
-from ssl_pipeline.data.rows import Rows, RowStream
+from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.rows import Rows, RowStream, encoded
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.shards import png
+from tests.unit.test_loader import photos
 
 datasets = pytest.importorskip("datasets")
 
@@ -151,6 +155,50 @@ def test_files_beside_the_rows_are_read(tmp_path: Path) -> None:
     assert by_kind.fingerprint() == source.fingerprint()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_replaced_by_its_neighbour_or_stops_the_run(tmp_path: Path, workers: int) -> None:
+    images = [{"bytes": b"no image" if i in (3, 5, 8) else png(i), "path": None} for i in range(12)]
+    rows = table(12)
+    rows = rows.remove_columns("image").add_column("image", images, feature=datasets.Image())
+    rows.save_to_disk(tmp_path / "saved")
+    views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
+
+    def run(bad_files: str) -> StepBatches:
+        source = opened(tmp_path / "saved", label=None, bad_files=bad_files)
+        made = StepBatches(source, views, 4, 0, Share(0, 1, torch.device("cpu")), 3, workers)
+        seen = torch.cat([batch.index for batch in made.from_step(0)]).tolist()
+        assert sorted(seen) == [0, 1, 2, 4, 4, 6, 6, 7, 9, 9, 10, 11]
+        return made
+
+    assert run("3").unreadable == 3
+    with pytest.raises(ConfigError, match=r"(?s)saved/train/row \d.*3 of 12 files can't be read"):
+        run("2")
+    with pytest.raises(DecodeError, match=r"row 7 can't be read as an image: its file '\S+gone.png' can't be opened"):
+        encoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "row 7")
+
+
+def test_large_photos_are_decoded_small_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = photos(tmp_path / "photos", 4, 320, 240)
+    images = [{"bytes": (tmp_path / "photos" / name).read_bytes(), "path": None} for name in names]
+    table(4).remove_columns("image").add_column("image", images, feature=datasets.Image()).save_to_disk(tmp_path / "d")
+    source = opened(tmp_path / "d", label=None)
+    assert [size.tolist() for size in source.sizes(torch.arange(4))] == [[240] * 4, [320] * 4]
+    read, whole = list[str](), rows_module.encoded
+
+    def watched(cell: Any, name: str) -> bytes:
+        read.append(name)
+        return whole(cell, name)
+
+    monkeypatch.setattr(rows_module, "encoded", watched)
+    views = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
+    small = read_crops(source, views, torch.arange(4), 0).views
+    assert len(read) == 4
+    source.sizes(torch.arange(4))
+    assert source.open_reduced(0, 8).size == (40, 30)
+    large = views.of_files([source.open_image(i) for i in range(4)], torch.arange(4), 0)
+    assert all((one.float() - other.float()).abs().mean() < 2 for one, other in zip(small, large, strict=True))
+
+
 def test_what_can_not_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"can't be loaded .*contain any data files"):
@@ -184,6 +232,16 @@ def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
     assert dev is not None
     assert dev.labels is not None
     assert dev.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_stream_says_where_its_images_are_from(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "d", table(6, origin=["ink", "oil", "ink"] * 2))
+    stream = streamed(tmp_path / "d", domain="origin")
+    assert stream.has_domains
+    assert [sample.domain for sample in stream.read(0, 1)] == ["oil", "ink", "ink", "oil", "ink"]
+    assert not streamed(tmp_path / "d").has_domains
+    with pytest.raises(ConfigError, match=r"no column 'x'.*mend `data\.domain`"):
+        streamed(tmp_path / "d", domain="x")
 
 
 def test_a_shard_that_is_cut_off_is_told(tmp_path: Path) -> None:

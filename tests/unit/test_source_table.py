@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import FileSource
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.sources import domain_folder, table
 
 ROWS = [
@@ -159,6 +159,7 @@ def test_paths_may_be_absolute_or_start_from_a_root(images: Path, tmp_path_facto
         ("t.csv", "path,split\nimages/0.png,train\nimages/1.png,holdout\nimages/2.png,\n", "'holdout' (1 rows), '' (1 rows)"),
         ("t.csv", "path,split\nimages/0.png,test\n", "nothing to train on"),
         ("t.csv", "path,split\nimages/0.png,train\nimages/0.png,test\n", "stands in `train` and in `test`"),
+        ("t.csv", "path,split\nimages/0.png,train\n./images//0.png,test\n", "images/0.png stands in `train` and in `test`"),
         ("t.csv", "path,label,split\nimages/0.png,a,train\nimages/1.png,b,test\n", "no training row has: b (1 in all)"),
         ("t.csv", "path,label,split\nimages/0.png,a,train\nimages/1.png,,test\n", "1 rows of `test` have no value"),
         ("t.csv", "path,label\nimages/0.png,\nimages/1.png,\n", "no row has a value in 'label'"),

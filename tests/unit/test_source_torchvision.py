@@ -15,8 +15,9 @@ from PIL import Image
 from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.idx import write_idx
-from ssl_pipeline.data.source import ArraySource, FileSource, Indexed
+from ssl_pipeline.data.source import ArraySource, Indexed
 from ssl_pipeline.data.sources import torchvision
 from tests.shards import png
 

@@ -15,10 +15,13 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import tar
+from ssl_pipeline.data.prepare_shards import prepare_shards
 from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.sources.webdataset import TarStream
 from ssl_pipeline.data.stream import Sample
 from ssl_pipeline.data.tar import ShardError
+from ssl_pipeline.data.verdicts import BAD_FILES
+from tests.runs import ssl_pipeline
 from tests.shards import png, write_shards, write_tar
 
 
@@ -107,6 +110,18 @@ def test_names_and_digests_are_the_same_in_another_place(tmp_path: Path) -> None
     assert opened(tmp_path / "b" / "*/*.tar").fingerprint() != first.fingerprint()
 
 
+def test_domains(tmp_path: Path) -> None:
+    told = json.dumps({"class": 1, "from": "oil"}).encode()
+    write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("0.json", told), ("0.txt", b" ink\n"), ("1.png", png(2))])
+    by_json = opened(tmp_path, label="json:class", domain="json:from")
+    assert by_json.has_domains
+    assert [(s.label, s.domain) for s in everything(by_json)] == [(1, "oil"), (None, None)]
+    assert [s.domain for s in everything(opened(tmp_path, domain="txt"))] == ["ink", None]
+    assert not opened(tmp_path).has_domains
+    with pytest.raises(ConfigError, match=r"no key 'place': see `data\.domain`"):
+        everything(opened(tmp_path, domain="json:place", channels=1))
+
+
 def test_labels(tmp_path: Path) -> None:
     label = json.dumps({"class": "b"}).encode()
     write_tar(
@@ -176,6 +191,40 @@ def test_a_pickle_is_never_loaded_and_nothing_is_extracted(
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "work"}
     pickle.loads(song)
     assert (tmp_path / "sang").exists()  # the canary can sing
+
+
+def test_prepare_reports_what_is_wrong_with_archives(tmp_path: Path) -> None:
+    song = pickle.dumps(Canary(tmp_path / "sang"))
+    members = [
+        ("0.pkl", song), ("0.png", png(0)), ("1.png", b"no image"), ("2.png", png(2)[:-24]), ("../../out.png", png(9)),
+        ("deep/3.cls", b"1"), ("deep/3.png", png(3)),
+    ]  # fmt: skip
+    write_tar(tmp_path / "shards" / "a.tar", members)
+    whole = write_tar(tmp_path / "b.tar", [(f"{n}.png", png(n)) for n in range(4)]).read_bytes()
+    (tmp_path / "shards" / "b.tar").write_bytes(whole[: 1024 * 2 + 100])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    done = ssl_pipeline("prepare", tmp_path / "shards", "--data", "webdataset", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "data.length=3" in done.stdout
+    assert f"data=webdataset data.path={tmp_path / 'shards'}\n" in done.stdout
+    listed = next((tmp_path / "out").glob("shards-*")) / BAD_FILES
+    told = dict(line.split("\t") for line in listed.read_text().splitlines())
+    shards = tmp_path / "shards"
+    words = {
+        "a.tar/1.png": "it is no image of a known format", "a.tar/2.png": "image file is truncated",
+        "a.tar/0.pkl": "not read: a pickle", "a.tar/../../out.png": "not read: its path climbs out of the archive",
+        "b.tar": "can't be read as a whole tar archive",
+    }  # fmt: skip
+    assert told.keys() == {f"{shards}/{name}" for name in words}
+    assert all(word in told[f"{shards}/{name}"] for name, word in words.items())
+    assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+    assert not (tmp_path / "sang").exists()
+    write_tar(tmp_path / "none" / "a.tar", [("0.png", b"no image")])
+    with pytest.raises(ConfigError, match="holds 0 usable images"):
+        prepare_shards(str(tmp_path / "none"), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="nothing is changed"):
+        prepare_shards(str(tmp_path / "none"), str(tmp_path / "none" / "out"))
+    assert "leave out --cache" in ssl_pipeline("prepare", shards, "--data", "webdataset", "--cache", "64").stderr
 
 
 @pytest.mark.parametrize("gzipped", [False, True])

@@ -15,6 +15,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.idx import read_idx, write_idx
+from ssl_pipeline.data.prepared import look_at
 from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
 from ssl_pipeline.data.splits import draw_labels, hold_out
 
@@ -149,6 +150,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     assert [len(config.open(s) or []) for s in ("train", "dev", "test")] == [18, 2, 8]
     picture(tmp_path / "test" / "fox" / "0.png")
     folder._scan.cache_clear()
+    look_at.cache_clear()
     with pytest.raises(ConfigError, match="fox"):
         config.open("test")
 

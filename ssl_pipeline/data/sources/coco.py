@@ -16,8 +16,9 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated
 from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import for_all, tell, upright_size
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 _log = logging.getLogger("ssl_pipeline")

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.bad_files import BadFilesLimit
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.splits import share_out
 
 
-class Config(SourceConfig):
+class Config(PreparedConfig):
     """Images of the same classes from several domains.
 
     Classes and domains are numbered over the whole folder, so that a number means the same whichever domains are chosen.
@@ -26,7 +27,6 @@ class Config(SourceConfig):
         path: the folder. Nothing in it is changed.
         domains: those to train on; null takes all that are not in ``test_domains``.
         test_domains: domains that are for the final figures alone, whole; null holds images of ``domains`` out.
-        channels: 3 for RGB, 1 for grey.
         dev: the share of the training domains' images that is held out for choices, evenly over domains and classes.
         test: the share that is held out for the final figures where there are no ``test_domains``.
         licence: of the images, where you know it.
@@ -35,7 +35,6 @@ class Config(SourceConfig):
     path: str
     domains: tuple[str, ...] | None = None
     test_domains: tuple[str, ...] | None = None
-    channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     licence: str | None = None
@@ -44,12 +43,13 @@ class Config(SourceConfig):
         """A split, the same for every seed.
 
         Raises:
-            ConfigError: the folder is missing or is not ``domain/class/image``, or a domain is not in it.
+            ConfigError: the folder is missing or is not ``domain/class/image``, holds too many bad files, or a domain is not
+                in it.
         """
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
-        tree = _scan(root.resolve())
+        tree = _scan(root.resolve(), self.bad_files, self.base)
         test = tree.numbers(self.test_domains or (), "test_domains")
         train = tree.numbers(self.domains or tree.names, "domains")
         if self.domains is None:
@@ -70,11 +70,10 @@ class Config(SourceConfig):
         return self._source(tree, pool[shares[split]])
 
     def _source(self, tree: _Tree, index: Tensor) -> FileSource:
-        files = [tree.files[i] for i in index.tolist()]
-        source = FileSource(
-            str(tree.root), tree.root, files, self.channels, tree.labels[index], tree.classes,
-            domains=tree.domains[index], domain_names=tree.names,
-        )  # fmt: skip
+        source = tree.images.source(
+            self, str(tree.images.root), labels=tree.labels, classes=tree.classes, domains=tree.domains,
+            domain_names=tree.names,
+        ).select(index)  # fmt: skip
         source.licence = self.licence
         return source
 
@@ -90,21 +89,19 @@ class Config(SourceConfig):
 
 @dataclass(frozen=True)
 class _Tree:
-    """What a folder of domains holds; files are posix paths relative to it, sorted.
+    """What a folder of domains holds.
 
     Attributes:
-        root: the folder.
+        images: its files.
         names: of the domains.
         classes: of all domains together.
-        files: all of them.
         domains: per file its domain, int64.
         labels: per file its class, int64.
     """
 
-    root: Path
+    images: ImageFiles
     names: tuple[str, ...]
     classes: tuple[str, ...]
-    files: tuple[str, ...]
     domains: Tensor
     labels: Tensor
 
@@ -113,7 +110,7 @@ class _Tree:
         unknown = [name for name in wanted if name not in self.names]
         if unknown:
             raise ConfigError(
-                f"`data.{key}`: {str(self.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
+                f"`data.{key}`: {str(self.images.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
                 f"{', '.join(self.names)}."
             )
         return [self.names.index(name) for name in wanted]
@@ -124,27 +121,21 @@ class _Tree:
 
 
 @lru_cache(maxsize=4)
-def _scan(root: Path) -> _Tree:
-    """Lists a folder once in the process's life."""
-    found = [
-        (domain.name, of_class.name, path.relative_to(root).as_posix())
-        for domain in _folders(root)
-        for of_class in _folders(domain)
-        for path in sorted(of_class.rglob("*"))
-        if path.suffix.lower() in ENDINGS and path.is_file()
-    ]
-    if not found:
+def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
+    """Reads a folder once in the process's life."""
+    images = look_at(root, base, limit, depth=2)
+    if not images.files:
         raise ConfigError(
             f"`data.path`: {str(root)!r} holds no image at domain/class/image. For a folder of classes without domains take "
             "`data=folder`."
         )
-    names, classes = (tuple(sorted({row[place] for row in found})) for place in (0, 1))
-    domain_of, class_of = ({name: i for i, name in enumerate(every)} for every in (names, classes))
+    column = images.files.column("folder")
+    assert column is not None
+    used, of_file = column.unique(return_inverse=True)
+    domains, classes = zip(*(images.folders[folder].split("/")[:2] for folder in used.tolist()), strict=True)
+    names, class_names = tuple(sorted(set(domains))), tuple(sorted(set(classes)))
     return _Tree(
-        root, names, classes, tuple(row[2] for row in found),
-        torch.tensor([domain_of[row[0]] for row in found]), torch.tensor([class_of[row[1]] for row in found]),
+        images, names, class_names,
+        torch.tensor([names.index(name) for name in domains])[of_file],
+        torch.tensor([class_names.index(name) for name in classes])[of_file],
     )  # fmt: skip
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

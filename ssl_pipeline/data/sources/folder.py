@@ -6,26 +6,24 @@ import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
-from ssl_pipeline.data.cache import Cache
-from ssl_pipeline.data.files import Files
-from ssl_pipeline.data.manifest import place_of
-from ssl_pipeline.data.scan import ENDINGS, cache_folder, look
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.bad_files import BadFilesLimit
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
+from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.splits import hold_out
 
 _TOLD = 10
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(SourceConfig):
+class Config(PreparedConfig):
     """A folder of your own.
 
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
@@ -35,23 +33,14 @@ class Config(SourceConfig):
     Attributes:
         path: the folder. Nothing in it is changed.
         test_path: another folder, of the same classes, to measure on.
-        channels: 3 for RGB, 1 for grey.
         dev: the share of labelled training images that is held out for choices.
         test: the share that is held out for the final figures where there is no test folder.
-        bad_files: how many files that can't be read as images are borne, ``20`` or ``1%`` of all: those found at the start
-            are left out, one found later is replaced by its neighbour. More stop the run, with a list.
-        prepared: where ``ssl-pipeline prepare --output`` was told to write; null is this user's cache.
-        cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
     """
 
     path: str
     test_path: str | None = None
-    channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    bad_files: Limit = parse_limit("1%")
-    prepared: str | None = None
-    cache: bool = False
 
     def open(self, split: Split) -> FileSource | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels.
@@ -59,19 +48,19 @@ class Config(SourceConfig):
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
         """
-        folders, prepared = self.folders(), Path(self.prepared).expanduser().resolve() if self.prepared else None
-        train = _scan(folders["train"], "data.path", self.bad_files, prepared)
+        folders, base = self.folders(), self.base
+        train = _scan(folders["train"], "data.path", self.bad_files, base)
         if train.classes is None:
             return train.source(self) if split == "train" else None
         if split in folders and split != "train":
             key = "data.test_path" if split == "test" and self.test_path else "data.path"
-            return _scan(folders[split], key, self.bad_files, prepared).relabelled(train.classes).source(self)
+            return _scan(folders[split], key, self.bad_files, base).relabelled(train.classes).source(self)
         test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
-        return train.source(self).select(_held_out(folders["train"], self.bad_files, prepared, test, dev)[split])
+        return train.source(self).select(_held_out(folders["train"], self.bad_files, base, test, dev)[split])
 
     def folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""
-        root = _existing(self.path, "data.path")
+        root = existing_folder(self.path, "data.path")
         folders: dict[Split, Path] = {"train": root}
         if (root / "train").is_dir():
             named = [name for name in ("test", "val") if (root / name).is_dir()]
@@ -80,7 +69,7 @@ class Config(SourceConfig):
             if len(named) == 2:
                 folders["dev"] = root / "val"
         if self.test_path is not None:
-            folders["test"] = _existing(self.test_path, "data.test_path")
+            folders["test"] = existing_folder(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):
                 raise ConfigError(
                     f"`data.test_path`: {self.test_path!r} lies in the training folder {str(folders['train'])!r}, so its images "
@@ -89,8 +78,12 @@ class Config(SourceConfig):
         return folders
 
 
-def _existing(given: str, key: str) -> Path:
-    """A folder of the user's, resolved, so that what is cached for it outlives a change of the working directory."""
+def existing_folder(given: str, key: str) -> Path:
+    """A folder of the user's, resolved, so that what is cached for it outlives a change of the working directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
     path = Path(given).expanduser()
     if not path.is_dir():
         what = "is a file, and a folder is needed" if path.exists() else "does not exist"
@@ -103,24 +96,16 @@ class _Scan:
     """What a folder holds that can be used.
 
     Attributes:
-        root: the folder.
-        files: the images in it.
+        images: its files.
+        tops: per folder the subfolder of the root it lies in, "" for the root itself.
         classes: the names of its subfolders, sorted; None without labels.
         labels: per file the number of its class, int64 of shape (N,); None without.
-        tops: per folder the subfolder of the root it lies in, "" for the root itself.
-        faults: of the files left out, what is wrong with them.
-        place: where its manifest is.
-        cache_side: what the cached images' shorter sides are limited to; 0 without a cache.
     """
 
-    root: Path
-    files: Files
-    classes: tuple[str, ...] | None
-    labels: Tensor | None
+    images: ImageFiles
     tops: tuple[str, ...]
-    faults: dict[str, str]
-    place: Path
-    cache_side: int
+    classes: tuple[str, ...] | None = None
+    labels: Tensor | None = None
 
     def source(self, config: Config) -> FileSource:
         """As a source.
@@ -128,49 +113,23 @@ class _Scan:
         Raises:
             ConfigError: the cache is wanted, and there is none.
         """
-        cache = None
-        if config.cache:
-            if not self.cache_side:
-                raise ConfigError(
-                    f"`data.cache`: {str(self.root)!r} has no cache of decoded images yet. Make it first, with "
-                    f"`ssl-pipeline prepare {self.root} --cache 256`"
-                    + (f" --output {config.prepared}`." if config.prepared else ".")
-                )
-            cache = Cache(cache_folder(self.place, self.cache_side), self.cache_side)
-            shards = self.files.column("shard")
-            lacking = 0 if shards is None else int((shards < 0).sum())
-            if lacking:
-                _log.warning(
-                    "%d of %d images in %s are new since its cache was made, and are decoded anew each time: "
-                    "`ssl-pipeline prepare` with `--cache %d` adds them.",
-                    lacking, len(self.files), self.root, self.cache_side,
-                )  # fmt: skip
-        bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), self.faults)
-        return FileSource(
-            str(self.root), self.root, self.files, config.channels, self.labels, self.classes, self.skipped(),
-            cache=cache, bad_files=bad_files,
-        )  # fmt: skip
-
-    def skipped(self) -> list[str]:
-        """The files left out, relative to the root."""
-        return [file.removeprefix(f"{self.root}/") for file in self.faults]
+        return self.images.source(config, str(self.images.root), labels=self.labels, classes=self.classes)
 
     def relabelled(self, classes: tuple[str, ...]) -> _Scan:
         """The same files, numbered by the training folder's classes."""
+        root = str(self.images.root)
         if "" in self.used():
-            raise ConfigError(
-                f"{str(self.root)!r} has no class folders; it needs those of training: {_listed(classes)}."
-            )
+            raise ConfigError(f"{root!r} has no class folders; it needs those of training: {_listed(classes)}.")
         unknown = sorted(self.used() - set(classes))
         if unknown:
             raise ConfigError(
-                f"{str(self.root)!r} has classes that training has not: {_listed(unknown)}; it may only have those of the "
+                f"{root!r} has classes that training has not: {_listed(unknown)}; it may only have those of the "
                 f"training folder: {_listed(classes)}. Rename or remove the folders."
             )
         return replace(self, classes=classes, labels=self.numbered(classes))
 
     def _folders(self) -> Tensor:
-        folders = self.files.column("folder")
+        folders = self.images.files.column("folder")
         assert folders is not None
         return folders.long()
 
@@ -185,29 +144,17 @@ class _Scan:
 
 
 @lru_cache(maxsize=8)
-def _scan(root: Path, key: str, limit: BadFilesLimit, prepared: Path | None) -> _Scan:
+def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Scan:
     """Reads a folder once in the process's life; ``key`` is what messages call it."""
-    place = place_of(root, prepared)
-    manifest = look(root, place)
-    codes = manifest.files.column("fault")
-    assert codes is not None
-    bad = codes.nonzero()[:, 0]
-    faults = {str(root / manifest.files[i]): manifest.faults[int(codes[i])] for i in bad.tolist()}
-    files = manifest.files if not faults else manifest.files.select((codes == 0).nonzero()[:, 0])
-    BadFiles(limit, len(manifest.files), faults).stop_if_too_many(len(faults))
-    if len(files) < 2:
-        what = "no image" if not files else f"only one image ({files[0]})"
+    images = look_at(root, base, limit)
+    if len(images.files) < 2:
+        what = "no image" if not images.files else f"only one image ({images.files[0]})"
         raise ConfigError(
             f"`{key}`: {str(root)!r} holds {what}, and at least two are needed; files with {', '.join(sorted(ENDINGS))} count."
         )
-    if manifest.others[0]:
-        _log.info("ignored %d other files in %s, such as %s", manifest.others[0], root, manifest.others[1])
-    if faults:
-        first = next(iter(faults.items()))
-        told = f"{first[0]}: {first[1]}"
-        _log.warning("left out %d files of %d that are no images, such as %s", len(faults), len(manifest.files), told)
-    tops = tuple("" if folder == "." else folder.split("/")[0] for folder in manifest.folders)
-    scan = _Scan(root, files, None, None, tops, faults, place, manifest.cache_side)
+    if images.ignored[0]:
+        _log.info("ignored %d other files in %s, such as %s", images.ignored[0], root, images.ignored[1])
+    scan = _Scan(images, tuple("" if folder == "." else folder.split("/")[0] for folder in images.folders))
     classes = tuple(sorted(scan.used()))
     if "" in classes or len(classes) == 1:
         return scan
@@ -216,10 +163,10 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, prepared: Path | None) -> 
 
 @lru_cache(maxsize=8)
 def _held_out(
-    root: Path, limit: BadFilesLimit, prepared: Path | None, test: float | None, dev: float | None
+    root: Path, limit: BadFilesLimit, base: Path | None, test: float | None, dev: float | None
 ) -> dict[str, Tensor]:
     """Per split its samples of the training folder; None where a split has a folder of its own."""
-    labels = _scan(root, "data.path", limit, prepared).labels
+    labels = _scan(root, "data.path", limit, base).labels
     assert labels is not None
     index = {"train": torch.arange(len(labels))}
     for split, share in (("test", test), ("dev", dev)):

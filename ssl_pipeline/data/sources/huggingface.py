@@ -6,9 +6,11 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
 from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.splits import share_out
@@ -44,6 +46,8 @@ class Config(StreamConfig):
         shuffle: images of a stream that a process holds to deal them out in a random order.
         held_images: most images of a stream's ``dev`` and ``test`` that are read, into memory.
         on_unreadable: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
+        bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbour
+            takes the place of each. More stop the run, with a list.
     """
 
     path: str
@@ -64,6 +68,7 @@ class Config(StreamConfig):
     shuffle: int = Field(4096, ge=1)
     held_images: int = Field(5000, ge=1)
     on_unreadable: Literal["stop", "skip"] = "stop"
+    bad_files: Limit = parse_limit("1%")
 
     def stream(self) -> RowStream | None:
         """The training images, if they are streamed."""
@@ -85,12 +90,17 @@ class Config(StreamConfig):
         if split != "train" and train.labels is None:
             return None
         if split != "train" and named is not None:
-            return _labelled(_rows(self, named), split)
+            return self._bearing(_labelled(_rows(self, named), split))
         if train.labels is None:
-            return train
+            return self._bearing(train.select(torch.arange(len(train))))
         test, dev = (None if self._named("test") else self.test), (None if self._named("dev") else self.dev)
         shares = share_out(train.labels, test, dev, "huggingface")
-        return train.select(shares[split])
+        return self._bearing(train.select(shares[split]))
+
+    def _bearing(self, rows: Rows) -> Rows:
+        """Rows of their own to count on: the whole split is opened once for all runs of a process."""
+        rows.bad_files = BadFiles(self.bad_files, len(rows))
+        return rows
 
     def _named(self, split: Split) -> str | None:
         """The dataset's own split that plays a part; None where images are held out for it."""
@@ -147,7 +157,8 @@ def _stream(config: Config, split: str) -> RowStream:
     if isinstance(features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     classes = None if label is None else getattr(features[label], "names", None)
-    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None)
+    domain = None if config.domain is None else _there(config.domain, features, "domain", name)
+    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None, domain)
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated
+from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.data.source import FileSource, SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 _FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("val", "dev"), "test": ("test",)}

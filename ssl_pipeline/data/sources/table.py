@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.columns import number_names, numbers_in, one_of, read_columns
-from ssl_pipeline.data.source import FileSource, Indexed, SourceConfig, Split
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
+from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.splits import share_out
 
 _SPLITS: dict[str, Split] = {
@@ -30,8 +32,10 @@ _TOLD = 10
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(SourceConfig):
+class Config(PreparedConfig):
     """A table of image files.
+
+    Where ``ssl-pipeline prepare ROOT --data table`` has looked at the folder that the paths start from, what it found is used.
 
     Attributes:
         path: the table: .csv, .tsv, .jsonl or .parquet.
@@ -44,7 +48,6 @@ class Config(SourceConfig):
         domain_column: holds the domains' names; likewise.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
         split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
-        channels: 3 for RGB, 1 for grey.
         dev: the share of labelled training images that is held out for choices where the table names no such split.
         test: the share held out for the final figures, likewise.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
@@ -59,7 +62,6 @@ class Config(SourceConfig):
     domain_column: str | None = "auto"
     domains: tuple[str, ...] | None = Field(None, min_length=1)
     split_column: str | None = "auto"
-    channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     on_missing: Literal["stop", "skip"] = "stop"
@@ -95,13 +97,10 @@ class Config(SourceConfig):
         return self._source(rows, own) if len(own) else None
 
     def _source(self, rows: _Rows, index: Tensor) -> Indexed:
-        files = [rows.files[i] for i in index.tolist()]
-        labels = None if rows.labels is None else rows.labels[index]
-        domains = None if rows.domains is None else rows.domains[index]
-        source = FileSource(
-            self.path, rows.root, files, self.channels, labels, rows.classes,
-            domains=domains, domain_names=rows.domain_names,
-        )  # fmt: skip
+        source = rows.images.source(
+            self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
+            domain_names=rows.domain_names,
+        ).select(index)  # fmt: skip
         source.licence = self.licence
         return source if rows.targets is None else Annotated(source, rows.targets.select(index))
 
@@ -111,8 +110,7 @@ class _Rows:
     """A table's rows.
 
     Attributes:
-        root: the folder that relative paths start from.
-        files: per row its path, absolute or relative to ``root``.
+        images: per row its file, absolute or relative to their root.
         splits: per row its split; all are ``train`` without such a column.
         labels: per row the number of its class, int64, −1 where there is none.
         classes: their names: by number where all are numbers, by name otherwise.
@@ -121,8 +119,7 @@ class _Rows:
         domain_names: in the order of the numbers.
     """
 
-    root: Path
-    files: list[str]
+    images: ImageFiles
     splits: list[Split]
     labels: Tensor | None
     classes: tuple[str, ...] | None
@@ -186,12 +183,11 @@ def _read(config: Config) -> _Rows:
     columns = read_columns(path, choose)
     by_kind = {kind: columns[name] for kind, name in names.items()}
     root = (path.parent if config.root is None else Path(config.root).expanduser()).resolve()
-    there = _existing(root, by_kind["path"], config)
-    files, *others = ([values[i] for i in there] for values in by_kind.values())
-    kept = dict(zip([*by_kind][1:], others, strict=True))
-    paths = [file for file in files if file is not None]
-    splits = _splits(kept.get("split", ["train"] * len(paths)), path)
-    _refuse_twice(paths, splits, path)
+    named = look_up(root, by_kind["path"], config.base)
+    there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
+    kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
+    splits = _splits(kept.get("split", ["train"] * len(there)), path)
+    _refuse_twice(kept["path"], root, splits, path)
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
@@ -203,16 +199,16 @@ def _read(config: Config) -> _Rows:
             f"{path}: {int((domains < 0).sum())} rows have no value in {names['domain']!r}: fill them in, or set "
             "`data.domain_column=null`."
         )
-    return _Rows(root, paths, splits, labels, classes, targets, domains, domain_names)
+    return _Rows(images, splits, labels, classes, targets, domains, domain_names)
 
 
-def _existing(root: Path, files: list[str | None], config: Config) -> list[int]:
-    """The rows whose file is there."""
+def _existing(root: Path, files: list[str | None], sound: list[bool], config: Config) -> list[int]:
+    """The rows whose file is there; of those that are known to be sound nobody need ask."""
+    unknown = [i for i, known in enumerate(sound) if not known]
     with ThreadPoolExecutor(8) as pool:  # a network's file system answers many at once
-        there = list(pool.map(lambda file: file is not None and (root / file).is_file(), files, chunksize=256))
-    missing = [
-        str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i, ok in enumerate(there) if not ok
-    ]
+        found = pool.map(partial(_absent, root, files), (unknown[i : i + 256] for i in range(0, len(unknown), 256)))
+        absent = set(itertools.chain.from_iterable(found))
+    missing = [str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i in sorted(absent)]
     if missing and (config.on_missing == "stop" or len(missing) == len(files)):
         raise ConfigError(
             [
@@ -224,7 +220,11 @@ def _existing(root: Path, files: list[str | None], config: Config) -> list[int]:
         )
     if missing:
         _log.warning("left out %d rows of %d whose file is not there, such as %s", len(missing), len(files), missing[0])
-    return [i for i, ok in enumerate(there) if ok]
+    return [i for i in range(len(files)) if i not in absent]
+
+
+def _absent(root: Path, files: Sequence[str | None], rows: list[int]) -> list[int]:
+    return [i for i in rows if (file := files[i]) is None or not (root / file).is_file()]
 
 
 def _splits(values: list[str | None], path: Path) -> list[Split]:
@@ -238,11 +238,12 @@ def _splits(values: list[str | None], path: Path) -> list[Split]:
     return [_SPLITS[value.strip().lower()] for value in values if value is not None]
 
 
-def _refuse_twice(paths: list[str], splits: list[Split], path: Path) -> None:
+def _refuse_twice(paths: Sequence[str | None], root: Path, splits: list[Split], path: Path) -> None:
     """A file in two splits would be trained on and measured on."""
     split_of: dict[str, Split] = {}
     repeats = 0
-    for file, split in zip(paths, splits, strict=True):
+    for given, split in zip(paths, splits, strict=True):
+        file = plain(str(given), root)
         repeats += file in split_of
         if split_of.setdefault(file, split) != split:
             raise ConfigError(f"{path}: {file} stands in `{split_of[file]}` and in `{split}`: leave it in one of them.")

@@ -21,7 +21,8 @@ from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.source import ArraySource, FileSource, Indexed, SourceConfig, Split
+from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.source import ArraySource, Indexed, SourceConfig, Split
 from ssl_pipeline.data.splits import share_out
 
 # What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,

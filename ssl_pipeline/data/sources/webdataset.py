@@ -16,6 +16,7 @@ import fsspec
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
@@ -37,6 +38,7 @@ class Config(StreamConfig):
         image: the ending of the image's member; ``auto``: that of any image file.
         label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
             null reads none.
+        domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
         channels: 3 for RGB, 1 for grey; null: as of the first image.
         shuffle: samples that a process holds to deal them out in a random order.
@@ -51,6 +53,7 @@ class Config(StreamConfig):
     length: int | None = Field(None, ge=2)
     image: str = "auto"
     label: str | None = "cls"
+    domain: str | None = None
     classes: tuple[str, ...] | None = None
     channels: Literal[1, 3] | None = None
     shuffle: int = Field(4096, ge=1)
@@ -103,9 +106,15 @@ class TarStream(Stream):
         self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
         self.classes, self.length, self.licence = config.classes, config.length, config.licence
+        self.has_domains = config.domain is not None
         self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
         self._sizes: dict[int, int] = {}
         self.channels = config.channels or self._channels()
+
+    @property
+    def folder(self) -> Path:
+        """Where the first archive lies."""
+        return Path(shown(self._urls[0])).parent
 
     def _channels(self) -> int:
         first = next(itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls))), None)
@@ -119,9 +128,8 @@ class TarStream(Stream):
         return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
 
     def _is_wanted(self, ending: str) -> bool:
-        label = self._config.label
-        own = None if label is None else "json" if label.startswith("json:") else label
-        return self._is_image(ending) or ending == own
+        told_in = {key.partition(":")[0] for key in (self._config.label, self._config.domain) if key is not None}
+        return self._is_image(ending) or ending in told_in
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
         """An archive's samples; of one that is cut off, those before the cut, if it is to be skipped."""
@@ -130,7 +138,7 @@ class TarStream(Stream):
             for position, group in enumerate(read_groups(url, self._is_image, self._is_wanted, start), start):
                 name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
-                yield Sample(position, data, self._label(group, name), name)
+                yield Sample(position, data, self._label(group, name), name, self._domain(group, name))
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
@@ -149,6 +157,28 @@ class TarStream(Stream):
             self._sizes[shard] = count
         return self._sizes[shard]
 
+    def examine(self, shard: int) -> tuple[int, dict[str, str]]:
+        """Decodes an archive's images.
+
+        Returns:
+            How many are usable; and of those that are not, of members that are not read and of an archive that is damaged, by
+            name, what is wrong.
+        """
+        url, usable = self._urls[shard], 0
+        faults, refused = dict[str, str](), dict[str, str]()
+        try:
+            for group in read_groups(url, self._is_image, self._is_image, refused=refused):
+                ending, data = next(iter(group.files.items()))
+                name = f"{shown(url)}/{group.key}.{ending}"
+                try:
+                    decode_bytes(data, Path(name), 3, 1)  # a JPEG at an eighth of its size, to its end
+                    usable += 1
+                except DecodeError as error:
+                    faults[name] = error.fault
+        except ShardError as error:
+            faults[shown(url)] = str(error)
+        return usable, faults | {f"{shown(url)}/{name}": f"not read: {fault}" for name, fault in refused.items()}
+
     def fingerprint(self) -> str:
         """Of the archives' names and, of files, their sizes."""
         digest = hashlib.blake2b(digest_size=16)
@@ -158,23 +188,33 @@ class TarStream(Stream):
         return digest.hexdigest()
 
     def _label(self, group: Group, name: str) -> int | None:
-        label = self._config.label
-        if label is None:
-            return None
-        if label.startswith("json:"):
-            if "json" not in group.files:
-                return None
-            try:
-                value = json.loads(group.files["json"])[label.removeprefix("json:")]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{name}.json has no key {label.removeprefix('json:')!r}: see `data.label`."
-                ) from error
-        elif label in group.files:
-            value = group.files[label].decode(errors="replace").strip()
-        else:
-            return None
-        return _number(value, self.classes, name)
+        value = _told(group, self._config.label, "label", name)
+        return None if value is None else _number(value, self.classes, name)
+
+    def _domain(self, group: Group, name: str) -> str | None:
+        value = _told(group, self._config.domain, "domain", name)
+        return None if value is None else str(value)
+
+
+def _told(group: Group, wanted: str | None, key: str, name: str) -> Any:
+    """What a sample's members say: the text of one, or the value of a JSON key; None where there is no such member.
+
+    Args:
+        group: the members.
+        wanted: the member's ending, or ``json:KEY``; None reads none.
+        key: the configuration's key that says so.
+        name: what a message calls the sample.
+    """
+    if wanted is None:
+        return None
+    if not wanted.startswith("json:"):
+        return group.files[wanted].decode(errors="replace").strip() if wanted in group.files else None
+    if "json" not in group.files:
+        return None
+    try:
+        return json.loads(group.files["json"])[wanted.removeprefix("json:")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{name}.json has no key {wanted.removeprefix('json:')!r}: see `data.{key}`.") from error
 
 
 def _number(value: Any, classes: tuple[str, ...] | None, name: str) -> int:

@@ -1,0 +1,37 @@
+"""What a look found wrong, told and written down."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from ssl_pipeline.track.progress import console, print_table
+
+BAD_FILES = "bad_files.txt"
+TOLD = 20
+
+
+def verdicts(usable: int, bad: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Per verdict the number of files; numbers within a verdict are left out, so that it is one."""
+    kinds = Counter(re.sub(r"\d+", "N", fault) for fault in bad.values())
+    return [("usable", usable), *kinds.most_common()]
+
+
+def show_verdicts(title: str, usable: int, bad: Mapping[str, str], place: Path) -> None:
+    """Prints the verdicts and the first bad files, and writes the whole list to a folder."""
+    told = "".join(f"{file}\t{fault}\n" for file, fault in bad.items())
+    (place / BAD_FILES).write_bytes(os.fsencode(told))
+    print_table(title, ["verdict", "files"], [[verdict, str(count)] for verdict, count in verdicts(usable, bad)])
+    for file, fault in list(bad.items())[:TOLD]:
+        say(f"  {file}: {fault}")
+    if len(bad) > TOLD:
+        say(f"  … and {len(bad) - TOLD} more, in {place / BAD_FILES}")
+
+
+def say(text: str) -> None:
+    """Prints a line."""
+    encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
+    console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)
