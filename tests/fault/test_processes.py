@@ -28,7 +28,7 @@ from tests.unit.test_loader import photos
 
 
 def test_a_killed_process_is_missed_by_the_others(tmp_path: Path) -> None:
-    run = launched(tmp_path / "run")
+    run = launched(tmp_path / "run", SSL_PIPELINE_TIMEOUT="15")
     run.wait_for_steps(3)
     run.ranks()[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -36,7 +36,8 @@ def test_a_killed_process_is_missed_by_the_others(tmp_path: Path) -> None:
     assert code == 71, log
     assert time.monotonic() - began < 30
     assert "process 0:" in log
-    assert "process(es) 1 was killed" in log
+    # Now and then (once in thirty times, seen) gloo does not hear that the connection is gone, and its time-out tells it.
+    assert "process(es) 1 was killed" in log or "process(es) 1 has not answered" in log
 
 
 def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
