@@ -121,6 +121,10 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
         )
     elif starts_from is None and config.encoder is None and config.backbone.weights is None and not config.starts_fresh:
         problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
+    if config.regime.statistics == "kept" and config.starts_fresh:
+        problems.append(
+            "`regime.statistics` keeps what stage one has estimated, and fresh weights have no such: set it to batch."
+        )
     problems += config.downstream.check_views(config.views)
     problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
     problems += (
@@ -128,6 +132,10 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     )
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
+    if config.views.restyle.probability:
+        problems.append(
+            "`views.restyle` is for stage one: set its probability to 0 (`domain=exemplar_memory` restyles)."
+        )
     if config.views.local.count:
         problems.append(f"`views.local.count` is {config.views.local.count}, and stage two takes no local views.")
     if problems:

@@ -18,6 +18,7 @@ from ssl_pipeline.data.lanes import training_batches
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
+from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import check_same_start, from_main, on_device, on_main, share_of, start_accelerator
@@ -44,7 +45,7 @@ from ssl_pipeline.track.progress import Progress, one_voice
 from ssl_pipeline.track.redaction import redact
 from ssl_pipeline.track.run import Resume, Run, open_run, versions
 from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.views.policy import ViewsConfig
 
 
 class BatchConfig(Strict):
@@ -218,7 +219,10 @@ def pretrain(config: PretrainConfig) -> Path:
     if isinstance(train, Indexed):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
-    views, preprocessing = Views(views_config, mean, std, config.seed), Preprocessing(config.views.size, mean, std)
+    views, preprocessing = (
+        views_of(train, views_config, mean, std, config.seed),
+        Preprocessing(config.views.size, mean, std),
+    )
 
     blueprint = Blueprint(
         backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std

@@ -113,6 +113,12 @@ class Method(Task, ABC):
         self.classifier = classifier
         self.encoder = classifier.encoder
 
+    def train(self, mode: bool = True) -> Method:
+        """As torch's; of its encoder, which is a part of both, the classifier has the last word."""
+        super().train(mode)
+        self.classifier.train(mode)
+        return self
+
     def features_and_logits(self, images: Tensor) -> Embeddings:
         """What the head reads and what it makes of it."""
         features = self.classifier.neck_features(images)

@@ -6,15 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
 from ssl_pipeline.data.source import Indexed
-
-
-def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The layers that have running statistics."""
-    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+from ssl_pipeline.model.norms import batch_norms
 
 
 @torch.no_grad()

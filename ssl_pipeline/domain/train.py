@@ -32,7 +32,7 @@ def train_across(
     has_source = method.starts_from is None
     if has_source:
         classifier.look_at(labelled.train)
-    classifier.backbone_lr_factor, classifier.layer_decay = regime.backbone_lr_factor, regime.layer_decay
+    regime.settle(classifier)
     if regime.probes and has_source:
         solve_head(regime, classifier, around)
     task = method.build(classifier, target).to(share.device)

@@ -61,6 +61,9 @@ class RegimeConfig(TrainingConfig):
         batch: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
+        statistics: ``batch``: the encoder's BatchNorms go by each batch, and their running statistics follow; ``kept``: they go by
+            stage one's, which stay. Where stage one saw more domains than there are labels of, the labelled ones' would replace
+            those of all.
     """
 
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"
@@ -69,6 +72,7 @@ class RegimeConfig(TrainingConfig):
     batch: int = Field(64, ge=2)
     backbone_lr_factor: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
+    statistics: Literal["batch", "kept"] = "batch"
 
     @property
     def probes(self) -> bool:
@@ -79,6 +83,11 @@ class RegimeConfig(TrainingConfig):
     def trains_all(self) -> bool:
         """Whether all layers are trained."""
         return self.name != "frozen"
+
+    def settle(self, task: DownstreamTask) -> None:
+        """Tells a task how its encoder is to be trained."""
+        task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
+        task.statistics_are_kept = self.statistics == "kept"
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
     last checkpoint, or from its end.
     """
     task.look_at(around.labelled.train)
-    task.backbone_lr_factor, task.layer_decay = regime.backbone_lr_factor, regime.layer_decay
+    regime.settle(task)
     if regime.probes and isinstance(task, VectorTask):
         solve_head(regime, task, around)
     elif regime.probes:

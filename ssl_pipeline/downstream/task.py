@@ -18,6 +18,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.views.policy import ViewsConfig
 
 
@@ -30,6 +31,7 @@ class DownstreamTask(Task, ABC):
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it (Clark et al. 2020).
         encoder_is_fixed: whether the encoder keeps its weights and statistics while the task trains.
+        statistics_are_kept: whether it keeps its BatchNorms' running statistics, and trains by them, though its weights change.
     """
 
     reads_labels = True
@@ -38,6 +40,7 @@ class DownstreamTask(Task, ABC):
     backbone_lr_factor: float = 1.0
     layer_decay: float = 1.0
     encoder_is_fixed: bool = False
+    statistics_are_kept: bool = False
 
     @abstractmethod
     def predict(self, images: Tensor) -> Any:
@@ -60,10 +63,13 @@ class DownstreamTask(Task, ABC):
         del state
 
     def train(self, mode: bool = True) -> DownstreamTask:
-        """As torch's; an encoder that is fixed keeps its running statistics, too."""
+        """As torch's; an encoder that is fixed keeps its running statistics, and so does one that is told to."""
         super().train(mode)
         if self.encoder_is_fixed:
             self.encoder.eval()
+        elif self.statistics_are_kept:
+            for norm in batch_norms(self.encoder):
+                norm.eval()
         return self
 
     def fix_encoder(self, fixed: bool) -> None:

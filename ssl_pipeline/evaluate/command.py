@@ -13,6 +13,7 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import protocol
 from ssl_pipeline.evaluate.encoder import EncoderConfig, Opened, leading_words, open_encoder
@@ -123,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     layers = _layers(config, opened, "probe" in what)
     figures, trials = list[Figure](), dict[str, float]()
     if "spread" in what:
-        figures += protocol.spread_figures(opened, test or train, _views(config, opened), config.seed)
+        figures += protocol.spread_figures(opened, test or train, _views(config, opened, test or train), config.seed)
     if test is None or set(what) == {"spread"}:
         return Evaluation(figures, trials, notes)
 
@@ -197,10 +198,10 @@ def _at_most(source: Indexed, count: int | None, seed: int) -> Indexed:
     return source.select(permutation(len(source), seed, "evaluate", "images")[:count].sort().values)
 
 
-def _views(config: EvaluateConfig, opened: Opened) -> Views:
+def _views(config: EvaluateConfig, opened: Opened, source: Indexed) -> Views:
     blueprint, local = opened.blueprint, config.views.local.model_copy(update={"count": 0})
     views = config.views.model_copy(update={"count": 2, "size": blueprint.size, "local": local})
-    return Views(views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    return views_of(source, views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
 
 
 def evaluate_and_tell(config: EvaluateConfig) -> None:

@@ -16,12 +16,12 @@ from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.lanes import training_batches
 from ssl_pipeline.data.loader import Share
 from ssl_pipeline.data.stream import known_length, open_training
+from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_figures
 from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.progress import console
-from ssl_pipeline.views.policy import Views
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,7 @@ def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
     config = resolve(PretrainConfig, card.config)
     train, blueprint = open_training(config.data), card.blueprint
     views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
-    settled = Views(views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    settled = views_of(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     length = known_length(train)
     count = 256 if length is None else min(256, length)
     share = Share(0, 1, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What follows the crop: rotation, colour jitter, grey, blur, solarise, normalisation, erasing, on views of one size.
+"""What follows the crop: restyling, rotation, colour jitter, grey, blur, solarise, normalisation, erasing, on views of one size.
 
 The draws are made on the CPU, whatever the device: it is known there which samples an operation spares, and nothing waits
 for the device.
@@ -11,12 +11,14 @@ from functools import partial
 from itertools import permutations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.draws import Draws
 from ssl_pipeline.views import photometry
 from ssl_pipeline.views.config import ViewConfig
 from ssl_pipeline.views.geometry import cache_parts, erase_, random_boxes, rotate
+from ssl_pipeline.views.style import restyle
 
 Drawn = dict[str, Tensor]
 
@@ -30,9 +32,12 @@ class Appearance:
         config: the view's policy, without ``auto``.
         mean: per-channel mean that the encoder expects.
         std: per-channel standard deviation that the encoder expects.
+        styles: images in [0, 1], shape (N, C, S, S) with any S, that lend their style; needed where the view is restyled.
     """
 
-    def __init__(self, config: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, config: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...], styles: Tensor | None = None
+    ) -> None:
         self._config, jitter = config, config.jitter
         expected, spread = (torch.tensor(values, dtype=torch.float64)[None, :, None, None] for values in (mean, std))
         # (x − mean) ÷ std as x · scale + shift: a product is faster than a quotient.
@@ -41,6 +46,8 @@ class Appearance:
         assert jitter.hue != "auto"
         assert config.grey != "auto"
         self._grey = config.grey
+        assert styles is not None or config.restyle.probability == 0
+        self._styles = styles
         operations: list[tuple[str, Callable[[Tensor, Tensor], Tensor], float, float]] = [
             ("brightness", photometry.brightness, 1.0, jitter.brightness),
             ("contrast", photometry.contrast, 1.0, jitter.contrast),
@@ -72,6 +79,7 @@ class Appearance:
         """What is to be done to each sample; an operation that the policy never does is not there."""
         config = self._config
         chances = {
+            "restyle": config.restyle.probability,
             "rotation": config.rotation.probability,
             "grey": self._grey,
             "blur": config.blur.probability,
@@ -86,6 +94,9 @@ class Appearance:
             **{name: (neutral - spread, neutral + spread) for name, _, neutral, spread in self._jitter},
             **dict.fromkeys(chances, (0.0, 1.0)),
         }
+        if "restyle" in chances:
+            assert self._styles is not None
+            ranges |= {"style": (0.0, float(len(self._styles))), "style strength": (0.0, config.restyle.strength)}
         uniform = dict(zip(ranges, draws.uniforms(list(ranges)).unbind(1), strict=True))
         drawn = {name: low + (high - low) * uniform[name] for name, (low, high) in ranges.items()}
         drawn |= {name: drawn[name] < chance for name, chance in chances.items()}
@@ -100,6 +111,8 @@ class Appearance:
     def _finish(self, crops: Tensor, drawn: Drawn, out: Tensor) -> None:
         """Finishes a part of a batch into ``out``, whose last operation writes it."""
         images = crops.float().div_(255) if crops.dtype == torch.uint8 else crops
+        if "restyle" in drawn:
+            images = _where(drawn["restyle"], images, self._restyle, drawn["style"], drawn["style strength"])
         if "rotation" in drawn:
             images = _where(drawn["rotation"], images, rotate, drawn["rotation degrees"])
         # What is first, second, … differs between samples: each place takes those together that have it in common.
@@ -117,6 +130,13 @@ class Appearance:
         torch.mul(images, self._scale.to(images.device), out=out).add_(self._shift.to(images.device))
         if "erasing" in drawn:
             erase_(out, drawn["erasing"].to(images.device))
+
+    def _restyle(self, images: Tensor, style: Tensor, strength: Tensor) -> Tensor:
+        assert self._styles is not None
+        if self._styles.device != images.device or self._styles.shape[2:] != images.shape[2:]:
+            styles = self._styles.to(images.device)
+            self._styles = F.interpolate(styles, images.shape[2:], mode="bilinear", antialias=True)
+        return restyle(images, self._styles[style.long()], strength).clamp_(0, 1)
 
 
 def _where(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *strengths: Tensor) -> Tensor:

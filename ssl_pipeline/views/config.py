@@ -55,6 +55,23 @@ class RotationConfig(Strict):
     degrees: float = Field(90.0, ge=0, le=180)
 
 
+class RestyleConfig(Strict):
+    """The Fourier amplitude of another image of the data, with the image's own phase (Xu et al. 2021).
+
+    Data of several domains then has views that lie between them. What is lent is the training data's own appearance, so that
+    no rule of a domain is built in.
+
+    Attributes:
+        probability: how often it is applied, before all other operations on appearance.
+        strength: how far the amplitude goes towards the other image's is drawn from [0, strength].
+        styles: images that lend their amplitude; each takes 4 · channels · size² bytes.
+    """
+
+    probability: Probability = 0.0
+    strength: Strength = 1.0
+    styles: int = Field(1024, ge=1)
+
+
 class ErasingConfig(BoxConfig):
     """Erasing of a random box (Zhong et al. 2020): it takes the encoder's mean colour, which normalises to 0.
 
@@ -80,6 +97,7 @@ class ViewConfig(Strict):
         solarise: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
+        restyle: the style of another image; stage one's alone.
     """
 
     size: int = Field(32, ge=8)
@@ -91,6 +109,7 @@ class ViewConfig(Strict):
     solarise: Probability = 0.0
     rotation: RotationConfig = RotationConfig()
     erasing: ErasingConfig = ErasingConfig()
+    restyle: RestyleConfig = RestyleConfig()
 
     def settled(self, channels: int, key: str) -> tuple[ViewConfig, list[str]]:
         """This policy without ``auto``, and the names of the colour operations that the images' channels forbid.

@@ -14,7 +14,8 @@ from ssl_pipeline.config.base import ConfigError, Room, Strict
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing, open_or_neighbour
 from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.views.policy import ViewsConfig
 
 
 class PictureConfig(Strict):
@@ -59,7 +60,7 @@ def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epoch
     """
     settled, _ = config.for_channels(source.channels)
     neutral = (0.0,) * source.channels, (1.0,) * source.channels
-    views = Views(settled, *neutral, seed)
+    views = views_of(source, settled, *neutral, seed)
     index = torch.arange(min(rows, len(source)))
     columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
     for epoch in range(epochs):

@@ -22,6 +22,7 @@ from ssl_pipeline.views.config import (
     ErasingConfig,
     JitterConfig,
     Probability,
+    RestyleConfig,
     RotationConfig,
     ViewConfig,
 )
@@ -47,6 +48,7 @@ class ViewChanges(Strict):
         solarise: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
+        restyle: the style of another image.
     """
 
     crop: CropConfig | None = None
@@ -57,6 +59,7 @@ class ViewChanges(Strict):
     solarise: Probability | None = None
     rotation: RotationConfig | None = None
     erasing: ErasingConfig | None = None
+    restyle: RestyleConfig | None = None
 
     @model_serializer
     def _only_what_was_given(self) -> dict[str, Any]:
@@ -153,12 +156,21 @@ class Views:
         mean: per-channel mean that the encoder expects.
         std: per-channel standard deviation that the encoder expects.
         seed: the run's seed.
+        styles: images that lend their style to restyled views, float32 of shape (N, C, S, S) in [0, 1]
+            (``data/styles.py`` draws them).
     """
 
-    def __init__(self, config: ViewsConfig, mean: tuple[float, ...], std: tuple[float, ...], seed: int) -> None:
+    def __init__(
+        self,
+        config: ViewsConfig,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int,
+        styles: Tensor | None = None,
+    ) -> None:
         self.config, self.seed = config, seed
         self._policies = config.each()
-        self._appearances = [Appearance(policy, mean, std) for policy in self._policies]
+        self._appearances = [Appearance(policy, mean, std, styles) for policy in self._policies]
 
     def _draws(self, index: Tensor, epoch: int, view: int) -> Draws:
         return Draws(index, self.seed, "views", epoch, view)
@@ -225,7 +237,7 @@ class Views:
         return crops
 
     def finish(self, crops: list[Tensor], index: Tensor, epoch: int) -> list[Tensor]:
-        """What follows the crop: rotation, photometry, normalisation and erasing, on the crops' device.
+        """What follows the crop: style, rotation, photometry, normalisation and erasing, on the crops' device.
 
         Args:
             crops: per view float in [0, 1] or uint8, of shape (B, C, S, S); float ones are worked on in place.

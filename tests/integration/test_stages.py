@@ -86,6 +86,13 @@ def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_pat
     assert rows[1]["error"] == "it is no image of a known format"
 
 
+@pytest.mark.parametrize("fresh", ["regime=scratch", "initialisation=random"])
+def test_fresh_weights_have_no_statistics_to_keep(stage_one: Path, tmp_path: Path, fresh: str) -> None:
+    with pytest.raises(ConfigError, match=r"`regime\.statistics` keeps what stage one has estimated"):
+        finetune(tiny_finetune(stage_one, tmp_path / "run", fresh, "regime.statistics=kept"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_stage_two_reproduces_and_its_seeds_differ(stage_one: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[dict[str, float]]:
         overrides = ["seeds=2", "regime.length=3 steps", "regime.least_steps=0", "regime.batch=16"]

@@ -22,13 +22,13 @@ from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.domain.adaptation.dance import entropy_separation, neighbourhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
-from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss, restyle
+from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
 from ssl_pipeline.domain.batches import PairedBatches
 from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximisation
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
 from ssl_pipeline.domain.selection import soft_neighbourhood_density
-from ssl_pipeline.domain.statistics import batch_norms, estimate_statistics
+from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import Labelled
@@ -40,6 +40,7 @@ from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.policy import Views
 
@@ -142,14 +143,6 @@ def test_the_memorys_loss_is_a_sum_over_itself_and_its_neighbours() -> None:
         own = [math.log(math.exp(similarity[j] / 0.05) / total) for j in (i, *others)]
         losses.append(-own[0] - (own[1] + own[2]) / 2)
     assert float(memory_loss(x, bank, index, 0.05, 2)) == pytest.approx(sum(losses) / 3, rel=1e-5)
-
-
-def test_restyling_keeps_the_phase_and_takes_the_amplitude() -> None:
-    images, styles = rows(4, 2 * 64).view(4, 2, 8, 8), rows(4, 2 * 64, 1).view(4, 2, 8, 8) + 2
-    assert torch.allclose(restyle(images, styles, torch.zeros(4)), images, atol=1e-5)
-    restyled = restyle(images, styles, torch.ones(4))
-    assert torch.allclose(torch.fft.rfft2(restyled).abs(), torch.fft.rfft2(styles).abs(), atol=1e-3)
-    assert not torch.allclose(restyled, styles, atol=0.1)
 
 
 def test_neighbourhood_entropy_leaves_a_row_itself_out() -> None:
@@ -290,6 +283,22 @@ def test_source_free_adaptation_leaves_the_head_as_it_is() -> None:
     learned = {name for group in task.param_groups() for name, _ in group["params"]}
     assert learned
     assert not any("head" in name for name in learned)
+
+
+@pytest.mark.parametrize("name", ["source_only", "mcc"])
+def test_kept_statistics_are_stage_ones_to_the_end(name: str) -> None:
+    for statistics, moves in (("batch", True), ("kept", False)):
+        task, config, target = tiny_method(name)
+        load("finetune", FinetuneConfig, [f"regime.statistics={statistics}"]).regime.settle(task.classifier)
+        before = copy.deepcopy(task.state_dict())
+        optim = OptimConfig(name="adamw", lr=0.01)
+        fit(task, tiny_batches(config, target), optim, build_optimizer(optim, task, 6), Accelerator(cpu=True))
+        changed = {key for key, value in task.state_dict().items() if not torch.equal(value, before[key])}
+        statistics_of_encoder = {key for key in before if "encoder" in key and ("running" in key or "num_b" in key)}
+        assert (changed & statistics_of_encoder == statistics_of_encoder) == moves
+        assert bool(changed & statistics_of_encoder) == moves
+        assert any("encoder" in key for key in changed - statistics_of_encoder)
+        assert any("bottleneck" in key and "running" in key for key in changed)
 
 
 JOINT = [name for name in METHODS if isinstance(tiny_method(name)[1], JointConfig)]

@@ -8,8 +8,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
-from ssl_pipeline.domain.statistics import batch_norms, estimate_statistics
+from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.model.norms import batch_norms
 
 
 class Config(MethodConfig):

@@ -15,6 +15,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import unit_rows
 from ssl_pipeline.losses.memory import Bank
+from ssl_pipeline.views.style import restyle
 
 
 class Config(JointConfig):
@@ -45,20 +46,6 @@ class Config(JointConfig):
     def build(self, classifier: Classification, target: Indexed) -> ExemplarMemory:
         """The task around a classifier, for a target of so many images."""
         return ExemplarMemory(self, classifier, len(target))
-
-
-def restyle(images: Tensor, styles: Tensor, strength: Tensor) -> Tensor:
-    """Images whose Fourier amplitude moves towards others', while the phase, which carries the shapes, stays.
-
-    Args:
-        images: float32 of shape (B, C, H, W).
-        styles: likewise: image i goes towards style i.
-        strength: shape (B,): 0 changes nothing, 1 takes the other's amplitude.
-    """
-    spectrum, other = torch.fft.rfft2(images.float()), torch.fft.rfft2(styles.float())
-    amplitude = torch.lerp(spectrum.abs(), other.abs(), strength[:, None, None, None])
-    restyled: Tensor = torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=images.shape[-2:])
-    return restyled.to(images.dtype)
 
 
 def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, neighbours: int) -> Tensor:

@@ -1,0 +1,33 @@
+"""Views that take on the styles of other images of the data: which images those are."""
+
+from __future__ import annotations
+
+import torch
+
+from ssl_pipeline.data.loader import Preprocessing, read_in_order
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.stream import Stream, numbered
+from ssl_pipeline.draws import permutation
+from ssl_pipeline.views.policy import Views, ViewsConfig
+
+
+def views_of(
+    source: Indexed | Stream, config: ViewsConfig, mean: tuple[float, ...], std: tuple[float, ...], seed: int
+) -> Views:
+    """The views of a source's images; where they are restyled, in styles of the same source, drawn by the seed.
+
+    Args:
+        source: whose images; of a stream the first ones lend their styles.
+        config: a settled policy.
+        mean: per-channel mean that the encoder expects.
+        std: per-channel standard deviation that the encoder expects.
+        seed: the run's.
+    """
+    count = max((view.restyle.styles for view in config.each() if view.restyle.probability > 0), default=0)
+    if not count:
+        return Views(config, mean, std, seed)
+    lenders = numbered(source)
+    index = permutation(len(lenders), seed, "styles")[:count].sort().values
+    plain = Preprocessing(config.size, (0.0,) * lenders.channels, (1.0,) * lenders.channels)
+    styles = torch.cat(list(read_in_order(lenders, plain, torch.device("cpu"), index)))
+    return Views(config, mean, std, seed, styles)
