@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_pipeline.bench.clock import now
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.checkpoint import Checkpoints
@@ -121,25 +121,18 @@ def _compare(setting: Setting, rounds: int, accelerator: Accelerator) -> dict[st
     return figures
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _model_only(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
     batch = next(iter(batches.from_step(0)))
     optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     task.train()
-    _wait(accelerator.device)
-    began = time.perf_counter()
+    began = now(accelerator.device)
     for _ in range(batches.total_steps):
         with accelerator.autocast():
             output = task(batch)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    _wait(accelerator.device)
-    return batches.total_steps * batches.batch_size / (time.perf_counter() - began)
+    return batches.total_steps * batches.batch_size / (now(accelerator.device) - began)
 
 
 def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
@@ -147,11 +140,9 @@ def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Acceler
     with tempfile.TemporaryDirectory() as folder:
         log = JsonlLog(Path(folder) / FILE_NAME)
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
-        _wait(accelerator.device)
-        began = time.perf_counter()
+        began = now(accelerator.device)
         fit(task, batches, _OPTIM, optimizer, accelerator, checkpoints, listeners=(log.log,), log_every=2)
-        _wait(accelerator.device)
-        seconds = time.perf_counter() - began
+        seconds = now(accelerator.device) - began
         log.finish()
     accelerator.free_memory()
     return batches.total_steps * batches.batch_size / seconds
@@ -193,12 +184,10 @@ class _LightlyLoop:
         batches: Iterator[list[Tensor]] = iter(loader)
         for _ in range(_WAITING):
             self._step(next(batches), optimizer)
-        _wait(self._device)
-        began = time.perf_counter()
+        began = now(self._device)
         for views in batches:
             self._step(views, optimizer)
-        _wait(self._device)
-        return self._setting.steps * self._setting.batch / (time.perf_counter() - began)
+        return self._setting.steps * self._setting.batch / (now(self._device) - began)
 
     def _step(self, views: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
         first, second = (self._head(self._encoder(view.to(self._device))) for view in views)
