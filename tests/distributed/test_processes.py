@@ -11,6 +11,8 @@ import torch
 from ssl_pipeline.config.resolve import names
 from tests.runs import ROOT, TINY, command
 
+# Of loss and state where a loss divides by small deviations; the rounding there is the processor's own.
+SINGLE_PRECISION = {"barlow_twins": (1e-5, 1e-3), "vicreg": (1e-6, 1e-5)}
 TWO = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
 
 
@@ -32,8 +34,9 @@ def test_loss_gradient_and_state_on_two_processes_equal_one_big_batch(
     exact, single = against_one[f"{name} float64"], against_one[f"{name} float32"]
     assert exact["loss"] < 1e-12
     assert exact["state"] < 1e-12
-    assert single["loss"] < 1e-6 if name != "barlow_twins" else single["loss"] < 1e-5  # divides by tiny deviations
-    assert single["state"] < 1e-6 if name != "barlow_twins" else single["state"] < 1e-3
+    loss, state = SINGLE_PRECISION.get(name, (1e-6, 1e-6))
+    assert single["loss"] < loss
+    assert single["state"] < state
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco_v2", "swav", "barlow_twins"])
