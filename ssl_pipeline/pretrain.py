@@ -219,10 +219,8 @@ def pretrain(config: PretrainConfig) -> Path:
     if isinstance(train, Indexed):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
-    views, preprocessing = (
-        views_of(train, views_config, mean, std, config.seed),
-        Preprocessing(config.views.size, mean, std),
-    )
+    views = views_of(train, views_config, mean, std, config.seed)
+    preprocessing = Preprocessing(config.views.size, mean, std)
 
     blueprint = Blueprint(
         backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std

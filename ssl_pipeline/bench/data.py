@@ -27,6 +27,7 @@ from lightly.transforms.simclr_transform import SimCLRTransform
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ssl_pipeline.bench.clock import now
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files, pack
@@ -71,11 +72,9 @@ def _throughput(folder: Path, share: Share, rounds: int) -> dict[str, float]:
         side()
     for _ in range(rounds):
         for name, (side, images) in sides.items():
-            began = time.perf_counter()
+            began = now(share.device)
             side()
-            if share.device.type == "cuda":
-                torch.cuda.synchronize()
-            rates[name].append(images / (time.perf_counter() - began))
+            rates[name].append(images / (now(share.device) - began))
     torch.set_num_threads(threads)
     figures = {f"data.{name}_images_per_s": statistics.median(found) for name, found in rates.items()}
     for name, side_name in (("photos", "files"), ("cache", "cache")):
