@@ -21,8 +21,9 @@ from ssl_pipeline.domain.across import Across, split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.consistency import ConsistencyConfig, Unlabelled
 from ssl_pipeline.downstream.finished import Model, load_model
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw, without_labels
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
@@ -65,6 +66,7 @@ class FinetuneConfig(Strict):
         regime: which layers are trained, and how.
         domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
+        unlabelled: how the other training images are learned from, without labels; null leaves them alone.
         tracking: who hears of the run beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
@@ -87,6 +89,7 @@ class FinetuneConfig(Strict):
     regime: RegimeConfig
     domain: Annotated[MethodConfig | None, Room("domain")] = None
     labels: LabelsConfig
+    unlabelled: ConsistencyConfig | None = None
     tracking: TrackingConfig
     seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1)
@@ -130,6 +133,9 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     problems += (
         config.data.shown_by_views(config.views.each(), config.domain.target) if config.domain is not None else []
     )
+    if config.unlabelled is not None:
+        across = config.domain is not None
+        problems += config.unlabelled.check(config.downstream.name, config.regime.name, across, pool)
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if config.views.restyle.probability:
@@ -214,8 +220,9 @@ def finetune(config: FinetuneConfig) -> Result:
             kept = folder / "checkpoints" / f"seed-{seed}"
             keeping = Keeping(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
             around = Surroundings(
-                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves
-            )
+                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
+                unlabelled=unlabelled_images(config, blueprint, pool, seed),
+            )  # fmt: skip
             figures = train_and_measure(config, task, across, held_out, around)
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
@@ -236,6 +243,15 @@ def labelled_images(config: FinetuneConfig, pool: Indexed, across: Across | None
     if across is not None:
         return across.draw(config.labels, config.downstream, seed)
     return draw(config.labels, config.downstream, pool, seed)
+
+
+def unlabelled_images(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, seed: int) -> Unlabelled | None:
+    """What a seed learns from without labels; None where nothing is asked for."""
+    if config.unlabelled is None:
+        return None
+    policy, _ = config.unlabelled.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
+    views = Views(policy, blueprint.mean, blueprint.std, derive_seed(seed, "unlabelled"))
+    return Unlabelled(config.unlabelled, without_labels(config.labels, config.downstream, pool, seed), views)
 
 
 def open_folder(

@@ -15,8 +15,8 @@ import torch
 from ssl_pipeline.bench.clock import now
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
+from ssl_pipeline.data.paired import PairedBatches
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.domain.batches import PairedBatches
 from ssl_pipeline.domain.method import Method
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -128,12 +127,6 @@ class Method(Task, ABC):
         """Of the first view."""
         return self.features_and_logits(batch.views[0])
 
-    def supervised(self, logits: Tensor, label: Tensor) -> Tensor:
-        """The classifier's cross-entropy on labelled images."""
-        return F.cross_entropy(
-            logits.float(), label, self.classifier.class_weight, label_smoothing=self.classifier.label_smoothing
-        )
-
     def param_groups(self) -> list[dict[str, Any]]:
         """The classifier's, and what the method has of its own with all of the rate."""
         groups = self.classifier.param_groups()
@@ -153,7 +146,7 @@ class SourceTask(Method):
         """Cross-entropy; accuracy beside it."""
         assert batch.label is not None
         right = (embeddings["logits"].argmax(1) == batch.label).float().mean()
-        return StepOutput(self.supervised(embeddings["logits"], batch.label), {"accuracy": right})
+        return StepOutput(self.classifier.supervised(embeddings["logits"], batch.label), {"accuracy": right})
 
 
 class JointTask(Method):
@@ -176,7 +169,7 @@ class JointTask(Method):
         assert batch.label is not None
         source, target = ({n: rows.chunk(2)[half].float() for n, rows in embeddings.items()} for half in (0, 1))
         label = batch.label.chunk(2)[0]
-        supervised = self.supervised(source["logits"], label)
+        supervised = self.classifier.supervised(source["logits"], label)
         term = self.term(source, target, batch)
         right = (source["logits"].argmax(1) == label).float().mean()
         metrics: dict[str, Tensor | float] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.paired import PairedBatches
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.domain.batches import PairedBatches
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, run_kept_loop, solve_head

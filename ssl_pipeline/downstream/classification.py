@@ -100,9 +100,12 @@ class Classification(VectorTask):
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy; accuracy beside it."""
         assert batch.label is not None
-        logits = embeddings["logits"].float()
-        loss = F.cross_entropy(logits, batch.label, self.class_weight, label_smoothing=self.label_smoothing)
-        return StepOutput(loss, {"accuracy": (logits.argmax(1) == batch.label).float().mean()})
+        loss = self.supervised(embeddings["logits"], batch.label)
+        return StepOutput(loss, {"accuracy": (embeddings["logits"].argmax(1) == batch.label).float().mean()})
+
+    def supervised(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, K) on labels (B,), a scalar."""
+        return F.cross_entropy(logits.float(), label, self.class_weight, label_smoothing=self.label_smoothing)
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
         """Logistic regression for the linear head; class means for the cosine head, which has no bias to fit."""

@@ -48,6 +48,15 @@ def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed
     return Labelled(pool.select(train), None if held_out is None else pool.select(held_out))
 
 
+def without_labels(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Indexed:
+    """All training images but those that a seed holds out for selection; their labels are taken away."""
+    _, held_out = draw_index(labels, downstream, pool, seed)
+    index = torch.arange(len(pool))
+    images = pool.select(index if held_out is None else index[~torch.isin(index, held_out)])
+    images.labels = images.classes = None
+    return images
+
+
 def draw_index(
     labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int
 ) -> tuple[Tensor, Tensor | None]:

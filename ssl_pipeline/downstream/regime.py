@@ -21,7 +21,10 @@ from torch.optim import Optimizer
 from ssl_pipeline.config.base import Strict
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
+from ssl_pipeline.data.paired import PairedBatches
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.consistency import Consistency, Unlabelled
 from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorTask, targets_of
@@ -122,6 +125,7 @@ class Surroundings:
         keeping: where and how often the state is kept to continue from; None keeps none.
         curves: hears the loops; None hears nothing.
         features: of the images to learn from and of those held out, where an encoder's were taken before; float32 of shape (N, D).
+        unlabelled: images that are learned from without labels while all layers are trained; None takes the labelled ones alone.
     """
 
     labelled: Labelled
@@ -134,6 +138,7 @@ class Surroundings:
     keeping: Keeping | None = None
     curves: TrainingCurves | None = None
     features: tuple[Tensor, Tensor | None] | None = None
+    unlabelled: Unlabelled | None = None
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
@@ -150,7 +155,10 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
         task.fix_encoder(True)
         _run_loop(regime.probe, regime.batch, task, around, "probe")
         task.fix_encoder(False)
-    if regime.trains_all:
+    if regime.trains_all and around.unlabelled is not None:
+        assert isinstance(task, Classification)  # finetune's `check` allows no other
+        _run_consistency(regime, task, around, around.unlabelled)
+    elif regime.trains_all:
         _run_loop(regime, regime.batch, task, around, "all_layers")
 
 
@@ -177,15 +185,39 @@ def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> 
 
 def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings, name: str) -> None:
     labelled, share = around.labelled, around.share
-    labels = len(labelled.train)
-    size = max(labels // math.ceil(labels / batch) // share.processes, 1) * share.processes
-    steps_per_epoch = labels // size
-    total = max(1, training.least_steps, training.length.steps(steps_per_epoch, 0))
+    size, total = _steps(training, batch, around)
     make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
-    optimizer = build_optimizer(training.optim, task, size)
-    every = max(steps_per_epoch, total // 20) if labelled.validation is not None else 0
-    run_kept_loop(training, task, batches, optimizer, around, name, Best(task, around), every)
+    _run(training, task, task, batches, around, name)
+
+
+def _run_consistency(regime: RegimeConfig, task: Classification, around: Surroundings, unlabelled: Unlabelled) -> None:
+    """All layers, from labelled images and as many times ``ratio`` others."""
+    labelled, ratio = around.labelled, unlabelled.config.ratio
+    size, total = _steps(regime, min(regime.batch, len(unlabelled.images) // ratio), around)
+    batches = PairedBatches(
+        labelled.train, unlabelled.images, around.views, unlabelled.views, size, around.seed, around.share, total, around.workers,
+        ratio * size,
+    )  # fmt: skip
+    learner = Consistency(unlabelled.config, task, targets_of(labelled.train)).to(around.share.device)
+    _run(regime, task, learner, batches, around, "all_layers")
+
+
+def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[int, int]:
+    """Labelled samples of a step, as even as an epoch allows, and the number of steps."""
+    labels, processes = len(around.labelled.train), around.share.processes
+    size = max(labels // math.ceil(labels / batch) // processes, 1) * processes
+    return size, max(1, training.least_steps, training.length.steps(labels // size, 0))
+
+
+def _run(
+    training: TrainingConfig, task: DownstreamTask, learner: Task, batches: StepBatches, around: Surroundings, name: str
+) -> None:
+    """A loop that keeps the task's best weights, where validation labels tell them; ``learner`` is the task, or holds it."""
+    optimizer = build_optimizer(training.optim, learner, batches.batch_size)
+    chooses = around.labelled.validation is not None
+    every = max(batches.steps_per_epoch, batches.total_steps // 20) if chooses else 0
+    run_kept_loop(training, learner, batches, optimizer, around, name, Best(task, around), every)
 
 
 def run_kept_loop(

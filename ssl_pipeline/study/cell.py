@@ -24,7 +24,7 @@ from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.evaluate.knn import knn_accuracy
-from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point
+from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point, unlabelled_images
 from ssl_pipeline.model.artifact import Blueprint, save
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.study.grid import Cell
@@ -151,8 +151,9 @@ class Desk:
         rows = load_file(task.features) if task.features is not None else None
         cached = None if rows is None else (_of(rows, index), None if validation is None else _of(rows, validation))
         around = Surroundings(
-            labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached
-        )
+            labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
+            unlabelled=unlabelled_images(config, blueprint, pool, config.seed),
+        )  # fmt: skip
         train(config.regime, model, around)
         figures = _measure(model, config, held_out, rows, preprocessing, self.share)
         if task.model is not None:

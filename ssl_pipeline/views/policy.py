@@ -126,8 +126,12 @@ class ViewsConfig(ViewConfig):
         later = self.second.on(base) if self.second else base
         return [base, *[later] * (self.count - 1), *[self.local.on(base)] * self.local.count]
 
-    def for_channels(self, channels: int) -> tuple[ViewsConfig, list[str]]:
+    def for_channels(self, channels: int, key: str = "views") -> tuple[ViewsConfig, list[str]]:
         """Settles what is ``auto``: images that are not RGB keep their channels and lose the colour operations.
+
+        Args:
+            channels: of the images.
+            key: where this policy stands in the configuration.
 
         Returns:
             The policy without ``auto``, and notes for the log.
@@ -136,15 +140,15 @@ class ViewsConfig(ViewConfig):
             ConfigError: a colour operation was asked for by name on images that have no colours.
         """
         views = self.each()
-        base, dropped = views[0].settled(channels, "views")
+        base, dropped = views[0].settled(channels, key)
         update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
         if self.second and self.count > 1:
-            second, _ = views[1].settled(channels, "views.second")
+            second, _ = views[1].settled(channels, f"{key}.second")
             update["second"] = self.second.model_copy(update={"jitter": second.jitter, "grey": second.grey})
         if self.local.count:
-            local, _ = views[-1].settled(channels, "views.local")
+            local, _ = views[-1].settled(channels, f"{key}.local")
             update["local"] = self.local.model_copy(update={"jitter": local.jitter, "grey": local.grey})
-        notes = [f"views: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colours"]
+        notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colours"]
         return self.model_copy(update=update), notes if dropped else []
 
 

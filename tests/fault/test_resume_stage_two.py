@@ -101,11 +101,16 @@ def mask_encoder(masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("regime", "saves"), [("lp_ft", 1), ("lp_ft", 5), ("end_to_end", 2), ("scratch", 3)]
-)  # a loop of 6 steps saves 3 times: stopped in the first seed's middle, in the second's, and between the two
-def test_a_classifier(regime: str, saves: int, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("words", "saves"), [
+        (["regime=lp_ft"], 1), (["regime=lp_ft"], 5), (["regime=end_to_end"], 2), (["regime=scratch"], 3),
+        (["regime=lp_ft", "unlabelled=consistency", "unlabelled.confidence=0.2"], 2),
+    ],
+)  # fmt: skip  # a loop of 6 steps saves 3 times: stopped in the first seed's middle, in the second's, and between the two
+def test_a_classifier(
+    words: list[str], saves: int, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def config(name: str, *more: str) -> FinetuneConfig:
-        return tiny_finetune(encoder, tmp_path / name, f"regime={regime}", *SHORT, *more)
+        return tiny_finetune(encoder, tmp_path / name, *words, *SHORT, *more)
 
     whole = finetune(config("whole")).folder
     with stopped_after(saves, monkeypatch):

@@ -105,6 +105,14 @@ def test_a_cell_is_what_finetune_gives(regime: str, done: Path, runs: list[Path]
     assert cell["figures"] == alone.figures[0]
 
 
+def test_a_cell_that_learns_without_labels_too_is_what_finetune_gives(runs: list[Path], tmp_path: Path) -> None:
+    own = ["unlabelled=consistency", "unlabelled.confidence=0.2", "regime.length=2 steps"]
+    config = words(runs[:1], tmp_path / "study", "labels=[5]", "seeds=1", f"overrides.lp_ft={own}")
+    cell = json.loads((study(config) / "cells" / "run0_lp_ft_5_0.json").read_text())
+    overrides = [*COMMON, *own, "tracking=off", "labels.per_class=5", f"encoder={runs[0]}", f"output={tmp_path / 'x'}"]
+    assert cell["figures"] == finetune(load("finetune", FinetuneConfig, overrides)).figures[0]
+
+
 def test_a_study_that_was_stopped_does_what_is_missing(
     done: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

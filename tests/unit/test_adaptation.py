@@ -19,12 +19,12 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
+from ssl_pipeline.data.paired import PairedBatches
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.domain.adaptation.dance import entropy_separation, neighbourhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
 from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
-from ssl_pipeline.domain.batches import PairedBatches
 from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximisation
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
 from ssl_pipeline.domain.selection import soft_neighbourhood_density

@@ -1,8 +1,9 @@
-"""Batches of two sides: labelled images, and as many of the target."""
+"""Batches of two sides: labelled images, and beside them others whose labels are not looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,20 +16,22 @@ from ssl_pipeline.views.policy import Views
 
 
 class PairedBatches(StepBatches):
-    """Labelled samples, then as many of the target, with label −1 and numbered in the target's own source.
+    """Labelled samples, then the target's, with label −1 and numbered in the target's own source.
 
-    Each side has epochs of its own length and an order of its own; time is counted in the labelled side's epochs.
+    Each side has epochs of its own length and an order of its own; time is counted in the labelled side's epochs. Where one side
+    has more views than the other, the later ones are that side's alone.
 
     Args:
         source: labelled samples.
         target: samples whose labels are not looked at.
         views: of the labelled samples.
         target_views: of the target's.
-        size: samples of a step *of each side*, over all processes.
+        size: labelled samples of a step, over all processes.
         seed: of the run.
         share: this process's.
         total_steps: the run's length.
         workers: as for :class:`StepBatches`; shared by the two sides.
+        target_size: samples of the target in a step; as many as labelled ones by default.
     """
 
     def __init__(
@@ -42,10 +45,11 @@ class PairedBatches(StepBatches):
         share: Share,
         total_steps: int,
         workers: int | None = None,
+        target_size: int | None = None,
     ) -> None:
         super().__init__(source, views, size, seed, share, total_steps, workers, with_labels=True)
         other = derive_seed(seed, "target")
-        self.target = StepBatches(target, target_views, size, other, share, total_steps, workers)
+        self.target = StepBatches(target, target_views, target_size or size, other, share, total_steps, workers)
 
     @property
     def unreadable(self) -> int:
@@ -76,7 +80,8 @@ class PairedBatches(StepBatches):
         """Both sides' batches, one after the other in each tensor."""
         for ours, theirs in zip(super().from_step(start), self.target.from_step(start), strict=True):
             assert ours.label is not None
-            views = [torch.cat(sides) for sides in zip(ours.views, theirs.views, strict=True)]
+            sides = zip_longest(ours.views, theirs.views)
+            views = [torch.cat([view for view in pair if view is not None]) for pair in sides]
             label = torch.cat([ours.label, torch.full_like(theirs.index, -1)])
             domain = None
             if ours.domain is not None and theirs.domain is not None:

@@ -1,0 +1,162 @@
+"""Learning from images without labels, beside those with: what the model is sure of in a mild view holds in a strong one.
+
+    p  = align(softmax(teacher(mild view)))           align(p) ∝ p · (share of the class among labels) / (mean of p so far)
+    ℓ  = ℓ_labelled + weight · mean(1[max p ≥ confidence] · −log softmax(f(strong view))_argmax p)
+
+FixMatch (Sohn et al. 2020, arXiv 2001.07685), with a moving average of the weights as the teacher (Tarvainen and Valpola 2017, arXiv
+1703.01780) and distribution alignment (Berthelot et al. 2020, arXiv 1911.09785). When to use: few labels, and many images of the
+same classes without any. Where the model is wrong and sure, it teaches itself the error: compare on held-out labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
+from ssl_pipeline.losses.gather import gather_rows
+from ssl_pipeline.model.teacher import Teacher
+from ssl_pipeline.views.policy import Views, ViewsConfig
+
+
+class ConsistencyConfig(Strict):
+    """How a classifier learns from images without labels while all of its layers are trained.
+
+    Attributes:
+        weight: of the unlabelled term.
+        confidence: what the teacher's probability of a class must be, so that the image counts as one of it.
+        ratio: images without labels in a step, for each labelled one.
+        momentum: what is kept of the teacher at each step.
+        views: of the images without labels: the first one is learned from, and the second one, a mild one, is what the teacher sees. Their
+            size is the encoder's.
+    """
+
+    weight: float = Field(1.0, gt=0)
+    confidence: float = Field(0.8, ge=0, le=1)
+    ratio: int = Field(3, ge=1)
+    momentum: float = Field(0.98, ge=0, lt=1)
+    views: ViewsConfig = ViewsConfig()
+
+    def check(self, task: str, regime: str, across_domains: bool, images: Indexed) -> list[str]:
+        """What does not go together with it, as sentences.
+
+        Args:
+            task: the downstream task's name.
+            regime: the regime's.
+            across_domains: whether a method across domains trains.
+            images: the training images.
+        """
+        problems = []
+        if task != "classification":
+            problems.append(f"`unlabelled` is for downstream=classification, and this is {task}: set unlabelled=null.")
+        if regime == "frozen":
+            problems.append(
+                "`unlabelled` trains all layers, and regime `frozen` the head alone: take another regime, or unlabelled=null."
+            )
+        if across_domains:
+            problems.append(
+                "`domain` and `unlabelled` both bring images without labels into a step: take one of them. "
+                "`domain=mcc` and others learn from a target without labels."
+            )
+        if self.views.count != 2 or self.views.local.count:
+            problems.append(
+                f"`unlabelled.views` makes {self.views.total} view(s) of an image, and 2 are needed: the one to learn from and "
+                "the teacher's."
+            )
+        if any(view.restyle.probability for view in self.views.each()):
+            problems.append("`unlabelled.views.restyle` is for stage one: set its probability to 0.")
+        if self.ratio > len(images) // 2:
+            problems.append(
+                f"`unlabelled.ratio` is {self.ratio}, and there are {len(images)} training images: take at most {len(images) // 2}."
+            )
+        try:
+            self.views.for_channels(images.channels, "unlabelled.views")
+        except ConfigError as error:
+            problems += error.problems
+        return problems
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images without labels, and how they are learned from.
+
+    Attributes:
+        config: how.
+        images: which; no label of theirs is there to be read.
+        views: of them.
+    """
+
+    config: ConsistencyConfig
+    images: Indexed
+    views: Views
+
+
+class Consistency(Task):
+    """A classifier, and the teacher that names images for it; see the module.
+
+    In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labelled. The others have two views.
+
+    Args:
+        config: how.
+        classifier: on its device; trained in place.
+        labels: those that are learned from, int64 of shape (N,).
+    """
+
+    reads_labels = True
+    shares: Tensor
+    mean: Tensor
+    _seen: Tensor
+
+    def __init__(self, config: ConsistencyConfig, classifier: Classification, labels: Tensor) -> None:
+        super().__init__()
+        self.config, self.classifier, self.encoder = config, classifier, classifier.encoder
+        self.teacher = Teacher(classifier)
+        shares = labels.bincount(minlength=classifier.classes) / len(labels)
+        self.register_buffer("shares", shares.to(classifier.class_weight))
+        self.register_buffer("mean", self.shares.clone())  # of the teacher's predictions
+        self._seen = self.mean
+
+    def embed(self, batch: Batch) -> Embeddings:
+        """The classifier's logits of the first view, and the teacher's of the second."""
+        assert isinstance(self.teacher.network, Classification)
+        with torch.no_grad():
+            taught = self.teacher.network.predict(batch.views[1])
+        return {"logits": self.classifier.predict(batch.views[0]), "taught": taught}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        """Cross-entropy on labels, and on the names that the teacher is sure of."""
+        assert batch.label is not None
+        labelled = len(batch.label) // (1 + self.config.ratio)
+        logits, label = embeddings["logits"].float(), batch.label[:labelled]
+        supervised = self.classifier.supervised(logits[:labelled], label)
+        with torch.no_grad():
+            probabilities = embeddings["taught"].float().softmax(1)
+            self._seen = gather_rows(probabilities.mean(0, keepdim=True)).mean(0)
+            surest, name = F.normalize(probabilities * self.shares / self.mean.clamp_min(1e-6), p=1, dim=1).max(1)
+            sure = (surest >= self.config.confidence).float()
+        term = (sure * F.cross_entropy(logits[labelled:], name, reduction="none")).mean()
+        right = (logits[:labelled].argmax(1) == label).float().mean()
+        metrics: dict[str, Tensor | float] = {
+            "supervised": supervised.detach(), "unlabelled": term.detach(), "sure": sure.mean(), "accuracy": right,
+        }  # fmt: skip
+        return StepOutput(supervised + self.config.weight * term, metrics)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The classifier's: the teacher has no gradients."""
+        return self.classifier.param_groups()
+
+    def after_step(self, batch: Batch) -> None:
+        """The averages follow, from the start no slower than a plain mean over the steps."""
+        step = batch.clock.step
+        kept = min(self.config.momentum, step / (step + 1))
+        self.teacher.follow(self.classifier, kept)
+        self.mean.lerp_(self._seen, 1 - kept)

@@ -1,0 +1,187 @@
+"""Learning from images without labels: the loss against a loop, what it may see, and that it helps where labels are few."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.paired import PairedBatches
+from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.consistency import Consistency, ConsistencyConfig
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index, without_labels
+from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.finetune import FinetuneConfig, check, unlabelled_images
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.schedules import Clock
+from ssl_pipeline.views.policy import Views
+
+SHARE = Share(0, 1, torch.device("cpu"))
+BLUEPRINT = Blueprint(backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
+TOLD = ["tracking=off", "unlabelled=consistency", "regime=scratch"]
+
+
+def settled(*words: str) -> tuple[FinetuneConfig, ConsistencyConfig]:
+    config = load("finetune", FinetuneConfig, [*TOLD, *words])
+    assert config.unlabelled is not None
+    return config, config.unlabelled
+
+
+def tiny(classes: int = 3, *words: str) -> Consistency:
+    """A teacher and a tiny classifier; the labels that it is taught have shares of 1/2, 1/4, 1/4."""
+    config, unlabelled = settled(*words)
+    torch.manual_seed(0)
+    classifier = config.downstream.build(BLUEPRINT.build()[0], classes)
+    assert isinstance(classifier, Classification)
+    return Consistency(unlabelled, classifier, torch.tensor([0, 0, 1, 2]))
+
+
+def images(count: int, seed: int = 0) -> ArraySource:
+    """Stripes of any width and place in noise, across or along."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    phase, width = (torch.rand(count, 1, 1, generator=generator) for _ in range(2))
+    across = torch.sin(torch.arange(12) * (0.6 + 1.2 * width) + 6.3 * phase).expand(count, 12, 12)
+    grey = 128 + 50 * torch.where((labels == 1)[:, None, None], across, across.mT)
+    pixels = (grey + 25 * torch.randn(count, 12, 12, generator=generator)).clamp(0, 255).byte()[:, None]
+    return ArraySource("stripes", pixels, labels, ("along", "across"))
+
+
+def step_of(task: Consistency, labelled: int, step: int = 0, seed: int = 0) -> Batch:
+    """Random images: ``labelled`` ones, and ``ratio`` times as many others, which have two views."""
+    generator = torch.Generator().manual_seed(seed)
+    others = labelled * task.config.ratio
+    views = [torch.randn(count, 1, 12, 12, generator=generator) for count in (labelled + others, others)]
+    label = torch.cat([torch.arange(labelled) % task.classifier.classes, torch.full((others,), -1)])
+    return Batch(Clock(step, 10, 1), torch.arange(labelled + others), views, label)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.floats(0.2, 0.95), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_the_loss_is_a_sum_over_what_the_teacher_is_sure_of(
+    labelled: int, ratio: int, confidence: float, seed: int
+) -> None:
+    task = tiny(3, f"unlabelled.ratio={ratio}", f"unlabelled.confidence={confidence}", "unlabelled.weight=0.7")
+    batch = step_of(task, labelled)
+    generator = torch.Generator().manual_seed(seed)
+    logits, taught = (2 * torch.randn(len(view), 3, generator=generator) for view in batch.views)
+    task.mean.copy_(torch.tensor([0.2, 0.5, 0.3]))
+    output = task.objective({"logits": logits, "taught": taught}, batch)
+
+    def log_share(row: Tensor, of_class: int) -> float:
+        return float(row[of_class]) - math.log(sum(math.exp(float(value)) for value in row))
+
+    assert batch.label is not None
+    supervised = -sum(log_share(logits[i], int(batch.label[i])) for i in range(labelled)) / labelled
+    terms, sure = [], 0
+    for strong, mild in zip(logits[labelled:], taught, strict=True):
+        p = [math.exp(log_share(mild, c)) * share / mean for c, (share, mean) in enumerate(
+            zip((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), strict=True)
+        )]  # fmt: skip
+        surest = max(range(3), key=lambda c: p[c])
+        counts = p[surest] / sum(p) >= confidence
+        sure += counts
+        terms.append(-log_share(strong, surest) if counts else 0.0)
+    assert float(output.loss) == pytest.approx(supervised + 0.7 * sum(terms) / len(terms), rel=1e-4, abs=1e-5)
+    assert float(output.metrics["sure"]) == pytest.approx(sure / len(terms))
+
+
+def test_the_teacher_has_no_gradient_and_follows_from_the_start() -> None:
+    task = tiny()
+    task.train()
+    before = copy.deepcopy(task.teacher.network.state_dict())
+    task(step_of(task, 4)).loss.backward()
+    assert all(parameter.grad is None for parameter in task.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in task.classifier.parameters())
+    learned = {id(parameter) for group in task.param_groups() for _, parameter in group["params"]}
+    assert learned == {id(parameter) for parameter in task.classifier.parameters()}
+    with torch.no_grad():
+        for parameter in task.classifier.parameters():
+            parameter.add_(1)
+    task.after_step(step_of(task, 4, step=3))  # a plain mean over four steps, as momentum would keep more
+    for name, parameter in task.classifier.named_parameters():
+        assert torch.allclose(task.teacher.network.get_parameter(name), 0.75 * before[name] + 0.25 * parameter)
+    task.after_step(step_of(task, 4, step=0))
+    for name, parameter in task.classifier.named_parameters():
+        assert torch.equal(task.teacher.network.get_parameter(name), parameter)
+
+
+def test_a_batch_has_ratio_times_as_many_images_and_their_second_view_is_theirs_alone() -> None:
+    config, unlabelled = settled("unlabelled.ratio=2")
+    policies = [
+        policy.model_copy(update={"size": 12}).for_channels(1)[0] for policy in (config.views, unlabelled.views)
+    ]
+    ours, theirs = (Views(policy, (0.5,), (0.3,), seed) for seed, policy in enumerate(policies))
+    others = images(30, 1)
+    others.labels = others.classes = None
+    for batch in PairedBatches(images(12), others, ours, theirs, 4, 0, SHARE, 3, target_size=8).from_step(0):
+        assert batch.label is not None
+        assert [len(view) for view in batch.views] == [12, 8]
+        assert batch.label.tolist() == [i % 2 for i in batch.index[:4].tolist()] + [-1] * 8
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.5])
+def test_what_is_held_out_is_not_seen_and_no_label_is_there_to_be_read(validation: float) -> None:
+    config, _ = settled()
+    pool, labels = images(40), LabelsConfig(per_class=4, validation=validation)
+    _, held_out = draw_index(labels, config.downstream, pool, 3)
+    others = without_labels(labels, config.downstream, pool, 3)
+    assert others.labels is None
+    assert others.classes is None
+    assert len(others) == 40 - round(validation * 8)
+    assert others.pixels is not None
+    assert pool.pixels is not None
+    for i in [] if held_out is None else held_out.tolist():
+        assert not (others.pixels == pool.pixels[i]).flatten(1).all(1).any()
+    assert pool.labels is not None  # its own are still there
+
+
+def accuracy(*words: str) -> float:
+    """Of a network that was trained from scratch on two labels a class."""
+    config = load("finetune", FinetuneConfig, ["tracking=off", "regime=scratch", "regime.least_steps=200", *words,
+        "labels.per_class=2", "labels.validation=0", "views.crop.scale=[0.9,1.0]", "regime.length=1 steps", "regime.batch=4"])  # fmt: skip
+    pool, held_out, preprocessing = images(200), images(200, 1), Preprocessing(12, (0.5,), (0.3,))
+    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    torch.manual_seed(0)
+    task = config.downstream.build(BLUEPRINT.build()[0], 2)
+    index, _ = draw_index(config.labels, config.downstream, pool, 0)
+    around = Surroundings(
+        Labelled(pool.select(index), None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
+        unlabelled=unlabelled_images(config, BLUEPRINT, pool, 0),
+    )  # fmt: skip
+    train(config.regime, task, around)
+    return task.evaluate(held_out, preprocessing, SHARE)["accuracy"]
+
+
+def test_it_helps_where_labels_are_few() -> None:
+    assert accuracy("unlabelled=consistency", "unlabelled.ratio=8") > accuracy() + 0.08
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["regime=frozen"], "`unlabelled` trains all layers, and regime `frozen` the head alone"),
+    (["downstream=regression"], "`unlabelled` is for downstream=classification, and this is regression"),
+    (["domain=mcc", "domain.target=[a]"], "`domain` and `unlabelled` both bring images without labels"),
+    (["unlabelled.views.count=1", "unlabelled.views.second=null"], "`unlabelled.views` makes 1 view\\(s\\) of an image, and 2 are needed"),
+    (["unlabelled.views.local.count=2"], "`unlabelled.views` makes 4 view\\(s\\)"),
+    (["unlabelled.views.restyle.probability=0.5"], "`unlabelled.views.restyle` is for stage one"),
+    (["unlabelled.views.grey=0.2"], "`unlabelled.views.grey` needs RGB images"),
+    (["unlabelled.views.second.grey=0.2"], "`unlabelled.views.second.grey` needs RGB images"),
+    (["unlabelled.ratio=21"], "`unlabelled.ratio` is 21, and there are 40 training images: take at most 20"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_told(words: list[str], said: str) -> None:
+    config, _ = settled(*words)
+    with pytest.raises(ConfigError, match=said):
+        check(config, images(40), images(10, 1))
