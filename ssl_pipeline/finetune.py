@@ -193,6 +193,8 @@ def finetune(config: FinetuneConfig) -> Result:
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}
+    beside = config.unlabelled.open(pool.channels) if config.unlabelled is not None else None
+    data |= {} if beside is None else {"unlabelled": beside.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
     run, folder, finished = open_folder(config, data, seeds, accelerator)
     result = Result(folder, config.split)
@@ -251,7 +253,8 @@ def unlabelled_images(config: FinetuneConfig, blueprint: Blueprint, pool: Indexe
         return None
     policy, _ = config.unlabelled.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     views = Views(policy, blueprint.mean, blueprint.std, derive_seed(seed, "unlabelled"))
-    return Unlabelled(config.unlabelled, without_labels(config.labels, config.downstream, pool, seed), views)
+    images = config.unlabelled.open(pool.channels)
+    return Unlabelled(config.unlabelled, images or without_labels(config.labels, config.downstream, pool, seed), views)
 
 
 def open_folder(

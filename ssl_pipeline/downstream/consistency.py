@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.prepared import look_at
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import gather_rows
@@ -32,6 +34,7 @@ class ConsistencyConfig(Strict):
     """How a classifier learns from images without labels while all of its layers are trained.
 
     Attributes:
+        path: a folder of images without labels, with all that lies below it; null takes the data's own training images.
         weight: of the unlabelled term.
         confidence: what the teacher's probability of a class must be, so that the image counts as one of it.
         ratio: images without labels in a step, for each labelled one.
@@ -40,20 +43,42 @@ class ConsistencyConfig(Strict):
             size is the encoder's.
     """
 
+    path: str | None = None
     weight: float = Field(1.0, gt=0)
     confidence: float = Field(0.8, ge=0, le=1)
     ratio: int = Field(3, ge=1)
     momentum: float = Field(0.98, ge=0, lt=1)
     views: ViewsConfig = ViewsConfig()
 
-    def check(self, task: str, regime: str, across_domains: bool, images: Indexed) -> list[str]:
+    def open(self, channels: int) -> Indexed | None:
+        """The images of ``path``; None without one.
+
+        Raises:
+            ConfigError: there is no such folder, it holds fewer than two images or too many broken ones, or they can't be read with so
+                many channels.
+        """
+        if self.path is None:
+            return None
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"`unlabelled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabelled.path=null."
+            )
+        config = folder.Config(name="folder", path=self.path, channels=channels)
+        found = look_at(folder.existing_folder(self.path, "unlabelled.path"), config.base, config.bad_files)
+        if len(found.files) < 2:
+            raise ConfigError(
+                f"`unlabelled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
+            )
+        return found.source(config, self.path)
+
+    def check(self, task: str, regime: str, across_domains: bool, data: Indexed) -> list[str]:
         """What does not go together with it, as sentences.
 
         Args:
             task: the downstream task's name.
             regime: the regime's.
             across_domains: whether a method across domains trains.
-            images: the training images.
+            data: the training images.
         """
         problems = []
         if task != "classification":
@@ -74,14 +99,15 @@ class ConsistencyConfig(Strict):
             )
         if any(view.restyle.probability for view in self.views.each()):
             problems.append("`unlabelled.views.restyle` is for stage one: set its probability to 0.")
+        try:
+            self.views.for_channels(data.channels, "unlabelled.views")
+            images = self.open(data.channels) or data
+        except ConfigError as error:
+            return [*problems, *error.problems]
         if self.ratio > len(images) // 2:
             problems.append(
-                f"`unlabelled.ratio` is {self.ratio}, and there are {len(images)} training images: take at most {len(images) // 2}."
+                f"`unlabelled.ratio` is {self.ratio}, and {images.name} has {len(images)} images: take at most {len(images) // 2}."
             )
-        try:
-            self.views.for_channels(images.channels, "unlabelled.views")
-        except ConfigError as error:
-            problems += error.problems
         return problems
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
@@ -22,12 +24,14 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, ConsistencyConfig
 from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index, without_labels
 from ssl_pipeline.downstream.regime import Surroundings, train
-from ssl_pipeline.finetune import FinetuneConfig, check, unlabelled_images
+from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.finetune import FinetuneConfig, check, finetune, unlabelled_images
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.policy import Views
+from tests.runs import tiny_finetune
 
 SHARE = Share(0, 1, torch.device("cpu"))
 BLUEPRINT = Blueprint(backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
@@ -179,9 +183,46 @@ def test_it_helps_where_labels_are_few() -> None:
     (["unlabelled.views.restyle.probability=0.5"], "`unlabelled.views.restyle` is for stage one"),
     (["unlabelled.views.grey=0.2"], "`unlabelled.views.grey` needs RGB images"),
     (["unlabelled.views.second.grey=0.2"], "`unlabelled.views.second.grey` needs RGB images"),
-    (["unlabelled.ratio=21"], "`unlabelled.ratio` is 21, and there are 40 training images: take at most 20"),
+    (["unlabelled.path=nowhere"], "`unlabelled.path`: 'nowhere' does not exist"),
+    (["unlabelled.ratio=21"], "`unlabelled.ratio` is 21, and stripes has 40 images: take at most 20"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_told(words: list[str], said: str) -> None:
     config, _ = settled(*words)
     with pytest.raises(ConfigError, match=said):
         check(config, images(40), images(10, 1))
+
+
+def test_a_folder_of_images_may_stand_beside_the_data(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (20 + i, 14), (40 * i, 0, 0)).save(photos / ("below" if i % 2 else ".") / f"{i}.png")
+    words = [
+        "regime=scratch",
+        "regime.length=2 steps",
+        "regime.least_steps=0",
+        "unlabelled=consistency",
+        "unlabelled.ratio=1",
+    ]
+    run = ["backbone.width=4", "workers=0", "labels.validation=0", f"unlabelled.path={photos}"]
+    config = tiny_finetune(tmp_path / "none", tmp_path / "run", *words, *run, "encoder=null")
+    seen = list[int]()
+    with pytest.MonkeyPatch.context() as patched:
+        objective = Consistency.objective
+
+        def noted(self: Consistency, embeddings: Embeddings, batch: Batch) -> StepOutput:
+            seen.extend(batch.index[len(batch.index) // 2 :].tolist())
+            return objective(self, embeddings, batch)
+
+        patched.setattr(Consistency, "objective", noted)
+        finetune(config)
+    assert seen
+    assert set(seen) <= set(range(5))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"`unlabelled.path`: .*empty' holds 0 images"):
+        finetune(
+            tiny_finetune(
+                tmp_path / "none", tmp_path / "other", *words, "encoder=null", f"unlabelled.path={tmp_path / 'empty'}"
+            )
+        )
+    assert not (tmp_path / "other").exists()
