@@ -162,9 +162,11 @@ def _room_page(verb: Verb, group: str, room: str) -> str:
 def _group_page(verb: Verb, group: str, field: FieldInfo) -> str:
     schema = model_of(field.annotation)
     assert schema is not None
-    tree = compose(verb.config)[group]
+    tree, first = compose(verb.config).get(group), choices(group)[0]
+    defaults = f"`{verb.name}`" if tree is not None else f"`{group}={first}`; `{verb.name}` has none by itself"
+    tree = tree if tree is not None else compose(verb.config, [f"{group}={first}"])[group]
     parts = [f"# The group {group}", _sentence(attributes(verb.schema).get(group, "")) or prose(schema.__doc__)]
-    parts += [f"Defaults are those of `{verb.name}`.", table(keys(schema, tree, f"{group}."))]
+    parts += [f"Defaults are those of {defaults}.", table(keys(schema, tree, f"{group}."))]
     for choice in choices(group):
         parts += [f"## {group}={choice}", f"```yaml\n{(config_root() / group / f'{choice}.yaml').read_text()}```"]
     return "\n\n".join([*parts, ""])

@@ -1,4 +1,4 @@
-"""Names that lightly and Lightning give a network's tensors, back to the network's own."""
+"""Names that lightly, Lightning and our own artifacts give a network's tensors, back to the network's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from torch import Tensor, nn
 
-_WRAPPERS = ("backbone.", "encoder.", "model.", "_model.", "student_backbone.", "wrapped_model.")
+_WRAPPERS = ("backbone.", "trunk.", "encoder.", "model.", "_model.", "student_backbone.", "wrapped_model.")
 
 
 def own_names(trunk: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -30,10 +30,16 @@ def beside_a_head(network: models.ResNet) -> dict[str, Tensor]:
     return module.state_dict()
 
 
+def in_our_artifact(network: models.ResNet) -> dict[str, Tensor]:
+    trunk = {f"backbone.trunk.{k}": v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    return {**trunk, "neck.power": torch.ones(1)}
+
+
 SAVED: dict[str, Names] = {
     "torchvision": lambda network: network.state_dict(),
     "of a sequence": lambda network: lightlys_sequence(network).state_dict(),
     "of a Lightning module": beside_a_head,
+    "of an encoder of ours": in_our_artifact,
     "of a wrapped model": lambda network: {f"_model.backbone.{k}": v for k, v in network.state_dict().items()},
 }
 
