@@ -48,7 +48,7 @@ class ConsistencyConfig(Strict):
     confidence: float = Field(0.8, ge=0, le=1)
     ratio: int = Field(3, ge=1)
     momentum: float = Field(0.98, ge=0, lt=1)
-    views: ViewsConfig = ViewsConfig()
+    views: ViewsConfig
 
     def open(self, channels: int) -> Indexed | None:
         """The images of ``path``; None without one.
