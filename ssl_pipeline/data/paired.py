@@ -67,6 +67,12 @@ class PairedBatches(StepBatches):
         super().learn([faults.get("source", {}) for faults in found])
         self.target.learn([faults.get("target", {}) for faults in found])
 
+    def bear(self, unreadable: int) -> None:
+        """Each side bears damaged files by its own limit; sides of one folder have one."""
+        del unreadable
+        super().bear(super().unreadable)
+        self.target.bear(self.target.unreadable)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resume goes on counting from, on both sides."""
         return {"source": super().state_dict(), "target": self.target.state_dict()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.paired import PairedBatches
@@ -135,6 +136,20 @@ def test_a_batch_has_ratio_times_as_many_images_and_their_second_view_is_theirs_
         assert batch.label is not None
         assert [len(view) for view in batch.views] == [12, 8]
         assert batch.label.tolist() == [i % 2 for i in batch.index[:4].tolist()] + [-1] * 8
+
+
+def test_a_damaged_file_counts_on_its_own_side() -> None:
+    config, _ = settled()
+    views = Views(config.views.model_copy(update={"size": 12}).for_channels(1)[0], (0.5,), (0.3,), 0)
+    ours, theirs = images(12), images(200, 1)
+    ours.bad_files, theirs.bad_files = BadFiles(parse_limit("1%"), 12), BadFiles(parse_limit("1%"), 200)
+    batches = PairedBatches(ours, theirs, views, views, 4, 0, SHARE, 3)
+    theirs.bad_files.learn({"photo": "truncated"})
+    assert batches.unreadable == 1
+    batches.bear(batches.unreadable)  # two of 200 are borne, and none of 12
+    ours.bad_files.learn({"labelled": "truncated"})
+    with pytest.raises(ConfigError, match="1 of 12 files"):
+        batches.bear(batches.unreadable)
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.5])
