@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+
+from ssl_pipeline import __version__
 
 VERBS = {
     "prepare": (
@@ -49,27 +52,48 @@ VERBS = {
 
 def main() -> None:
     """The command line's entry."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if verb in ("--help", "-h", "help"):
-        lines = [f"  {name:<20} {text}" for name, (_, text) in VERBS.items()]
-        sys.stdout.write(
-            "\n".join(["usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more)", "", *lines, ""])
-        )
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first in ("--help", "-h", "help"):
+        sys.stdout.write(_overview())
         return
-    if verb not in VERBS:
-        close = get_close_matches(verb, VERBS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
-        sys.stderr.write(f"{verb!r} is not a verb of ssl-pipeline. {hint}\n")
-        raise SystemExit(2)
-    del sys.argv[1]
-    if " ".join([verb, *sys.argv[1:2]]) in VERBS:  # of two words, such as `study domain`
-        verb = f"{verb} {sys.argv.pop(1)}"
+    if first in ("--version", "-V"):
+        sys.stdout.write(f"ssl-pipeline {__version__}\n")
+        return
+    verb, rest = verb_of(sys.argv[1:])
+    sys.argv[1:] = rest
     run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
     try:
         run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that a command line starts with, of one word or two (``study domain``), and the words after it.
+
+    Raises:
+        SystemExit: with code 2 and a sentence, where there is no such verb.
+    """
+    if " ".join(words[:2]) in VERBS and len(words) > 1:
+        return " ".join(words[:2]), list(words[2:])
+    verb, second = words[0], words[1] if len(words) > 1 else ""
+    subverbs = [name.partition(" ")[2] for name in VERBS if name.startswith(f"{verb} ")]
+    # A word after `study` is a run's folder, unless it is nearly one of its own verbs.
+    typo = [] if Path(second).exists() else get_close_matches(second, subverbs, n=1)
+    if verb in VERBS and not typo:
+        return verb, list(words[1:])
+    wrong = " ".join(words[:2]) if typo else verb
+    close = [f"{verb} {typo[0]}"] if typo else get_close_matches(verb, VERBS, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
+    sys.stderr.write(f"{wrong!r} is not a verb of ssl-pipeline. {hint}\n")
+    raise SystemExit(2)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<20} {text}" for name, (_, text) in VERBS.items()]
+    usage = "usage: ssl-pipeline VERB …   (ssl-pipeline VERB --help tells more, ssl-pipeline --version the version)"
+    return "\n".join([usage, "", *lines, ""])
 
 
 if __name__ == "__main__":

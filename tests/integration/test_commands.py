@@ -6,10 +6,109 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ssl_pipeline import __version__, cli
 from tests.runs import ROOT, TINY, command, ssl_pipeline
+
+# Calls every verb in one process: by itself (what would run is composed and not run), with --help, and with a typo.
+EVERY_VERB = """
+import contextlib, importlib, io, json, sys
+from ssl_pipeline import cli
+from ssl_pipeline.config.command import load
+
+def told(*words):
+    sys.argv, out = ["ssl-pipeline", *words], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            code = cli.main()
+        except SystemExit as left:
+            code = left.code
+    return [code or 0, out.getvalue()]
+
+needed = {"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b", "bench": "knn"}
+found = {"--help": {verb: told(*verb.split(), "--help") for verb in cli.VERBS}}
+for verb, (module, _) in cli.VERBS.items():
+    loaded = importlib.import_module(module)
+    typo = "sede=3" if hasattr(loaded, "run_command") else needed.get(verb, "") + " --sede"
+    found.setdefault("typo", {})[verb] = told(*verb.split(), *typo.split())
+    if hasattr(loaded, "run_command"):
+        loaded.run_command = lambda name, schema, *_: print(load(name, schema) and f"{name} would run")
+    found.setdefault("bare", {})[verb] = told(*verb.split())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[int, str]]]:
+    done = command(sys.executable, "-c", EVERY_VERB, cwd=tmp_path_factory.mktemp("verbs"))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, tuple[int, str]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_verb_alone_would_run_or_says_what_it_needs(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+    code, text = told["bare"][verb]
+    assert "Traceback" not in text
+    if code:
+        assert code == 2
+        assert "the following arguments are required" in text
+    else:
+        assert "would run" in text or "wrote temperature.svg" in text
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"views"}))
+def test_a_verb_with_a_typo_names_it(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+    code, text = told["typo"][verb]
+    assert code == 2
+    assert "Traceback" not in text
+    assert "sede" in text
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"views"}))
+def test_a_verb_has_a_help_of_its_own(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+    code, text = told["--help"][verb]
+    assert code == 0
+    assert text.startswith(f"usage: ssl-pipeline {verb} ")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_verb_is_found_with_and_without_words_after_it(verb: str) -> None:
+    assert cli.verb_of(verb.split()) == (verb, [])
+    assert cli.verb_of([*verb.split(), "x=3", "--help"]) == (verb, ["x=3", "--help"])
+
+
+def test_a_verb_of_two_words_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.verb_of(["study", "domian"])
+    assert "Did you mean 'study domain'?" in capsys.readouterr().err
+    (tmp_path / "domian").mkdir()
+    assert cli.verb_of(["study", "domian"]) == ("study", ["domian"])
+
+
+def test_the_verb_alone_is_given_no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    module = SimpleNamespace(main=lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr("importlib.import_module", lambda _: module)
+    for words in (["pretrain"], ["study"], ["study", "domain"], ["study", "domain", "seeds=1"]):
+        monkeypatch.setattr(sys, "argv", ["ssl-pipeline", *words])
+        cli.main()
+    assert seen == [[], [], [], ["seeds=1"]]
+
+
+@pytest.mark.parametrize(("words", "start"), [([], "usage: "), (["help"], "usage: "), (["--version"], __version__)])
+def test_the_program_itself(
+    words: list[str], start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-pipeline", *words])
+    cli.main()
+    assert capsys.readouterr().out.removeprefix("ssl-pipeline ").startswith(start)
 
 
 @pytest.mark.parametrize(
