@@ -34,7 +34,7 @@ from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.evaluate.confusion import confusion_matrix
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.result import Result, finished_seeds
 from ssl_pipeline.model.artifact import Blueprint, Card, save
@@ -298,8 +298,8 @@ def tell_confusion(
     result: Result, task: Classification, held_out: Indexed, classes: tuple[str, ...], around: Surroundings, trackers: Trackers
 ) -> None:  # fmt: skip
     """Puts the confusion of a seed's classes into the result, keeps it for a run that is stopped, and draws it."""
-    told = extract(task, held_out, around.preprocessing, around.share, forward=task.predict).argmax(1)
-    matrix = confusion_matrix(told.cpu(), targets_of(held_out), len(classes))
+    logits, read = extract_readable(task, held_out, around.preprocessing, around.share, forward=task.predict)
+    matrix = confusion_matrix(logits.argmax(1), targets_of(held_out)[read], len(classes))
     result.confusion.update(classes=list(classes), matrix=matrix.tolist())
     Gallery(trackers).confusion(around.seed, matrix, classes)
     if around.accelerator.is_main_process:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, StepBatches
+from ssl_pipeline.data.loader import Preprocessing, StepBatches, open_readable
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import Draws
 from ssl_pipeline.views.geometry import crop_boxes, resize_box_of_file, resize_boxes
@@ -209,6 +209,8 @@ def read_whole(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Reads whole images, once and in order: a dense task must not lose what a central square would cut off.
 
+    An image that can't be decoded is left out and counted, as :func:`ssl_pipeline.data.loader.read_readable` does.
+
     Args:
         source: numbered samples.
         preprocessing: size and normalisation.
@@ -231,8 +233,12 @@ def read_whole(
                 box = torch.tensor([0, 0, *pixels.shape[2:]]).expand(len(part), -1)
                 images = resize_boxes(pixels, box, size)
             else:
-                opened = pool.map(source.open_image, part.tolist())
-                images = torch.stack([whole_view(image, size) for image in opened]).to(device).float() / 255
+                opened = list(pool.map(lambda i: open_readable(source, i), part.tolist()))
+                part = part[torch.tensor([image is not None for image in opened])]
+                views = [whole_view(image, size) for image in opened if image is not None]
+                if not views:
+                    continue
+                images = torch.stack(views).to(device).float() / 255
             yield part.tolist(), (images - mean) / std
 
 

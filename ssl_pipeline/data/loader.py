@@ -243,6 +243,49 @@ def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
     raise last
 
 
+def open_readable(source: Indexed, index: int) -> Image.Image | None:
+    """A decoded image; None for one that can't be decoded, which is counted.
+
+    Figures and probes leave such an image out: a neighbour would be measured against another image's target.
+
+    Raises:
+        DecodeError: the source bears no such image.
+        ConfigError: it bears no more.
+    """
+    try:
+        return source.open_image(index)
+    except DecodeError as error:
+        note_bad(source, index, error)
+        return None
+
+
+def read_readable(
+    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reads samples once, in order, without randomness; those that can't be decoded are left out.
+
+    Args:
+        source: numbered samples.
+        preprocessing: the central square, resized and normalised.
+        device: where the images are wanted.
+        index: which samples, int64 of shape (N,).
+        chunk: samples at a time.
+
+    Yields:
+        The samples that were read, int64 of shape (B,) with B ≤ chunk, and their images, float32 of shape (B, C, size, size).
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for part in index.split(chunk):
+            if source.pixels is not None:
+                yield part, preprocessing.of_pixels(source.pixels[part].to(device))
+                continue
+            opened = list(pool.map(lambda i: open_readable(source, i), part.tolist()))
+            images = [image for image in opened if image is not None]
+            if images:
+                read = torch.tensor([image is not None for image in opened])
+                yield part[read], preprocessing.of_files(images).to(device)
+
+
 def read_in_order(
     source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor | None = None, chunk: int = 256
 ) -> Iterator[Tensor]:

@@ -19,7 +19,6 @@ from ssl_pipeline.domain.selection import unlabelled_figures
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.evaluate.features import extract
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,9 @@ class Across:
         Beside it what needs no label of the target (``domain.selection``), how far source and target are apart
         (``domain.distance``), and with ``known`` how well unknown classes are found (``domain.open_set``).
         """
-        features = {name: extract(classifier, images, preprocessing, share, forward=classifier.neck_features)
-                    for name, images in self.measured.items()}  # fmt: skip
+        read = {name: classifier.read(images, preprocessing, share) for name, images in self.measured.items()}
+        features, labels = ({name: rows[side] for name, rows in read.items()} for side in (0, 1))
         logits = {name: classifier.of_features(rows.to(share.device)).float().cpu() for name, rows in features.items()}
-        labels = {name: _labels(images) for name, images in self.measured.items()}
         predictions = torch.cat([logits[name] for name in self.targets])
         truth = torch.cat([labels[name] for name in self.targets])
         figures = classifier.score(predictions, truth)

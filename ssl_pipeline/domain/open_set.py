@@ -12,7 +12,6 @@ from torch import Tensor
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.evaluate.features import extract
 
 SCORES = ("msp", "max_logit", "energy", "knn")
 
@@ -144,19 +143,22 @@ def open_set_figures(
     """
 
     def outputs(images: Indexed) -> tuple[Tensor, Tensor]:
-        features = extract(classifier, images, preprocessing, share, forward=classifier.neck_features)
+        return from_features(classifier.read(images, preprocessing, share)[0])
+
+    def from_features(features: Tensor) -> tuple[Tensor, Tensor]:
         was_training = classifier.training
         logits = torch.cat([classifier.eval().head(part.to(share.device)).cpu() for part in features.split(1024)])
         classifier.train(was_training)
         return logits, features
 
     _, bank = outputs(taught)
-    of_domain = {name: outputs(images) for name, images in known.items()}
+    read = {name: classifier.read(images, preprocessing, share) for name, images in known.items()}
+    of_domain = {name: from_features(rows) for name, (rows, _) in read.items()}
     sides = {name: scores(*output, bank) for name, output in of_domain.items()}
     strange = scores(*outputs(unknown), bank)
     reference = scores(*outputs(held_back if held_back is not None else taught), bank)
     logits = torch.cat([of_domain[name][0] for name in targets])
-    label = torch.cat([_labels(known[name]) for name in targets])
+    label = torch.cat([read[name][1] for name in targets])
     right = logits.argmax(1) == label
     figures = dict[str, float]()
     for score, of_unknown in strange.items():
@@ -171,8 +173,3 @@ def open_set_figures(
             f"open/{score}/full_spectrum_auroc": auroc(torch.cat([side[score] for side in sides.values()]), of_unknown),
         }
     return figures
-
-
-def _labels(images: Indexed) -> Tensor:
-    assert images.labels is not None
-    return images.labels

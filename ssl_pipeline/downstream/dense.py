@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_view
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
@@ -67,7 +68,11 @@ class DenseTask(DownstreamTask):
 
     @torch.no_grad()
     def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
-        """The figures of all images, each exactly once on any number of processes."""
+        """The figures of all images, each exactly once on any number of processes; those that can't be read are left out.
+
+        Raises:
+            ConfigError: no image can be read.
+        """
         assert isinstance(source, Annotated)
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
         was_training = self.training
@@ -81,6 +86,8 @@ class DenseTask(DownstreamTask):
             share,
         )
         self.train(was_training)
+        if not compared:
+            raise ConfigError(f"{source.name}: none of its {len(source)} images can be read: replace the files.")
         return self.score(compared)
 
 

@@ -33,10 +33,11 @@ from ssl_pipeline.engine.distributed import check_same_start
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.training import TrainingCurves
 from ssl_pipeline.views.policy import Views
+
+Rows = tuple[Tensor, Tensor]  # features (M, D), and the targets of the images that they are of
 
 
 class TrainingConfig(Strict):
@@ -124,7 +125,7 @@ class Surroundings:
         workers: processes that decode files; None settles it by the machine.
         keeping: where and how often the state is kept to continue from; None keeps none.
         curves: hears the loops; None hears nothing.
-        features: of the images to learn from and of those held out, where an encoder's were taken before; float32 of shape (N, D).
+        features: what :meth:`VectorTask.read` gives of the images to learn from and of those held out, where it was taken before.
         unlabelled: images that are learned from without labels while all layers are trained; None takes the labelled ones alone.
     """
 
@@ -137,7 +138,7 @@ class Surroundings:
     workers: int | None = None
     keeping: Keeping | None = None
     curves: TrainingCurves | None = None
-    features: tuple[Tensor, Tensor | None] | None = None
+    features: tuple[Rows, Rows | None] | None = None
     unlabelled: Unlabelled | None = None
 
 
@@ -166,19 +167,19 @@ def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> 
     """The probe: fits the head on fixed features, its weight decay chosen by validation labels where there are some."""
     train, held_out = around.labelled.train, around.labelled.validation
 
-    def read(source: Indexed) -> Tensor:
-        return extract(task, source, around.preprocessing, around.share, forward=task.neck_features)
+    def read(source: Indexed) -> Rows:
+        return task.read(source, around.preprocessing, around.share)
 
     chooses = held_out is not None and len(regime.decays) > 1
     cached = around.features or (read(train), read(held_out) if held_out is not None and chooses else None)
-    features, targets = cached[0].to(around.share.device), targets_of(train).to(around.share.device)
+    features, targets = (rows.to(around.share.device) for rows in cached[0])
     decay = regime.decays[0]
     if held_out is not None and chooses:
         assert cached[1] is not None
         scores = dict.fromkeys(sorted(regime.decays, reverse=True), 0.0)
         for candidate in scores:
             task.fit_head(features, targets, candidate)
-            scores[candidate] = _first(task.evaluate_features(cached[1], targets_of(held_out)))
+            scores[candidate] = _first(task.evaluate_features(*cached[1]))
         decay = max(scores, key=lambda d: scores[d])
     task.fit_head(features, targets, decay)
 

@@ -11,7 +11,7 @@ from ssl_pipeline.data.annotated import Numbers, annotations_of
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
 from ssl_pipeline.model.encoder import Encoder
 
@@ -62,8 +62,12 @@ class VectorTask(DownstreamTask):
 
     def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
         """The figures of all predictions, each sample exactly once."""
-        features = extract(self, source, preprocessing, share, forward=self.neck_features)
-        return self.evaluate_features(features, targets_of(source))
+        return self.evaluate_features(*self.read(source, preprocessing, share))
+
+    def read(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> tuple[Tensor, Tensor]:
+        """What the head reads of a source's images, float32 of shape (M, D), and their targets; images that can't be read are left out."""
+        features, read = extract_readable(self, source, preprocessing, share, forward=self.neck_features)
+        return features, targets_of(source)[read]
 
     @torch.no_grad()
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:

@@ -108,6 +108,7 @@ class Corrupted(Indexed):
         self._source, self._size, self._corruption, self._strength, self._seed = source, size, name, strength, seed
         self.name = f"{source.name} ({name} {strength})"
         self.channels, self.classes, self.labels = source.channels, source.classes, source.labels
+        self.bad_files = source.bad_files
 
     def __len__(self) -> int:
         return len(self._source)

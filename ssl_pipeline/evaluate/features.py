@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour, read_in_order
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour, read_in_order, read_readable
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.evaluate.together import from_all
 from ssl_pipeline.model.encoder import Encoder
@@ -24,6 +25,9 @@ def extract(
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs a network over samples without randomness, and gathers the outputs in the samples' order.
+
+    A sample that can't be decoded has its neighbour's row. What pairs rows with labels or other targets takes
+    :func:`extract_readable`.
 
     Args:
         network: put into evaluation mode, and back into the mode it was in.
@@ -48,6 +52,38 @@ def extract(
     rows = from_all((run(images).float().cpu() for images in batches), share)
     network.train(was_training)
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def extract_readable(
+    network: nn.Module,
+    source: Indexed,
+    preprocessing: Preprocessing,
+    share: Share,
+    index: Tensor | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`extract`, without the samples that can't be decoded.
+
+    Returns:
+        float32 of shape (M, D), and the samples that the rows are of, int64 of shape (M,), in the order of ``index``; both on
+        the CPU, the same on every process.
+
+    Raises:
+        ConfigError: no sample can be decoded.
+        CutShortError: a signal has come.
+    """
+    index = torch.arange(len(source)) if index is None else index
+    part = index.tensor_split(share.processes)[share.rank]
+    was_training = network.training
+    network.eval()
+    run = forward or network
+    batches = read_readable(source, preprocessing, share.device, part)
+    rows = from_all(((run(images).float().cpu(), read) for read, images in batches), share)
+    network.train(was_training)
+    if not rows:
+        raise ConfigError(f"{source.name}: none of its {len(index)} images can be read: replace the files.")
+    return torch.cat([found for found, _ in rows]), torch.cat([read for _, read in rows])
 
 
 @torch.no_grad()

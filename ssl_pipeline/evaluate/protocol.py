@@ -15,7 +15,7 @@ from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import collapse
 from ssl_pipeline.evaluate.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 from ssl_pipeline.evaluate.encoder import Opened
-from ssl_pipeline.evaluate.features import extract, two_views
+from ssl_pipeline.evaluate.features import extract, extract_readable, two_views
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.evaluate.probe import fit_linear
@@ -92,10 +92,10 @@ def read_features(opened: Opened, source: Indexed, layers: Sequence[str]) -> Fea
         return torch.cat([encoder.features(images), *(maps[name].mean((2, 3)) for name in levels)], 1)
 
     labelled = (source.labels >= 0).nonzero()[:, 0]
-    rows = extract(encoder, source, opened.preprocessing, opened.share, labelled, forward)
+    rows, read = extract_readable(encoder, source, opened.preprocessing, opened.share, labelled, forward)
     widths = {"neck": encoder.width, **encoder.widths}
     parts = rows.split([widths[name] for name in layers], 1)
-    return Features(dict(zip(layers, parts, strict=True)), source.labels[labelled])
+    return Features(dict(zip(layers, parts, strict=True)), source.labels[read])
 
 
 def knn_figures(train: Features, test: Features, classes: int, ks: Sequence[int], temperature: float) -> list[Figure]:

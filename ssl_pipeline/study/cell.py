@@ -22,7 +22,7 @@ from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point, unlabelled_images
 from ssl_pipeline.model.artifact import Blueprint, save
@@ -123,15 +123,15 @@ class Desk:
         encoder = on_device(encoder, self.share)
         preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
         index = torch.arange(len(pool)) if task.knn else task.index
-        found = {
-            "index": index,
-            "train": extract(encoder, pool, preprocessing, self.share, index),
-            "held_out": extract(encoder, held_out, preprocessing, self.share),
-        }
+        found = {"index": index}
+        for name, source, asked in (("train", pool, index), ("held_out", held_out, None)):
+            found[name], found[f"{name}_read"] = extract_readable(encoder, source, preprocessing, self.share, asked)
         if task.knn and pool.labels is not None and held_out.labels is not None:
-            classes = len(pool.classes or ())
-            accuracy = knn_accuracy(found["held_out"], held_out.labels, found["train"], pool.labels, classes)
-            write_text_atomic(task.file.with_suffix(".json"), json.dumps({"knn": accuracy}))
+            bank, asked_for = pool.labels[found["train_read"]], held_out.labels[found["held_out_read"]]
+            if bool((bank >= 0).any()) and bool((asked_for >= 0).any()):
+                classes = len(pool.classes or ())
+                accuracy = knn_accuracy(found["held_out"], asked_for, found["train"], bank, classes)
+                write_text_atomic(task.file.with_suffix(".json"), json.dumps({"knn": accuracy}))
         partial = task.file.with_suffix(".partial")
         save_file(found, partial)
         partial.replace(task.file)
@@ -149,7 +149,9 @@ class Desk:
         index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
         labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation))
         rows = load_file(task.features) if task.features is not None else None
-        cached = None if rows is None else (_of(rows, index), None if validation is None else _of(rows, validation))
+        cached = None
+        if rows is not None:
+            cached = _of(rows, index, pool), None if validation is None else _of(rows, validation, pool)
         around = Surroundings(
             labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
             unlabelled=unlabelled_images(config, blueprint, pool, config.seed),
@@ -173,12 +175,12 @@ def _measure(
     preprocessing: Preprocessing, share: Share,
 ) -> dict[str, float]:  # fmt: skip
     if rows is not None and not config.regime.trains_all and isinstance(model, VectorTask):
-        return model.evaluate_features(rows["held_out"], targets_of(held_out))
+        return model.evaluate_features(rows["held_out"], targets_of(held_out)[rows["held_out_read"]])
     return model.evaluate(held_out, preprocessing, share)
 
 
-def _of(rows: dict[str, Tensor], index: Tensor) -> Tensor:
-    """The features of some training images."""
-    place = torch.searchsorted(rows["index"], index)
-    assert torch.equal(rows["index"][place], index)
-    return rows["train"][place]
+def _of(rows: dict[str, Tensor], index: Tensor, pool: Indexed) -> tuple[Tensor, Tensor]:
+    """The features of some training images and their targets, without those that could not be read."""
+    assert bool(torch.isin(index, rows["index"]).all())
+    chosen = torch.isin(rows["train_read"], index)
+    return rows["train"][chosen], targets_of(pool)[rows["train_read"][chosen]]

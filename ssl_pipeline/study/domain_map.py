@@ -14,7 +14,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.finished import load_model
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.report.planes import principal_plane
 
@@ -59,10 +59,11 @@ def spots(run: Path, overrides: Sequence[str]) -> Spots:
     features, domains, labels = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, images in across.measured.items():
         index = torch.linspace(0, len(images) - 1, min(len(images), _MOST)).round().long()
-        features.append(extract(model.task, images, preprocessing, share, index, model.task.neck_features))
-        domains.append(torch.full((len(index),), int(name in across.targets)))
+        rows, read = extract_readable(model.task, images, preprocessing, share, index, model.task.neck_features)
+        features.append(rows)
+        domains.append(torch.full((len(read),), int(name in across.targets)))
         assert images.labels is not None
-        labels.append(images.labels[index])
+        labels.append(images.labels[read])
     plane, _ = principal_plane(torch.cat(features))
     return Spots(plane, torch.cat(domains), torch.cat(labels), model.classes)
 

@@ -34,6 +34,7 @@ from ssl_pipeline.track.run import Run, open_run, versions, write_text_atomic
 from ssl_pipeline.track.tracker import open_trackers
 
 SCHEMA = 1
+_FEATURES_FORM = 2  # of the files of features: another number, and those of an older version are taken anew
 
 
 def study(config: StudyConfig) -> Path:
@@ -167,6 +168,7 @@ def _features(folder: Path, cell: Cell, own: dict[str, Any]) -> Path:
     """Where an encoder's features are; the name changes with all that decides them."""
     settings = own["settings"]
     parts = [
+        _FEATURES_FORM,
         own["weights"],
         own["data"],
         *(settings[key] for key in ("size", "data", "split", "backbone", "neck", "views")),
