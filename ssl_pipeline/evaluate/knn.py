@@ -55,14 +55,21 @@ def knn_predict(
     Args:
         queries: shape (Q, D).
         bank: shape (N, D).
-        bank_labels: int64 of shape (N,).
+        bank_labels: int64 of shape (N,); a row of −1 has no label and no vote.
         classes: number of classes.
         k: neighbours; all rows if there are fewer.
         temperature: sharpness of the weights.
 
     Returns:
         Predicted classes, int64 of shape (Q,).
+
+    Raises:
+        ValueError: no row of the bank has a label.
     """
+    voting = bank_labels >= 0
+    bank, bank_labels = bank[voting], bank_labels[voting]
+    if not len(bank):
+        raise ValueError("kNN needs at least one row with a label in its bank.")
     predictions = []
     for similarity, index in neighbours(queries, bank, k):
         votes = similarity.new_zeros(len(similarity), classes)
@@ -81,6 +88,13 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.1,
 ) -> float:
-    """The share of queries that :func:`knn_predict` gets right."""
-    predicted = knn_predict(queries, bank, bank_labels, classes, k, temperature)
-    return float((predicted == query_labels).float().mean())
+    """The share of labelled queries that :func:`knn_predict` gets right; a query of label −1 is not counted.
+
+    Raises:
+        ValueError: no row of the bank, or no query, has a label.
+    """
+    known = query_labels >= 0
+    if not bool(known.any()):
+        raise ValueError("kNN accuracy needs at least one query with a label.")
+    predicted = knn_predict(queries[known], bank, bank_labels, classes, k, temperature)
+    return float((predicted == query_labels[known]).float().mean())

@@ -8,7 +8,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import collapse
-from ssl_pipeline.evaluate.features import extract, two_views
+from ssl_pipeline.evaluate.features import extract, extract_readable, two_views
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.views.policy import Views
@@ -48,6 +48,9 @@ class OnlineEvaluation:
         if train.labels is not None:
             bank = bank[train.labels[bank] >= 0]  # −1: this image has no label to vote with
         self._bank = bank[:bank_size].sort().values
+        self._queries = torch.arange(0)
+        if dev is not None and dev.labels is not None:
+            self._queries = (dev.labels >= 0).nonzero()[:, 0]
         self._looked_at = dev if dev is not None else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
         self.seen: tuple[Indexed, torch.Tensor, torch.Tensor] | None = None
@@ -56,7 +59,7 @@ class OnlineEvaluation:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others."""
         figures = self._collapse(encoder)
-        if self._dev is not None and self._train.labels is not None:
+        if self._dev is not None and len(self._queries) and self._train.labels is not None and len(self._bank):
             figures["knn"] = self._knn(encoder, self._dev)
         return {f"eval/{name}": value for name, value in figures.items()}
 
@@ -64,9 +67,10 @@ class OnlineEvaluation:
         assert self._train.labels is not None
         assert dev.labels is not None
         assert dev.classes is not None
-        bank = extract(encoder, self._train, self._preprocessing, self._share, self._bank)
-        queries = extract(encoder, dev, self._preprocessing, self._share)
-        return knn_accuracy(queries, dev.labels, bank, self._train.labels[self._bank], len(dev.classes), self._k)
+        bank, voting = extract_readable(encoder, self._train, self._preprocessing, self._share, self._bank)
+        queries, asked = extract_readable(encoder, dev, self._preprocessing, self._share, self._queries)
+        labels = self._train.labels[voting]
+        return knn_accuracy(queries, dev.labels[asked], bank, labels, len(dev.classes), self._k)
 
     def _collapse(self, encoder: Encoder) -> dict[str, float]:
         features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)

@@ -8,10 +8,17 @@ import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict as lightlys_knn
 from sklearn.linear_model import LogisticRegression
 
+from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.evaluate import collapse
 from ssl_pipeline.evaluate.interval import interval, paired_difference
 from ssl_pipeline.evaluate.knn import knn_accuracy, knn_predict
+from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.evaluate.probe import fit_linear
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.views.policy import Views, ViewsConfig
 
 
 def blobs(seed: int = 0, count: int = 60, classes: int = 3, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +38,21 @@ def test_knn_is_lightlys() -> None:
 def test_knn_takes_all_rows_where_there_are_fewer_than_k() -> None:
     bank, labels = blobs(count=6)
     assert knn_accuracy(bank, labels, bank, labels, 3, k=50) == 1.0
+
+
+def test_rows_without_a_label_neither_vote_nor_count() -> None:
+    bank, labels = blobs()
+    queries, asked = blobs(1, 30)
+    hidden = labels.clone()
+    hidden[::4] = -1
+    unknown = asked.clone()
+    unknown[::3] = -1
+    known = unknown >= 0
+    expected = knn_accuracy(queries[known], asked[known], bank[hidden >= 0], hidden[hidden >= 0], 3, k=5)
+    assert knn_accuracy(queries, unknown, bank, hidden, 3, k=5) == expected
+    for none, of in ((torch.full_like(asked, -1), labels), (asked, torch.full_like(labels, -1))):
+        with pytest.raises(ValueError, match="label"):
+            knn_accuracy(queries, none, bank, of, 3)
 
 
 def test_collapse_figures_tell_collapse_from_health() -> None:
@@ -73,3 +95,21 @@ def test_interval_is_students() -> None:
     assert interval([0.5]).percent() == "50.0"
     assert paired_difference([0.8, 0.9], [0.7, 0.8]).mean == pytest.approx(0.1)
     assert paired_difference([0.8, 0.9], [0.7, 0.8]).half == pytest.approx(0, abs=1e-9)
+
+
+def test_online_knn_asks_labelled_images_alone_and_is_absent_without_any() -> None:
+    pixels = torch.randint(0, 256, (24, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    train = ArraySource("train", pixels[:16], torch.arange(16) % 2, ("a", "b"))
+    known = torch.tensor([0, 1, 0, 1, -1, -1, -1, -1])
+    config = ViewsConfig.model_validate({"size": 12}).for_channels(3)[0]
+    views, preprocessing = Views(config, (0.5,) * 3, (0.25,) * 3, 0), Preprocessing(12, (0.5,) * 3, (0.25,) * 3)
+    backbone, neck = BackboneConfig(width=4), NeckConfig()
+    encoder, _ = Blueprint(backbone=backbone, neck=neck, channels=3, size=12, mean=(0.5,) * 3, std=(0.25,) * 3).build()
+
+    def knn(dev: ArraySource) -> float | None:
+        found = OnlineEvaluation(train, dev, views, preprocessing, Share(0, 1, torch.device("cpu")))(encoder)
+        return found.get("eval/knn")
+
+    whole = ArraySource("dev", pixels[16:], known, ("a", "b"))
+    assert knn(whole) == knn(whole.select(torch.arange(4)))
+    assert knn(whole.select(torch.arange(4, 8))) is None
