@@ -12,6 +12,7 @@ from torch import Tensor
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.evaluate.average_precision import average_precision
 
 SCORES = ("msp", "max_logit", "energy", "knn")
 
@@ -67,14 +68,8 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
 
 def aupr_unknown(known: Tensor, unknown: Tensor) -> float:
     """Average precision at finding the unknown ones, lowest scores first; see :func:`auroc`."""
-    both = torch.cat([unknown, known]).double()
-    order = both.argsort()
-    is_unknown = (order < len(unknown)).double()
-    last_of_equals = torch.cat([both[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
-    found = is_unknown.cumsum(0)[last_of_equals]
-    precision = found / (last_of_equals.nonzero()[:, 0] + 1)
-    recall = found / len(unknown)
-    return float((precision * recall.diff(prepend=torch.zeros(1, dtype=torch.float64))).sum())
+    both = torch.cat([unknown, known])
+    return average_precision(-both, torch.arange(len(both)) < len(unknown))
 
 
 def fpr_at_95_known(known: Tensor, unknown: Tensor) -> float:

@@ -120,7 +120,11 @@ class Classification(VectorTask):
                 self.head.weight.copy_(members.T @ F.normalize(features, dim=1))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """Accuracy, and the mean of the classes' accuracies."""
+        """Accuracy, and the mean of the classes' accuracies.
+
+        A class without an image has no accuracy: it is left out of the mean, and ``classes_measured`` says how many are in it.
+        """
         right = (predictions.argmax(1) == targets).float()
         of_class = [right[targets == c].mean() for c in targets.unique()]
-        return {"accuracy": float(right.mean()), "class_mean_accuracy": float(torch.stack(of_class).mean())}
+        means = {"accuracy": float(right.mean()), "class_mean_accuracy": float(torch.stack(of_class).mean())}
+        return means | ({} if len(of_class) == predictions.shape[1] else {"classes_measured": float(len(of_class))})

@@ -8,10 +8,12 @@ average precision, which needs no threshold.
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+from torchmetrics.functional.classification import binary_f1_score
 
 from ssl_pipeline.data.annotated import Numbers, annotations_of
 from ssl_pipeline.data.batch import Batch
@@ -20,10 +22,9 @@ from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_labels, known_mean
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.evaluate.average_precision import average_precision
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import LinearHead
-
-_UNKNOWN = -1  # what torchmetrics is told of a target that is not known
 
 
 class Config(VectorConfig):
@@ -53,6 +54,12 @@ class Config(VectorConfig):
                 problems.append(
                     f"{source.name}: {name!r} is {found[0]:g} in every training image: leave the column out."
                 )
+        measured = None if held_out is None else annotations_of(held_out, Numbers)
+        if measured is not None and not bool(_vary(measured.values).any()):
+            problems.append(
+                f"{source.name}: each label is the same in all images to measure on, and nothing can be measured: add "
+                "images to them that have the labels, and images that have not."
+            )
         return problems
 
 
@@ -81,10 +88,25 @@ class MultiLabel(VectorTask):
             self.head.bias.copy_(bias)
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """Mean average precision over the labels, and the labels' mean F1 at a probability of one half."""
-        chances, known = predictions.sigmoid(), targets.nan_to_num(nan=_UNKNOWN).long()
-        kinds = {
-            "mean_average_precision": multilabel_average_precision(chances, known, self.classes, ignore_index=_UNKNOWN),
-            "f1": multilabel_f1_score(chances, known, self.classes, ignore_index=_UNKNOWN),
-        }
-        return {name: float(value) for name, value in kinds.items()}
+        """Mean average precision over the labels, and the labels' mean F1 at a probability of one half.
+
+        A label that is 0, or 1, in all images where it is known has the same average precision whatever the model says: it is
+        left out of both means, and ``labels_measured`` says how many are in them.
+        """
+        measured = _vary(targets).nonzero()[:, 0].tolist()
+        told = {} if len(measured) == targets.shape[1] else {"labels_measured": float(len(measured))}
+        if not measured:
+            return told
+        precisions, f1s = [], []
+        for label in measured:
+            known = ~targets[:, label].isnan()
+            logits, truth = predictions[known, label], targets[known, label] == 1
+            # Of the logits and not of probabilities, which are all 1 where a model is sure: their order would be lost.
+            precisions.append(average_precision(logits, truth))
+            f1s.append(float(binary_f1_score((logits > 0).long(), truth.long())))
+        return {"mean_average_precision": fmean(precisions), "f1": fmean(f1s)} | told
+
+
+def _vary(targets: Tensor) -> Tensor:
+    """Which labels (N, K) are 0 in some image and 1 in another, bool of shape (K,)."""
+    return (targets == 0).any(0) & (targets == 1).any(0)

@@ -50,11 +50,14 @@ class Config(VectorConfig):
         if problems or numbers is None:
             return problems
         for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True):
-            known = column[~column.isnan()]
-            if bool((known == known[0]).all()):
-                problems.append(
-                    f"{source.name}: {name!r} is {known[0]:g} in every training image: leave the column out."
-                )
+            if not _varies(column):
+                value = float(column[~column.isnan()][0])
+                problems.append(f"{source.name}: {name!r} is {value:g} in every training image: leave the column out.")
+        measured = None if held_out is None else annotations_of(held_out, Numbers)
+        if measured is not None and not any(map(_varies, measured.values.unbind(1))):
+            problems.append(
+                f"{source.name}: each value is the same in all images to measure on, and R² needs different ones: add images."
+            )
         return problems
 
 
@@ -99,12 +102,26 @@ class Regression(VectorTask):
             self.head.bias.copy_(bias)
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """R² (1 is perfect, 0 is predicting the mean), and the absolute error in the values' own units; means over the values."""
+        """R² (1 is perfect, 0 is predicting the mean), and the absolute error in the values' own units; means over the values.
+
+        A value that is known of no image, or the same in all of them, has no R²: it is left out of both means, and
+        ``values_measured`` says how many are in them.
+        """
         of_value = []
         for predicted, value in zip(predictions.double().unbind(1), targets.double().unbind(1), strict=True):
             known = ~value.isnan()
+            if not _varies(value):
+                continue
             error, spread = (value - predicted)[known], (value - value[known].mean())[known]
-            r2 = 1 - error.square().sum() / spread.square().sum().clamp_min(1e-12)
-            of_value.append(torch.stack([r2, error.abs().mean()]))
+            of_value.append(torch.stack([1 - error.square().sum() / spread.square().sum(), error.abs().mean()]))
+        told = {} if len(of_value) == targets.shape[1] else {"values_measured": float(len(of_value))}
+        if not of_value:
+            return told
         r2, absolute = torch.stack(of_value).mean(0).tolist()
-        return {"r2": r2, "mean_absolute_error": absolute}
+        return {"r2": r2, "mean_absolute_error": absolute} | told
+
+
+def _varies(column: Tensor) -> bool:
+    """Whether a column (N,) has two known values that differ."""
+    known = column[~column.isnan()]
+    return len(known) > 1 and bool((known != known[0]).any())

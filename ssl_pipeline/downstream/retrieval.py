@@ -91,11 +91,20 @@ class Retrieval(VectorTask):
         return {"knn_accuracy": float((predictions.argmax(1) == targets).float().mean())}
 
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:
-        """The kNN accuracy, mean average precision, and recall, of images' features against those remembered."""
-        precision, first = ranking(features, targets, self.head.rows.cpu(), self.head.labels.cpu())
-        found = {f"recall_at_{k}": float((first < k).float().mean()) for k in self.recall_at}
-        figures = super().evaluate_features(features, targets)
-        return {**figures, "mean_average_precision": float(precision.mean()), **found}
+        """The kNN accuracy, mean average precision, and recall, of images' features against those remembered.
+
+        Of a class that nothing remembered is of, nothing can be found: such images count in the accuracy alone, and
+        ``queries_measured`` says how many the other figures are of.
+        """
+        bank_labels = self.head.labels.cpu()
+        precision, first = ranking(features, targets, self.head.rows.cpu(), bank_labels)
+        figures, count = super().evaluate_features(features, targets), len(targets)
+        answerable = torch.isin(targets, bank_labels)
+        precision, first = precision[answerable], first[answerable]
+        if len(first):
+            figures["mean_average_precision"] = float(precision.mean())
+            figures |= {f"recall_at_{k}": float((first < k).float().mean()) for k in self.recall_at}
+        return figures | ({} if len(first) == count else {"queries_measured": float(len(first))})
 
 
 def ranking(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:

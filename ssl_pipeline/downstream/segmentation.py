@@ -106,12 +106,19 @@ class Segmentation(DenseTask):
         return places.bincount(minlength=self.classes**2).view(self.classes, self.classes).cpu()
 
     def score(self, compared: list[Tensor]) -> dict[str, float]:
-        """Mean intersection over union of the classes that occur, and the share of pixels that are right."""
+        """Mean intersection over union of the classes that occur, and the share of pixels that are right.
+
+        Where some classes do not occur, ``classes_measured`` says how many do.
+        """
         confusion = torch.stack(compared).sum(0).double()
         right, occurs = confusion.diag(), confusion.sum(1) > 0
+        count = int(occurs.sum())
+        told = {} if count == len(confusion) else {"classes_measured": float(count)}
+        if not count:
+            return told
         union = confusion.sum(0) + confusion.sum(1) - right
         figures = {
             "mean_iou": (right / union.clamp_min(1))[occurs].mean(),
             "pixel_accuracy": right.sum() / confusion.sum(),
         }
-        return {name: float(value) for name, value in figures.items()}
+        return {name: float(value) for name, value in figures.items()} | told

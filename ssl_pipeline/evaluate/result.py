@@ -81,8 +81,8 @@ def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str
 
 
 def is_share(name: str, in_percent: bool) -> bool:
-    """Whether a figure of a task that is measured in per cent is a share itself: entropies, densities and distances are not."""
-    return in_percent and not name.startswith("label_free/")
+    """Whether a figure of a task that is measured in per cent is a share itself: entropies, distances and counts are not."""
+    return in_percent and not name.startswith("label_free/") and not name.endswith("_measured")
 
 
 def _plain(value: Interval) -> str:

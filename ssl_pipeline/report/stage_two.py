@@ -71,7 +71,7 @@ def in_percent(run: RunRecord) -> bool:
             getattr(component("downstream", "downstream", run.config.get("downstream", {})), "in_percent", False)
         )
     except UserError:
-        return all(0 <= value <= 1 for row in seeds_of(run) for value in row.values())
+        return all(0 <= value <= 1 for row in seeds_of(run) for name, value in row.items() if is_share(name, True))
 
 
 def results_table(run: RunRecord) -> Table | None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import average_precision_score, r2_score
+from sklearn.metrics import average_precision_score, f1_score, r2_score, recall_score
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
@@ -127,6 +127,72 @@ def test_figures_of_numbers_are_sklearns_and_pass_over_what_is_not_known() -> No
     task = multi_label.Config(name="multi_label").build(encoder(), 2)
     expected = np.mean([average_precision_score(labels[known[:, k], k], predictions[known[:, k], k]) for k in range(2)])
     assert task.score(predictions, labels)["mean_average_precision"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_that_nothing_can_be_measured_of_are_left_out_and_counted() -> None:
+    torch.manual_seed(0)
+    logits, truth = 30 * torch.randn(60, 5), (torch.rand(60, 5) < 0.3).float()
+    truth[:, 1], truth[:, 3] = 0, 1  # without a positive, and without a negative
+    truth[::5] = torch.nan
+    known = ~truth[:, 0].isnan()
+    task = multi_label.Config(name="multi_label").build(encoder(), 5)
+    figures, measured = task.score(logits, truth), [0, 2, 4]
+    precisions = [average_precision_score(truth[known, k], logits[known, k]) for k in measured]
+    f1s = [f1_score(truth[known, k], logits[known, k] > 0) for k in measured]
+    assert figures["mean_average_precision"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    assert figures["f1"] == pytest.approx(np.mean(f1s), abs=1e-6)
+    assert figures["labels_measured"] == 3
+    perfect = task.score(truth.nan_to_num() * 10 - 5, truth)
+    assert perfect == {"mean_average_precision": 1, "f1": 1, "labels_measured": 3}
+    assert task.score(logits[:, [1, 3]], truth[:, [1, 3]]) == {"labels_measured": 0}
+    alone = task.score(logits[:, :1], truth[:, :1])  # one label, and nothing left out
+    assert alone["mean_average_precision"] == pytest.approx(precisions[0], abs=1e-6)
+    assert "labels_measured" not in alone
+
+
+def test_values_without_spread_and_classes_without_images_are_left_out_and_counted() -> None:
+    torch.manual_seed(0)
+    predictions, truth = torch.randn(30, 4), torch.randn(30, 4)
+    truth[:, 1], truth[:, 2] = 3, torch.nan
+    values = regression.Config(name="regression").build(encoder(), 4)
+    figures = values.score(predictions, truth)
+    assert figures["r2"] == pytest.approx(r2_score(truth[:, [0, 3]], predictions[:, [0, 3]]), abs=1e-5)
+    error = (predictions - truth)[:, [0, 3]].abs().mean()
+    assert figures["mean_absolute_error"] == pytest.approx(float(error), abs=1e-6)
+    assert figures["values_measured"] == 2
+    assert values.score(predictions[:1], truth[:1]) == {"values_measured": 0}  # one image has no spread
+    task = classification.Config(name="classification").build(encoder(), 4)
+    labels = torch.tensor([0, 2, 3])[torch.randint(0, 3, (30,))]
+    classes = task.score(predictions, labels)
+    expected = recall_score(labels, predictions.argmax(1), labels=[0, 2, 3], average="macro")
+    assert classes["class_mean_accuracy"] == pytest.approx(expected, abs=1e-6)
+    assert classes["classes_measured"] == 3
+    assert "classes_measured" not in task.score(predictions[:4], torch.arange(4))
+    rows = Result(Path("run"), "test", [classes]).rows(in_percent=True)
+    assert rows[-1] == ["classes_measured", "3"]
+
+
+def test_held_out_images_that_nothing_can_be_measured_on_are_refused() -> None:
+    images = ArraySource("x", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    train, held_out = torch.tensor([[0.0], [1], [0], [1]]), torch.full((4, 1), 1.0)
+    sides = [Annotated(images, Numbers(values, ("day",))) for values in (train, held_out)]
+    assert "each label is the same in all images to measure on" in multi_label.Config(name="m").check(*sides)[0]
+    assert "each value is the same in all images to measure on" in regression.Config(name="r").check(*sides)[0]
+    assert not multi_label.Config(name="m").check(sides[0], sides[0])
+
+
+def test_a_query_without_a_match_lowers_no_mean_and_is_counted() -> None:
+    torch.manual_seed(0)
+    task = retrieval.Config(name="retrieval", k=3, recall_at=(1, 5)).build(encoder(), 4)
+    task.fit_head(torch.randn(20, task.width), torch.arange(20) % 3, 0.0)
+    queries, labels = torch.randn(16, task.width), torch.arange(16) % 4  # nothing remembered is of class 3
+    known = labels < 3
+    figures, of_known = task.evaluate_features(queries, labels), task.evaluate_features(queries[known], labels[known])
+    assert figures["queries_measured"] == 12
+    for name in ("mean_average_precision", "recall_at_1", "recall_at_5"):
+        assert figures[name] == of_known[name]
+    assert figures["knn_accuracy"] == pytest.approx(of_known["knn_accuracy"] * 12 / 16)
+    assert "queries_measured" not in of_known
 
 
 def test_a_value_that_is_not_known_teaches_nothing() -> None:

@@ -113,6 +113,8 @@ def test_figures_are_torchmetrics_and_passes_over_what_has_no_class() -> None:
     each = multiclass_jaccard_index(guessed, masks, 4, average="none", ignore_index=255)
     assert figures["mean_iou"] == pytest.approx(float(each[:3].mean()), abs=1e-5)  # class 3 occurs in no mask
     assert figures["pixel_accuracy"] == pytest.approx(float((guessed == masks)[masks != 255].float().mean()), abs=1e-6)
+    assert figures["classes_measured"] == 3
+    assert task.score([torch.zeros(4, 4, dtype=torch.int64)]) == {"classes_measured": 0}
 
 
 def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Path, tmp_path: Path) -> None:
