@@ -37,7 +37,7 @@ from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.result import Result, finished_seeds
-from ssl_pipeline.model.artifact import Blueprint, Card, save
+from ssl_pipeline.model.artifact import Blueprint, Card, finite, save
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
@@ -225,7 +225,7 @@ def finetune(config: FinetuneConfig) -> Result:
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
                 unlabelled=unlabelled_images(config, blueprint, pool, seed),
             )  # fmt: skip
-            figures = train_and_measure(config, task, across, held_out, around)
+            figures = finite(train_and_measure(config, task, across, held_out, around))
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
                 tell_confusion(result, task, held_out, pool.classes, around, trackers)

@@ -10,6 +10,7 @@ neither crop nor mirror. The first figure is R².
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -104,21 +105,21 @@ class Regression(VectorTask):
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """R² (1 is perfect, 0 is predicting the mean), and the absolute error in the values' own units; means over the values.
 
-        A value that is known of no image, or the same in all of them, has no R²: it is left out of both means, and
-        ``values_measured`` says how many are in them.
+        A value that is the same in all images has no R²: it is left out of that mean, and ``values_measured`` says how many
+        are in it. A value that is known of no image is in neither.
         """
-        of_value = []
+        r2, absolute = [], []
         for predicted, value in zip(predictions.double().unbind(1), targets.double().unbind(1), strict=True):
             known = ~value.isnan()
-            if not _varies(value):
+            if not bool(known.any()):
                 continue
             error, spread = (value - predicted)[known], (value - value[known].mean())[known]
-            of_value.append(torch.stack([1 - error.square().sum() / spread.square().sum(), error.abs().mean()]))
-        told = {} if len(of_value) == targets.shape[1] else {"values_measured": float(len(of_value))}
-        if not of_value:
-            return told
-        r2, absolute = torch.stack(of_value).mean(0).tolist()
-        return {"r2": r2, "mean_absolute_error": absolute} | told
+            absolute.append(float(error.abs().mean()))
+            if _varies(value):
+                r2.append(float(1 - error.square().sum() / spread.square().sum()))
+        figures = {"r2": fmean(r2)} if r2 else {}
+        figures |= {"mean_absolute_error": fmean(absolute)} if absolute else {}
+        return figures if len(r2) == targets.shape[1] else figures | {"values_measured": float(len(r2))}
 
 
 def _varies(column: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from ssl_pipeline.evaluate import protocol
 from ssl_pipeline.evaluate.encoder import EncoderConfig, Opened, leading_words, open_encoder
 from ssl_pipeline.evaluate.knn import knn_accuracy
 from ssl_pipeline.evaluate.protocol import Features, Figure
+from ssl_pipeline.model.artifact import finite
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.redaction import redact
-from ssl_pipeline.track.run import versions, write_text_atomic
+from ssl_pipeline.track.run import versions, write_json
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
@@ -126,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if "spread" in what:
         figures += protocol.spread_figures(opened, test or train, _views(config, opened, test or train), config.seed)
     if test is None or set(what) == {"spread"}:
-        return Evaluation(figures, trials, notes)
+        return _finite(figures, trials, notes)
 
     classes = train.classes
     assert classes is not None
@@ -159,7 +160,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         judges = {"probe": chosen.accuracy, f"knn_{k}": by_neighbours}
         hard = _at_most(test, config.corrupted, config.seed)
         figures += protocol.robustness_figures(opened, hard, judges, chosen.layer, config.seed)
-    return Evaluation(figures, trials, notes)
+    return _finite(figures, trials, notes)
+
+
+def _finite(figures: list[Figure], trials: dict[str, float], notes: list[str]) -> Evaluation:
+    """What was measured, without what is not a finite number; a note says what is left out."""
+    measured = [figure for figure in figures if math.isfinite(figure.value)]
+    absent = ", ".join(figure.name for figure in figures if figure not in measured)
+    return Evaluation(
+        measured, finite(trials), [*notes, f"{absent}: not a finite number, left out"] if absent else notes
+    )
 
 
 def _settle(config: EvaluateConfig, train: Indexed, test: Indexed | None) -> tuple[tuple[What, ...], list[str]]:
@@ -226,7 +236,7 @@ def evaluate_and_tell(config: EvaluateConfig) -> None:
         "config": redact(dump(config)),
         "versions": versions(),
     }
-    write_text_atomic(path, json.dumps(record, indent=1))
+    write_json(path, record)
     console().print(f"wrote {path}", markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -88,13 +89,13 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.1,
 ) -> float:
-    """The share of labelled queries that :func:`knn_predict` gets right; a query of label −1 is not counted.
+    """The share of labeled queries that :func:`knn_predict` gets right; a query of label −1 is not counted.
 
-    Raises:
-        ValueError: no row of the bank, or no query, has a label.
+    NaN where nothing can be measured: no query or no row of the bank has a label, or a feature is not finite.
     """
     known = query_labels >= 0
-    if not bool(known.any()):
-        raise ValueError("kNN accuracy needs at least one query with a label.")
+    measurable = bool(known.any()) and bool((bank_labels >= 0).any())
+    if not measurable or not (queries.isfinite().all() and bank.isfinite().all()):
+        return math.nan
     predicted = knn_predict(queries[known], bank, bank_labels, classes, k, temperature)
     return float((predicted == query_labels[known]).float().mean())

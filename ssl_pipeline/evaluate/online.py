@@ -10,12 +10,18 @@ from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate import collapse
 from ssl_pipeline.evaluate.features import extract, extract_readable, two_views
 from ssl_pipeline.evaluate.knn import knn_accuracy
+from ssl_pipeline.model.artifact import finite
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.views.policy import Views
+
+_FEW_IMAGES = 32  # fewer give figures of collapse that say more about their number than about the features
+_FEWEST_FOR_RANK = 8
 
 
 class OnlineEvaluation:
     """kNN accuracy on ``dev`` where labels exist, and the collapse figures always.
+
+    The collapse figures need no held-out images: where ``dev`` has only a few, training images are taken.
 
     Args:
         train: the pretraining images; with labels, up to ``bank_size`` of them are kNN's bank.
@@ -48,37 +54,47 @@ class OnlineEvaluation:
         if train.labels is not None:
             bank = bank[train.labels[bank] >= 0]  # −1: this image has no label to vote with
         self._bank = bank[:bank_size].sort().values
-        self._queries = torch.arange(0)
-        if dev is not None and dev.labels is not None:
-            self._queries = (dev.labels >= 0).nonzero()[:, 0]
-        self._looked_at = dev if dev is not None else train
+        labels = dev.labels if dev is not None else None
+        self._queries = (labels >= 0).nonzero()[:, 0] if labels is not None else torch.arange(0)
+        self._looked_at = dev if dev is not None and len(dev) >= min(_FEW_IMAGES, len(train)) else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
         self.seen: tuple[Indexed, torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others."""
-        figures = self._collapse(encoder)
-        if self._dev is not None and len(self._queries) and self._train.labels is not None and len(self._bank):
-            figures["knn"] = self._knn(encoder, self._dev)
-        return {f"eval/{name}": value for name, value in figures.items()}
+        """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others.
 
-    def _knn(self, encoder: Encoder, dev: Indexed) -> float:
-        assert self._train.labels is not None
+        Each one is finite; what can't be measured, such as kNN without a labelled image, is absent.
+        """
+        figures = self._collapse(encoder)
+        if self.knn_images:
+            figures["knn"] = self._knn(encoder)
+        return finite({f"eval/{name}": value for name, value in figures.items()})
+
+    @property
+    def knn_images(self) -> int:
+        """How many images kNN is measured on: those of ``dev`` with a label, 0 where no training image has one."""
+        return len(self._queries) if self._train.labels is not None and len(self._bank) else 0
+
+    def _knn(self, encoder: Encoder) -> float:
+        train, dev = self._train, self._dev
+        assert train.labels is not None
+        assert dev is not None
         assert dev.labels is not None
         assert dev.classes is not None
-        bank, voting = extract_readable(encoder, self._train, self._preprocessing, self._share, self._bank)
+        bank, voting = extract_readable(encoder, train, self._preprocessing, self._share, self._bank)
         queries, asked = extract_readable(encoder, dev, self._preprocessing, self._share, self._queries)
-        labels = self._train.labels[voting]
-        return knn_accuracy(queries, dev.labels[asked], bank, labels, len(dev.classes), self._k)
+        return knn_accuracy(queries, dev.labels[asked], bank, train.labels[voting], len(dev.classes), self._k)
 
     def _collapse(self, encoder: Encoder) -> dict[str, float]:
         features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)
         self.seen = self._looked_at, self._sample, features
         first, second = two_views(encoder, self._looked_at, self._views, self._share.device, self._sample[:128])
+        figures = {"feature_std": collapse.feature_std(features)}
+        if len(features) >= _FEWEST_FOR_RANK:
+            figures["effective_rank"] = collapse.effective_rank(features)
         return {
-            "feature_std": collapse.feature_std(features),
-            "effective_rank": collapse.effective_rank(features),
+            **figures,
             "alignment": collapse.alignment(first, second),
             "uniformity": collapse.uniformity(features),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssl_pipeline.evaluate.interval import Interval, interval
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.track.run import write_text_atomic
+from ssl_pipeline.track.run import write_json
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,19 @@ class Result:
     figures: list[dict[str, float]] = field(default_factory=list)
     confusion: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the figures that at least one seed has, the first seed's first."""
+        return list(dict.fromkeys(name for figures in self.figures for name in figures))
+
     def interval(self, name: str | None = None) -> Interval:
-        """A figure's mean over the seeds, with its 95 % interval; the first figure by default."""
-        name = name or next(iter(self.figures[0]))
-        return interval([figures[name] for figures in self.figures])
+        """A figure's mean over the seeds that have it, with its 95 % interval; the first figure by default."""
+        name = name or self.names[0]
+        return interval([figures[name] for figures in self.figures if name in figures])
 
     def rows(self, in_percent: bool) -> list[list[str]]:
         """Each figure's name, and its mean with its interval."""
-        found = {name: self.interval(name) for name in self.figures[0]}
+        found = {name: self.interval(name) for name in self.names}
         return [
             [name, value.percent() if is_share(name, in_percent) else _plain(value)] for name, value in found.items()
         ]
@@ -43,7 +48,7 @@ class Result:
     def keep_confusion(self) -> None:
         """Keeps the first seed's confusion for a run that is stopped before its last seed."""
         self._kept.parent.mkdir(exist_ok=True)
-        write_text_atomic(self._kept, json.dumps(self.confusion))
+        write_json(self._kept, self.confusion)
 
     def take_confusion(self) -> None:
         """Takes what was kept, or what a finished run has written."""
@@ -64,7 +69,7 @@ class Result:
         """Writes ``results.json`` into the run's folder."""
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"confusion": self.confusion} if self.confusion else {}
-        write_text_atomic(self._written, json.dumps(record, indent=1))
+        write_json(self._written, record)
 
 
 def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:

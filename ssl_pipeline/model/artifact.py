@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
+import math
 import os
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +26,26 @@ from ssl_pipeline.model.weights import load_strictly
 
 SCHEMA = 1
 _CARD = "card.json"
+_log = logging.getLogger("ssl_pipeline")
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that are finite numbers: nothing else can be compared, drawn or written as JSON.
+
+    The name of each one that is left out is logged once.
+    """
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            _say_absent(name)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+@cache
+def _say_absent(name: str) -> None:
+    _log.warning(
+        "%s is not a finite number and is left out: there are too few images to measure it, or the features are not finite.",
+        name,
+    )
 
 
 class Blueprint(Strict):
@@ -72,7 +96,7 @@ class Card(Strict):
         blueprint: architecture and preprocessing.
         config: the whole configuration of the run.
         data: name, fingerprint and licence of what it learned from.
-        figures: measured ones.
+        figures: measured ones; those that are not finite are left out.
         versions: of what made it.
         classes: names, in the order of a model's outputs.
         created: UTC.
@@ -87,6 +111,12 @@ class Card(Strict):
     versions: dict[str, str]
     classes: tuple[str, ...] | None = None
     created: str = ""
+
+    @field_validator("figures", mode="before")
+    @classmethod
+    def _finite_figures(cls, value: Any) -> Any:
+        """A card is written whatever was measured: weights without it would be lost."""
+        return finite(value) if isinstance(value, Mapping) else value
 
 
 def save(folder: Path, module: nn.Module, card: Card) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point, un
 from ssl_pipeline.model.artifact import Blueprint, save
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.study.grid import Cell
-from ssl_pipeline.track.run import write_text_atomic
+from ssl_pipeline.track.run import write_json
 from ssl_pipeline.views.policy import Views
 
 
@@ -128,10 +128,10 @@ class Desk:
             found[name], found[f"{name}_read"] = extract_readable(encoder, source, preprocessing, self.share, asked)
         if task.knn and pool.labels is not None and held_out.labels is not None:
             bank, asked_for = pool.labels[found["train_read"]], held_out.labels[found["held_out_read"]]
-            if bool((bank >= 0).any()) and bool((asked_for >= 0).any()):
-                classes = len(pool.classes or ())
-                accuracy = knn_accuracy(found["held_out"], asked_for, found["train"], bank, classes)
-                write_text_atomic(task.file.with_suffix(".json"), json.dumps({"knn": accuracy}))
+            classes = len(pool.classes or ())
+            accuracy = knn_accuracy(found["held_out"], asked_for, found["train"], bank, classes)
+            if math.isfinite(accuracy):
+                write_json(task.file.with_suffix(".json"), {"knn": accuracy})
         partial = task.file.with_suffix(".partial")
         save_file(found, partial)
         partial.replace(task.file)
@@ -166,7 +166,7 @@ class Desk:
             "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "seed": cell.seed, "split": config.split,
             "figures": figures, "seconds": round(time.perf_counter() - began, 2),
         }  # fmt: skip
-        write_text_atomic(task.record, json.dumps({**row, **task.facts}, indent=1))
+        write_json(task.record, {**row, **task.facts})
         return figures
 
 

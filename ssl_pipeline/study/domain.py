@@ -24,7 +24,7 @@ from ssl_pipeline.study.trained import (
     write_domain_json,
 )
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_json
 
 _DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
@@ -139,7 +139,7 @@ def study(config: DomainStudyConfig) -> Path:
             run.path, [(m, config.source, name, found) for name, rows in cells.items() for m, found in rows.items()]
         )
         record = {"select": config.select, "figures": cells, "conclusion": told}
-        write_text_atomic(run.path / "study.json", json.dumps(record, indent=1))
+        write_json(run.path / "study.json", record)
         console().print(
             f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
         )

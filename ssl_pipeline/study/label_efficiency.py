@@ -30,7 +30,7 @@ from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of
 from ssl_pipeline.study.jobs import settle, work_off
 from ssl_pipeline.study.verdict import Findings
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Run, open_run, versions, write_text_atomic
+from ssl_pipeline.track.run import Run, open_run, versions, write_json
 from ssl_pipeline.track.tracker import open_trackers
 
 SCHEMA = 1
@@ -59,7 +59,11 @@ def study(config: StudyConfig) -> Path:
         console().print(f"{total} cells, {total - len(trainings)} of them done before", markup=False)
         _do(readings, config, len(readings))
         _do(trainings, config, total)
-        rows = [json.loads(_file(run.path, cell).read_text()) for of_init in grid.values() for cell in of_init]
+        rows = [
+            json.loads(_file(run.path, cell).read_text(encoding="utf-8"))
+            for of_init in grid.values()
+            for cell in of_init
+        ]
         knn = _knn(grid, facts, run.path) if config.knn else {}
         findings = _tell(config, grid, rows, left_out, knn, run.path)
         _track(config, findings, run)
@@ -180,7 +184,7 @@ def _features(folder: Path, cell: Cell, own: dict[str, Any]) -> Path:
 
 
 def _changed(file: Path, own: dict[str, Any]) -> list[str]:
-    before = json.loads(file.read_text())
+    before = json.loads(file.read_text(encoding="utf-8"))
     told = changes({key: before.get(key) for key in own}, own)
     return [f"{file}: {text}" for text in told[:3]]
 
@@ -225,7 +229,7 @@ def _tell(
         "summary": sentences[-1],
         "versions": versions(),
     }
-    write_text_atomic(folder / "study.json", json.dumps(record, indent=1, ensure_ascii=False))
+    write_json(folder / "study.json", record)
     draw(findings, [folder / "study.png", folder / "study.svg"])
     console().print(f"wrote {folder / 'study.json'}, study.png and study.svg", markup=False)
     return findings
@@ -262,7 +266,7 @@ def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> di
         own = {"settings": first.settings, **facts[name][str(first.config.encoder)]}
         file = _features(folder, first, own).with_suffix(".json")
         if file.exists():
-            found[name] = float(json.loads(file.read_text())["knn"])
+            found[name] = float(json.loads(file.read_text(encoding="utf-8"))["knn"])
     return found
 
 

@@ -14,7 +14,7 @@ from ssl_pipeline.config.command import run_command
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.study.trained import Figures, against, check_places, checked, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_json
 
 Cells = dict[str, dict[str, list[Figures]]]
 
@@ -74,9 +74,7 @@ def study(config: LeaveOneOutConfig) -> Path:
         }  # fmt: skip
         title = f"accuracy (%) on the domain that was left out, {config.seeds} seed(s)"
         print_table(title, *tabulate(cells, config.baseline))
-        write_text_atomic(
-            run.path / "study.json", json.dumps({"protocol": "leave one out", "figures": cells}, indent=1)
-        )
+        write_json(run.path / "study.json", {"protocol": "leave one out", "figures": cells})
         rows = [(method, "all others", name, found) for method, of in cells.items() for name, found in of.items()]
         write_domain_json(run.path, rows)
         console().print(f"wrote {run.path / 'study.json'} and domain.json")

@@ -15,7 +15,7 @@ from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.study.trained import Figures, check_places, checked, trained, verdict
 from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, write_text_atomic
+from ssl_pipeline.track.run import Resume, open_run, write_json
 
 
 class OpenSetConfig(Strict):
@@ -81,7 +81,7 @@ def study(config: OpenSetConfig) -> Path:
         place = config.source if config.target is None else f"{config.source} → {config.target}"
         title = f"{place}: {config.known} known of {len(classes)} classes, {config.splits} split(s)"
         print_table(title, *tabulate(cells, config.baseline))
-        write_text_atomic(run.path / "study.json", json.dumps({"known": taught, "figures": cells}, indent=1))
+        write_json(run.path / "study.json", {"known": taught, "figures": cells})
         console().print(f"wrote {run.path / 'study.json'}, with all figures per score")
         return run.path
 

@@ -16,7 +16,7 @@ from ssl_pipeline.evaluate.interval import Interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.study.grid import changes, digest_of_weights, settings_of
 from ssl_pipeline.track.progress import console
-from ssl_pipeline.track.run import write_text_atomic
+from ssl_pipeline.track.run import write_json
 
 Figures = dict[str, float]
 _OPENED: dict[tuple[str, str], tuple[Indexed, Indexed | None]] = {}
@@ -104,7 +104,7 @@ def trained(folder: Path, words: Sequence[object], overrides: Sequence[str], see
         "weights": digest_of_weights(config), "data": [source.fingerprint() for source in sources],
     }  # fmt: skip
     if record.is_file():
-        found = json.loads(record.read_text())
+        found = json.loads(record.read_text(encoding="utf-8"))
         changed = changes({key: found.get(key, "not there") for key in own}, own)
         if changed:
             raise ConfigError(
@@ -114,7 +114,7 @@ def trained(folder: Path, words: Sequence[object], overrides: Sequence[str], see
         return figures
     shutil.rmtree(place, ignore_errors=True)  # of a study that was stopped in this training
     figures = finetune(config).figures[0]
-    write_text_atomic(record, json.dumps({**own, "figures": figures}, indent=1))
+    write_json(record, {**own, "figures": figures})
     told = ", ".join(map(str, words))
     console().print(f"  {told}, seed {seed}: {100 * figures['accuracy']:.1f} %")
     return figures
@@ -127,7 +127,7 @@ def write_domain_json(folder: Path, rows: Sequence[tuple[str, str, str, Sequence
         for method, source, target, seeds in rows
         for seed, figures in enumerate(seeds)
     ]
-    write_text_atomic(folder / "domain.json", json.dumps({"rows": found, "figure": "accuracy"}, indent=1))
+    write_json(folder / "domain.json", {"rows": found, "figure": "accuracy"})
 
 
 def against(values: list[float], base: list[float]) -> list[str]:

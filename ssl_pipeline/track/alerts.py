@@ -70,10 +70,8 @@ class Alerts:
         jump = self._spikes(figures[self._loss]) if self._loss in figures else None
         if jump is not None:
             self._tell(done, "loss spike", jump)
-        looked = {
-            name: figures[f"eval/{name}"] for name in ("feature_std", "effective_rank") if f"eval/{name}" in figures
-        }
-        collapsed = verdict(looked, self._width) if len(looked) == 2 else None
+        measured = {name.removeprefix("eval/"): value for name, value in figures.items() if name.startswith("eval/")}
+        collapsed = verdict(measured, self._width)
         if collapsed is not None:
             self._tell(done, "collapse", collapsed)
 

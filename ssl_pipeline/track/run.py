@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes JSON that every reader takes: a number that is not finite becomes the text ``nan``, ``inf`` or ``-inf``."""
+    write_text_atomic(path, json.dumps(without_nan(tree), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def without_nan(tree: Any) -> Any:
+    """The same tree with ``nan``, ``inf`` and ``-inf`` as texts: JSON has no such numbers."""
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return str(tree)
+    if isinstance(tree, Mapping):
+        return {key: without_nan(value) for key, value in tree.items()}
+    return [without_nan(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,19 @@ def written(folder: Path, plan: Blueprint | None = None) -> Encoder:
     encoder, _ = plan.build()
     save(folder, encoder, card(plan))
     return encoder
+
+
+def test_a_card_is_written_whatever_was_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = blueprint()
+    figures = {"eval/knn": 0.5, "eval/of_one_image": math.nan, "eval/huge": math.inf}
+    found = Card(kind="encoder", blueprint=plan, config={}, data={}, figures=figures, versions={})
+    save(tmp_path, plan.build()[0], found)
+    text = (tmp_path / "card.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["figures"] == {
+        "eval/knn": 0.5
+    }
+    assert load_encoder(tmp_path)[1].figures == {"eval/knn": 0.5}
+    assert "eval/of_one_image is not a finite number" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ssl_pipeline.evaluate.interval import interval, paired_difference
 from ssl_pipeline.evaluate.knn import knn_accuracy, knn_predict
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.evaluate.probe import fit_linear
-from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.artifact import Blueprint, finite
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -75,6 +75,34 @@ def test_collapse_figures_tell_collapse_from_health() -> None:
     assert verdict(healthy) is None
     assert "collapsed" in str(verdict(constant))
     assert "directions" in str(verdict(one_direction))
+
+
+ROWS = {
+    "none": torch.zeros(0, 6), "one": torch.ones(1, 6), "equal": torch.ones(3, 6), "zero": torch.zeros(3, 6),
+    "two": torch.eye(2, 6), "not finite": torch.full((3, 6), torch.nan), "half finite": torch.tensor([[1.0] * 6, [torch.inf] * 6]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_a_figure_of_odd_rows_is_a_number_or_is_left_out(rows: torch.Tensor) -> None:
+    labels, bank = torch.zeros(len(rows), dtype=torch.int64), torch.eye(6)
+    measured = {
+        "feature_std": collapse.feature_std(rows),
+        "effective_rank": collapse.effective_rank(rows),
+        "alignment": collapse.alignment(rows, rows),
+        "uniformity": collapse.uniformity(rows),
+        "knn": knn_accuracy(rows, labels, bank, torch.arange(6), 6),
+        "knn_of_bank": knn_accuracy(bank, torch.arange(6), rows, labels, 6),
+    }
+    kept = finite(measured)
+    assert all(math.isfinite(value) for value in kept.values())
+    assert set(kept) == {name for name, value in measured.items() if math.isfinite(value)}
+    if len(rows) > 1 and rows.isfinite().all():
+        assert set(kept) == set(measured)
+    if not rows.isfinite().all():  # an accuracy at chance level would hide that there are no features
+        assert "knn" not in kept
+        assert "knn_of_bank" not in kept
+    collapse.verdict(kept, 6)  # says nothing of what is absent
 
 
 def test_probe_is_scikit_learns() -> None:

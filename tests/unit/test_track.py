@@ -22,7 +22,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
 from ssl_pipeline.track.progress import Progress, print_table
 from ssl_pipeline.track.redaction import redact, redact_command
-from ssl_pipeline.track.run import Run, open_run, versions, write_text_atomic
+from ssl_pipeline.track.run import Run, open_run, versions, write_json, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 
 CONFIG: dict[str, Any] = {
@@ -280,6 +280,14 @@ def test_no_numbers_come_back_as_they_went(tmp_path: Path) -> None:
     assert math.isnan(line.pop("a"))
     del line["time"]
     assert line == {"step": 3, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"}
+
+
+def test_json_files_hold_no_nan(tmp_path: Path) -> None:
+    tree = {"figures": [{"a": math.nan, "b": 0.5}], "half": math.inf, "names": ("ä", None, True, 3)}
+    write_json(tmp_path / "x.json", tree)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found == {"figures": [{"a": "nan", "b": 0.5}], "half": "inf", "names": ["ä", None, True, 3]}
 
 
 def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
