@@ -37,7 +37,7 @@ from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.result import Result, finished_seeds
-from ssl_pipeline.model.artifact import Blueprint, Card, finite, save
+from ssl_pipeline.model.artifact import Blueprint, Card, finite, save, write_card
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
@@ -225,12 +225,16 @@ def finetune(config: FinetuneConfig) -> Result:
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
                 unlabelled=unlabelled_images(config, blueprint, pool, seed),
             )  # fmt: skip
-            figures = finite(train_and_measure(config, task, across, held_out, around))
+            train_task(config, task, across, around)
+            first = run is not None and seed == config.seed  # by rule the first seed's model, not the best one's
+            if run is not None and first:  # before anything is measured, which must not lose it
+                save(run.path, task, model_card(config, blueprint, pool, {}))
+            figures = finite(measure(task, across, held_out, around))
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
                 tell_confusion(result, task, held_out, pool.classes, around, trackers)
-            if run is not None and seed == config.seed:  # by rule the first seed's model, not the best one's
-                save(run.path, task, model_card(config, blueprint, pool, figures))
+            if run is not None and first:
+                write_card(run.path, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
             if run is not None:
                 shutil.rmtree(kept, ignore_errors=True)
@@ -282,15 +286,20 @@ def build_task(
     return on_device(config.downstream.build(encoder, classes), share)
 
 
-def train_and_measure(
-    config: FinetuneConfig, task: DownstreamTask, across: Across | None, held_out: Indexed, around: Surroundings
-) -> dict[str, float]:
-    """The figures of a task, trained in place."""
+def train_task(config: FinetuneConfig, task: DownstreamTask, across: Across | None, around: Surroundings) -> None:
+    """Trains a task in place, by its regime or by a method across domains."""
     if across is None:
         train(config.regime, task, around)
-        return task.evaluate(held_out, around.preprocessing, around.share)
+        return
     assert isinstance(task, Classification)  # a method's `check` allows no other
     train_across(across.method, config.regime, task, across.target, around)
+
+
+def measure(task: DownstreamTask, across: Across | None, held_out: Indexed, around: Surroundings) -> dict[str, float]:
+    """The figures of a trained task on held-out images; of a method across domains on each domain."""
+    if across is None:
+        return task.evaluate(held_out, around.preprocessing, around.share)
+    assert isinstance(task, Classification)
     return across.evaluate(task, around.labelled, around.preprocessing, around.share)
 
 
@@ -307,9 +316,10 @@ def tell_confusion(
 
 
 def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
-    """What a model is."""
+    """What a model is, and whether its encoder was pretrained: ``regime=scratch`` alone says that it was not."""
+    settings = redact(dump(config)) | {"initialisation": "random" if config.starts_fresh else "pretrained"}
     return Card(
-        kind="model", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(), classes=pool.classes,
+        kind="model", blueprint=blueprint, config=settings, figures=figures, versions=versions(), classes=pool.classes,
         data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence},
     )  # fmt: skip
 

@@ -31,10 +31,11 @@ from ssl_pipeline.engine.signals import listen, requeue_marker
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluate.gain import untrained_figures, without_gain
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.evaluate.pictures import Gallery
 from ssl_pipeline.evaluate.watch import Watch
-from ssl_pipeline.model.artifact import Blueprint, Card, save
+from ssl_pipeline.model.artifact import Blueprint, Card, save, write_card
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
@@ -259,18 +260,27 @@ def pretrain(config: PretrainConfig) -> Path:
         gallery.views(start, looked_at, config.views, config.seed)
         gallery.evaluation(start, evaluation, must=True)
 
-        watch = Watch(encoder, evaluation, place.best, gallery, card, total)
+        def hand_over() -> None:
+            if run is not None:
+                progress.say(f"wrote {save(place.folder, encoder, card({}))} and card.json")
+
+        watch = Watch(encoder, evaluation, place.best, gallery, card, total, hand_over, share.processes == 1)
         alerts = open_alerts("pretrain", encoder.width, progress, trackers, place.folder if run and start else None)
         fit(
             task, batches, config.optim, optimizer, accelerator, place.checkpoints, place.resume, watch,
-            config.evaluate_every.on(batches.clock(0)), (trackers.log, progress.update, alerts), config.log_every, "pretrain",
+            config.evaluate_every.on(batches.clock(0)) or total, (trackers.log, progress.update, alerts), config.log_every, "pretrain",
             config.batch.micro,
         )  # fmt: skip
-        final = watch.latest or evaluation(encoder)
+        final = (
+            watch.latest if watch.done == total else watch.look(total)
+        )  # a run that was at its end before took no step
         if run is not None:
-            progress.say(f"wrote {save(place.folder, encoder, card(final))} and card.json")
+            write_card(place.folder, card(final))
             trackers.made(place.folder)
-            progress.say_end(final)
+            untrained = untrained or untrained_figures(place.folder)
+            progress.say_end(final, untrained)
+            if told := without_gain(untrained, final, evaluation.knn_images):
+                progress.say(told)
     accelerator.wait_for_everyone()
     return place.folder
 

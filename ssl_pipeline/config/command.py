@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from ssl_pipeline.config.base import ConfigError, UserError, dump
 from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.typed import typed_as
 
 Stage = TypeVar("Stage", bound=BaseModel)
 LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or hangs
@@ -52,7 +53,8 @@ def run_command(
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(dump(config))))
             return
-        run(config)
+        with typed_as(["ssl-pipeline", *verb.split(), *sys.argv[1:]]):
+            run(config)
     except UserError as error:
         leave(error, f"ssl-pipeline {verb} --help")
 

@@ -134,11 +134,16 @@ def save(folder: Path, module: nn.Module, card: Card) -> Path:
     }
     save_file(state, temporary)
     _publish(temporary, weights)
+    write_card(folder, card)
+    return weights
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes ``card.json`` beside weights that are there, with the time."""
     stamped = card.model_copy(update={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
     temporary = folder / f"{_CARD}.partial"
     temporary.write_text(stamped.model_dump_json(indent=1))
     _publish(temporary, folder / _CARD)
-    return weights
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,9 +55,14 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "device": str(start.get("device") or "not recorded"),
         "threads": str(start.get("threads", _ABSENT)),
         "commit": str(start.get("commit") or _ABSENT)[:12],
-        "command": " ".join(map(str, start.get("command") or [_ABSENT])),
+        "command": _command(start.get("command")),
     }
     return facts | ({str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {})
+
+
+def _command(found: Any) -> str:
+    """As it is typed; earlier versions kept a list of words."""
+    return shlex.join(map(str, found)) if isinstance(found, list) and found else str(found or _ABSENT)
 
 
 def _when(seconds: float | None) -> str:

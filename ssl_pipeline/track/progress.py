@@ -108,15 +108,18 @@ class Progress:
             encoding = _console.encoding  # a log in ASCII must not stop a run for a sign that it can't show
             _console.print(text.encode(encoding, "replace").decode(encoding), markup=False)
 
-    def say_end(self, figures: Mapping[str, float]) -> None:
-        """The run's figures, time and speed, as a table."""
+    def say_end(self, figures: Mapping[str, float], before: Mapping[str, float]) -> None:
+        """The run's figures, time and speed, as a table, beside the figures of before the first step."""
         if not self._enabled:
             return
         seconds = time.monotonic() - self._began
         rows = [["steps", f"{self._done - self._start_step:,}"], ["time, evaluations included", duration(seconds)]]
         rows += [["loss, last logged", f"{self._latest['loss']:.4g}"]] if "loss" in self._latest else []
-        rows += [[name.rpartition("/")[2].replace("_", " "), f"{value:.4g}"] for name, value in figures.items()]
-        print_table("pretrained", ["figure", "value"], rows)
+        rows = [[name, "", value] for name, value in rows]
+        for name, value in figures.items():
+            untrained = f"{before[name]:.4g}" if name in before else ""
+            rows.append([name.rpartition("/")[2].replace("_", " "), untrained, f"{value:.4g}"])
+        print_table("pretrained", ["figure", "untrained", "now"], rows)
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """``step`` steps are done."""

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError, flatten
+from ssl_pipeline.config.typed import command_words
 from ssl_pipeline.track.lock import FolderLock
 from ssl_pipeline.track.redaction import redact, redact_command
 
@@ -239,7 +241,7 @@ def _start(data: dict[str, str]) -> dict[str, Any]:
     """A start of the run. The host's name is left out: a run folder is made to be given away."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": redact_command(sys.argv),
+        "command": shlex.join(redact_command(command_words())),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
         "device": _device(),

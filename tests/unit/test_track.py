@@ -486,7 +486,7 @@ def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureF
     with Progress(2, mode=mode) as progress:
         for step in (1, 2):
             progress.update(step, {"pretrain/loss": 4.0, "pretrain/epoch": step / 2, "system/data_wait": 0.1})
-        progress.say_end({"eval/knn": 0.75})
+        progress.say_end({"eval/knn": 0.75}, {"eval/knn": 0.25})
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == (
         ["step 1/2  loss 4.000  epoch 0.5  wait 10%", "step 2/2  loss 4.000  epoch 1.0  wait 10%"] * (mode == "plain")

@@ -1,0 +1,106 @@
+"""What is there when a run ends: an encoder whatever fails, finite figures, and the words that say what they are worth."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.config.command import run_command
+from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.evaluate.gain import without_gain
+from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.model.artifact import load_encoder, read
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.report.read import read_runs
+from ssl_pipeline.report.summary import summary
+from ssl_pipeline.track.jsonl import read_metrics
+from tests.pictures import colour_folder
+from tests.runs import TINY, tiny_finetune, tiny_pretrain
+
+FEW = [word for word in TINY if not word.startswith(("data.", "batch."))] + ["data=folder", "workers=0", "batch.size=4"]
+
+
+def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twelve images one is dev: no pair to measure uniformity of. The command is the one of a launcher's process, without a verb."""
+    photos = colour_folder(tmp_path / "my photos", 4)
+    words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain", *words])
+    run_command("pretrain", PretrainConfig, pretrain)
+    run = tmp_path / "run"
+    last = [line for line in read_metrics(run) if "eval/knn" in line]
+    assert [line["step"] for line in last] == [2]  # `evaluate_every=0 steps` is the end only, not never
+    assert all(math.isfinite(value) for value in last[0].values())
+    figures = load_encoder(run)[1].figures
+    assert figures == {name: value for name, value in last[0].items() if name.startswith("eval/")}
+    assert "eval/uniformity" in figures
+    command = json.loads((run / "run.json").read_text())["starts"][0]["command"]
+    assert shlex.split(command) == ["ssl-pipeline", "pretrain", *words]
+    said = capsys.readouterr().out
+    assert "untrained" in said
+    assert "Pretraining moved nothing" in said  # of one image nothing can be told
+    assert "kNN accuracy on dev" in " ".join(summary(read_runs([run])[0]))
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate, calls = OnlineEvaluation.__call__, iter(range(9))
+
+    def failing(self: OnlineEvaluation, encoder: object) -> dict[str, float]:
+        if next(calls):
+            raise RuntimeError("no figure today")
+        return evaluate(self, encoder)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OnlineEvaluation, "__call__", failing)
+        run = pretrain(tiny_pretrain(tmp_path / "run", "steps=2", "evaluate_every=1 steps"))
+    assert "the evaluation after step 1 failed (RuntimeError: no figure today). Training goes on." in caplog.text
+    assert "step 2 failed (RuntimeError: no figure today). The encoder is saved" in caplog.text
+    assert load_encoder(run)[1].figures == {}
+    before = (run / "encoder.safetensors").read_bytes()
+    again = pretrain(tiny_pretrain(tmp_path / "run", "steps=2", "evaluate_every=1 steps", "resume=auto"))
+    assert "eval/knn" in load_encoder(again)[1].figures
+    assert (again / "encoder.safetensors").read_bytes() == before
+
+
+def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_one = pretrain(tiny_pretrain(tmp_path / "one", "steps=1"))
+    words = ["regime=scratch", "regime.length=2 steps", "regime.least_steps=0", "labels.validation=0"]
+
+    def unmeasured(*_: object) -> dict[str, float]:
+        raise KeyError("accuracy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classification, "evaluate_features", unmeasured)
+        with pytest.raises(KeyError, match="accuracy"):
+            finetune(tiny_finetune(stage_one, tmp_path / "two", *words))
+    card, kept = read(tmp_path / "two", "model")
+    assert card.figures == {}
+    assert card.config["initialisation"] == "random"  # `regime=scratch` alone says that nothing was pretrained
+    finetune(tiny_finetune(stage_one, tmp_path / "two", *words, "resume=auto"))
+    card, again = read(tmp_path / "two", "model")
+    assert "accuracy" in card.figures
+    assert all(kept[name].equal(again[name]) for name in kept)
+    frozen = finetune(tiny_finetune(stage_one, tmp_path / "three", "regime=frozen")).folder
+    assert read(frozen, "model")[0].config["initialisation"] == "pretrained"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "images", "told"), [
+        (0.5, 0.9, 100, None), (0.5, 0.55, 100, "moved nothing"), (0.5, 0.45, 100, "moved nothing"), (0.5, 0.5, 100, "moved nothing"),
+        (0.9, 0.5, 100, "worse"), (0.5, 0.55, 10_000, None), (0.0, 1.0, 1, None), (0.5, 0.6, 0, None), (None, 0.6, 10, None),
+    ],
+)  # fmt: skip
+def test_no_gain_beyond_chance_is_said(before: float | None, after: float, images: int, told: str | None) -> None:
+    untrained = {} if before is None else {"eval/knn": before}
+    said = without_gain(untrained, {"eval/knn": after}, images)
+    assert (said is None) == (told is None)
+    assert told is None or (said is not None and told in said and "two standard errors" in said)
