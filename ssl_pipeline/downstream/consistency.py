@@ -169,6 +169,8 @@ class Consistency(Task):
             self._seen = gather_rows(probabilities.mean(0, keepdim=True)).mean(0)
             surest, name = F.normalize(probabilities * self.shares / self.mean.clamp_min(1e-6), p=1, dim=1).max(1)
             sure = (surest >= self.config.confidence).float()
+        # A teacher's answer that is no number is never sure, and the loss would stay finite while the mean is spoiled.
+        sure = torch.where(surest.isnan(), surest, sure)
         term = (sure * F.cross_entropy(logits[labelled:], name, reduction="none")).mean()
         right = (logits[:labelled].argmax(1) == label).float().mean()
         metrics: dict[str, Tensor | float] = {

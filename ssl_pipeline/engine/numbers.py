@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from ssl_pipeline.config.base import Strict, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.signals import received
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.model.norms import running_statistics
 
 FILE_NAME = "nonfinite.json"
 _TOLD = 5
@@ -45,15 +45,14 @@ class NonFiniteError(UserError):
 
 
 class Statistics:
-    """BatchNorm's running statistics before a step: its forward pass moves them, and a bad step must not.
+    """The norms' running statistics before a step: its forward pass moves them, and a bad step must not.
 
     Args:
         task: whose norms they are; they must not be replaced later.
     """
 
     def __init__(self, task: nn.Module) -> None:
-        norms = [module for module in task.modules() if isinstance(module, _BatchNorm)]
-        self._now = [buffer for norm in norms for buffer in norm.buffers()]
+        self._now = running_statistics(task)
         self._kept = [buffer.clone() for buffer in self._now]
 
     @torch.no_grad()
@@ -198,7 +197,8 @@ def _bad_samples(task: Task, batch: Batch) -> list[int]:
     """Samples with an image or embedding that is not finite; by BatchNorm's running statistics, which keep samples apart."""
     bad = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.index.device)
     for view in batch.views:
-        bad |= ~torch.isfinite(view.flatten(1)).all(1)
+        # Of a batch of two sides, the later views are the second side's alone.
+        bad[-len(view) :] |= ~torch.isfinite(view.flatten(1)).all(1)
     if any(isinstance(parameter, DTensor) for parameter in task.parameters()):
         return batch.index[bad].tolist()  # FSDP2 gathers weights for the whole forward alone
     modes = [(module, module.training) for module in task.modules()]

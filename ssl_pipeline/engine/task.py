@@ -37,6 +37,9 @@ class StepOutput:
 class Task(nn.Module, ABC):
     """A batch goes in, a loss comes out. All state that must survive a resume is in parameters and persistent buffers.
 
+    ``embed`` and ``objective`` move no state but the norms' running statistics: a step whose loss is not finite is passed over,
+    and then ``after_step`` is not called.
+
     Attributes:
         reads_labels: whether the task needs ``batch.label``.
         encoder: what is handed over to the next stage.

@@ -129,12 +129,15 @@ class Training:
             raise short from error
         except RuntimeError as error:
             raise explain(error, batch.clock.step) or error from error
-        if agreed.finite:
-            self._task.after_step(batch)
-            self.skipped_by_scaler += self._prepared.step_was_skipped
-        else:
+        if not agreed.finite:
             self._pass_over(batch, output.loss)
-        self._prepared.zero_grad()
+        elif self._prepared.step_was_skipped:  # by the gradient scaler: no weight moved, so nothing else may
+            self._statistics.restore()
+            self.skipped_by_scaler += 1
+        else:
+            self._task.after_step(batch)
+        # Of the whole task: what the optimizer does not know of has gradients, too, and would keep a bad one for ever.
+        self._task.zero_grad()
         return Step(batch.clock, output, rate, agreed.signal)
 
     def bring_together(self) -> None:

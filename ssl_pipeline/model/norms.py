@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
     """The BatchNorms that have running statistics."""
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass in training mode moves: BatchNorm's, and those of timm's norms that are of no such class."""
+    names = ("running_", "num_batches_tracked")
+    return [buffer for name, buffer in network.named_buffers() if name.rpartition(".")[2].startswith(names)]

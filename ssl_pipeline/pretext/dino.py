@@ -87,15 +87,28 @@ class _Student(nn.Module):
         return cosines
 
 
+class _Loss(DINOLoss):  # type: ignore[misc]  # lightly has no types
+    """lightly's loss, whose center waits for the optimizer's step: a step that is passed over must leave it as it was."""
+
+    def update_center(self, teacher_out: Tensor) -> None:
+        """Keeps the teacher's answers; ``forward`` calls this."""
+        self._answers = teacher_out
+
+    def move_center(self) -> None:
+        """Moves the center towards the mean of those answers, over all processes."""
+        super().update_center(self._answers)
+        del self._answers
+
+
 class DINO(Task):
-    """See :class:`Config`. The centre is lightly's, a persistent buffer, and taken over all processes."""
+    """See :class:`Config`. The center is lightly's, a persistent buffer, and taken over all processes."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.student = _Student(config, encoder)
         self.teacher = Teacher(self.student)
-        self.loss = DINOLoss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
+        self.loss = _Loss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
 
     def embed(self, batch: Batch) -> Embeddings:
         """The student's answers to all views, the teacher's to the global ones."""
@@ -118,5 +131,6 @@ class DINO(Task):
         )
 
     def after_step(self, batch: Batch) -> None:
-        """The teacher follows."""
+        """The center moves, and the teacher follows."""
+        self.loss.move_center()
         self.teacher.follow(self.student, self.config.momentum.at(batch.clock))

@@ -45,7 +45,7 @@ def train(task: Task, batches: list[Batch], optimizer: torch.optim.Optimizer) ->
 
 @pytest.mark.parametrize("name", EVERY)
 def test_state_survives_saving_bit_for_bit(name: str) -> None:
-    """Two steps, save, load into a new task, two more: queue, bank, teacher, centre and prototypes are all there."""
+    """Two steps, save, load into a new task, two more: queue, bank, teacher, center and prototypes are all there."""
     optim = OptimConfig(name="sgd", lr=0.05, scaling="none")
     whole, first = tiny_task(name)
     batches = [tiny_batch(whole, len(first.views), 8, step) for step in range(4)]
@@ -126,7 +126,7 @@ def test_frozen_prototypes_stay_and_have_a_gradient_of_zero() -> None:
         assert not gradient.any()
 
 
-def test_dino_is_lightlys_with_its_centre_and_temperature() -> None:
+def test_dino_is_lightlys_with_its_center_and_temperature() -> None:
     task, _ = tiny_task(
         "dino",
         ["pretext.teacher_temperature.start=0.02", "pretext.teacher_temperature.warmup=10 steps"],
@@ -139,7 +139,11 @@ def test_dino_is_lightlys_with_its_centre_and_temperature() -> None:
         answers = [embeddings[f"student {i}"] for i in range(3)]
         targets = [embeddings[f"teacher {i}"] for i in range(2)]
         expected = oracle(targets, answers, teacher_temp=0.02 + 0.002 * step)
+        before = task.loss.center.clone()
         assert task.objective(embeddings, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.equal(task.loss.center, before)
+        task.after_step(batch)
+        torch.testing.assert_close(task.state_dict()["loss.center"], oracle.center)
     assert task.state_dict()["loss.center"].abs().sum() > 0
 
 
