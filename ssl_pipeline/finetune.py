@@ -23,7 +23,7 @@ from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import ConsistencyConfig, Unlabelled
 from ssl_pipeline.downstream.finished import Model, load_model
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw, without_labels
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw, told_of, without_labels
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
@@ -184,6 +184,8 @@ def finetune(config: FinetuneConfig) -> Result:
     check(config, pool, held_out)
     assert held_out is not None
     assert pool.classes is not None
+    if accelerator.is_main_process and config.tracking.terminal != "quiet":
+        console().print(f"finetune: {told_of(pool, held_out, config.split)}", markup=False)
     blueprint, pretrained = starting_point(config, pool, model)
     preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)

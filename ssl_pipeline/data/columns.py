@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +155,32 @@ def numbers_in(values: Sequence[str | None], column: str, path: Path) -> list[fl
     return numbers
 
 
-def one_of(wanted: str, found: Iterable[str], key: str, path: Path) -> str:
-    """A column that must be there.
+def alike(wanted: str, found: Sequence[str], key: str, path: Path) -> str | None:
+    """The column of a name, capitals and blanks around it aside; None where there is none.
+
+    Raises:
+        ConfigError: there are several, none of which has exactly that name.
+    """
+    same = [name for name in found if name.strip().casefold() == wanted.strip().casefold()]
+    if wanted in same:
+        return wanted
+    if len(same) > 1:
+        raise ConfigError(
+            f"{path} has the columns {' and '.join(map(repr, same))}: say which one is meant by `data.{key}`."
+        )
+    return same[0] if same else None
+
+
+def one_of(wanted: str, found: Sequence[str], key: str, path: Path) -> str:
+    """A column that must be there; one whose name differs by capitals or blanks around it is taken for it.
 
     Raises:
         ConfigError: naming the columns that are.
     """
-    found = list(found)
-    if wanted not in found:
+    column = alike(wanted, found, key, path)
+    if column is None:
         raise ConfigError(
             f"{path} has no column {wanted!r}; it has {', '.join(map(repr, found)) or 'none'}. Name the right one by "
             f"`data.{key}`."
         )
-    return wanted
+    return column

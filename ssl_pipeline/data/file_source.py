@@ -153,7 +153,9 @@ class FileSource(Indexed):
         """The chosen files."""
         labels = None if self.labels is None else self.labels[index]
         domains = None if self.domains is None else self.domains[index]
-        return FileSource(
+        chosen = FileSource(
             self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped, domains,
             self.domain_names, cache=self.cache, bad_files=self.bad_files,
         )  # fmt: skip
+        chosen.unlabeled_because = self.unlabeled_because
+        return chosen

@@ -26,6 +26,7 @@ class Indexed(ABC):
         channels: of the images: 1 or 3 in files, any number in memory.
         classes: names, in the order of the labels; None without labels.
         labels: int64 of shape (N,), on the CPU; None without labels.
+        unlabeled_because: where there are no labels and the source knows why, a sentence that says so and what to do.
         domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
         domain_names: in the order of the domains' numbers; None without domains.
         licence: of the images, where known.
@@ -39,6 +40,7 @@ class Indexed(ABC):
     channels: int
     classes: tuple[str, ...] | None = None
     labels: Tensor | None = None
+    unlabeled_because: str | None = None
     domains: Tensor | None = None
     domain_names: tuple[str, ...] | None = None
     licence: str | None = None

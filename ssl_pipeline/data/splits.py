@@ -1,15 +1,62 @@
-"""Which samples are held out, and whose labels may be read: by named draws, evenly over the classes."""
+"""What splits are called, which samples are held out, and whose labels may be read: by named draws, evenly over the classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.draws import Name, permutation
+
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "dev": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF: dict[str, Split] = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a folder, a column's value or a dataset's own split is named for; None where it is named for none.
+
+    Capitals and blanks around the name do not count, and neither does a final "set": ``Training_Set`` is ``train``.
+    """
+    plain = name.strip().casefold()
+    return _SPLIT_OF.get(plain) or _SPLIT_OF.get(re.sub(r"[ _-]?set$", "", plain))
+
+
+def resembles_split(name: str) -> bool:
+    """Whether a word of a name is a split's, as of ``extra_test`` or ``train2017``: worth a line in the log, and no more."""
+    words: list[str] = re.findall(r"[^\W\d_]+", name.casefold())
+    return split_named(name) is not None or any(word in _SPLIT_OF for word in words)
+
+
+def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
+    """The splits that some of the names stand for; empty unless there is ``train`` and another one.
+
+    Args:
+        names: of folders beside each other, or of a dataset's own splits.
+        where: what a message calls the place they are in.
+
+    Raises:
+        ConfigError: two names mean the same split.
+    """
+    found = {name: split for name in sorted(names) if (split := split_named(name)) is not None}
+    if "train" not in found.values() or len(found) < 2:
+        return {}
+    for split in SPLIT_NAMES:
+        alike = [name for name, own in found.items() if own == split]
+        if len(alike) > 1:
+            raise ConfigError(
+                f"{where} holds {' and '.join(map(repr, alike))}, and each is a name of the split `{split}`: rename one of "
+                "them, or move it out."
+            )
+    return {split: name for name, split in found.items()}
 
 
 def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:

@@ -5,22 +5,20 @@ Nothing is extracted to disk, and nothing is unpickled: members are read as byte
 
 from __future__ import annotations
 
-import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import fsspec
 
 from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.verdicts import warn_once
 
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LARGEST = 1 << 30  # bytes of a member that is read; a header may claim anything
-_log = logging.getLogger("ssl_pipeline")
 
 
 class ShardError(UserError):
@@ -97,12 +95,6 @@ def read_groups(
 def shown(url: str) -> str:
     """An address as it may be told: without a password, and without what signs it."""
     return re.sub(r"(?<=://)[^/@]+@", "", url).partition("?")[0] if "://" in url else url
-
-
-@lru_cache(maxsize=4096)
-def warn_once(message: str) -> None:
-    """Logs a warning once in the process's life: an archive is read again each epoch."""
-    _log.warning("%s", message)
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:

@@ -1,17 +1,32 @@
-"""What a look found wrong, told and written down."""
+"""What a look found, told and written down."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from ssl_pipeline.track.progress import console, print_table
 
 BAD_FILES = "bad_files.txt"
 TOLD = 20
+_NAMED = 10
+_log = logging.getLogger("ssl_pipeline")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, cut short where there are many."""
+    return ", ".join(names[:_NAMED]) + (f", … ({len(names)} in all)" if len(names) > _NAMED else "")
+
+
+@lru_cache(maxsize=4096)
+def warn_once(message: str) -> None:
+    """Logs a warning once in the process's life: a folder is opened for each split, an archive read again each epoch."""
+    _log.warning("%s", message)
 
 
 def verdicts(usable: int, bad: Mapping[str, str]) -> list[tuple[str, int]]:

@@ -55,9 +55,14 @@ class Config(VectorConfig):
 def check_labels(task: str, source: Indexed, held_out: Indexed | None) -> list[str]:
     """What is wrong with the class labels of training and of the images to measure on, as sentences."""
     if source.labels is None or source.classes is None:
+        reason = source.unlabeled_because or "put the images into one folder per class, or name another `data`."
+        return [f"{task} needs labels, and {source.name} has none: {reason}"]
+    present = source.labels[source.labels >= 0].unique().tolist()
+    if len(present) < 2:
+        named = ", ".join(repr(source.classes[label]) for label in present) or "none"
         return [
-            f"{task} needs labels, and {source.name} has none: put the images into one folder per class, "
-            "or name another `data`."
+            f"{task} needs images of at least two classes, and the training images of {source.name} are of {len(present)} "
+            f"({named}): add images of another class."
         ]
     if held_out is None or held_out.labels is None:
         return []

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.data.verdicts import listed
 from ssl_pipeline.downstream.task import DownstreamConfig
 
 
@@ -40,6 +41,16 @@ class Labelled:
 
     train: Indexed
     validation: Indexed | None
+
+
+def told_of(pool: Indexed, held_out: Indexed, split: str) -> str:
+    """What stage two learns from and is measured on, in a line: a folder that is a class by mistake is seen in it."""
+    names = pool.classes or ()
+    what = "outputs" if pool.labels is None else "classes"
+    return (
+        f"{len(pool)} training images of {pool.name}, {len(held_out)} to measure on (`{split}`); {len(names)} {what}: "
+        f"{listed(names)}"
+    )
 
 
 def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Labelled:

@@ -1,8 +1,11 @@
-"""A folder of domains, each a folder of classes: ``domain/class/image``, as of PACS, Office-Home or DomainNet."""
+"""A folder of domains, each a folder of classes: ``domain/class/image``, as of PACS, Office-Home or DomainNet.
+
+Splits may be folders, too: ``train/domain/class/image`` or ``domain/train/class/image``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,13 +18,16 @@ from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
 from ssl_pipeline.data.source import Split
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.splits import SPLIT_NAMES, resembles_split, share_out, split_named, splits_among
+from ssl_pipeline.data.verdicts import listed, warn_once
 
 
 class Config(PreparedConfig):
     """Images of the same classes from several domains.
 
     Classes and domains are numbered over the whole folder, so that a number means the same whichever domains are chosen.
+    Folders of splits (``train`` with ``val`` or ``test``, above the domains or in each of them) are read as such; without
+    ``test``, ``val`` is the test unless there are ``test_domains``.
 
     Attributes:
         path: the folder. Nothing in it is changed.
@@ -63,10 +69,18 @@ class Config(PreparedConfig):
         if split == "test" and test:
             self._refuse_unseen_classes(tree, train, test)
             return self._source(tree, tree.files_of(test))
+        folders = tree.split_folders(with_test=bool(test))
         pool = tree.files_of(train)
+        if folders is not None:
+            if split != "train" and split in folders:
+                return self._source(tree, pool[folders[split][pool]])
+            pool = pool[folders["train"][pool]]
         # Numbered by domain and class, so that each of both is held out in proportion.
         cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
-        shares = share_out(cells, None if test else self.test, self.dev, "domain folder")
+        own = folders or {}
+        shares = share_out(
+            cells, None if test or "test" in own else self.test, None if "dev" in own else self.dev, "domain folder"
+        )
         return self._source(tree, pool[shares[split]])
 
     def _source(self, tree: _Tree, index: Tensor) -> FileSource:
@@ -97,6 +111,7 @@ class _Tree:
         classes: of all domains together.
         domains: per file its domain, int64.
         labels: per file its class, int64.
+        splits: per file the split whose folder it lies in; None where there are no such folders.
     """
 
     images: ImageFiles
@@ -104,6 +119,21 @@ class _Tree:
     classes: tuple[str, ...]
     domains: Tensor
     labels: Tensor
+    splits: tuple[Split, ...] | None = None
+
+    def split_folders(self, with_test: bool) -> dict[Split, Tensor] | None:
+        """Per split which files lie in its folders, bool; None where there are none.
+
+        Args:
+            with_test: whether there are test images already, so that ``val`` need not be the test.
+        """
+        if self.splits is None:
+            return None
+        found = {split: torch.tensor([own == split for own in self.splits]) for split in SPLIT_NAMES}
+        present = {split: files for split, files in found.items() if bool(files.any())}
+        if not with_test and "test" not in present and "dev" in present:
+            present["test"] = present.pop("dev")
+        return present
 
     def numbers(self, wanted: tuple[str, ...], key: str) -> list[int]:
         """The numbers of domains by name."""
@@ -132,10 +162,51 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
     column = images.files.column("folder")
     assert column is not None
     used, of_file = column.unique(return_inverse=True)
-    domains, classes = zip(*(images.folders[folder].split("/")[:2] for folder in used.tolist()), strict=True)
-    names, class_names = tuple(sorted(set(domains))), tuple(sorted(set(classes)))
+    paths = [images.folders[folder].split("/") for folder in used.tolist()]
+    level = _level_of_splits(paths, root)
+    splits = None
+    if level is not None:
+        deep = [len(path) >= 3 and split_named(path[level]) is not None for path in paths]
+        images, of_file = _kept(images, of_file, deep)
+        splits = tuple(split_named(paths[folder][level]) or "train" for folder in of_file.tolist())
+        paths = [path[:level] + path[level + 1 :] if kept else ["", ""] for path, kept in zip(paths, deep, strict=True)]
+    pairs = [(paths[folder][0], paths[folder][1]) for folder in of_file.unique().tolist()]
+    names, class_names = (tuple(sorted(set(column))) for column in zip(*pairs, strict=True))
     return _Tree(
         images, names, class_names,
-        torch.tensor([names.index(name) for name in domains])[of_file],
-        torch.tensor([class_names.index(name) for name in classes])[of_file],
+        torch.tensor([names.index(path[0]) if path[0] in names else -1 for path in paths])[of_file],
+        torch.tensor([class_names.index(path[1]) if path[1] in class_names else -1 for path in paths])[of_file],
+        splits,
     )  # fmt: skip
+
+
+def _level_of_splits(paths: list[list[str]], root: Path) -> int | None:
+    """Which level of the folders is that of splits: 0 above the domains, 1 in them; None where there is none."""
+    tops, seconds = ({path[level] for path in paths} for level in (0, 1))
+    named = splits_among(tops, repr(str(root)))
+    if named:
+        others = sorted(tops - set(named.values()))
+        if others:
+            warn_once(f"{root}: not used: {listed(others)}, which are named for no split.")
+        return 0
+    kinds = {split_named(name) for name in seconds}
+    if "train" in kinds and len(kinds) > 1 and None not in kinds:
+        return 1
+    alike = sorted(name for name in tops | seconds if resembles_split(name))
+    if alike:
+        warn_once(
+            f"{root}: {listed(alike)} look like splits and are taken as domains or classes: splits are `train` with `val` or "
+            "`test`, above all domains or in each of them."
+        )
+    return None
+
+
+def _kept(images: ImageFiles, of_file: Tensor, folders: list[bool]) -> tuple[ImageFiles, Tensor]:
+    """The files of some folders."""
+    index = torch.tensor(folders)[of_file].nonzero()[:, 0]
+    if len(index) == 0:
+        raise ConfigError(
+            f"`data.path`: {str(images.root)!r} has folders of splits and holds no image at split/domain/class or "
+            "domain/split/class. For splits of classes without domains take `data=folder`."
+        )
+    return replace(images, files=images.files.select(index)), of_file[index]

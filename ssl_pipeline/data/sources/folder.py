@@ -17,9 +17,10 @@ from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import hold_out
+from ssl_pipeline.data.verdicts import listed
 
-_TOLD = 10
 _log = logging.getLogger("ssl_pipeline")
 
 
@@ -29,6 +30,7 @@ class Config(PreparedConfig):
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
     subfolders, each of them is a class; a single one is no class, and its images are taken without labels. If the folder
     holds ``train`` and ``test``, these are the splits, and so is ``val``, as ``dev``; without ``test``, ``val`` is the test.
+    Splits may have any of their usual names (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`), capitals aside.
 
     Attributes:
         path: the folder. Nothing in it is changed.
@@ -61,13 +63,9 @@ class Config(PreparedConfig):
     def folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""
         root = existing_folder(self.path, "data.path")
-        folders: dict[Split, Path] = {"train": root}
-        if (root / "train").is_dir():
-            named = [name for name in ("test", "val") if (root / name).is_dir()]
-            if named:
-                folders = {"train": root / "train", "test": root / named[0]}
-            if len(named) == 2:
-                folders["dev"] = root / "val"
+        folders = {split: root / name for split, name in splits_in(root).items()} or {"train": root}
+        if "test" not in folders and "dev" in folders:
+            folders["test"] = folders.pop("dev")
         if self.test_path is not None:
             folders["test"] = existing_folder(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):
@@ -100,12 +98,14 @@ class _Scan:
         tops: per folder the subfolder of the root it lies in, "" for the root itself.
         classes: the names of its subfolders, sorted; None without labels.
         labels: per file the number of its class, int64 of shape (N,); None without.
+        unlabeled_because: see :class:`~ssl_pipeline.data.source.Indexed`.
     """
 
     images: ImageFiles
     tops: tuple[str, ...]
     classes: tuple[str, ...] | None = None
     labels: Tensor | None = None
+    unlabeled_because: str | None = None
 
     def source(self, config: Config) -> FileSource:
         """As a source.
@@ -113,18 +113,23 @@ class _Scan:
         Raises:
             ConfigError: the cache is wanted, and there is none.
         """
-        return self.images.source(config, str(self.images.root), labels=self.labels, classes=self.classes)
+        source = self.images.source(config, str(self.images.root), labels=self.labels, classes=self.classes)
+        source.unlabeled_because = self.unlabeled_because
+        return source
 
     def relabelled(self, classes: tuple[str, ...]) -> _Scan:
         """The same files, numbered by the training folder's classes."""
         root = str(self.images.root)
         if "" in self.used():
-            raise ConfigError(f"{root!r} has no class folders; it needs those of training: {_listed(classes)}.")
+            raise ConfigError(
+                f"{root!r} has no class folders for some of its images, such as {self._outside()[1]!r}; it needs those of "
+                f"training: {listed(classes)}."
+            )
         unknown = sorted(self.used() - set(classes))
         if unknown:
             raise ConfigError(
-                f"{root!r} has classes that training has not: {_listed(unknown)}; it may only have those of the "
-                f"training folder: {_listed(classes)}. Rename or remove the folders."
+                f"{root!r} has classes that training has not: {listed(unknown)}; it may only have those of the "
+                f"training folder: {listed(classes)}. Rename or remove the folders."
             )
         return replace(self, classes=classes, labels=self.numbered(classes))
 
@@ -136,6 +141,33 @@ class _Scan:
     def used(self) -> set[str]:
         """The subfolders of the root that hold images."""
         return {self.tops[folder] for folder in self._folders().unique().tolist()}
+
+    def _outside(self) -> tuple[int, str]:
+        """How many images lie in the root itself, and one of them."""
+        places = torch.tensor([top == "" for top in self.tops])[self._folders()].nonzero()[:, 0]
+        return len(places), self.images.files[int(places[0])]
+
+    def without_labels(self) -> _Scan:
+        """The same files, with the reason why their folders are no classes."""
+        root, used = str(self.images.root), self.used()
+        if used == {""}:
+            reason = f"all images lie in {root!r} itself: put them into one folder per class."
+        elif "" in used:
+            count, file = self._outside()
+            reason = (
+                f"{count} of {len(self.images.files)} images lie beside the folders in {root!r}, such as {file!r}, and so the "
+                "folders are no classes: move these images into a class's folder, or out."
+            )
+        else:
+            (top,) = used
+            numbers = set(self._folders().tolist())
+            below = {path.split("/")[1] for i, path in enumerate(self.images.folders) if i in numbers and "/" in path}
+            reason = f"all images lie in the one folder {top!r} of {root!r}, and one class is nothing to tell apart: "
+            if len(below) > 1:
+                reason += f"{listed(sorted(below))} in it may be the classes, so give data.path={root}/{top}"
+            else:
+                reason += "give the folder that holds one folder per class."
+        return replace(self, unlabeled_because=reason)
 
     def numbered(self, classes: tuple[str, ...]) -> Tensor:
         """Per file the number of its subfolder."""
@@ -157,7 +189,7 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Sca
     scan = _Scan(images, tuple("" if folder == "." else folder.split("/")[0] for folder in images.folders))
     classes = tuple(sorted(scan.used()))
     if "" in classes or len(classes) == 1:
-        return scan
+        return scan.without_labels()
     return replace(scan, classes=classes, labels=scan.numbered(classes))
 
 
@@ -175,8 +207,3 @@ def _held_out(
             rest, held_out = hold_out(labels[pool], max(1, round(share * len(pool))), "folder", split)
             index["train"], index[split] = pool[rest], pool[held_out]
     return index
-
-
-def _listed(names: tuple[str, ...] | list[str]) -> str:
-    """Names for a message, cut short where there are many."""
-    return ", ".join(names[:_TOLD]) + (f", … ({len(names)} in all)" if len(names) > _TOLD else "")

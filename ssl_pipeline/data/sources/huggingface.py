@@ -13,13 +13,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
 from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
 from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.splits import share_out, split_named
 from ssl_pipeline.data.stream import Handful, Sample, StreamConfig, channels_of
+from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_AUTO = {"dev": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
 
 class Config(StreamConfig):
@@ -32,9 +31,10 @@ class Config(StreamConfig):
         data_files: files or patterns, where ``path`` is a kind of files.
         revision: the version on the hub.
         streaming: read it from front to back instead of storing it whole; shuffled and resumed by position.
-        train_split: what is trained on, such as ``train`` or ``train+unsupervised``.
-        dev_split: labelled images for choices; ``auto``: the split ``validation`` where there is one; null or none: images
-            of ``train_split`` are held out, or of a stream there is no dev.
+        train_split: what is trained on, such as ``train+unsupervised``. Where there is no ``train``, the one of a like name is
+            (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`).
+        dev_split: labelled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
+            or none: images of ``train_split`` are held out, or of a stream there is no dev.
         test_split: for the final figures; ``auto``: the split ``test``; otherwise likewise.
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
@@ -72,7 +72,7 @@ class Config(StreamConfig):
 
     def stream(self) -> RowStream | None:
         """The training images, if they are streamed."""
-        return _stream(self, self.train_split) if self.streaming else None
+        return _stream(self, _train_split(self)) if self.streaming else None
 
     def open(self, split: Split) -> Indexed | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels.
@@ -86,7 +86,7 @@ class Config(StreamConfig):
             if split == "train":
                 raise self.refuse_numbers()
             return None if named is None else _held(self, named)
-        train = _rows(self, self.train_split)
+        train = _rows(self, _train_split(self))
         if split != "train" and train.labels is None:
             return None
         if split != "train" and named is not None:
@@ -107,8 +107,7 @@ class Config(StreamConfig):
         given: str | None = getattr(self, f"{split}_split")
         if given != "auto":
             return given
-        there = _split_names(self)
-        return next((name for name in _AUTO[split] if name in there), None)
+        return _meant_splits(self).get(split)
 
 
 def _labelled(rows: Rows, split: str) -> Rows:
@@ -133,7 +132,8 @@ def _rows(config: Config, split: str) -> Rows:
         raise ConfigError(f"{name} has no rows.")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    train = _rows(config, config.train_split) if split != config.train_split else None
+    train_split = _train_split(config)
+    train = _rows(config, train_split) if split != train_split else None
     labels = domains = classes = domain_names = None
     if label is not None:
         labels, classes = numbers(rows, label, train.classes if train else None)
@@ -201,6 +201,30 @@ def _split_names(config: Config) -> tuple[str, ...]:
     if _saved(config):
         return tuple(path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir())
     return tuple(_asked(config, datasets.get_dataset_split_names))
+
+
+@lru_cache(maxsize=8)
+def _meant_splits(config: Config) -> dict[Split, str]:
+    """The dataset's own splits by what their names say; those that nothing reads are said."""
+    there = _split_names(config)
+    meant: dict[Split, str] = {}
+    for name in sorted(there, key=lambda name: name != "validation"):
+        split = split_named(name)
+        if split is not None:
+            meant.setdefault(split, name)
+    given = (config.train_split, config.dev_split, config.test_split)
+    read = set(meant.values()).union(*(str(name).split("+") for name in given))
+    others = [name for name in there if name not in read]
+    if others:
+        warn_once(
+            f"{config.path}: {listed(others)} of its splits {listed(there)} are not used: see `data.train_split`, "
+            "`data.dev_split` and `data.test_split`."
+        )
+    return meant
+
+
+def _train_split(config: Config) -> str:
+    return _meant_splits(config).get("train", "train") if config.train_split == "train" else config.train_split
 
 
 def _load(config: Config, split: str, streaming: bool = False) -> Any:

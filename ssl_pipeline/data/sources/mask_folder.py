@@ -17,16 +17,16 @@ from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import SourceConfig, Split
+from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import share_out
-
-_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "dev": ("val", "dev"), "test": ("test",)}
 
 
 class Config(SourceConfig):
     """Images in ``images`` and masks in ``masks``, in pairs by the name before the ending.
 
-    If the folder holds ``train`` (with ``images`` and ``masks`` in it), so may it ``val`` (as ``dev``) and ``test``; without
-    ``test``, ``val`` is the test. Splits that have no folder are held out of the training images.
+    Splits are folders with ``images`` and ``masks`` in them (``train/images``), or folders in both of these
+    (``images/train``): ``train``, and ``val`` (as ``dev``) or ``test`` or both; without ``test``, ``val`` is the test. Splits
+    that have no folder are held out of the training images.
 
     Attributes:
         path: the folder. Nothing in it is changed.
@@ -56,9 +56,9 @@ class Config(SourceConfig):
             raise ConfigError(
                 f"`data.path`: there is no folder {self.path!r}: give the one that holds `images` and `masks`."
             )
-        folders = _folders(root.resolve())
+        root = root.resolve()
         names = self.classes or _names_in(root / "classes.txt")
-        read = {own: _read(folder) for own, folder in folders.items()}
+        read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes = _checked(names, read)
         own = read[split] if split in read else read["train"]
         source = Annotated(
@@ -80,11 +80,22 @@ class _Pairs:
         self.folder, self.images, self.masks, self.sizes, self.counts = folder, images, masks, sizes, counts
 
 
-def _folders(root: Path) -> dict[Split, Path]:
-    if not (root / "train").is_dir():
-        return {"train": root}
-    found = {split: root / name for split, names in _FOLDERS.items() for name in names if (root / name).is_dir()}
-    if "test" not in found and "dev" in found:
+def _folders(root: Path) -> dict[Split, tuple[str, str]]:
+    """Per split its folders of images and of masks, relative to the root."""
+    above, inside = splits_in(root), splits_in(root / "images")
+    if above:
+        found = {split: (f"{name}/images", f"{name}/masks") for split, name in above.items()}
+    elif inside:
+        masks = splits_in(root / "masks")
+        if set(masks) != set(inside):
+            raise ConfigError(
+                f"{root / 'images'} has the splits {', '.join(inside)}, and {root / 'masks'} has {', '.join(masks) or 'none'}: "
+                "both need the same folders."
+            )
+        found = {split: (f"images/{name}", f"masks/{masks[split]}") for split, name in inside.items()}
+    else:
+        return {"train": ("images", "masks")}
+    if "test" not in found:
         found["test"] = found.pop("dev")
     return found
 
@@ -99,13 +110,16 @@ def _names_in(path: Path) -> tuple[str, ...] | None:
 
 
 @lru_cache(maxsize=8)
-def _read(folder: Path) -> _Pairs:
+def _read(folder: Path, image_folder: str, mask_folder: str) -> _Pairs:
     """Reads a folder once in the process's life: every mask is looked at, so that no run stops at one hours later."""
-    images, masks = (_by_stem(folder / part) for part in ("images", "masks"))
+    images, masks = (_by_stem(folder / part) for part in (image_folder, mask_folder))
     without = sorted(set(images) - set(masks))
     alone = sorted(set(masks) - set(images))
     tell(
-        [f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / 'masks'}." for stem in without]
+        [
+            f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / mask_folder}."
+            for stem in without
+        ]
         + [f"{masks[stem]} is a mask of no image: remove it, or add the image." for stem in alone]
     )
     stems = sorted(images)

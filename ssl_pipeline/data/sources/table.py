@@ -18,17 +18,14 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
-from ssl_pipeline.data.columns import number_names, numbers_in, one_of, read_columns
+from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
 from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.splits import SPLIT_NAMES, share_out, split_named
+from ssl_pipeline.data.verdicts import listed, warn_once
 
-_SPLITS: dict[str, Split] = {
-    "train": "train", "training": "train",
-    "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 _TOLD = 10
+_LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
 
 
@@ -41,7 +38,8 @@ class Config(PreparedConfig):
         path: the table: .csv, .tsv, .jsonl or .parquet.
         root: the folder that relative paths start from; null for the table's own.
         path_column: holds the images' paths.
-        label_column: holds the classes' names or numbers; ``auto`` is ``label`` where there is such a column; null reads none.
+        label_column: holds the classes' names or numbers; ``auto`` is ``label`` where there is such a column, capitals and
+            blanks around it aside; null reads none.
             Of several labels of an image one is read, or all as ``target_columns``.
         target_columns: hold numbers beside an image: several labels of 0 and 1, or values to predict; an empty cell is not
             known. With them no label is read.
@@ -101,7 +99,7 @@ class Config(PreparedConfig):
             self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
             domain_names=rows.domain_names,
         ).select(index)  # fmt: skip
-        source.licence = self.licence
+        source.licence, source.unlabeled_because = self.licence, rows.unlabeled_because
         return source if rows.targets is None else Annotated(source, rows.targets.select(index))
 
 
@@ -117,6 +115,7 @@ class _Rows:
         targets: per row its numbers; None without such columns.
         domains: per row the number of its domain, int64.
         domain_names: in the order of the numbers.
+        unlabeled_because: see :class:`~ssl_pipeline.data.source.Indexed`.
     """
 
     images: ImageFiles
@@ -126,6 +125,7 @@ class _Rows:
     targets: Numbers | None
     domains: Tensor | None
     domain_names: tuple[str, ...] | None
+    unlabeled_because: str | None
 
     @property
     def strata(self) -> Tensor | None:
@@ -166,7 +166,7 @@ class _Rows:
 def _read(config: Config) -> _Rows:
     """Reads a table once in the process's life."""
     path = Path(config.path).expanduser()
-    names: dict[str, str] = {}
+    names, columns_found = dict[str, str](), list[str]()
 
     def choose(found: Sequence[str]) -> list[str]:
         names["path"] = one_of(config.path_column, found, "path_column", path)
@@ -174,11 +174,14 @@ def _read(config: Config) -> _Rows:
             key = f"{kind}_column"
             wanted = getattr(config, key)
             if wanted == "auto":
-                wanted = kind if kind in found and not (kind == "label" and config.target_columns) else None
+                wanted = None if kind == "label" and config.target_columns else alike(kind, found, key, path)
             if wanted is not None:
                 names[kind] = one_of(wanted, found, key, path)
         names.update({f"target {name}": one_of(name, found, "target_columns", path) for name in config.target_columns})
-        return list(dict.fromkeys(names.values()))
+        chosen = list(dict.fromkeys(names.values()))
+        _say_what_is_not_read([name for name in found if name not in chosen], config, "split" in names)
+        columns_found.extend(found)
+        return chosen
 
     columns = read_columns(path, choose)
     by_kind = {kind: columns[name] for kind, name in names.items()}
@@ -186,7 +189,8 @@ def _read(config: Config) -> _Rows:
     named = look_up(root, by_kind["path"], config.base)
     there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
-    splits = _splits(kept.get("split", ["train"] * len(there)), path)
+    every: list[Split] = ["train"] * len(there)
+    splits = _splits(kept["split"], names["split"], path) if "split" in kept else every
     _refuse_twice(kept["path"], root, splits, path)
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
@@ -199,7 +203,22 @@ def _read(config: Config) -> _Rows:
             f"{path}: {int((domains < 0).sum())} rows have no value in {names['domain']!r}: fill them in, or set "
             "`data.domain_column=null`."
         )
-    return _Rows(images, splits, labels, classes, targets, domains, domain_names)
+    because = None
+    if labels is None and not config.target_columns:
+        because = f"its columns are {listed(columns_found)}: name the one of classes by `data.label_column=COLUMN`."
+    return _Rows(images, splits, labels, classes, targets, domains, domain_names, because)
+
+
+def _say_what_is_not_read(columns: Sequence[str], config: Config, has_splits: bool) -> None:
+    """Rows that a column calls test rows would be trained on, if it has a name that is not known."""
+    if has_splits or config.split_column is None:
+        return
+    like = [name for name in columns if name.strip().casefold() in _LIKE_SPLITS or "split" in name.casefold()]
+    if like:
+        warn_once(
+            f"{config.path}: the column {like[0]!r} looks like one of splits and is not read, so images are held out by chance: "
+            f"read it by `data.split_column={like[0]}`, or set `data.split_column=null`."
+        )
 
 
 def _existing(root: Path, files: list[str | None], sound: list[bool], config: Config) -> list[int]:
@@ -227,15 +246,18 @@ def _absent(root: Path, files: Sequence[str | None], rows: list[int]) -> list[in
     return [i for i in rows if (file := files[i]) is None or not (root / file).is_file()]
 
 
-def _splits(values: list[str | None], path: Path) -> list[Split]:
-    found = Counter("" if value is None else value.strip().lower() for value in values)
-    unknown = {name: count for name, count in found.items() if name not in _SPLITS}
+def _splits(values: list[str | None], column: str, path: Path) -> list[Split]:
+    found = Counter("" if value is None else value for value in values)
+    named = {name: split_named(name) for name in found}
+    unknown = [name for name, split in named.items() if split is None]
     if unknown:
-        told = ", ".join(f"{name!r} ({count} rows)" for name, count in list(unknown.items())[:_TOLD])
+        told = ", ".join(f"{name!r} ({found[name]} rows)" for name in unknown[:_TOLD])
+        known = ", ".join(itertools.chain.from_iterable(SPLIT_NAMES.values()))
         raise ConfigError(
-            f"{path}: these splits are not known: {told}. Known: {', '.join(_SPLITS)}; or set `data.split_column=null`."
+            f"{path}: these splits in {column!r} are not known: {told}. Known: {known}; or set `data.split_column=null`."
         )
-    return [_SPLITS[value.strip().lower()] for value in values if value is not None]
+    splits = [named["" if value is None else value] for value in values]
+    return [split for split in splits if split is not None]
 
 
 def _refuse_twice(paths: Sequence[str | None], root: Path, splits: list[Split], path: Path) -> None:

@@ -19,8 +19,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
+from ssl_pipeline.data.splits import split_named
 from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
-from ssl_pipeline.data.tar import Group, ShardError, read_groups, shown, warn_once
+from ssl_pipeline.data.tar import Group, ShardError, read_groups, shown
+from ssl_pipeline.data.verdicts import listed, warn_once
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -257,10 +259,24 @@ def _archives(url: str, key: str) -> list[str]:
             ) from error
     path = Path(url).expanduser()
     if path.is_dir():
-        return sorted(str(file.resolve()) for file in path.iterdir() if file.name.endswith(_ARCHIVES))
+        return _training_archives(path, key)
     if path.is_file():
         return [str(path.resolve())]
     return sorted(str(Path(file).resolve()) for file in glob.glob(str(path)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def _training_archives(folder: Path, key: str) -> list[str]:
+    """A folder's archives; for training without those that are named for another split, which is said."""
+    found = sorted(file for file in folder.iterdir() if file.name.lower().endswith(_ARCHIVES) and file.name[0] != ".")
+    splits = [split_named(re.split(r"[^a-z]", file.name.lower())[0]) for file in found]
+    others = [file.name for file, split in zip(found, splits, strict=True) if split in ("dev", "test")]
+    if key == "path" and "train" in splits and others:
+        warn_once(
+            f"{folder}: {listed(others)} are named for another split and not trained on: measure on them by "
+            "`data.dev=PATTERN` and `data.test=PATTERN`."
+        )
+        found = [file for file in found if file.name not in others]
+    return [str(file.resolve()) for file in found]
 
 
 def _braces(pattern: str) -> list[str]:
