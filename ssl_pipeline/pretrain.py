@@ -17,7 +17,7 @@ from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.lanes import training_batches
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training
+from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training, told_of_splits
 from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
@@ -246,7 +246,12 @@ def pretrain(config: PretrainConfig) -> Path:
         requeue_marker(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
-        notes += [*more_notes, f"{share.processes} process(es) on {share.device}", f"run folder {place.folder}"]
+        notes += [
+            told_of_splits(config.data, train, dev),
+            *more_notes,
+            f"{share.processes} process(es) on {share.device}",
+            f"run folder {place.folder}",
+        ]
         for note in notes:
             progress.say(f"  {note}")
 

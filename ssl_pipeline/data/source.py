@@ -16,6 +16,7 @@ from ssl_pipeline.data.bad_files import BadFiles
 from ssl_pipeline.views.config import ViewConfig
 
 Split = Literal["train", "dev", "test"]
+Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from
 
 
 class Indexed(ABC):
@@ -179,6 +180,18 @@ class SourceConfig(ComponentConfig, ABC):
 
         ``dev`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
         """
+
+    def open_pool(self) -> Indexed | None:
+        """What stage one learns from: ``train`` and, where ``dev`` was drawn from the training images, ``dev`` too.
+
+        Stage one reads no labels, so images that only serve choices need not be kept from it; test images are.
+        """
+        return self.open("train")
+
+    def open_every(self) -> dict[Split, Indexed]:
+        """All images by their splits, those without labels too."""
+        splits: tuple[Split, ...] = ("train", "dev", "test")
+        return {split: source for split in splits if (source := self.open(split)) is not None}
 
     def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
         """Views that show domains which are not to be seen, as sentences that say so; by default none is known to.

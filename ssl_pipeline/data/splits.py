@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.source import Indexed, Part, Split
 from ssl_pipeline.draws import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -93,7 +94,7 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     return rest.nonzero()[:, 0], held_out
 
 
-def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[str, Tensor]:
+def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[Part, Tensor]:
     """Shares the samples of one pool out among the splits, the same way for every seed.
 
     Args:
@@ -103,16 +104,43 @@ def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name
         name: of the draw.
 
     Returns:
-        Per split a sorted int64 index: ``train``, and ``test`` and ``dev`` where they have a share.
+        Per split a sorted int64 index: ``train``, and ``test`` and ``dev`` where they have a share; and ``pool``, all that
+        is not ``test``.
     """
-    index = {"train": torch.arange(len(labels))}
-    for split, share in (("test", test), ("dev", dev)):
+    index: dict[Part, Tensor] = {"train": torch.arange(len(labels))}
+    shares: tuple[tuple[Part, float | None], ...] = (("test", test), ("dev", dev))
+    for split, share in shares:
+        if split == "dev":
+            index["pool"] = index["train"]
         if share is not None:
             pool = index["train"]
             count = max(1, round(share * int((labels[pool] >= 0).sum())))
             rest, held_out = hold_out(labels[pool], count, *name, split)
             index["train"], index[split] = pool[rest], pool[held_out]
     return index
+
+
+Source = TypeVar("Source", bound=Indexed)
+
+
+def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
+    """What stage one learns from, all labels of ``dev`` taken away.
+
+    Stage one may learn from these images, because it reads no labels. A task that does, and kNN's bank, must not have theirs.
+
+    Args:
+        pool: the samples of ``shares["pool"]``, changed in place.
+        shares: as :func:`share_out` gives them.
+    """
+    if pool.labels is not None:
+        pool.labels = pool.labels.masked_fill(~torch.isin(shares["pool"], shares["train"]), -1)
+    return pool
+
+
+def part_of(every: Source, shares: Mapping[Part, Tensor], part: Part) -> Source:
+    """A part of a source that was shared out; in the ``pool`` ``dev`` has no labels."""
+    chosen = cast(Source, every.select(shares[part]))
+    return without_dev_labels(chosen, shares) if part == "pool" else chosen
 
 
 def draw_labels(

@@ -163,9 +163,26 @@ class StreamConfig(SourceConfig, ABC):
 
 def open_training(config: SourceConfig) -> Indexed | Stream:
     """What stage one learns from."""
-    source = (config.stream() if isinstance(config, StreamConfig) else None) or config.open("train")
+    source = (config.stream() if isinstance(config, StreamConfig) else None) or config.open_pool()
     assert source is not None
     return source
+
+
+def told_of_splits(config: SourceConfig, learned: Indexed | Stream, dev: Indexed | None) -> str:
+    """How many images stage one learns from and which are kept from it, in a line."""
+    told = f"learned from: {amount(learned)}"
+    if dev is None:
+        return f"{told}; there is no `dev`, so choices rest on no labels"
+    train = config.open("train") if isinstance(learned, Indexed) else None
+    shared = train is not None and isinstance(learned, Indexed) and len(train) < len(learned)
+    told += f"; for choices (`dev`): {len(dev)}" + (" of these, by their labels" if shared else ", held out")
+    if isinstance(learned, Stream):
+        return told
+    try:
+        test = config.open("test")
+    except ConfigError as error:  # stage two tells it; stage one needs no test
+        return f"{told}; held out for `test`: not known ({error.problems[0]})"
+    return f"{told}; held out for `test`: {'none' if test is None else len(test)}"
 
 
 def known_length(source: Indexed | Stream) -> int | None:

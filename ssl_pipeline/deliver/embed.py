@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
@@ -27,11 +29,11 @@ class EmbedConfig(EncoderConfig):
     """Which images' features, and where to.
 
     Attributes:
-        split: of the data.
+        split: of the data; ``all`` takes every image and says in a column which split it is of.
         output: a ``.parquet`` or ``.npz`` file.
     """
 
-    split: Split = "train"
+    split: Literal["all", "train", "dev", "test"] = "all"
     output: str = "features.parquet"
 
 
@@ -41,18 +43,46 @@ class Embedded:
 
     Attributes:
         features: float32 of shape (N, D).
-        source: the images.
+        sources: by split, one after the other.
         about: facts that travel in the file, as text.
     """
 
     features: Tensor
-    source: Indexed
+    sources: dict[Split, Indexed]
     about: dict[str, str]
 
     @property
+    def first(self) -> Indexed:
+        """The source that names classes and domains for all."""
+        return next(iter(self.sources.values()))
+
+    @property
     def ids(self) -> list[str]:
-        """What each image is called: a file's path, or its number in its source."""
-        return [self.source.describe(i) for i in range(len(self.source))]
+        """What each image is called: a file's path, or its number in its split."""
+        return [source.describe(i) for source in self.sources.values() for i in range(len(source))]
+
+    @property
+    def splits(self) -> list[str]:
+        """Which split each image is of."""
+        return [split for split, source in self.sources.items() for _ in range(len(source))]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 of shape (N,), −1 where an image has none; None where no source has labels."""
+        return self._joined([source.labels for source in self.sources.values()])
+
+    @property
+    def domains(self) -> Tensor | None:
+        """Likewise."""
+        return self._joined([source.domains for source in self.sources.values()])
+
+    def _joined(self, numbers: list[Tensor | None]) -> Tensor | None:
+        if all(part is None for part in numbers):
+            return None
+        sizes = [len(source) for source in self.sources.values()]
+        return torch.cat(
+            [torch.full((n,), -1) if part is None else part for part, n in zip(numbers, sizes, strict=True)]
+        )
 
     def names(self, numbers: Tensor | None, names: tuple[str, ...] | None) -> list[str | None] | None:
         """Labels or domains by name; None where an image has none."""
@@ -62,26 +92,30 @@ class Embedded:
 
 
 def embed(config: EmbedConfig) -> Embedded:
-    """Runs an encoder over a split.
+    """Runs an encoder over a split, or all of them.
 
     Raises:
         ConfigError: the data has no such split, or the encoder can't be opened for it.
     """
-    source = open_split(config, config.split)
+    sources = open_every(config) if config.split == "all" else {config.split: open_split(config, config.split)}
+    source = next(iter(sources.values()))
     opened = open_encoder(config, source.channels, source.mean, source.std)
     for note in opened.notes:
         console().print(note, markup=False)
-    features = extract(opened.encoder, source, opened.preprocessing, opened.share)
+    features = [extract(opened.encoder, part, opened.preprocessing, opened.share) for part in sources.values()]
+    digest = hashlib.blake2b("".join(part.fingerprint() for part in sources.values()).encode(), digest_size=16)
     facts = {
         "made_by": "ssl_pipeline",
         "encoder": Path(config.encoder).name if config.encoder else config.backbone.name,
         "data": source.name,
-        "fingerprint": source.fingerprint(),
+        "fingerprint": source.fingerprint() if len(sources) == 1 else digest.hexdigest(),
         "split": config.split,
         "classes": source.classes,
         "blueprint": opened.blueprint.model_dump(mode="json"),
     }
-    return Embedded(features, source, {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()})
+    return Embedded(
+        torch.cat(features), sources, {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
+    )
 
 
 def open_split(config: EncoderConfig, split: Split) -> Indexed:
@@ -96,16 +130,24 @@ def open_split(config: EncoderConfig, split: Split) -> Indexed:
     return source
 
 
+def open_every(config: EncoderConfig) -> dict[Split, Indexed]:
+    """All images by their splits; likewise."""
+    sources = config.data.open_every()
+    for source in sources.values():
+        source.bad_files = None
+    return sources
+
+
 def write_parquet(embedded: Embedded, path: Path) -> None:
-    """Columns ``id``, ``label`` and ``domain`` (where known, by name) and ``features`` (a list of fixed length)."""
+    """Columns ``id``, ``split``, ``label`` and ``domain`` (where known, by name) and ``features`` (a list of fixed length)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source, rows = embedded.source, embedded.features.numpy()
-    columns: dict[str, Any] = {"id": pa.array(embedded.ids)}
+    source, rows = embedded.first, embedded.features.numpy()
+    columns: dict[str, Any] = {"id": pa.array(embedded.ids), "split": pa.array(embedded.splits)}
     for name, values in (
-        ("label", embedded.names(source.labels, source.classes)),
-        ("domain", embedded.names(source.domains, source.domain_names)),
+        ("label", embedded.names(embedded.labels, source.classes)),
+        ("domain", embedded.names(embedded.domains, source.domain_names)),
     ):
         if values is not None:
             columns[name] = pa.array(values, pa.string())
@@ -114,12 +156,13 @@ def write_parquet(embedded: Embedded, path: Path) -> None:
 
 
 def write_npz(embedded: Embedded, path: Path) -> None:
-    """Arrays ``id``, ``features``, ``label`` and ``domain`` (numbers), ``classes``, ``domain_names``; no pickle is in it."""
-    source = embedded.source
-    arrays: dict[str, Any] = {"id": np.array(embedded.ids), "features": embedded.features.numpy()}
+    """Arrays ``id``, ``split``, ``features``, ``label`` and ``domain`` (numbers), ``classes``, ``domain_names``; no pickle."""
+    source = embedded.first
+    arrays: dict[str, Any] = {"id": np.array(embedded.ids), "split": np.array(embedded.splits)}
+    arrays["features"] = embedded.features.numpy()
     for name, numbers, names_key, names in (
-        ("label", source.labels, "classes", source.classes),
-        ("domain", source.domains, "domain_names", source.domain_names),
+        ("label", embedded.labels, "classes", source.classes),
+        ("domain", embedded.domains, "domain_names", source.domain_names),
     ):
         if numbers is not None:
             arrays[name] = numbers.numpy()
@@ -153,7 +196,9 @@ def embed_and_tell(config: EmbedConfig) -> None:
     (write_parquet if path.suffix == ".parquet" else write_npz)(embedded, temporary)
     temporary.replace(path)
     count, width = embedded.features.shape
-    console().print(f"wrote {path}: {count} images of {embedded.source.name}, {width} features each", markup=False)
+    parts = ", ".join(f"{len(source)} {split}" for split, source in embedded.sources.items())
+    text = f"wrote {path}: {count} images of {embedded.first.name} ({parts}), {width} features each"
+    console().print(text, markup=False)
 
 
 def main() -> None:

@@ -55,8 +55,8 @@ def source_of(images: Path) -> Indexed:
     return source
 
 
-def embed_to(run: Path, images: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", str(run), "data=folder", f"data.path={images}", f"output={output}"])
+def embed_to(run: Path, images: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", str(run), "data=folder", f"data.path={images}", f"output={output}", *more])
     embed.main()
 
 
@@ -64,7 +64,7 @@ def test_parquet_and_npz_hold_each_images_features_under_its_path(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("f.parquet", "f.npz"):
-        embed_to(run, images, tmp_path / name, monkeypatch)
+        embed_to(run, images, tmp_path / name, monkeypatch, "split=train")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npz", "f.parquet"]
     source, (encoder, card) = source_of(images), load_encoder(run)
     table, arrays = pq.read_table(tmp_path / "f.parquet"), np.load(tmp_path / "f.npz")
@@ -83,6 +83,25 @@ def test_parquet_and_npz_hold_each_images_features_under_its_path(
     assert json.loads(about["classes"]) == ["blue", "green", "red"]
     assert table.schema.metadata[b"split"] == b'"train"'
     assert rows.shape == (len(source), encoder.width)
+
+
+def test_every_image_is_embedded_unless_a_split_is_asked_for(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("f.parquet", "f.npz"):
+        embed_to(run, images, tmp_path / name, monkeypatch)
+    table, arrays = pq.read_table(tmp_path / "f.parquet"), np.load(tmp_path / "f.npz")
+    ids, splits = table["id"].to_pylist(), table["split"].to_pylist()
+    assert sorted(ids) == sorted(str(path) for path in images.rglob("*.png"))
+    assert ids == arrays["id"].tolist()
+    assert splits == arrays["split"].tolist()
+    assert table["label"].to_pylist() == [Path(path).parent.name for path in ids]
+    config = load("embed", EmbedConfig, [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images}"])
+    test = config.data.open("test")
+    assert test is not None
+    assert [path for path, split in zip(ids, splits, strict=True) if split == "test"] == [
+        test.describe(i) for i in range(len(test))
+    ]
 
 
 def test_no_features_stand_under_the_name_of_a_broken_file(
@@ -106,7 +125,7 @@ def test_the_neighbours_are_those_of_the_features(run: Path, images: Path) -> No
     config = load("neighbours", NeighboursConfig, words)
     source = source_of(images)
     _, found = find(config, source)
-    features = embed.embed(load("embed", EmbedConfig, [words[0], *words[2:4]])).features
+    features = embed.embed(load("embed", EmbedConfig, [words[0], *words[2:4], "split=train"])).features
     cosines = F.cosine_similarity(features[4:5], features)
     cosines[4] = -2
     assert [neighbour.index for neighbour in found] == cosines.topk(5).indices.tolist()

@@ -18,8 +18,8 @@ from ssl_pipeline.data.annotated import Annotated
 from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import for_all, tell, upright_size
-from ssl_pipeline.data.source import SourceConfig, Split
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.source import Part, SourceConfig, Split
+from ssl_pipeline.data.splits import part_of, share_out
 
 _log = logging.getLogger("ssl_pipeline")
 
@@ -56,7 +56,14 @@ class Config(SourceConfig):
         Raises:
             ConfigError: a file is missing or damaged, or an annotation fits no image or class.
         """
-        paths = {"dev": self.dev_path, "test": self.test_path}
+        return self._open(split)
+
+    def open_pool(self) -> Annotated:
+        """All images but those of the test."""
+        return self._open("pool")
+
+    def _open(self, split: Part) -> Annotated:
+        paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
         categories, pool = _read(Path(self.path).expanduser(), self._root(self.path), None, self.channels)
         own = paths.get(split)
         if own is not None:
@@ -64,7 +71,7 @@ class Config(SourceConfig):
             return self._licensed(source)
         strata = torch.zeros(len(pool), dtype=torch.int64)
         shares = share_out(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
-        return self._licensed(pool.select(shares[split]))
+        return self._licensed(part_of(pool, shares, split))
 
     def _root(self, path: str) -> Path:
         if self.images is not None:

@@ -17,8 +17,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
-from ssl_pipeline.data.source import Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, resembles_split, share_out, split_named, splits_among
+from ssl_pipeline.data.source import Part, Split
+from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, share_out, split_named, splits_among
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 
@@ -52,6 +52,13 @@ class Config(PreparedConfig):
             ConfigError: the folder is missing or is not ``domain/class/image``, holds too many bad files, or a domain is not
                 in it.
         """
+        return self._open(split)
+
+    def open_pool(self) -> FileSource:
+        """All images of the training domains but those of the test."""
+        return self._open("pool")
+
+    def _open(self, split: Part) -> FileSource:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
@@ -72,7 +79,7 @@ class Config(PreparedConfig):
         folders = tree.split_folders(with_test=bool(test))
         pool = tree.files_of(train)
         if folders is not None:
-            if split != "train" and split in folders:
+            if split != "train" and split != "pool" and split in folders:
                 return self._source(tree, pool[folders[split][pool]])
             pool = pool[folders["train"][pool]]
         # Numbered by domain and class, so that each of both is held out in proportion.
@@ -81,7 +88,7 @@ class Config(PreparedConfig):
         shares = share_out(
             cells, None if test or "test" in own else self.test, None if "dev" in own else self.dev, "domain folder"
         )
-        return self._source(tree, pool[shares[split]])
+        return part_of(self._source(tree, pool), shares, split)
 
     def _source(self, tree: _Tree, index: Tensor) -> FileSource:
         source = tree.images.source(

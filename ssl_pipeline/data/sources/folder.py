@@ -16,9 +16,9 @@ from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.source import Indexed, Part, Split
 from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import hold_out
+from ssl_pipeline.data.splits import hold_out, part_of
 from ssl_pipeline.data.verdicts import listed
 
 _log = logging.getLogger("ssl_pipeline")
@@ -50,15 +50,32 @@ class Config(PreparedConfig):
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
         """
+        return self._open(split)
+
+    def open_pool(self) -> FileSource | None:
+        """All images but those of the test, be it a folder or a share."""
+        return self._open("pool")
+
+    def open_every(self) -> dict[Split, Indexed]:
+        """All images by their splits; folders without classes have those alone that are folders."""
+        folders = self.folders()
+        if _scan(folders["train"], "data.path", self.bad_files, self.base).classes is not None:
+            return super().open_every()
+        return {split: self._own(split, place).source(self) for split, place in folders.items()}
+
+    def _own(self, split: Split, place: Path) -> _Scan:
+        key = "data.test_path" if split == "test" and self.test_path else "data.path"
+        return _scan(place, key, self.bad_files, self.base)
+
+    def _open(self, split: Part) -> FileSource | None:
         folders, base = self.folders(), self.base
         train = _scan(folders["train"], "data.path", self.bad_files, base)
         if train.classes is None:
-            return train.source(self) if split == "train" else None
-        if split in folders and split != "train":
-            key = "data.test_path" if split == "test" and self.test_path else "data.path"
-            return _scan(folders[split], key, self.bad_files, base).relabelled(train.classes).source(self)
+            return train.source(self) if split in ("train", "pool") else None
+        if split != "train" and split != "pool" and split in folders:
+            return self._own(split, folders[split]).relabelled(train.classes).source(self)
         test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
-        return train.source(self).select(_held_out(folders["train"], self.bad_files, base, test, dev)[split])
+        return part_of(train.source(self), _held_out(folders["train"], self.bad_files, base, test, dev), split)
 
     def folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""
@@ -196,12 +213,15 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Sca
 @lru_cache(maxsize=8)
 def _held_out(
     root: Path, limit: BadFilesLimit, base: Path | None, test: float | None, dev: float | None
-) -> dict[str, Tensor]:
-    """Per split its samples of the training folder; None where a split has a folder of its own."""
+) -> dict[Part, Tensor]:
+    """Per split its samples of the training folder; the share is None where a split has a folder of its own."""
     labels = _scan(root, "data.path", limit, base).labels
     assert labels is not None
-    index = {"train": torch.arange(len(labels))}
-    for split, share in (("test", test), ("dev", dev)):
+    index: dict[Part, Tensor] = {"train": torch.arange(len(labels))}
+    shares: tuple[tuple[Part, float | None], ...] = (("test", test), ("dev", dev))
+    for split, share in shares:
+        if split == "dev":
+            index["pool"] = index["train"]
         if share is not None:
             pool = index["train"]
             rest, held_out = hold_out(labels[pool], max(1, round(share * len(pool))), "folder", split)

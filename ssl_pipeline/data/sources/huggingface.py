@@ -12,8 +12,8 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
 from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
-from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.data.splits import share_out, split_named
+from ssl_pipeline.data.source import Indexed, Part, Split
+from ssl_pipeline.data.splits import part_of, share_out, split_named
 from ssl_pipeline.data.stream import Handful, Sample, StreamConfig, channels_of
 from ssl_pipeline.data.verdicts import listed, warn_once
 
@@ -91,14 +91,39 @@ class Config(StreamConfig):
             return None
         if split != "train" and named is not None:
             return self._bearing(_labelled(_rows(self, named), split))
+        return self._share(train, split)
+
+    def open_pool(self) -> Indexed:
+        """All rows of ``train_split`` but those of the test."""
+        return self._share(_rows(self, _train_split(self)), "pool")
+
+    def open_every(self) -> dict[Split, Indexed]:
+        """All rows by their splits, those whose labels are kept back too."""
+        if self.streaming:
+            raise self.refuse_numbers()
+        train = _rows(self, _train_split(self))
+        splits: tuple[Split, ...] = ("train", "dev", "test")
+        own: dict[Split, str] = {
+            split: name for split in splits if split != "train" and (name := self._named(split)) is not None
+        }
+        drawn = {split for split in splits if split not in own and (split == "train" or train.labels is not None)}
+        return {
+            split: self._share(train, split) if split in drawn else self._bearing(_rows(self, own[split]))
+            for split in splits
+            if split in drawn or split in own
+        }
+
+    def _share(self, train: Rows, split: Part) -> Rows:
+        """A share of the training rows."""
         if train.labels is None:
             return self._bearing(train.select(torch.arange(len(train))))
         test, dev = (None if self._named("test") else self.test), (None if self._named("dev") else self.dev)
         shares = share_out(train.labels, test, dev, "huggingface")
-        return self._bearing(train.select(shares[split]))
+        return self._bearing(part_of(train, shares, split))
 
     def _bearing(self, rows: Rows) -> Rows:
-        """Rows of their own to count on: the whole split is opened once for all runs of a process."""
+        """Rows with a count of their own: the split itself is opened once for all runs of a process."""
+        rows = rows.select(torch.arange(len(rows)))
         rows.bad_files = BadFiles(self.bad_files, len(rows))
         return rows
 

@@ -16,9 +16,9 @@ from ssl_pipeline.data.annotated import Annotated
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
 from ssl_pipeline.data.scan import ENDINGS
-from ssl_pipeline.data.source import SourceConfig, Split
+from ssl_pipeline.data.source import Part, SourceConfig, Split
 from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.splits import part_of, share_out
 
 
 class Config(SourceConfig):
@@ -51,6 +51,13 @@ class Config(SourceConfig):
         Raises:
             ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
         """
+        return self._open(split)
+
+    def open_pool(self) -> Annotated:
+        """All images but those of the test."""
+        return self._open("pool")
+
+    def _open(self, split: Part) -> Annotated:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(
@@ -60,17 +67,17 @@ class Config(SourceConfig):
         names = self.classes or _names_in(root / "classes.txt")
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes = _checked(names, read)
-        own = read[split] if split in read else read["train"]
+        own = read.get(split, read["train"]) if split != "pool" else read["train"]
         source = Annotated(
             FileSource(str(own.folder), own.folder, own.images, self.channels),
             Masks(own.masks, own.sizes, own.counts[:, : len(classes)], classes),
         )
         source.licence = self.licence
-        if split in read and split != "train":
+        if own is not read["train"]:
             return source
         shares = {part: None if part in read else share for part, share in (("test", self.test), ("dev", self.dev))}
         strata = torch.zeros(len(source), dtype=torch.int64)
-        return source.select(share_out(strata, shares["test"], shares["dev"], "mask folder")[split])
+        return part_of(source, share_out(strata, shares["test"], shares["dev"], "mask folder"), split)
 
 
 class _Pairs:

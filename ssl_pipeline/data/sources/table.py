@@ -20,8 +20,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
-from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, share_out, split_named
+from ssl_pipeline.data.source import Indexed, Part, Split
+from ssl_pipeline.data.splits import SPLIT_NAMES, share_out, split_named, without_dev_labels
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 _TOLD = 10
@@ -77,22 +77,36 @@ class Config(PreparedConfig):
         Raises:
             ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
         """
+        return self._open(split)
+
+    def open_pool(self) -> Indexed | None:
+        """All rows of ``train`` but those of the test."""
+        return self._open("pool")
+
+    def open_every(self) -> dict[Split, Indexed]:
+        """All rows of the chosen domains by their splits."""
         rows = _read(self)
-        pool, own = rows.of("train"), rows.of(split)
-        if len(pool) == 0:
+        if rows.strata is not None:
+            return super().open_every()
+        by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
+        return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
+
+    def _open(self, split: Part) -> Indexed | None:
+        rows = _read(self)
+        every = rows.of("train")
+        if len(every) == 0:
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
-        if split == "train" or len(own) == 0:
-            if rows.strata is None:
-                return self._source(rows, rows.of_domains(pool, self)) if split == "train" else None
-            named = {part: len(rows.of(part)) > 0 for part in ("test", "dev")}
-            shares = share_out(
-                rows.strata[pool], None if named["test"] else self.test, None if named["dev"] else self.dev, "table"
-            )
-            own = pool[shares[split]]
-        elif rows.strata is None:
+        if rows.strata is None:
+            return self._source(rows, rows.of_domains(every, self)) if split in ("train", "pool") else None
+        named: dict[Part, Tensor] = {"test": rows.of("test"), "dev": rows.of("dev")}
+        test, dev = None if len(named["test"]) else self.test, None if len(named["dev"]) else self.dev
+        index = {part: every[own] for part, own in share_out(rows.strata[every], test, dev, "table").items()}
+        index |= {part: own for part, own in named.items() if len(own)}
+        index = {part: rows.of_domains(own, self) for part, own in index.items()}
+        if len(index[split]) == 0:
             return None
-        own = rows.of_domains(own, self)
-        return self._source(rows, own) if len(own) else None
+        source = self._source(rows, index[split])
+        return without_dev_labels(source, index) if split == "pool" else source
 
     def _source(self, rows: _Rows, index: Tensor) -> Indexed:
         source = rows.images.source(

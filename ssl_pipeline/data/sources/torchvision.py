@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import logging
 import pickle
+from collections.abc import Collection
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -22,8 +23,8 @@ from torchvision import datasets
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.source import ArraySource, Indexed, SourceConfig, Split
-from ssl_pipeline.data.splits import share_out
+from ssl_pipeline.data.source import ArraySource, Indexed, Part, SourceConfig, Split
+from ssl_pipeline.data.splits import part_of, share_out
 
 # What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,
 # the validation part is the test. `train` and `test` are a flag where a value is no text.
@@ -85,9 +86,16 @@ class Config(SourceConfig):
             part = _part(self.model_dump_json(), split)
             part.mean, part.std = train.mean, train.std
             return part
+        return self._share(train, named, split)
+
+    def open_pool(self) -> Indexed:
+        """All training images but those of the test."""
+        return self._share(_part(self.model_dump_json(), "train"), _parts(self), "pool")
+
+    def _share(self, train: Indexed, named: Collection[Split], split: Part) -> Indexed:
         assert train.labels is not None
         test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
-        source = train.select(share_out(train.labels, test, dev, "torchvision")[split])
+        source = part_of(train, share_out(train.labels, test, dev, "torchvision"), split)
         source.licence = self.licence
         return source
 
