@@ -17,7 +17,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.model.layers import head_layer, layer_of
 from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.views.policy import ViewsConfig
 
@@ -79,13 +79,12 @@ class DownstreamTask(Task, ABC):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The head with all of the rate, and the encoder's layers with theirs: the nearer to the image, the smaller."""
-        layers = layer_of(self.encoder)
-        last = max(layers.values())
+        layers, top = layer_of(self.encoder), head_layer(self.encoder)
         groups: dict[float, list[Any]] = {1.0: []}
         for name, parameter in self.named_parameters():
             factor = 1.0
             if name.startswith("encoder."):
-                factor = self.backbone_lr_factor * self.layer_decay ** (last - layers[name.removeprefix("encoder.")])
+                factor = self.backbone_lr_factor * self.layer_decay ** (top - layers[name.removeprefix("encoder.")])
             if parameter.requires_grad:
                 groups.setdefault(factor, []).append((name, parameter))
         return [{"params": params, "lr_factor": factor} for factor, params in groups.items()]

@@ -75,6 +75,11 @@ class Backbone(nn.Module):
         return self._anatomy.levels
 
     @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """What layer-wise learning rates count, from the image on; see :class:`ssl_pipeline.model.families.Anatomy`."""
+        return self._anatomy.layers
+
+    @property
     def final_norm(self) -> nn.Module:
         """The trunk's norm that its library applies after pooling, (B, D, 1, 1); the identity where it has none.
 

@@ -6,7 +6,7 @@ Widths and strides are read from the modules' own attributes. No image is ever s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,8 @@ class Anatomy:
         channels_last: whether the modules speak (B, H, W, C).
         token: whether there is a class token.
         taps: of timm's trunks, the places in ``feature_info`` of all levels but the last.
+        layers: what layer-wise learning rates count, from the image on: the stem or embeddings, then a block each. A layer is the
+            names of its modules and parameters; what is in none of them (a final norm) goes with the head.
     """
 
     levels: dict[str, Level]
@@ -60,6 +62,7 @@ class Anatomy:
     channels_last: bool = False
     token: bool = False
     taps: tuple[int, ...] = ()
+    layers: tuple[tuple[str, ...], ...] = ()
 
 
 def _named(levels: list[Level]) -> dict[str, Level]:
@@ -88,20 +91,31 @@ def _resnet(trunk: Any) -> Anatomy:
         out = block.conv3 if hasattr(block, "conv3") else block.conv2
         assert isinstance(out, nn.Conv2d)
         levels.append(Level((*(stem if i == 1 else ()), f"layer{i}"), out.out_channels, stride))
-    return Anatomy(_named(levels), ("fc.",))
+    stages = [f"layer{i}" for i in range(1, 5)]
+    return Anatomy(_named(levels), ("fc.",), layers=(stem, *_blocks_of(trunk, stages)))
+
+
+def _blocks_of(trunk: nn.Module, stages: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Each block of each stage as a layer."""
+    for stage in stages:
+        for name, _ in trunk.get_submodule(stage).named_children():
+            yield (f"{stage}.{name}",)
 
 
 def _vgg(trunk: Any) -> Anatomy:
     levels, modules, width, stride = [], list[str](), 0, 1
+    layers = list[tuple[str, ...]]()
     for name, module in trunk.get_submodule("features").named_children():
         modules.append(f"features.{name}")
         if isinstance(module, nn.Conv2d):
             width = module.out_channels
+            layers.append(())
+        layers[-1] += (f"features.{name}",)
         if isinstance(module, nn.MaxPool2d):
             stride *= 2
             levels.append(Level(tuple(modules), width, stride))
             modules = []
-    return Anatomy(_named(levels), ("classifier.",))
+    return Anatomy(_named(levels), ("classifier.",), layers=tuple(layers))
 
 
 def _pairs(trunk: Any, width_of: Callable[[Any], int]) -> dict[str, Level]:
@@ -115,21 +129,33 @@ def _pairs(trunk: Any, width_of: Callable[[Any], int]) -> dict[str, Level]:
     return _named(levels)
 
 
+def _layers_of_pairs(trunk: Any) -> tuple[tuple[str, ...], ...]:
+    """The embedding, then a block each; a merge is a part of the block after it."""
+    layers: list[tuple[str, ...]] = [("features.0",)]
+    for i in range(4):
+        first, *others = _blocks_of(trunk, [f"features.{2 * i + 1}"])
+        layers += [(*((f"features.{2 * i}",) if i else ()), *first), *others]
+    return tuple(layers)
+
+
 def _convnext(trunk: Any) -> Anatomy:
-    return Anatomy(_pairs(trunk, lambda block: int(block.layer_scale.shape[0])), ("classifier.2.",), "classifier")
+    levels = _pairs(trunk, lambda block: int(block.layer_scale.shape[0]))
+    return Anatomy(levels, ("classifier.2.",), "classifier", layers=_layers_of_pairs(trunk))
 
 
 def _swin(trunk: Any) -> Anatomy:
     levels = _pairs(trunk, lambda block: int(block.norm1.normalized_shape[0]))
     last = levels["c5"]
     levels["c5"] = Level((*last.modules, "norm"), last.width, last.stride)
-    return Anatomy(levels, ("head.",), channels_last=True)
+    return Anatomy(levels, ("head.",), channels_last=True, layers=_layers_of_pairs(trunk))
 
 
 def _blocks(trunk: Any) -> Anatomy:
     """EfficientNet and MobileNet: a chain of blocks; a level ends where the next block strides."""
     levels, modules, stride, width = [], list[str](), 1, 0
+    layers = list[tuple[str, ...]]()
     for name, module in trunk.get_submodule("features").named_children():
+        layers += _blocks_of(trunk, [f"features.{name}"]) if type(module) is nn.Sequential else [(f"features.{name}",)]
         step = _stride(module)
         if step > 1 and modules:
             levels.append(Level(tuple(modules), width, stride))
@@ -139,12 +165,15 @@ def _blocks(trunk: Any) -> Anatomy:
         last: Any = list(module.children())[-1] if type(module) is nn.Sequential else module
         width = int(last.out_channels)
     levels.append(Level(tuple(modules), width, stride))
-    return Anatomy(_named(levels), ("classifier.",))
+    *layers, block, widening = layers  # the convolution after the last block is no layer of its own
+    return Anatomy(_named(levels), ("classifier.",), layers=(*layers, block + widening))
 
 
 def _vit(trunk: Any) -> Anatomy:
     level = Level((), int(trunk.hidden_dim), int(trunk.patch_size))
-    return Anatomy({"c5": level}, ("heads.",), token=True)
+    embeddings = ("class_token", "conv_proj", "encoder.pos_embedding")
+    layers = (embeddings, *_blocks_of(trunk, ["encoder.layers"]))
+    return Anatomy({"c5": level}, ("heads.",), token=True, layers=layers)
 
 
 _FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {

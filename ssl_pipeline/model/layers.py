@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import re
-
 from ssl_pipeline.model.encoder import Encoder
 
-_BLOCK = re.compile(r"^((?:[^.]+\.)*?[^.]*\d)\.[^.]+\.")  # `encoder.layers.encoder_layer_3.…`, timm's `blocks.3.…`
+_TRUNK = "backbone.trunk."
 
 
 def layer_of(encoder: Encoder) -> dict[str, int]:
-    """The layers of an encoder's parameters, by name; 0 is the one nearest to the image.
+    """The layers of an encoder's parameters, by name.
 
-    A network with several levels counts a level, its stem in the first, as a layer; a transformer with one level counts a
-    block. What follows the last of them (a final norm, the neck) belongs to it.
+    As BEiT and MAE number them (Bao et al. 2022; He et al. 2022): the stem or the embeddings are 0, the blocks 1 to N, and what
+    follows the last block (a final norm, the neck) is N + 1, with the head. timm's trunks are grouped as timm groups them.
     """
-    prefix = "backbone.trunk."
-    levels = [level.modules for level in encoder.backbone.levels.values()]
-    places = {module: place for place, modules in enumerate(levels) for module in modules}
-    layers, current = dict[str, int](), 0
-    blocks: dict[str, int] = {}
-    for name, _ in encoder.named_parameters():
-        own = name.removeprefix(prefix)
-        if places:
-            found = [place for module, place in places.items() if own.startswith(f"{module}.")]
-            current = found[0] if found else len(levels) - 1
-        elif (block := _BLOCK.match(own)) is not None:
-            current = blocks.setdefault(block[1], len(blocks))
-        layers[name] = current
-    return layers
+    numbers = {name: number for number, names in enumerate(encoder.backbone.layers) for name in names}
+    return {
+        name: _number(name.removeprefix(_TRUNK), numbers, head_layer(encoder)) for name, _ in encoder.named_parameters()
+    }
+
+
+def head_layer(encoder: Encoder) -> int:
+    """The number of the head's own layer: N + 1 for N blocks."""
+    return len(encoder.backbone.layers)
+
+
+def _number(parameter: str, numbers: dict[str, int], head: int) -> int:
+    """The number of the module that a parameter is in, or of the parameter itself."""
+    name = parameter
+    while name not in numbers and "." in name:
+        name = name.rpartition(".")[0]
+    return numbers.get(name, head)

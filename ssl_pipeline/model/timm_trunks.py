@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +126,25 @@ def _anatomy(trunk: Any) -> Anatomy:
         final_norm="head.norm" if isinstance(head_norm, nn.Module) else None,
         token=getattr(trunk, "cls_token", None) is not None,
         taps=taps,
+        layers=_layers(trunk),
     )
+
+
+def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
+    """Parameter names by layer, as timm groups them for its own layer-wise rates; without such groups a child is a layer."""
+    if not hasattr(trunk, "group_matcher"):
+        return tuple((name,) for name, _ in trunk.named_children())
+    from timm.models import group_parameters
+
+    # timm's groups are of a network with its head, and a trunk has none: this one stands for it.
+    names, head = [name for name, _ in trunk.named_parameters()], "a head, which no group of the trunk matches"
+    whole: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in (*names, head)))
+    found = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)
+    layers = [list[str]() for _ in range(found[head])]
+    for name in names:
+        if found[name] < len(layers):
+            layers[found[name]].append(name)
+    return tuple(map(tuple, layers))
 
 
 def timm_maps(trunk: Any, anatomy: Anatomy, images: Tensor) -> dict[str, Tensor]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, f1_score, r2_score, recall_score
+from timm.models import group_parameters
+from timm.optim._param_groups import param_groups_layer_decay
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
@@ -28,7 +33,7 @@ from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import LinearHead, NeighbourHead
-from ssl_pipeline.model.layers import layer_of
+from ssl_pipeline.model.layers import head_layer, layer_of
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import same_bytes
@@ -290,22 +295,62 @@ def test_permuting_held_out_numbers_changes_no_weight(table: Path, tmp_path: Pat
     assert not same_bytes(folders[0], folders[1], ["results.json"])
 
 
-@pytest.mark.parametrize("name", ["small_resnet", "vit_b_32", "timm/resnet18", "convnext_tiny"])
-def test_deeper_layers_learn_faster(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "last"), [("small_resnet", 4), ("vit_b_32", 13), ("timm/resnet18", 8), ("convnext_tiny", 19)]
+)
+def test_deeper_layers_learn_faster(name: str, last: int) -> None:
     built = encoder(name, 32)
     layers = layer_of(built)
-    assert min(layers.values()) == 0
     places = list(layers.values())
     assert places == sorted(places)
-    assert len(set(places)) == {"vit_b_32": 12}.get(name, 4)
+    assert set(places) == set(range(last + 1))
     task: DownstreamTask = classification.Config(name="classification").build(built, 2)
     task.backbone_lr_factor, task.layer_decay = 0.1, 0.5
     groups = {group["lr_factor"]: [n for n, _ in group["params"]] for group in task.param_groups()}
-    assert sorted(groups, reverse=True)[:3] == [1.0, 0.1, 0.05]
+    # A final norm is of the head's layer; where there is none, the last block is one layer below it.
+    has_norm = name in ("vit_b_32", "convnext_tiny")
+    assert sorted(groups, reverse=True)[:3] == ([1.0, 0.1, 0.05] if has_norm else [1.0, 0.05, 0.025])
     assert set(groups[1.0]) == {"head.weight", "head.bias"}
     first = next(n for n, _ in built.named_parameters())
     assert f"encoder.{first}" in groups[min(groups)]
     assert sum(map(len, groups.values())) == len(list(task.parameters()))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"])
+def test_rates_of_timms_trunks_are_timms(name: str) -> None:
+    task: DownstreamTask = classification.Config(name="classification").build(encoder(f"timm/{name}", 32), 7)
+    task.layer_decay = 0.75
+    ours = {n.rpartition("trunk.")[2]: g["lr_factor"] for g in task.param_groups() for n, _ in g["params"]}
+    options: dict[str, Any] = {"img_size": 32} if name.startswith("vit") else {}
+    whole: Any = timm.create_model(name, num_classes=7, **options)
+    names = {id(parameter): n for n, parameter in whole.named_parameters()}
+    groups = param_groups_layer_decay(whole, layer_decay=0.75)
+    theirs = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert len(ours) == len(theirs)
+    head = dict.fromkeys(theirs.keys() - ours.keys(), 1.0)  # by another name here
+    assert theirs == pytest.approx({n: factor for n, factor in ours.items() if n in theirs} | head)
+
+
+@pytest.mark.parametrize(
+    ("name", "timms", "size"), [("vit_b_32", "vit_base_patch32_224", 32), ("convnext_tiny", "convnext_tiny", 32)]
+)
+def test_layers_of_torchvisions_networks_are_those_of_timms(name: str, timms: str, size: int) -> None:
+    built = encoder(name, size)
+    options: dict[str, Any] = {"img_size": size} if name.startswith("vit") else {}
+    whole: Any = timm.create_model(timms, **options)
+    theirs = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+    parameters = [dict(network.named_parameters()) for network in (built, whole)]
+    counts = [
+        Counter({n: sum(of[p].numel() for p, number in layers.items() if number == n) for n in set(layers.values())})
+        for of, layers in zip(parameters, (layer_of(built), theirs), strict=True)
+    ]
+    head = head_layer(built)
+    assert head == max(theirs.values())
+    if name == "vit_b_32":  # the final norm is the head's, as BEiT and MAE have it; timm takes it to the last block
+        norm = whole.norm.weight.numel() * 2
+        assert counts[0][head] == norm
+        counts[0][head - 1] += norm
+    assert [counts[0][n] for n in range(head)] == [counts[1][n] for n in range(head)]
 
 
 def test_what_is_missing_is_told(table: Path, tmp_path: Path) -> None:
