@@ -129,10 +129,10 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
             "`regime.statistics` keeps what stage one has estimated, and fresh weights have no such: set it to batch."
         )
     problems += config.downstream.check_views(config.views)
-    problems += config.domain.check(config.downstream.name, config.regime.name) if config.domain is not None else []
-    problems += (
-        config.data.shown_by_views(config.views.each(), config.domain.target) if config.domain is not None else []
-    )
+    if config.domain is not None:
+        problems += config.domain.check(config.downstream.name, config.regime.name)
+        problems += config.domain.check_head(getattr(config.downstream, "head", None))
+        problems += config.data.shown_by_views(config.views.each(), config.domain.target)
     if config.unlabelled is not None:
         across = config.domain is not None
         problems += config.unlabelled.check(config.downstream.name, config.regime.name, across, pool)

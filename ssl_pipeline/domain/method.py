@@ -36,11 +36,13 @@ class MethodConfig(ComponentConfig, ABC):
         phases: the trainings, one after the other: ``source`` sees labelled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
         fits_bare_encoder: whether the method makes sense where nothing but the head is trained.
+        head: the one ``downstream.head`` that the method is made for; None takes any.
         selects: whether labelled images held out of the *source* choose the step that is kept; otherwise it is the last one.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = ("joint",)
     fits_bare_encoder: ClassVar[bool] = False
+    head: ClassVar[str | None] = None
     selects: ClassVar[bool] = False
     source: tuple[str, ...] | None = None
     target: tuple[str, ...] = Field((), validate_default=False)
@@ -57,6 +59,12 @@ class MethodConfig(ComponentConfig, ABC):
     def starts_from(self) -> str | None:
         """The folder of a finished model that is adapted without an image of its source; None for a method that has a source."""
         return None
+
+    def check_head(self, head: object) -> list[str]:
+        """Whether ``downstream.head`` is the one that the method needs, as sentences if it is not."""
+        if self.head is None or head == self.head:
+            return []
+        return [f"`domain={self.name}` needs the {self.head} head: set downstream.head={self.head}."]
 
     def check(self, downstream: str, regime: str) -> list[str]:
         """What does not go together with the task or the regime, as sentences."""

@@ -21,7 +21,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
 from ssl_pipeline.data.paired import PairedBatches
 from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.domain.adaptation.dance import entropy_separation, neighbourhood_entropy
+from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighbourhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
 from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
@@ -39,6 +39,7 @@ from ssl_pipeline.engine.task import Task
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.head import CosineHead
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.schedules import Clock
@@ -153,6 +154,36 @@ def test_neighbourhood_entropy_leaves_a_row_itself_out() -> None:
         p = torch.stack([c @ row / 0.05 for c in candidates]).softmax(0)
         entropies.append(-float((p * p.clamp_min(1e-38).log()).sum()))
     assert float(neighbourhood_entropy(x, bank, index, prototypes, 0.05)) == pytest.approx(sum(entropies) / 2, abs=1e-5)
+
+
+def test_dances_term_is_the_papers_sum_with_the_classes_of_a_cosine_head() -> None:
+    task, config, target = tiny_method("dance")
+    assert isinstance(task, DANCE)
+    head = task.classifier.head
+    assert isinstance(head, CosineHead)
+    prime(task, target)
+    batch = next(tiny_batches(config, target).from_step(0))
+    embeddings = task.embed(batch)
+    source, theirs = ({name: part.chunk(2)[half] for name, part in embeddings.items()} for half in (0, 1))
+    prototypes, memory = F.normalize(head.weight), task.bank.rows
+    gathered, separated = [], []
+    for row, index in zip(F.normalize(theirs["features"]), batch.index.chunk(2)[1].tolist(), strict=True):
+        to_classes = [row @ prototype / 0.05 for prototype in prototypes]
+        to_others = [row @ memory[j] / 0.05 for j in range(len(memory)) if j != index]
+        share = torch.stack([*to_others, *to_classes]).softmax(0)
+        gathered.append(-(share * share.clamp_min(1e-38).log()).sum())
+        p = torch.stack(to_classes).softmax(0)
+        distance = (-(p * p.clamp_min(1e-38).log()).sum() - math.log(3) / 2).abs()
+        separated.append(distance if distance > 0.5 else torch.zeros(()))
+    expected = torch.stack(gathered).mean() - torch.stack(separated).mean()
+    assert float(task.term(source, theirs, batch).detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+def test_dance_without_the_cosine_head_is_refused() -> None:
+    config = load("finetune", FinetuneConfig, ["domain=dance"]).domain
+    assert config is not None
+    assert config.check_head("cosine") == []
+    assert "set downstream.head=cosine" in config.check_head("linear")[0]
 
 
 def test_entropies_within_the_margin_are_left_alone() -> None:

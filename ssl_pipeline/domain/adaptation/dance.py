@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -24,8 +25,8 @@ _NO_NEIGHBOUR = -1e4  # a logit of no weight; an infinite one has no gradient
 class Config(JointConfig):
     r"""Neighbourhood clustering and entropy separation (Saito et al. 2020), for targets with classes of their own.
 
-    The first is the entropy of a target row's similarities to the other rows of a memory and to the classes' weights. The
-    second, with :math:`\rho = \frac{1}{2} \log K`, is :math:`-|H(p) - \rho|` where that exceeds the margin.
+    The first is the entropy of a target row's similarities to the other rows of a memory and to the classes' weights, which the
+    cosine head learns as prototypes on the unit sphere: a linear head's weights are far from every row. The second, with :math:`\rho = \frac{1}{2} \log K`, is :math:`-|H(p) - \rho|` where that exceeds the margin.
 
     Attributes:
         weight: of both terms.
@@ -33,6 +34,7 @@ class Config(JointConfig):
         margin: entropies nearer to ρ than this are left alone.
     """
 
+    head: ClassVar[str | None] = "cosine"
     weight: float = Field(0.05, ge=0)
     temperature: float = Field(0.05, gt=0)
     margin: float = Field(0.5, ge=0)
