@@ -15,6 +15,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.schedules import Clock
 
 Embeddings = dict[str, Tensor]
 
@@ -73,6 +74,19 @@ class Task(nn.Module, ABC):
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameters with their own share of the learning rate: dicts of ``params`` (named) and ``lr_factor``."""
         return [{"params": [(n, p) for n, p in self.named_parameters() if p.requires_grad], "lr_factor": 1.0}]
+
+    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+        """Parameters that stay as they are in a step though the loss has a gradient for them.
+
+        They take part in the backward pass, as several processes have to exchange the same gradients at every step. Then their
+        gradient is dropped: one of zero would still decay them, and would fill the optimizer's moments with zeros, after which
+        AdamW's first steps are several times too large.
+
+        Args:
+            clock: tells the step.
+        """
+        del clock
+        return []
 
     def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
         """What must be known of all samples before the first step (a memory's rows); not called on a resume.

@@ -117,6 +117,8 @@ class Training:
         rate = set_rate(self._optimizer, self._optim, batch.clock)
         try:
             output = self._backward(batch)
+            for parameter in self._task.frozen(batch.clock):
+                parameter.grad = None
             agreed = agree(self._accelerator, output.loss, self._clip())
             if agreed.finite:
                 self._prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well

@@ -110,10 +110,9 @@ class PrototypeHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, in_width), dim=1))
 
-    def forward(self, rows: Tensor, frozen: bool = False) -> Tensor:
-        """The cosines; ``frozen`` gives the prototypes a gradient of zero (rather than none, which several processes can't share)."""
-        weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
-        return F.linear(F.normalize(rows, dim=1), F.normalize(weight, dim=1))
+    def forward(self, rows: Tensor) -> Tensor:
+        """The cosines."""
+        return F.linear(F.normalize(rows, dim=1), F.normalize(self.weight, dim=1))
 
 
 def distillation_head(in_width: int, hidden_width: int, out_width: int, layers: int) -> nn.Module:

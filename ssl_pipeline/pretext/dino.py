@@ -29,7 +29,7 @@ from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import PrototypeHead, distillation_head
 from ssl_pipeline.model.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import through
-from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.schedules import Clock, Duration, parse_duration
 
 
 class Config(PretextConfig):
@@ -81,9 +81,9 @@ class _Student(nn.Module):
         self.head = distillation_head(encoder.width, config.hidden_width, config.bottleneck_width, config.layers)
         self.prototypes = PrototypeHead(config.bottleneck_width, config.prototypes)
 
-    def forward(self, images: Tensor, frozen: bool = False) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to cosines (B, prototypes)."""
-        cosines: Tensor = self.prototypes(self.head(self.encoder.features(images)), frozen)
+        cosines: Tensor = self.prototypes(self.head(self.encoder.features(images)))
         return cosines
 
 
@@ -112,8 +112,7 @@ class DINO(Task):
 
     def embed(self, batch: Batch) -> Embeddings:
         """The student's answers to all views, the teacher's to the global ones."""
-        frozen = batch.clock.step < self.config.freeze_prototypes.on(batch.clock)
-        answers = through(lambda images: self.student(images, frozen), batch.views)
+        answers = through(self.student, batch.views)
         targets = through(self.teacher, batch.views[:2])
         named = {f"student {i}": rows for i, rows in enumerate(answers)}
         return named | {f"teacher {i}": rows for i, rows in enumerate(targets)}
@@ -129,6 +128,10 @@ class DINO(Task):
         return StepOutput(
             loss, {"teacher_temperature": temperature, "temperature": self.config.temperature, "target_std": spread}
         )
+
+    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+        """The prototypes, at first."""
+        return [self.student.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 
     def after_step(self, batch: Batch) -> None:
         """The center moves, and the teacher follows."""

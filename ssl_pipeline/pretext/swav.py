@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from lightly.loss import SwaVLoss
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
@@ -28,7 +28,7 @@ from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.head import PrototypeHead
 from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
-from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.schedules import Clock, Duration, parse_duration
 
 
 class Config(ProjectedConfig):
@@ -80,12 +80,15 @@ class SwAV(Projected):
         """Every view predicts the assignment of each of the two global ones."""
         views = [precise(rows) for rows in embeddings.values()]
         self._projections = [rows.detach() for rows in views[:2]]
-        frozen = batch.clock.step < self.config.freeze_prototypes.on(batch.clock)
         with torch.autocast(views[0].device.type, enabled=False):
-            scores = [self.prototypes(rows, frozen) for rows in views]
+            scores = [self.prototypes(rows) for rows in views]
             loss: Tensor = self.loss(scores[:2], scores[2:], self._queue_scores(batch))
         used = scores[0].detach().argmax(1).unique().numel()
         return StepOutput(loss.sum(), {"temperature": self.config.temperature, "prototypes_used": used})
+
+    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+        """The prototypes, at first."""
+        return [self.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 
     @torch.no_grad()
     def _queue_scores(self, batch: Batch) -> list[Tensor] | None:

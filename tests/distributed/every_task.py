@@ -26,7 +26,7 @@ OPTIONS = {
     "simclr": ["pretext.temperature.learned.least=0.05"],
     "moco_v2": ["pretext.symmetric=true", "pretext.queue=20"],
     "swav": ["pretext.queue=16", "pretext.queue_start=1 steps", "pretext.freeze_prototypes=0 steps"],
-    "dino": ["pretext.freeze_prototypes=0 steps"],
+    "dino": ["pretext.freeze_prototypes=1 steps"],
 }
 
 
@@ -72,6 +72,8 @@ def run(
         else:
             output = two_pass(task, model, batch, micro, Bare(), lambda _: None)
         losses.append(output.loss.detach())
+        for parameter in task.frozen(batch.clock):
+            parameter.grad = None
         with torch.no_grad():
             for parameter in task.parameters():
                 if parameter.grad is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
+from torch import nn
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
@@ -14,7 +15,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.schedules import parse_duration
+from ssl_pipeline.schedules import Clock, parse_duration
 
 
 class Config(MethodConfig):
@@ -67,11 +68,10 @@ class ShotIM(Method):
 
     reads_labels = False
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """All but the head: it is what was learned from labels."""
-        head = {id(parameter) for parameter in self.classifier.head.parameters()}
-        groups = super().param_groups()
-        return [{**g, "params": [(n, p) for n, p in g["params"] if id(p) not in head]} for g in groups]
+    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+        """The head: it is what was learned from labels."""
+        del clock
+        return list(self.classifier.head.parameters())
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Information maximisation on the target."""
