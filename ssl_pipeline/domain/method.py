@@ -173,12 +173,13 @@ class JointTask(Method):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy plus ``weight`` times the method's term."""
+        """Cross-entropy plus ``weight`` times the method's term, which is computed in fp32 under autocast, too."""
         assert batch.label is not None
         source, target = ({n: rows.chunk(2)[half].float() for n, rows in embeddings.items()} for half in (0, 1))
         label = batch.label.chunk(2)[0]
         supervised = self.classifier.supervised(source["logits"], label)
-        term = self.term(source, target, batch)
+        with torch.autocast(label.device.type, enabled=False):  # similarities and covariances lose most in bf16
+            term = self.term(source, target, batch)
         right = (source["logits"].argmax(1) == label).float().mean()
         metrics: dict[str, Tensor | float] = {
             "supervised": supervised.detach(),

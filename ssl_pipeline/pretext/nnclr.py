@@ -83,11 +83,12 @@ class NNCLR(Contrastive):
         return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """The support set's nearest rows, (B, D); the rows themselves while it is empty."""
+        """The support set's nearest rows, (B, D), by cosines in fp32; the rows themselves while it is empty."""
         support, _ = self.queue.keys()
         if not len(support):
             return rows
-        return support[(unit_rows(rows) @ support.T).argmax(1)]
+        with torch.autocast(rows.device.type, enabled=False):  # in bf16 many cosines of much alike rows are equal
+            return support[(unit_rows(rows) @ support.T).argmax(1)]
 
     def after_step(self, batch: Batch) -> None:
         """The first view's projections join the support set."""

@@ -7,15 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ssl_pipeline.config.resolve import names
+from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.task import Task
 from ssl_pipeline.losses.info_nce import two_view_info_nce
+from ssl_pipeline.pretext.nnclr import NNCLR
 from tests.tasks import tiny_batch, tiny_task
+from tests.unit.test_adaptation import prime, tiny_batches, tiny_method
+from tests.unit.test_consistency import step_of
+from tests.unit.test_consistency import tiny as tiny_consistency
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -42,6 +49,59 @@ def test_the_network_runs_in_half_and_the_loss_in_fp32(name: str, half: torch.dt
     assert float((loss - wanted).abs() / wanted.abs().clamp_min(0.1)) < 0.05
     assert len(gradients) == len(exact)
     assert all(gradient.dtype == torch.float32 and bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def other_objectives() -> dict[str, tuple[Task, Batch]]:
+    """Of stage two, as far as no network is part of the objective, and across domains."""
+    found: dict[str, tuple[Task, Batch]] = {}
+    for name in names("domain"):
+        task, config, target = tiny_method(name)
+        prime(task, target)
+        batches = list(tiny_batches(config, target).from_step(0))
+        found[name] = task.eval(), batches[1]
+    consistency = tiny_consistency(3)
+    return found | {"consistency": (consistency.eval(), step_of(consistency, 2, step=1))}
+
+
+def same_in_half(task: Task, batch: Batch) -> None:
+    """The objective of the same rows; bf16 would change its third digit, and with it which neighbor is the nearest."""
+    embeddings = {key: rows.detach() for key, rows in task.embed(batch).items()}
+    wanted = task.objective(embeddings, batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found = task.objective(embeddings, batch).loss
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", names("pretext"))
+def test_autocast_does_not_reach_a_pretext_objective(name: str) -> None:
+    task, _ = tiny_task(name, ["pretext.queue=16", "pretext.queue_start=0 steps"] if name == "swav" else [])
+    batches = [tiny_batch(task, 2, 8, step) for step in range(2)]
+    task.eval()
+    with torch.no_grad():
+        task(batches[0])
+        task.after_step(batches[0])  # so that queues and memories have rows
+        same_in_half(task, batches[1])
+
+
+def test_autocast_does_not_reach_an_objective_of_stage_two() -> None:
+    for name, (task, batch) in other_objectives().items():
+        with torch.no_grad():
+            same_in_half(task, batch)
+        assert name
+
+
+def test_the_nearest_of_much_alike_rows_is_found_in_half_too() -> None:
+    """Features of an early network: at a mean cosine of 0.9 bf16 cannot tell many of them apart."""
+    task, _ = tiny_task("nnclr", ["pretext.projection_width=64", "pretext.queue=512"])
+    assert isinstance(task, NNCLR)
+    generator = torch.Generator().manual_seed(0)
+    support, rows = (torch.randn(count, 64, generator=generator) + 3 for count in (512, 64))
+    task.queue.push(support, torch.arange(512))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = task.nearest(rows)
+    nearest = (F.normalize(rows.double(), dim=1) @ F.normalize(support.double(), dim=1).T).argmax(1)
+    torch.testing.assert_close(found, F.normalize(support[nearest], dim=1))
 
 
 @pytest.mark.parametrize("half", HALVES, ids=["bf16", "fp16"])

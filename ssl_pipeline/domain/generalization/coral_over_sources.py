@@ -54,5 +54,6 @@ class CORALOverSources(SourceTask):
         """Cross-entropy plus ``weight`` times the term."""
         output = super().objective(embeddings, batch)
         assert batch.domain is not None
-        term = pairwise_coral(embeddings["features"].float(), batch.domain)
+        with torch.autocast(batch.domain.device.type, enabled=False):  # a covariance in bf16 has two digits
+            term = pairwise_coral(embeddings["features"].float(), batch.domain)
         return StepOutput(output.loss + self.weight * term, output.metrics | {"term": term.detach()})
