@@ -46,7 +46,7 @@ class Config(ContrastiveConfig):
 
 
 class MoCoV3(Contrastive):
-    """See :class:`Config`. The loss is scaled by 2τ, as in the paper."""
+    """See :class:`Config`. The loss is scaled by 2τ, as in the paper, through which no gradient reaches a learned τ."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, final_norm=True)
@@ -72,9 +72,10 @@ class MoCoV3(Contrastive):
         for i in (0, 1):
             query = embeddings[f"query {i}"]
             losses.append(info_nce(query, keys[1 - i], match, temperature, domain=domain, other_domain=other_domain))
-        loss: Tensor = temperature * torch.stack(losses).sum()
+        # The factor keeps the gradient's size over temperatures. A learned one must not lower the loss through it.
+        scale = 2 * (temperature.detach() if isinstance(temperature, Tensor) else temperature)
         details = partial(temperature_figures, embeddings["query 0"].detach(), keys[1], match, temperature)
-        return StepOutput(2 * loss, {"temperature": temperature}, details)
+        return StepOutput(scale * torch.stack(losses).sum(), {"temperature": temperature}, details)
 
     def after_step(self, batch: Batch) -> None:
         """The teacher follows."""

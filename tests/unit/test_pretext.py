@@ -209,6 +209,19 @@ def test_moco_v3_is_the_paper_s_pseudocode() -> None:
     assert task.objective(e, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_learned_temperature_pays_for_nothing_but_its_softmax() -> None:
+    """MoCo v3's factor of 2τ would be lowered by lowering τ, whatever the rows are."""
+    task, batch = tiny_task("moco_v3", ["pretext.temperature.learned.least=0.05"])
+    e = {key: rows.detach() for key, rows in task.embed(batch).items()}
+    task.objective(e, batch).loss.backward()
+    log_scale = torch.tensor(-math.log(0.2), requires_grad=True)
+    ways = [unit(e[f"query {i}"]) @ unit(e[f"key {1 - i}"]).T * log_scale.exp() for i in (0, 1)]
+    (2 * 0.2 * torch.stack([F.cross_entropy(logits, torch.arange(8)) for logits in ways]).sum()).backward()
+    assert isinstance(task, MoCoV3)
+    assert task.temperature.log_scale is not None
+    torch.testing.assert_close(task.temperature.log_scale.grad, log_scale.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_nnclr_is_the_loop_over_neighbours() -> None:
     task, batch = tiny_task("nnclr")
     assert isinstance(task, NNCLR)
