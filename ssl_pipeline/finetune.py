@@ -164,7 +164,10 @@ def starting_point(
     if config.encoder is not None:
         blueprint, encoder = pretrained_encoder(config.encoder, pool, config.size)
     else:
-        blueprint, encoder = new_encoder(config.backbone, config.neck, pool, config.size or config.views.size)
+        size = config.size or config.views.size
+        blueprint, encoder, notes = new_encoder(config.backbone, config.neck, pool, size)
+        for note in notes if config.backbone.weights is not None else []:
+            console().print(note, markup=False)
     return blueprint, None if config.starts_fresh else encoder
 
 
@@ -187,7 +190,7 @@ def finetune(config: FinetuneConfig) -> Result:
     if accelerator.is_main_process and config.tracking.terminal != "quiet":
         console().print(f"finetune: {told_of(pool, held_out, config.split)}", markup=False)
     blueprint, pretrained = starting_point(config, pool, model)
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    preprocessing = Preprocessing.of(blueprint)
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.

@@ -39,7 +39,7 @@ from ssl_pipeline.model.artifact import Blueprint, Card, save, write_card
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import normalisation
+from ssl_pipeline.model.weights_input import weights_input
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.alerts import open_alerts
 from ssl_pipeline.track.progress import Progress, one_voice
@@ -219,7 +219,9 @@ def pretrain(config: PretrainConfig) -> Path:
     views_config, notes = config.views.for_channels(train.channels)
     if isinstance(train, Indexed):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
-    mean, std = normalisation(config.backbone, train.channels, train.mean, train.std)
+    expected = weights_input(config.backbone, train.channels, train.mean, train.std)
+    mean, std = expected.mean, expected.std
+    notes += expected.notes(config.views.size, evaluated=False)
     views = views_of(train, views_config, mean, std, config.seed)
     preprocessing = Preprocessing(config.views.size, mean, std)
 

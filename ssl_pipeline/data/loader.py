@@ -21,7 +21,10 @@ from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.model.resize import Resize
 from ssl_pipeline.schedules import Clock
+from ssl_pipeline.views.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
 from ssl_pipeline.views.geometry import central_boxes, resize_box_of_file, resize_boxes
 from ssl_pipeline.views.policy import Views
 
@@ -205,11 +208,24 @@ def note_bad(source: Indexed, sample: int, error: DecodeError) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to an image: the central square, resized, normalised."""
+    """What evaluation and prediction do to an image: resized, cut to the central square, normalised.
+
+    Attributes:
+        size: height and width that the network sees, in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        resize: the evaluation transform of published weights; None cuts out the largest central square first and resizes that.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: Resize | None = None
+
+    @classmethod
+    def of(cls, blueprint: Blueprint) -> Preprocessing:
+        """What an encoder's card says of its images."""
+        return cls(blueprint.size, blueprint.mean, blueprint.std, blueprint.resize)
 
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values)[None, :, None, None] for values in (self.mean, self.std))
@@ -217,11 +233,17 @@ class Preprocessing:
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, H, W) to normalised float32 (B, C, size, size), on the pixels' device."""
+        if self.resize is not None:
+            fill = torch.tensor(self.mean)[:, None, None]
+            return self._normalise(resize_and_crop(pixels, self.size, self.resize, fill))
         heights, widths = (torch.full((len(pixels),), side) for side in pixels.shape[2:])
         return self._normalise(resize_boxes(pixels, central_boxes(heights, widths), self.size))
 
     def of_files(self, images: list[Image.Image]) -> Tensor:
         """Decoded files to normalised float32 (B, C, size, size)."""
+        if self.resize is not None:
+            cut = [resize_and_crop_image(image, self.size, self.resize, self.mean) for image in images]
+            return self._normalise(torch.stack([as_tensor(image) for image in cut]).float() / 255)
         boxes = central_boxes(torch.tensor([i.height for i in images]), torch.tensor([i.width for i in images]))
         views = [resize_box_of_file(image, box, self.size) for image, box in zip(images, boxes, strict=True)]
         return self._normalise(torch.stack(views).float() / 255)

@@ -20,6 +20,8 @@ from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.parts import Parts, example
 from ssl_pipeline.downstream.dense import whole_images
+from ssl_pipeline.model.resize import Resize
+from ssl_pipeline.views.evaluation import resize_and_crop
 from ssl_pipeline.views.geometry import central_boxes, resize_boxes
 
 TOLERANCE = 1e-4
@@ -44,16 +46,23 @@ class Graph(nn.Module):
         blueprint = parts.card.blueprint
         self.module, self._run, self.raw, self.size = parts.module, parts.run, raw, blueprint.size
         self.box = whole_boxes if parts.looks_at_all else central_boxes
+        self.resize = None if parts.looks_at_all else blueprint.resize
         self.register_buffer("mean", torch.tensor(blueprint.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(blueprint.std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, classes), (B, D), or (B, classes, size, size) for masks."""
         if self.raw:
-            count, _, height, width = images.shape
-            box = self.box(torch.full((1,), height), torch.full((1,), width))
-            images = (resize_boxes(images, box.expand(count, 4), self.size) - self.mean) / self.std
+            images = (self._cut(images) - self.mean) / self.std
         return self._run(images)
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """uint8 of any size to float32 in [0, 1] of the network's."""
+        if self.resize is not None:
+            return resize_and_crop(images, self.size, self.resize, self.mean)
+        count, _, height, width = images.shape
+        box = self.box(torch.full((1,), height), torch.full((1,), width))
+        return resize_boxes(images, box.expand(count, 4), self.size)
 
 
 def whole_boxes(heights: Tensor, widths: Tensor) -> Tensor:
@@ -75,6 +84,7 @@ def metadata(parts: Parts, raw: bool) -> dict[str, str]:
         "size": blueprint.size,
         "mean": blueprint.mean,
         "std": blueprint.std,
+        "resize": None if blueprint.resize is None else blueprint.resize.model_dump(),
         "preprocessing": "inside" if raw else "outside",
         "backbone": blueprint.backbone.name,
         "data": card.data,
@@ -236,7 +246,8 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
         )
     if known["kind"] != "model":
         raise ConfigError(f"{str(path)!r} is an encoder: it gives features and names no classes. Export a model.")
-    outside = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]))
+    resize = None if known.get("resize") is None else Resize.model_validate(known["resize"])
+    outside = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]), resize)
     inside = known["preprocessing"] == "inside"
     gives = known.get("gives", "classes")  # the first files of this schema held classifiers alone
     return Exported(tuple(known["classes"]), known["channels"], gives, None if inside else outside, run)

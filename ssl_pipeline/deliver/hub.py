@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.deliver.parts import Parts
-from ssl_pipeline.model.artifact import Card, save
+from ssl_pipeline.model.artifact import Blueprint, Card, save
 
 _MOST_CLASSES = 200
 
@@ -44,7 +44,7 @@ def page(card: Card, name: str) -> str:
         "backbone": f"{blueprint.backbone.name}, neck {blueprint.neck.name}",
         "learned by": f"pretext task {method}" if method else "stage two on labels" if model else "not recorded",
         "images": f"{card.data.get('name')} (licence: {card.data.get('licence') or 'not known'})",
-        "input": f"{blueprint.channels} channel(s), central square at {blueprint.size} px",
+        "input": f"{blueprint.channels} channel(s), {_shape(blueprint)}",
         "normalisation": f"mean {_numbers(blueprint.mean)}, std {_numbers(blueprint.std)} of values in [0, 1]",
         "made": f"{card.created or 'now'}, torch {card.versions.get('torch', '?')}",
     }
@@ -86,6 +86,12 @@ def push(folder: Path, repository: str, public: bool) -> str:
             "name the repository OWNER/NAME."
         ) from error
     return str(address)
+
+
+def _shape(blueprint: Blueprint) -> str:
+    """How an image is brought to the network's size."""
+    size, resize = blueprint.size, blueprint.resize
+    return f"central square at {size} px" if resize is None else resize.describe(size)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -54,6 +54,7 @@ def write_state_dict(parts: Parts, path: Path, library: Library) -> list[str]:
         "mean": card.blueprint.mean,
         "std": card.blueprint.std,
         "size": card.blueprint.size,
+        "resize": None if card.blueprint.resize is None else card.blueprint.resize.model_dump(),
     }
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
     save_file(stored, path, {"format": "pt", "made_by": "ssl_pipeline", "backbone": name, **about})

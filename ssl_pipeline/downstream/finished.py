@@ -52,7 +52,7 @@ class Model:
     def predict(self, images: list[Image.Image]) -> Any:
         """The task's predictions for decoded images, one entry each; what they are is the task's to say."""
         blueprint = self.card.blueprint
-        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        preprocessing = Preprocessing.of(blueprint)
         return self.task.predict(self.task.prepare(images, preprocessing))
 
 

@@ -8,7 +8,7 @@ from ssl_pipeline.model.artifact import Blueprint, load_encoder
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import normalisation
+from ssl_pipeline.model.weights_input import weights_input
 
 
 def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blueprint, Encoder]:
@@ -47,13 +47,18 @@ def check_channels(blueprint: Blueprint, name: str, pool: Indexed) -> None:
         )
 
 
-def new_encoder(backbone: BackboneConfig, neck: NeckConfig, pool: Indexed, size: int) -> tuple[Blueprint, Encoder]:
-    """An encoder of official weights or with fresh ones, and its architecture.
+def new_encoder(
+    backbone: BackboneConfig, neck: NeckConfig, pool: Indexed, size: int
+) -> tuple[Blueprint, Encoder, list[str]]:
+    """An encoder of published weights or with fresh ones, its architecture, and notes for the log.
 
     Raises:
         ConfigError: an unknown name, weights that do not fit, or a size that the network can't take.
     """
-    mean, std = normalisation(backbone, pool.channels, pool.mean, pool.std)
-    blueprint = Blueprint(backbone=backbone, neck=neck, channels=pool.channels, size=size, mean=mean, std=std)
-    encoder, _ = blueprint.build()
-    return blueprint.without_weights(), encoder
+    expected = weights_input(backbone, pool.channels, pool.mean, pool.std)
+    blueprint = Blueprint(
+        backbone=backbone, neck=neck, channels=pool.channels, size=size, mean=expected.mean, std=expected.std,
+        resize=expected.resize_at(size),
+    )  # fmt: skip
+    encoder, notes = blueprint.build()
+    return blueprint.without_weights(), encoder, [*expected.notes(size), *notes]

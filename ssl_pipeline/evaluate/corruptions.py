@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.model.resize import Resize
+from ssl_pipeline.views.evaluation import resize_and_crop_image
 from ssl_pipeline.views.geometry import central_boxes
 
 Values = NDArray[np.float64]
@@ -101,10 +103,16 @@ class Corrupted(Indexed):
         name: of :data:`CORRUPTIONS`.
         strength: 1 to 5.
         seed: of the noise.
+        resize: the encoder's own way to that size, where published weights have one.
+        fill: the color of a border that it may leave, in [0, 1], a value a channel.
     """
 
-    def __init__(self, source: Indexed, size: int, name: str, strength: int, seed: int = 0) -> None:
+    def __init__(
+        self, source: Indexed, size: int, name: str, strength: int, seed: int = 0, resize: Resize | None = None,
+        fill: tuple[float, ...] = (),
+    ) -> None:  # fmt: skip
         assert strength in STRENGTHS
+        self._resize, self._fill = resize, fill
         self._source, self._size, self._corruption, self._strength, self._seed = source, size, name, strength, seed
         self.name = f"{source.name} ({name} {strength})"
         self.channels, self.classes, self.labels = source.channels, source.classes, source.labels
@@ -115,14 +123,18 @@ class Corrupted(Indexed):
 
     def open_image(self, index: int) -> Image.Image:
         """The square, resized, then corrupted."""
-        image = self._source.open_image(index)
-        (box,) = central_boxes(torch.tensor([image.height]), torch.tensor([image.width])).tolist()
-        top, left, height, width = box
-        square = image.crop((left, top, left + width, top + height))
-        square = square.resize((self._size, self._size), Image.Resampling.BILINEAR)
+        square = self._square(self._source.open_image(index))
         corrupt, strengths = CORRUPTIONS[self._corruption]
         key = derive_seed(self._seed, "corruption", self._corruption, self._strength, index)
         return corrupt(square, strengths[self._strength - 1], np.random.Generator(np.random.Philox(key)))
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        if self._resize is not None:
+            return resize_and_crop_image(image, self._size, self._resize, self._fill)
+        (box,) = central_boxes(torch.tensor([image.height]), torch.tensor([image.width])).tolist()
+        top, left, height, width = box
+        square = image.crop((left, top, left + width, top + height))
+        return square.resize((self._size, self._size), Image.Resampling.BILINEAR)
 
     def describe(self, index: int) -> str:
         """The clean image's name."""
@@ -130,7 +142,7 @@ class Corrupted(Indexed):
 
     def fingerprint(self) -> str:
         """The clean images', and what was done to them."""
-        return f"{self._source.fingerprint()}/{self._size}/{self._corruption}/{self._strength}/{self._seed}"
+        return f"{self._source.fingerprint()}/{self._size}{self._resize or ''}/{self._corruption}/{self._strength}/{self._seed}"
 
     def select(self, index: Tensor) -> Corrupted:
         """Refused: noise is named by a sample's number, and a selection numbers anew."""

@@ -18,8 +18,10 @@ from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import load_strictly, normalisation
+from ssl_pipeline.model.weights import load_strictly
+from ssl_pipeline.model.weights_input import weights_input
 
+_SIZE = 224
 _CHECKPOINTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
@@ -32,7 +34,7 @@ class EncoderConfig(Strict):
         data: the images.
         backbone: used where the encoder is not one of ours.
         neck: likewise.
-        size: likewise, the images' size in pixels.
+        size: likewise, the images' size in pixels; null takes the weights' own where it is known, and 224 where it is not.
         seed: of every draw.
     """
 
@@ -40,7 +42,7 @@ class EncoderConfig(Strict):
     data: Annotated[SourceConfig, Room("data.sources")]
     backbone: BackboneConfig
     neck: NeckConfig
-    size: int = Field(224, ge=8)
+    size: int | None = Field(None, ge=8)
     seed: int = Field(0, ge=0)
 
 
@@ -65,7 +67,7 @@ class Opened:
     @property
     def preprocessing(self) -> Preprocessing:
         """What the encoder expects of images."""
-        return Preprocessing(self.blueprint.size, self.blueprint.mean, self.blueprint.std)
+        return Preprocessing.of(self.blueprint)
 
 
 def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] | None = None,
@@ -85,14 +87,17 @@ def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] |
     card = None
     if config.encoder is None or _is_checkpoint(config.encoder):
         backbone = config.backbone if config.encoder is None else _with_weights(config.backbone, config.encoder)
-        mean, std = normalisation(backbone, channels, mean, std)
+        expected = weights_input(backbone, channels, mean, std)
+        size = config.size or expected.size or _SIZE
         blueprint = Blueprint(
-            backbone=backbone, neck=config.neck, channels=channels, size=config.size, mean=mean, std=std
-        )
+            backbone=backbone, neck=config.neck, channels=channels, size=size, mean=expected.mean, std=expected.std,
+            resize=expected.resize_at(size),
+        )  # fmt: skip
         torch.manual_seed(
             derive_seed(config.seed, "initialisation")
         )  # decides a network without weights, and nothing else
         encoder, notes = blueprint.build()
+        notes = [*expected.notes(size), *notes]
         if backbone.weights is None:
             notes.append(f"{backbone.name} has random weights: give an encoder, or `backbone.weights`")
     else:

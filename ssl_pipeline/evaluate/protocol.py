@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -219,11 +219,14 @@ def robustness_figures(
         raise ConfigError(
             f"`robustness` corrupts grey and RGB images, and {source.name} has {source.channels} channels."
         )
-    size, layers = opened.blueprint.size, list(dict.fromkeys(["neck", layer]))
+    seen, layers = opened.preprocessing, list(dict.fromkeys(["neck", layer]))
+    # What is corrupted is what the encoder sees: already resized and cut.
+    as_seen = replace(opened, blueprint=opened.blueprint.model_copy(update={"resize": None}))
     found: dict[str, list[float]] = {}
     for name in CORRUPTIONS:
         for strength in STRENGTHS:
-            features = read_features(opened, Corrupted(source, size, name, strength, seed), layers)
+            corrupted = Corrupted(source, seen.size, name, strength, seed, seen.resize, seen.mean)
+            features = read_features(as_seen, corrupted, layers)
             for judge, accuracy in judges.items():
                 value = accuracy(features)
                 found.setdefault(f"{judge}_{name}", []).append(value)

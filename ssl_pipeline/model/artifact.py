@@ -22,6 +22,7 @@ from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.backbone import BackboneConfig, stem_at
 from ssl_pipeline.model.encoder import Encoder, build_encoder
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.resize import Resize
 from ssl_pipeline.model.weights import load_strictly
 
 SCHEMA = 1
@@ -58,6 +59,7 @@ class Blueprint(Strict):
         size: of the images, in pixels.
         mean: per channel, of values in [0, 1].
         std: per channel.
+        resize: how evaluation brings an image to its size; null takes the largest central square, bilinear.
     """
 
     backbone: BackboneConfig
@@ -66,6 +68,7 @@ class Blueprint(Strict):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: Resize | None = None
 
     def build(self) -> tuple[Encoder, list[str]]:
         """The encoder, with official weights if the blueprint names some, and notes for the log."""
@@ -82,9 +85,13 @@ class Blueprint(Strict):
         return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
 
     def at_size(self, size: int) -> Blueprint:
-        """The same network for images of another size; the stem that the old size chose is written down."""
+        """The same network for images of another size; the stem that the old size chose is written down.
+
+        A resize of published weights belongs to their own size.
+        """
         backbone = self.backbone.model_copy(update={"stem": stem_at(self.backbone, self.size)})
-        return self.model_copy(update={"backbone": backbone, "size": size})
+        resize = self.resize if size == self.size else None
+        return self.model_copy(update={"backbone": backbone, "size": size, "resize": resize})
 
 
 class Card(Strict):
@@ -178,14 +185,14 @@ def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dic
             raise ConfigError(
                 f"{str(folder)!r} holds no {needed.name}: it is not the folder of a finished run that wrote one."
             )
-    card = _read_card(folder / _CARD, kind)
+    card = read_card(folder / _CARD, kind)
     try:
         return card, load_file(weights)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{weights} is damaged ({error}): take it from a copy, or run its stage again.") from error
 
 
-def _read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
+def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
     """The card, once its schema and kind are known to be those expected."""
     try:
         tree = json.loads(path.read_text())

@@ -43,8 +43,8 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
         )
     path = config.weights if config.weights is not None and is_file_name(config.weights) else None
     official = config.weights is not None and path is None
-    if official and config.weights != "DEFAULT":
-        name = f"{name.split('.')[0]}.{config.weights}"
+    if config.weights is not None and official:
+        name = _with_tag(name, config.weights)
     # A file is read into the network it was written for; its stem is fitted to the images after that.
     trunk = _create(name, official, image_size, channels if path is None else 3)
     notes = list[str]()
@@ -80,6 +80,73 @@ def _known(config: BackboneConfig) -> str:
             "Take a name from torchvision's or timm's list of models."
         )
     return name
+
+
+def _tags(name: str) -> list[str]:
+    """Pretrained tags of a network, timm's default first."""
+    import timm
+
+    architecture = name.split(".")[0]
+    default: Any = timm.get_pretrained_cfg(architecture)
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
+    return sorted(tags, key=lambda tag: default is None or tag != default.tag)
+
+
+def _with_tag(name: str, tag: str) -> str:
+    """A network's name with a pretrained tag, as timm writes it.
+
+    Raises:
+        ConfigError: timm has no such tag of it; names those that it has.
+    """
+    known = _tags(name)
+    architecture, _, named = name.partition(".")
+    if not known:
+        raise ConfigError(
+            f"`backbone.weights`: timm has no pretrained weights of {architecture!r}: give a file, or null."
+        )
+    wanted = (named or known[0]) if tag == "DEFAULT" else tag
+    if wanted not in known:
+        raise ConfigError(
+            f"`backbone.weights`: timm's {architecture} has no pretrained tag {wanted!r}. Known: {', '.join(known)} (the first one is "
+            "DEFAULT); or give a file (.safetensors, .pth)."
+        )
+    return f"{architecture}.{wanted}"
+
+
+def pretrained_tags(config: BackboneConfig) -> list[str]:
+    """The tags that ``backbone.weights`` may name for one of timm's networks, the default first.
+
+    Raises:
+        ConfigError: timm is absent or has no such network.
+    """
+    return _tags(_known(config))
+
+
+def pretrained_cfg(config: BackboneConfig, tag: str) -> dict[str, Any]:
+    """What timm publishes beside pretrained weights.
+
+    Args:
+        config: the network.
+        tag: of the weights, or ``DEFAULT``.
+
+    Raises:
+        ConfigError: timm is absent, or has no such network or tag.
+    """
+    name = _with_tag(_known(config), tag)
+    import timm
+
+    registered: Any = timm.get_pretrained_cfg(name)
+    found: dict[str, Any] = registered.to_dict()
+    return found
+
+
+def data_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    """``input_size``, ``mean``, ``std``, ``crop_pct``, ``crop_mode`` and ``interpolation``, timm's defaults filled in."""
+    import timm.data
+
+    library: Any = timm.data
+    found: dict[str, Any] = library.resolve_data_config({}, pretrained_cfg=cfg)
+    return found
 
 
 def _create(name: str, official: bool, image_size: int, channels: int) -> Any:

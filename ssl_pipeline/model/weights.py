@@ -5,25 +5,20 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models import get_model_weights, list_models
+from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.model.families import first_convolution
 
-if TYPE_CHECKING:
-    from ssl_pipeline.model.backbone import BackboneConfig
-
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def is_file_name(weights: str) -> bool:
@@ -44,8 +39,12 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     return _from_file(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
 
 
-def _entry(name: str, weights: str) -> Any:
-    """The member of torchvision's enum."""
+def official_entry(name: str, weights: str) -> Any:
+    """The member of torchvision's enum.
+
+    Raises:
+        ConfigError: the network has no official weights, or none of that name.
+    """
     try:
         known = get_model_weights(name)
     except ValueError:
@@ -61,7 +60,7 @@ def _entry(name: str, weights: str) -> Any:
 
 
 def _official(name: str, weights: str) -> dict[str, Tensor]:
-    entry = _entry(name, weights)
+    entry = official_entry(name, weights)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (
@@ -177,34 +176,6 @@ def _refuse(what: str, missing: list[str], unknown: list[str], reshaped: list[st
             f"{what} is of another architecture: {'; '.join(found)}. Build the architecture that it was saved from"
             " (`backbone.name`, `stem`, `width`), or give other weights."
         )
-
-
-def official_preprocessing(backbone_name: str, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std, in RGB of values in [0, 1], that official weights of torchvision's expect.
-
-    Args:
-        backbone_name: torchvision's name; for any other the answer is None.
-        weights: an official enum name; for a file the answer is None.
-
-    Raises:
-        ConfigError: the network has no official weights of that name.
-    """
-    if is_file_name(weights) or backbone_name not in list_models(module=models):
-        return None
-    transforms = _entry(backbone_name, weights).transforms()
-    return tuple(transforms.mean), tuple(transforms.std)
-
-
-def normalisation(
-    config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and std that an encoder will expect: official weights', else the source's, else ImageNet's."""
-    official = (None if config.weights is None else official_preprocessing(config.name, config.weights)) or IMAGENET
-    if config.weights is None and mean is not None and std is not None:
-        return mean, std
-    if channels == 3:
-        return official
-    return (sum(official[0]) / 3,) * channels, (sum(official[1]) / 3,) * channels
 
 
 def digest(module: nn.Module) -> str:

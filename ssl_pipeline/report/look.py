@@ -111,7 +111,7 @@ def _of_features(folder: Path, source: Indexed, views: dict[str, Any]) -> Look:
     share = Share(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     blueprint = card.blueprint
     index = permutation(len(source), "report", "images")[:_MOST_IMAGES].sort().values
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    preprocessing = Preprocessing.of(blueprint)
     features = extract(encoder.to(share.device), source, preprocessing, share, index)
     return Look(views, neighbour_strips(features, source, index), map_of(features, source, index), spectrum(features))
 

@@ -121,7 +121,7 @@ class Desk:
         pool, held_out = self.sources(task.cell.config)
         blueprint, encoder = self.start(task.cell.config)
         encoder = on_device(encoder, self.share)
-        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        preprocessing = Preprocessing.of(blueprint)
         index = torch.arange(len(pool)) if task.knn else task.index
         found = {"index": index}
         for name, source, asked in (("train", pool, index), ("held_out", held_out, None)):
@@ -145,7 +145,7 @@ class Desk:
         model = on_device(config.downstream.build(encoder, len(pool.classes)), self.share)
         policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
         views = Views(policy, blueprint.mean, blueprint.std, config.seed)
-        preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+        preprocessing = Preprocessing.of(blueprint)
         index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
         labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation))
         rows = load_file(task.features) if task.features is not None else None

@@ -55,7 +55,7 @@ def spots(run: Path, overrides: Sequence[str]) -> Spots:
     model = load_model(run)
     assert isinstance(model.task, Classification)
     blueprint, share = model.card.blueprint, Share(0, 1, torch.device("cpu"))
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    preprocessing = Preprocessing.of(blueprint)
     features, domains, labels = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, images in across.measured.items():
         index = torch.linspace(0, len(images) - 1, min(len(images), _MOST)).round().long()

@@ -69,6 +69,15 @@ def resnet(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(images, tmp_path_factory.mktemp("resnet") / "run", *words)
 
 
+@pytest.fixture(scope="module")
+def published(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on weights whose publisher resizes to 168 px and cuts out 160."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pth")
+    words = ["backbone.name=timm/test_resnet", f"backbone.weights={folder / 'weights.pth'}", "views.size=160"]
+    return trained(images, folder / "run", *words)
+
+
 def photos(images: Path) -> list[Path]:
     return sorted(images.rglob("*.png"))[::7]
 
@@ -80,8 +89,7 @@ def logits(model: Any, images: Path) -> Tensor:
 
 def normalised(model: Model, images: Path) -> Tensor:
     blueprint = model.card.blueprint
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
-    return preprocessing.of_files([decode(file, blueprint.channels) for file in photos(images)])
+    return Preprocessing.of(blueprint).of_files([decode(file, blueprint.channels) for file in photos(images)])
 
 
 def run_lines(lines: list[str]) -> nn.Module:
@@ -102,23 +110,34 @@ def test_every_format_that_predict_reads_predicts_the_same(
     torch.testing.assert_close(logits(again, images), logits(load_model(small), images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["torch.export", "onnx"])
+@pytest.mark.parametrize(("form", "name"), [("torch.export", "small"), ("onnx", "small"), ("onnx", "published")])
 def test_preprocessing_inside_takes_raw_images_of_any_size(
-    form: str, small: Path, images: Path, tmp_path: Path
+    form: str, name: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    run: Path = request.getfixturevalue(name)
     path = tmp_path / FORMATS[form][1]
-    export(open_parts(small), form, path, preprocessing=True)
+    export(open_parts(run), form, path, preprocessing=True)
     big = tmp_path / "wide.png"
     Image.open(photos(images)[0]).resize((61, 37)).save(big)
-    model, again = load_model(small), open_predictor(path)
+    model, again = load_model(run), open_predictor(path)
     for file in (big, photos(images)[1]):
         image = decode(file, 3)
         ours, theirs = (torch.softmax(m.predict([image]), 1) for m in (model, again))
         torch.testing.assert_close(theirs, ours, atol=0.02, rtol=0)  # Pillow rounds the resized image to 1/255
     raw = torch.from_numpy(np.array(decode(big, 3))).permute(2, 0, 1)[None]
-    blueprint = model.card.blueprint
-    exact = model.task.predict(Preprocessing(blueprint.size, blueprint.mean, blueprint.std).of_pixels(raw))
+    exact = model.task.predict(Preprocessing.of(model.card.blueprint).of_pixels(raw))
     torch.testing.assert_close(again.predict([decode(big, 3)]), exact.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_is_fed_as_its_weights_were_published(published: Path, images: Path, tmp_path: Path) -> None:
+    model = load_model(published)
+    assert model.card.blueprint.mean == (0.5, 0.5, 0.5)
+    assert model.card.blueprint.resize is not None
+    assert model.card.blueprint.resize.resize_size == 168
+    path = tmp_path / "model.pt2"
+    export(open_parts(published), "torch.export", path)
+    torch.testing.assert_close(logits(open_predictor(path), images), logits(model, images), atol=1e-4, rtol=1e-4)
+    assert "shorter side resized to 168 px (bilinear), central 160 px" in hub.page(model.card, "model")
 
 
 def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[str, Path], images: Path) -> None:

@@ -15,7 +15,7 @@ from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.model.encoder import Encoder, build_encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.small_resnet import SmallResNet
-from ssl_pipeline.model.weights import load_trunk, official_preprocessing
+from ssl_pipeline.model.weights import load_trunk
 from tests.unit.test_model import SIZE, encoder_of, images, shake, tiny_vit
 
 
@@ -146,10 +146,3 @@ def test_official_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(ConfigError, match=r"can't be downloaded \(no network\).*backbone\.weights=FILE"):
         build_backbone(BackboneConfig(name="resnet18", weights="DEFAULT"), 3, SIZE)
-
-
-def test_official_preprocessing() -> None:
-    found = official_preprocessing("resnet18", "IMAGENET1K_V1")
-    assert found == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert official_preprocessing("resnet18", "w.pth") is None
-    assert official_preprocessing("timm/resnet10t", "DEFAULT") is None
