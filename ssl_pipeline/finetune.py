@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import time
 from contextlib import nullcontext
@@ -49,6 +50,8 @@ from ssl_pipeline.track.run import Resume, Run, open_run, versions
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from ssl_pipeline.track.training import TrainingCurves, trained_steps
 from ssl_pipeline.views.policy import Views, ViewsConfig
+
+_log = logging.getLogger("ssl_pipeline")
 
 
 class FinetuneConfig(Strict):
@@ -275,7 +278,10 @@ def open_folder(
         Its open folder (None in all processes but the main one); its path; and the figures of the seeds that are done.
     """
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
-    if run is not None and run.changes:  # seeds of two configurations make no mean: all are trained anew
+    if run is not None and run.changes:  # seeds of two configurations make no mean
+        _log.warning(
+            "the configuration or data has changed: all seeds are trained from their start, none is continued."
+        )
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
     folder, finished = from_main(accelerator, (run.path if run else Path(), done))

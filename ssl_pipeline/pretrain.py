@@ -14,13 +14,14 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.lanes import training_batches
-from ssl_pipeline.data.loader import Preprocessing
+from ssl_pipeline.data.lanes import StreamBatches, training_batches
+from ssl_pipeline.data.loader import Preprocessing, StepBatches
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training, told_of_splits
 from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
 from ssl_pipeline.engine.distributed import check_same_start, from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
@@ -189,22 +190,37 @@ class Place:
     start: int
 
 
-def open_place(config: PretrainConfig, data: dict[str, str], every: int | None, accelerator: Accelerator) -> Place:
-    """Makes or continues the run's folder.
+def open_place(
+    config: PretrainConfig, data: dict[str, str], batches: StepBatches | StreamBatches, accelerator: Accelerator
+) -> Place:
+    """Makes or continues the run's folder, and sets the batches to where it goes on.
 
     Args:
         config: of the run.
         data: fingerprints of what it learns from and is measured on, by name.
-        every: steps between two checkpoints; None for the end only.
+        batches: of the run, from its start.
         accelerator: gives the processes, which all continue from the same step.
     """
-    run = on_main(accelerator, lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data))
+    in_steps = config.steps is not None
+
+    def check_change(folder: Path) -> None:
+        state = Checkpoints(folder / "checkpoints", main=False).load()
+        if state is not None:
+            check_steps_left(state, batches, in_steps, "steps" if in_steps else "epochs")
+
+    run = on_main(
+        accelerator,
+        lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data, check_change=check_change),
+    )
+    every = config.checkpoint_every.on(batches.clock(0)) or None
     folder = from_main(accelerator, run.path if run else Path())
     checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
     best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
     resume = checkpoints.load() if config.resume != "no" else None
     start = int(resume["done"]) if resume else 0
     check_same_start(accelerator, start)
+    if resume is not None:
+        go_on(resume, batches, in_steps)
     return Place(run, folder, checkpoints, best, resume, start)
 
 
@@ -230,15 +246,15 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     encoder, task, more_notes = build_task(config, blueprint, views_config, train, accelerator)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
-    total = config.total_steps(known_length(train))
+    length = config.total_steps(known_length(train))
     batches = training_batches(
-        train, views, config.batch.size, config.seed, share, total, config.workers, with_labels=task.reads_labels
+        train, views, config.batch.size, config.seed, share, length, config.workers, with_labels=task.reads_labels
     )
 
     data = {"train": train.fingerprint()} | ({} if dev is None else {"dev": dev.fingerprint()})
     card = partial(encoder_card, config, blueprint, train, data["train"])
-    place = open_place(config, data, config.checkpoint_every.on(batches.clock(0)) or None, accelerator)
-    run, start = place.run, place.start
+    place = open_place(config, data, batches, accelerator)
+    run, start, total = place.run, place.start, batches.total_steps + batches.offset
     with (
         run or nullcontext(),
         place.checkpoints,
@@ -254,6 +270,8 @@ def pretrain(config: PretrainConfig) -> Path:
             f"{share.processes} process(es) on {share.device}",
             f"run folder {place.folder}",
         ]
+        if run is not None and run.changes and place.resume is not None:
+            notes.append(in_words(place.resume, batches, config.optim))
         for note in notes:
             progress.say(f"  {note}")
 

@@ -24,14 +24,21 @@ class Clock:
     """Where a run is.
 
     Attributes:
-        step: the optimizer step, from 0.
-        total: the run's length in steps.
-        steps_per_epoch: an epoch's length in steps.
+        step: the optimizer step, from 0, as a run counts that had this batch size from its start: schedules go by it.
+        total: the run's length in such steps.
+        steps_per_epoch: an epoch's length in such steps.
+        offset: how many more steps were really taken; not 0 where a run goes on with another batch size.
     """
 
     step: int
     total: int
     steps_per_epoch: int
+    offset: int = 0
+
+    @property
+    def taken(self) -> int:
+        """The optimizer steps that were really taken before this one: logs and checkpoints count them."""
+        return self.step + self.offset
 
     @property
     def epoch(self) -> int:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Share, StepBatches, default_workers, worker_options
+from ssl_pipeline.data.order import step_at
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
@@ -141,6 +142,7 @@ class StreamBatches:
         # Of a length that nobody knows the whole run is one epoch; what is seen again in it gets an id of its own.
         self.steps_per_epoch = total_steps if source.length is None else source.length // batch_size
         self.lanes = lanes_of_process(len(source.shards), share.processes)
+        self.offset, self._begun = 0, (0, 0, [0] * self.lanes)  # an epoch, its first step here, what lanes gave before
         self.block = max(1, source.block // self.lanes)
         wanted = default_workers(share) if workers is None else workers
         self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
@@ -148,7 +150,40 @@ class StreamBatches:
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
-        return Clock(step, self.total_steps, self.steps_per_epoch)
+        return Clock(step, self.total_steps, self.steps_per_epoch, self.offset)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """How far the run has come before a step: the epoch, its samples given to all processes, and those of each lane."""
+        lanes = [self.given(step, lane) for lane in range(self.lanes)]
+        return {"epoch": self.clock(step).epoch, "samples": sum(lanes) * self.share.processes, "lanes": lanes}
+
+    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+        """Continues a run in the middle of an epoch, as :meth:`StepBatches.go_on` does; each lane goes on where it was.
+
+        With another number of processes the shards are dealt otherwise, and lanes go on from as many samples as they would have given.
+        """
+        epoch, given = int(position["epoch"]), int(position["samples"])
+        if self.source.length is None:
+            step = given // self.batch_size
+        else:
+            step = step_at(epoch, given, self.source.length, self.batch_size)
+        self.offset = taken - step
+        if in_steps:
+            self.total_steps -= self.offset
+        if self.source.length is None:
+            self.steps_per_epoch = max(1, self.total_steps)
+        if len(position["lanes"]) == self.lanes and sum(position["lanes"]) * self.share.processes == given:
+            self._begun = epoch, step, list(position["lanes"])
+        return step
+
+    def given(self, step: int, lane: int) -> int:
+        """How many samples of a step's epoch a lane of this process has given before that step."""
+        epoch = self.clock(step).epoch
+        begun, first, before = self._begun
+        if begun != epoch:
+            first, before = epoch * self.steps_per_epoch, [0] * self.lanes
+        steps = (step - 1 - lane) // self.lanes - (first - 1 - lane) // self.lanes
+        return before[lane] + steps * (self.batch_size // self.share.processes)
 
     def bear(self, unreadable: int) -> None:
         """Goes on with any number of unreadable images, if the source skips them at all."""
@@ -233,13 +268,11 @@ class _Steps(IterableDataset[StreamCrops | UserError]):
         for step in range(self._start + worker, batches.total_steps, workers):
             lane, epoch = step % lanes, batches.clock(step).epoch
             if lane not in running or running[lane][0] != epoch:
-                began = epoch * batches.steps_per_epoch
-                place = (step - began) // lanes  # of this lane's steps in the epoch
                 all_lanes, number = lanes * share.processes, share.rank * lanes + lane
                 running[lane] = (
                     epoch,
                     samples_of_lane(
-                        batches.source, batches.seed, epoch, number, all_lanes, batches.block, place * size
+                        batches.source, batches.seed, epoch, number, all_lanes, batches.block, batches.given(step, lane)
                     ),
                 )
             try:

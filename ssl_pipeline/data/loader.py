@@ -19,7 +19,7 @@ from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.order import samples_of_step
+from ssl_pipeline.data.order import samples_of_step, step_at
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.resize import Resize
@@ -69,6 +69,7 @@ class StepBatches:
         with_labels: whether batches carry labels; stage one's don't, except for tasks that say so.
 
     Attributes:
+        offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.Clock`.
         replaced: the samples of the batch that was given last, where neighbours have taken the place of some; None otherwise.
     """
 
@@ -90,17 +91,48 @@ class StepBatches:
         self._pixels = source.pixels
         self.workers = default_workers(share) if workers is None else workers
         self.replaced: Tensor | None = None
+        self.offset, self._shifted = 0, (0, 0)  # an epoch, and the samples by which its steps begin later
         self._known_bad = len(self._faults)
         self._told = set(self._faults)
 
     def clock(self, step: int) -> Clock:
         """The clock of a step."""
-        return Clock(step, self.total_steps, self.steps_per_epoch)
+        return Clock(step, self.total_steps, self.steps_per_epoch, self.offset)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """How far the run has come before a step: the epoch, and how many of its samples were given to all processes."""
+        epoch = self.clock(step).epoch
+        return {"epoch": epoch, "samples": step % self.steps_per_epoch * self.batch_size + self._shift(epoch)}
+
+    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+        """Continues a run in the middle of an epoch, whatever its batch size was: no image is left out or given twice.
+
+        Args:
+            position: where it was, as :meth:`position` gives it.
+            taken: the optimizer steps that it has taken.
+            in_steps: whether its length is a number of optimizer steps, those that were taken among them.
+
+        Returns:
+            The step to go on from, as :meth:`from_step` counts; ``total_steps`` or more where nothing is left.
+        """
+        epoch, given = int(position["epoch"]), int(position["samples"])
+        step = step_at(epoch, given, len(self.source), self.batch_size)
+        self.offset = taken - step
+        if in_steps:
+            self.total_steps -= self.offset
+        if step // self.steps_per_epoch == epoch:
+            self._shifted = epoch, given - step % self.steps_per_epoch * self.batch_size
+        return step
+
+    def _shift(self, epoch: int) -> int:
+        shifted, samples = self._shifted
+        return samples if epoch == shifted else 0
 
     def samples(self, step: int) -> Tensor:
         """This process's samples of a step, int64 of shape (B,)."""
         clock, share = self.clock(step), self.share
-        return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes)
+        shift = self._shift(clock.epoch)
+        return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes, shift)
 
     @property
     def _faults(self) -> dict[str, str]:

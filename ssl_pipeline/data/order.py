@@ -15,8 +15,22 @@ def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return permutation(samples, seed, "order", epoch)
 
 
+def step_at(epoch: int, given: int, samples: int, batch_size: int) -> int:
+    """The step of a run of this batch size that is as far as one which has given ``given`` samples of an epoch.
+
+    What is left of the epoch makes its last steps: there are as many of them as full batches are left.
+
+    Args:
+        epoch: from 0.
+        given: samples of it, over all processes, that were given before.
+        samples: number of samples in the source.
+        batch_size: samples of a step over all processes.
+    """
+    return (epoch + 1) * (samples // batch_size) - max(0, samples - given) // batch_size
+
+
 def samples_of_step(
-    clock: Clock, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1
+    clock: Clock, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1, shift: int = 0
 ) -> Tensor:
     """The samples of a step that belong to a process.
 
@@ -30,12 +44,13 @@ def samples_of_step(
         seed: the run's seed.
         rank: this process.
         processes: number of processes.
+        shift: samples by which the epoch's steps begin later, where a run has come into it with another batch size.
 
     Returns:
         int64 of shape (batch_size // processes,).
     """
     assert clock.steps_per_epoch == samples // batch_size
     assert batch_size % processes == 0
-    start = clock.step % clock.steps_per_epoch * batch_size
+    start = clock.step % clock.steps_per_epoch * batch_size + shift
     share = batch_size // processes
     return _epoch_order(samples, seed, clock.epoch)[start + rank * share : start + (rank + 1) * share]

@@ -51,6 +51,21 @@ class PairedBatches(StepBatches):
         other = derive_seed(seed, "target")
         self.target = StepBatches(target, target_views, target_size or size, other, share, total_steps, workers)
 
+    def position(self, step: int) -> dict[str, Any]:
+        """How far each side has come."""
+        return {**super().position(step), "target": self.target.position(self._of_target(step))}
+
+    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+        """Continues both sides; the run's length is the labelled side's."""
+        step = super().go_on(position, taken, in_steps)
+        own = self.target.go_on(position["target"], taken, in_steps=False)
+        self.target.total_steps = own + self.total_steps - step
+        return step
+
+    def _of_target(self, step: int) -> int:
+        """The target's step that goes with one of the labelled side: the two end together."""
+        return step + self.target.total_steps - self.total_steps
+
     @property
     def unreadable(self) -> int:
         """Damaged files of both sides; those of one folder are counted once."""
@@ -84,7 +99,7 @@ class PairedBatches(StepBatches):
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """Both sides' batches, one after the other in each tensor."""
-        for ours, theirs in zip(super().from_step(start), self.target.from_step(start), strict=True):
+        for ours, theirs in zip(super().from_step(start), self.target.from_step(self._of_target(start)), strict=True):
             assert ours.label is not None
             sides = zip_longest(ours.views, theirs.views)
             views = [torch.cat([view for view in pair if view is not None]) for pair in sides]

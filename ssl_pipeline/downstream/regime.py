@@ -29,6 +29,7 @@ from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import VectorTask, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.engine.continuing import go_on
 from ssl_pipeline.engine.distributed import check_same_start
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
@@ -251,9 +252,11 @@ def run_kept_loop(
         checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=beside)
         resume = checkpoints.load()
         check_same_start(around.accelerator, int(resume["done"]) if resume else 0)
+    if resume is not None:
+        go_on(resume, batches, in_steps=training.length.unit == "steps")
     if resume is not None and best is not None:
         best.load_state_dict(resume)
-    total, done = batches.total_steps, int(resume["done"]) if resume is not None else 0
+    total, done = batches.total_steps + batches.offset, int(resume["done"]) if resume is not None else 0
     curves = around.curves
     with (
         checkpoints or nullcontext(),

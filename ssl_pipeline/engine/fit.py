@@ -72,15 +72,16 @@ def fit(
         ConfigError: the GPU's memory is not enough.
     """
     training = Training(task, batches, optim, optimizer, accelerator, checkpoints, micro, resume)
-    start, total, pace = training.done, batches.total_steps, Pace()
+    offset, pace = batches.offset, Pace()
+    start, total = training.done, batches.total_steps + offset
     if resume is not None and "cut_short" in resume and evaluate is not None:
-        _tell(listeners, start, resume["cut_short"] | evaluate(batches.clock(start - 1)), accelerator)
+        _tell(listeners, start, resume["cut_short"] | evaluate(batches.clock(start - 1 - offset)), accelerator)
         training.begin()
         pace.begin()
     pace.ask()
-    for batch in own(batches.from_step(start), start, batches.workers):
+    for batch in own(batches.from_step(start - offset), start, batches.workers):
         pace.come(len(batch.index) * accelerator.num_processes)
-        done, step = batch.clock.step + 1, training.step(batch)
+        done, step = batch.clock.taken + 1, training.step(batch)
         figures: dict[str, float] = {}
         if done % log_every == 0 or done == total:
             figures |= _of_step(step, training, pace, batches, accelerator, prefix)
@@ -94,14 +95,14 @@ def fit(
                 figures |= evaluate(batch.clock)
             except CutShortError as cut:
                 if checkpoints is not None:
-                    checkpoints.save(done, {**training.state(), "cut_short": figures})
+                    checkpoints.save(done, {**training.state(done), "cut_short": figures})
                     checkpoints.wait()
                 raise StoppedError(cut.number, done, total, saved=checkpoints is not None) from None
             training.begin()
             pace.begin()
         _tell(listeners, done, figures, accelerator)
         if checkpoints is not None and saves:
-            checkpoints.save(done, training.state())
+            checkpoints.save(done, training.state(done))
         if stops:
             if checkpoints is not None:
                 checkpoints.wait()

@@ -89,6 +89,7 @@ class Training:
         self._whole, self._batches, self._optim, self._accelerator = task, batches, optim, accelerator
         self._checkpoints, self._micro = checkpoints, micro
         self.done, self.skipped, self.skipped_by_scaler = 0, 0, 0
+        self._rate = 0.0
         if resume is not None:
             with _must_fit():
                 task.load_state_dict(resume["task"])
@@ -112,9 +113,9 @@ class Training:
             ConfigError: the GPU's memory is not enough.
         """
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state worth saving.
-        self._reseed(batch.clock.step, 0)
+        self._reseed(batch.clock.taken, 0)
         self._statistics.keep()
-        rate = set_rate(self._optimizer, self._optim, batch.clock)
+        self._rate = rate = set_rate(self._optimizer, self._optim, batch.clock)
         try:
             output = self._backward(batch)
             for parameter in self._task.frozen(batch.clock):
@@ -130,7 +131,7 @@ class Training:
             short.everywhere = False
             raise short from error
         except RuntimeError as error:
-            raise explain(error, batch.clock.step) or error from error
+            raise explain(error, batch.clock.taken) or error from error
         if not agreed.finite:
             self._pass_over(batch, output.loss)
         elif self._prepared.step_was_skipped:  # by the gradient scaler: no weight moved, so nothing else may
@@ -147,15 +148,17 @@ class Training:
         agree_on_buffers(self._task)
         hand_back(self._task, self._whole)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; called on all processes."""
+    def state(self, done: int) -> dict[str, Any]:
+        """What a checkpoint keeps after ``done`` steps; called on all processes."""
         # A start from here does not find the bad files again.
         self._batches.learn(from_every(self._accelerator, self._batches.untold()))
         scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
         state = {"task": self._task.state_dict(), "optimizer": self._optimizer.state_dict()}
         state = gathered(state, keep=self._accelerator.is_main_process)
         skipped = (self.skipped, self.skipped_by_scaler)
-        return {**state, "scaler": scaler, "batches": self._batches.state_dict(), "skipped": skipped}
+        position = self._batches.position(done - self._batches.offset)
+        about = {"position": position, "rate": self._rate, "batches": self._batches.state_dict(), "skipped": skipped}
+        return {**state, "scaler": scaler, **about}
 
     def _take_on(self, resume: Mapping[str, Any]) -> None:
         """The rest of a checkpoint's state, once the task is prepared."""
@@ -175,7 +178,7 @@ class Training:
     def _backward(self, batch: Batch) -> StepOutput:
         """The loss, and its gradient."""
         if self._micro is not None and self._micro < len(batch.index):
-            reseed = partial(self._reseed, batch.clock.step)
+            reseed = partial(self._reseed, batch.clock.taken)
             return two_pass(self._task, self._model, batch, self._micro, self._accelerator, reseed)
         with self._accelerator.autocast():
             output: StepOutput = self._model(batch)
@@ -207,14 +210,14 @@ class Training:
             self._statistics.restore()
             agree_on_buffers(self._task)
             if self._checkpoints is not None:
-                self._checkpoints.save(batch.clock.step, self.state())
+                self._checkpoints.save(batch.clock.taken, self.state(batch.clock.taken))
                 self._checkpoints.wait()
             raise problem
         self.skipped += 1
 
     def _examine(self, batch: Batch, loss: Tensor) -> NonFiniteError:
         """Looks for the cause of a bad step, and writes it down beside the checkpoints."""
-        step = batch.clock.step
+        step = batch.clock.taken
         self._reseed(step, 0)
         alone = isinstance(self._model, nn.parallel.DistributedDataParallel) and self._micro is None
         alone = alone or self._accelerator.num_processes == 1

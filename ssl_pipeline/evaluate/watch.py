@@ -53,7 +53,7 @@ class Watch:
 
     def __call__(self, clock: Clock) -> dict[str, float]:
         """The figures after a step; none, and a warning, where they can't be taken."""
-        return self.look(clock.step + 1)
+        return self.look(clock.taken + 1)
 
     def look(self, done: int) -> dict[str, float]:
         """The same after ``done`` steps.

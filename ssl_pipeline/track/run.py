@@ -10,7 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,7 @@ def open_run(
     config: dict[str, Any],
     root: Path = Path("runs"),
     data: Mapping[str, str] | None = None,
+    check_change: Callable[[Path], None] | None = None,
 ) -> Run:
     """Makes or continues a run's folder, and writes ``config.yaml`` and ``run.json`` into it.
 
@@ -78,6 +79,8 @@ def open_run(
         config: the resolved configuration.
         root: where numbered folders are made.
         data: fingerprints of what the run starts from, learns from and is measured on, by name.
+        check_change: is given the folder of a run that is continued despite changes, before anything is written; raises a ConfigError
+            where they leave nothing to do.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written.
@@ -95,7 +98,7 @@ def open_run(
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
         run = Run(path, False, _lock(path))
         try:
-            _settle(run, resume, config, dict(data or {}))
+            _settle(run, resume, config, dict(data or {}), check_change)
         except BaseException:
             run.close()
             raise
@@ -172,7 +175,13 @@ def _lock(path: Path) -> FolderLock:
         ) from None
 
 
-def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, str]) -> None:
+def _settle(
+    run: Run,
+    resume: Resume,
+    config: dict[str, Any],
+    data: dict[str, str],
+    check_change: Callable[[Path], None] | None,
+) -> None:
     """Looks what is there, and writes what the run is."""
     run.resumed = _occupied(run.path)
     start, earlier = _start(data), _earlier_starts(run.path)
@@ -189,6 +198,8 @@ def _settle(run: Run, resume: Resume, config: dict[str, Any], data: dict[str, st
                 f"{str(run.path)!r} is continued as it was started: undo these, choose another `output=FOLDER`, or go on "
                 "despite them by `resume=changed`, of which run.json keeps note.",
             ])  # fmt: skip
+        if changes and check_change is not None:
+            check_change(run.path)
         run.changes = start["changed"] = changes
         for note in [*changes, *_changed_surroundings(before, start)]:
             _log.warning("%s", note)

@@ -40,7 +40,10 @@ IN_USE = {
 class Steps:
     """What the loop asks of batches: their seed, and a state to keep."""
 
-    seed = 0
+    seed = offset = 0
+
+    def position(self, step: int) -> dict[str, int]:
+        return {"step": step}
 
     def untold(self) -> dict[str, Any]:
         return {}

@@ -12,11 +12,13 @@ import torch
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
+from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
+from tests.pictures import colour_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 
 LENGTH = ["steps=6", "checkpoint_every=3 steps"]
@@ -126,6 +128,61 @@ def test_a_changed_config_is_named(tmp_path: Path) -> None:
     assert lines[3]["pretrain/lr"] > 20 * lines[2]["pretrain/lr"]  # the optimizer obeys the new rate, too
     noted = json.loads((changed / "run.json").read_text())["starts"][-1]["changed"]
     assert [sentence.split()[0] for sentence in noted] == ["`data.dev`", "`optim.lr`", "`steps`", "`dev`", "`train`"]
+
+
+def test_a_change_that_leaves_no_step_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    run = pretrain(tiny_pretrain(tmp_path / "run", "steps=3"))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    for words in (["steps=2"], ["steps=3", "optim.lr=0.5"], ["batch.size=16", "steps=3"]):
+        with pytest.raises(ConfigError, match=r"nothing is left to train: 3 steps were taken.*steps=6"):
+            pretrain(tiny_pretrain(run, "resume=changed", *words))
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = colour_folder(tmp_path / "photos", 24)
+    tiny = [word for word in TINY if not word.startswith(("data.", "batch."))] + [
+        "data=folder",
+        f"data.path={photos}",
+        "workers=0",
+    ]
+
+    def config(*more: str) -> PretrainConfig:
+        return load("pretrain", PretrainConfig, [*tiny, "epochs=2", f"output={tmp_path / 'run'}", *more])
+
+    given, samples = dict[int, list[int]](), StepBatches.samples
+
+    def noted(self: StepBatches, step: int) -> torch.Tensor:
+        found = samples(self, step)
+        given.setdefault(self.clock(step).epoch, []).extend(found.tolist())
+        return found
+
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
+        save(self, done, state)
+        raise StoppedError
+
+    monkeypatch.setattr(StepBatches, "samples", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            pretrain(config("batch.size=8", "checkpoint_every=3 steps"))
+    run = pretrain(config("batch.size=16", "checkpoint_every=3 steps", "resume=changed"))
+    lines = [line for line in read_metrics(run) if "pretrain/lr" in line]
+    count = len(config().data.open("train") or ())
+    steps = 3 + (count - 24) // 16 + count // 16
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert len(set(given[0])) == len(given[0]) == 24 + (count - 24) // 16 * 16
+    assert len(set(given[1])) == len(given[1]) == count // 16 * 16
+    assert (
+        f"after step 3 of {steps}: the learning rate leaps from {lines[2]['pretrain/lr']:.3g}"
+        in capsys.readouterr().out
+    )
+    again = pretrain(config("batch.size=16", "checkpoint_every=3 steps", "resume=auto"))
+    assert max(line["step"] for line in read_metrics(again)) == steps
 
 
 @pytest.mark.parametrize("word", ["backbone.width=8", "optim=sgd"])

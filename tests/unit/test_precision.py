@@ -150,7 +150,7 @@ def bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class _Batches:
     """Three steps over one batch."""
 
-    total_steps, seed, unreadable, workers = 3, 0, 0, 0
+    total_steps, seed, unreadable, workers, offset = 3, 0, 0, 0, 0
 
     def __init__(self, task: nn.Module) -> None:
         self._task = task
