@@ -26,6 +26,19 @@ def coral_loss(first: Tensor, second: Tensor) -> Tensor:
     return (covariance(first) - covariance(second)).square().sum() / (4 * first.shape[1] ** 2)
 
 
+def moments_loss(first: Tensor, second: Tensor) -> Tensor:
+    r"""The distances of means and of covariances, each the mean over its entries (Gulrajani and Lopez-Paz 2021, CORAL).
+
+    .. math:: \frac{1}{d} \lVert \mu_1 - \mu_2 \rVert^2 + \frac{1}{d^2} \lVert C_1 - C_2 \rVert_F^2
+
+    Args:
+        first: shape (N, d), float32.
+        second: shape (M, d).
+    """
+    means = (first.mean(0) - second.mean(0)).square().mean()
+    return means + (covariance(first) - covariance(second)).square().mean()
+
+
 def mmd_loss(first: Tensor, second: Tensor, bandwidths: Sequence[float]) -> Tensor:
     r"""The squared maximum mean discrepancy, its biased estimate, which is never below 0 (Gretton et al. 2012, eq. 5).
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ssl_pipeline.domain.alignment import coral_loss
 from ssl_pipeline.domain.generalization.coral_over_sources import pairwise_coral
 from ssl_pipeline.domain.generalization.mixstyle import mix_statistics
 from tests.unit.test_adaptation import PREPROCESSING, SHARE, images, tiny_batches, tiny_method
@@ -16,8 +18,17 @@ def test_pairs_of_sources_count_alike_and_a_lonely_row_not_at_all() -> None:
     rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
     domain = torch.tensor([4, 1, 4, 1, 7, 4, 1, 2, 2])
     parts: list[Tensor] = [rows[domain == d] for d in (1, 2, 4)]
-    by_hand = (coral_loss(parts[0], parts[1]) + coral_loss(parts[0], parts[2]) + coral_loss(parts[1], parts[2])) / 3
-    assert float(pairwise_coral(rows, domain)) == pytest.approx(float(by_hand), rel=1e-5)
+
+    def of_pair(a: Tensor, b: Tensor) -> float:
+        means = [float((a[:, i].mean() - b[:, i].mean()) ** 2) for i in range(3)]
+        entries = np.cov(a.T.numpy()) - np.cov(b.T.numpy())
+        return sum(means) / 3 + float((entries**2).sum()) / 9
+
+    by_hand = sum(of_pair(a, b) for a, b in combinations(parts, 2)) / 3
+    assert float(pairwise_coral(rows, domain)) == pytest.approx(by_hand, rel=1e-5)
+    shifted = torch.cat([rows, rows + 2])  # another mean alone
+    sides = torch.arange(18) // 9
+    assert float(pairwise_coral(shifted, sides)) == pytest.approx(4, rel=1e-5)
     assert float(pairwise_coral(rows, torch.zeros(9, dtype=torch.int64))) == 0
 
 
@@ -46,12 +57,13 @@ def test_mixstyle_mixes_in_training_alone_and_leaves_no_trace() -> None:
     assert torch.equal(classifier.predict(batch.views[0]), classifier.predict(batch.views[0]))
 
 
-def test_averaged_weights_are_the_mean_of_the_steps_while_these_are_few() -> None:
-    task, config, target = tiny_method("weight_averaging", "domain.momentum=0.99")
+@pytest.mark.parametrize(("start", "expected"), [("0 steps", 3.5), ("2 steps", 4.5), ("25%", 4.5), ("100 steps", 5.5)])
+def test_averaged_weights_are_the_plain_mean_from_the_start_on(start: str, expected: float) -> None:
+    task, config, target = tiny_method("weight_averaging", f"domain.start={start}")
     parameter = next(task.classifier.parameters())
-    for step, batch in enumerate(tiny_batches(config, target).from_step(0)):
+    for step, batch in enumerate(tiny_batches(config, target, 8).from_step(0)):  # weights 0 to 7
         with torch.no_grad():
             parameter.fill_(float(step))
         task.after_step(batch)
     task.finish(images(24, 0), target, PREPROCESSING, SHARE)
-    assert torch.allclose(parameter, torch.full_like(parameter, 1.5))
+    assert torch.allclose(parameter, torch.full_like(parameter, expected))

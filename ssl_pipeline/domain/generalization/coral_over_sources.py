@@ -1,4 +1,4 @@
-"""CORAL over sources: the same covariance and mean of the features in each pair of sources."""
+"""CORAL over sources: the same mean and covariance of the features in each pair of sources."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.domain.alignment import coral_loss
+from ssl_pipeline.domain.alignment import moments_loss
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 
 
 class Config(GeneralizationConfig):
-    """Deep CORAL between sources (Sun and Saenko 2016), as a generalization method (Gulrajani and Lopez-Paz 2021).
+    """CORAL as a generalization method: means and covariances of each pair of sources (Gulrajani and Lopez-Paz 2021).
 
     Attributes:
         weight: of the mean over the pairs of sources.
@@ -32,14 +32,14 @@ class Config(GeneralizationConfig):
 
 
 def pairwise_coral(features: Tensor, domain: Tensor) -> Tensor:
-    """The mean of CORAL's loss over the pairs of domains that have two rows or more in a batch; 0 without a pair.
+    """The mean of :func:`moments_loss` over the pairs of domains that have two rows or more in a batch; 0 without a pair.
 
     Args:
         features: shape (B, D), float32.
         domain: int64 of shape (B,).
     """
     parts = [features[domain == number] for number in domain.unique().tolist()]
-    losses = [coral_loss(a, b) for a, b in combinations([part for part in parts if len(part) > 1], 2)]
+    losses = [moments_loss(a, b) for a, b in combinations([part for part in parts if len(part) > 1], 2)]
     return torch.stack(losses).mean() if losses else features.sum() * 0
 
 

@@ -1,11 +1,10 @@
-"""Weight averaging: the moving average of the weights, with statistics of its own."""
+"""Weight averaging: the mean of the weights after every step, with statistics of its own."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, Share
@@ -14,36 +13,44 @@ from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.model.teacher import Teacher
+from ssl_pipeline.schedules import Duration, DurationValue, parse_duration
 
 
 class Config(GeneralizationConfig):
-    """An exponential moving average of all weights (Arpit et al. 2022); BatchNorm's statistics are estimated for it at the end.
+    r"""The simple moving average of all weights (Arpit et al. 2022).
+
+    With :math:`\theta_t` the weights after step t of T it is
+
+    .. math:: \bar\theta = \frac{1}{T - t_0} \sum_{t = t_0 + 1}^{T} \theta_t
+
+    BatchNorm's statistics are estimated for it at the end.
 
     Attributes:
-        momentum: what is kept of the average at each step.
+        start: t₀, how much of the training comes before the average; at most half of it is left out, however short it is.
     """
 
-    selects: ClassVar[bool] = False  # the average is of all steps
-    momentum: float = Field(0.99, ge=0, lt=1)
+    selects: ClassVar[bool] = False  # the average is of many steps
+    start: Duration = parse_duration("100 steps")
 
     def build(self, classifier: Classification, target: Indexed) -> WeightAveraging:
         """The task around a classifier."""
         del target
-        return WeightAveraging(classifier, self.momentum)
+        return WeightAveraging(classifier, self.start)
 
 
 class WeightAveraging(SourceTask):
     """See :class:`Config`."""
 
-    def __init__(self, classifier: Classification, momentum: float) -> None:
+    def __init__(self, classifier: Classification, start: DurationValue) -> None:
         super().__init__(classifier)
-        self.momentum = momentum
+        self.start = start
         self.average = Teacher(classifier)
 
     def after_step(self, batch: Batch) -> None:
-        """The average follows, from the start no slower than a plain mean over the steps."""
-        step = batch.clock.step
-        self.average.follow(self.classifier, min(self.momentum, step / (step + 1)))
+        """The average takes the weights in; until its start it is the weights themselves."""
+        clock = batch.clock
+        before = max(0, clock.step - min(self.start.on(clock), clock.total // 2))  # steps that are in it
+        self.average.follow(self.classifier, before / (before + 1))
 
     @torch.no_grad()
     def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
