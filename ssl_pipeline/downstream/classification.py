@@ -58,11 +58,10 @@ def check_labels(task: str, source: Indexed, held_out: Indexed | None) -> list[s
         reason = source.unlabeled_because or "put the images into one folder per class, or name another `data`."
         return [f"{task} needs labels, and {source.name} has none: {reason}"]
     present = source.labels[source.labels >= 0].unique().tolist()
-    if len(present) < 2:
-        named = ", ".join(repr(source.classes[label]) for label in present) or "none"
+    if len(present) == 1:  # none at all is what a method without source images has
         return [
-            f"{task} needs images of at least two classes, and the training images of {source.name} are of {len(present)} "
-            f"({named}): add images of another class."
+            f"{task} needs images of at least two classes, and all training images of {source.name} are of the class "
+            f"{source.classes[present[0]]!r}: add images of another."
         ]
     if held_out is None or held_out.labels is None:
         return []
