@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.class_names import refuse_several
 
 Columns = dict[str, list[str | None]]
 
@@ -89,7 +90,7 @@ def _read_jsonl(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) ->
     found = list(dict.fromkeys(name for row in rows for name in row))
     if not rows:
         raise ConfigError(f"{path} is empty: it needs one JSON object a line, one line per image.")
-    return {name: [text_of(row.get(name)) for row in rows] for name in choose(found)}
+    return {name: _texts([row.get(name) for row in rows], name, path) for name in choose(found)}
 
 
 def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> Columns:
@@ -106,13 +107,21 @@ def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) 
             table = file.read(columns=wanted)
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{path} is no whole Parquet file ({error}): write it anew.") from error
-    return {name: [text_of(value) for value in table[name].to_pylist()] for name in wanted}
+    return {name: _texts(table[name].to_pylist(), name, path) for name in wanted}
+
+
+def _texts(values: Sequence[Any], column: str, path: Path) -> list[str | None]:
+    for row, value in enumerate(values, 1):
+        refuse_several(value, column, f"{path}, row {row}")
+    return [text_of(value) for value in values]
 
 
 def text_of(value: Any) -> str | None:
     """A cell as text; a whole number that a table keeps as a float (because others are missing) loses its point."""
     if value is None or value == "" or value != value:  # the last is true of a float that is no number
         return None
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

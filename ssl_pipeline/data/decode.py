@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from ssl_pipeline.config.base import UserError
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
+GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
 _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.class_names import class_name, class_names, refuse_several
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
 from ssl_pipeline.data.decode import DecodeError, Encoded
 from ssl_pipeline.data.source import Indexed
@@ -193,19 +194,23 @@ class RowStream(Stream):
             labels, domains = (batch[column] if column else none for column in (self._label, self._domain))
             for cell, label, domain in zip(batch[self._image], labels, domains, strict=True):
                 name = f"{self.name}/shard {shard}/row {position}"
-                yield Sample(position, encoded(cell, name), self._number(label, name), name, text_of(domain))
+                yield Sample(
+                    position, encoded(cell, name), self._number(label, name), name, class_name(text_of(domain))
+                )
                 position += 1
 
     def _number(self, value: Any, name: str) -> int | None:
-        if value is None or (isinstance(value, int) and value < 0):
+        refuse_several(value, str(self._label), name)
+        text = class_name(text_of(value))
+        if text is None or (isinstance(value, int) and value < 0):
             return None
         if isinstance(value, int):
             return value
-        if self.classes is None or str(value) not in self.classes:
+        if self.classes is None or text not in self.classes:
             raise ConfigError(
-                f"{name}: its label {str(value)[:40]!r} is no number: name another column, or set `data.label=null`."
+                f"{name}: its label {text[:40]!r} is no number: name another column, or set `data.label=null`."
             )
-        return self.classes.index(str(value))
+        return self.classes.index(text)
 
     def size(self, shard: int) -> int:
         """Counted by the rows of one column, once."""
@@ -246,7 +251,9 @@ def numbers(rows: Dataset, column: str, known: tuple[str, ...] | None) -> tuple[
     if declared is not None:
         # −1 is how published test sets say that they keep a label to themselves.
         return torch.tensor([-1 if value is None else value for value in values]), tuple(declared)
-    texts = [text_of(value) for value in values]
+    for value in values:
+        refuse_several(value, column, "the dataset")
+    texts = class_names([text_of(value) for value in values], column, "the dataset")
     if known is None:
         return number_names(texts)
     unseen = sorted({text for text in texts if text is not None and text not in known})

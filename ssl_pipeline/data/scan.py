@@ -20,13 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
-from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes, explain
+from ssl_pipeline.data.decode import GREY, DecodeError, Header, check_header, decode_bytes, explain
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
 from ssl_pipeline.track.progress import console
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-GREY = ("1", "L", "LA", "La", "I", "F")
 _CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
 _CHANGED = "its bytes have changed while its size and time have not: it is damaged (restore it), or changed on purpose"
 _log = logging.getLogger("ssl_pipeline")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.decode import decode_bytes
+from ssl_pipeline.data.decode import GREY, decode_bytes
 from ssl_pipeline.data.source import Indexed, SourceConfig
+
+LOOKED_AT = 64  # images that say whether all are grey
 
 
 @dataclass(frozen=True)
@@ -202,16 +205,19 @@ def numbered(source: Indexed | Stream, count: int = 1024) -> Indexed:
     return source.head(count) if isinstance(source, Stream) else source
 
 
-def channels_of(sample: Sample) -> int:
-    """What a stream's first image says of all: 1 if it is grey, 3 otherwise.
+def channels_of(samples: Sequence[Sample]) -> int:
+    """What a few images say of all: 1 if they are all grey, 3 otherwise. One alone may be the only grey one.
 
     Raises:
-        ConfigError: it is no image.
+        ConfigError: none of them is an image.
     """
-    try:
-        with Image.open(BytesIO(sample.data)) as image:
-            return 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
-    except (OSError, ValueError, SyntaxError) as error:
+    found = set[int]()
+    for sample in samples:
+        # Decoders answer damaged bytes with nearly any error; training tells it when the image's turn comes.
+        with suppress(Exception), Image.open(BytesIO(sample.data)) as image:
+            found.add(1 if image.mode.split(";")[0] in GREY else 3)
+    if not found:
         raise ConfigError(
-            f"{sample.name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."
-        ) from error
+            f"{samples[0].name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."
+        )
+    return max(found)

@@ -21,6 +21,12 @@ _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LARGEST = 1 << 30  # bytes of a member that is read; a header may claim anything
 
 
+_NOT_SUPPORTED = {
+    b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z", b"Rar!": "rar",
+}  # fmt: skip
+_ENDINGS_NOT_SUPPORTED = (".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zip", ".zst", ".7z", ".rar", ".lz4")
+
+
 class ShardError(UserError):
     """An archive that is missing, damaged or cut off."""
 
@@ -49,7 +55,10 @@ def read_groups(
 ) -> Iterator[Group]:
     """An archive's samples that have an image, in their order.
 
-    Members with a path that climbs out, links, devices and pickles are left out and told, once an archive.
+    A member belongs to the sample of its name before the last dot, so that ``v1.0.png`` and ``v1.1.png`` are two; but to that
+    before the first dot if an ending with a dot in it is asked for (``seg.png``), or if it can't be a sample of its own.
+    Members with a path that climbs out, links, devices and pickles are left out and told, once an archive; hidden ones
+    (``._0.jpg``) are passed over.
 
     Args:
         url: a file, gzipped or not, or what fsspec can open.
@@ -61,40 +70,128 @@ def read_groups(
     Raises:
         ShardError: naming the archive and what is wrong with it.
     """
-    group, place = Group(""), 0
     told, refused = refused is None, {} if refused is None else refused
-    with _opened(url) as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            fault = _fault(member)
-            if fault:
-                refused[member.name] = fault
-                continue
-            path = PurePosixPath(member.name)
-            stem, _, ending = path.name.partition(".")
-            key, ending = (path.parent / stem).as_posix(), ending.lower()
-            if key != group.key:
-                if group.has_image:
-                    place += 1
-                    if place > start:
-                        yield group
-                group = Group(key)
-            group.has_image |= is_image(ending)
-            if place >= start and is_wanted(ending) and ending not in group.files:
-                content = archive.extractfile(member)
-                assert content is not None  # a regular file, see _fault
-                group.files[ending] = content.read()
-    if group.has_image and place >= start:
-        yield group
+    place, seen = 0, dict[str, bool]()
+
+    def reads(entry: _Entry, stems: int) -> bool:
+        # A bundle is nearly always one sample; of several, those before the start may be read for nothing.
+        return place + stems > start and (is_wanted(entry.last) or is_wanted(entry.full))
+
+    for bundle in _bundles(url, refused, reads):
+        for group in _samples_of(bundle, is_image, is_wanted, refused):
+            _check_neighbours(group, seen, url)
+            place += group.has_image
+            if group.has_image and place > start:
+                yield group
     if refused and told:
         first = ", ".join(f"{name} ({fault})" for name, fault in list(refused.items())[:3])
         warn_once(f"{shown(url)}: left out {len(refused)} members, such as {first}")
 
 
+class _Entry:
+    """A member of an archive.
+
+    Attributes:
+        name: in the archive.
+        base: the path up to the first dot of the name.
+        stem: the path up to the last one.
+        full: the ending from the first dot on, in small letters.
+        last: the ending from the last one on.
+        content: its bytes, where they were read.
+    """
+
+    def __init__(self, name: str) -> None:
+        path = PurePosixPath(name)
+        base, _, full = path.name.partition(".")
+        stem, _, last = path.name.rpartition(".")
+        self.name, self.full, self.last = name, full.lower(), last.lower() if stem else ""
+        self.base, self.stem = (path.parent / base).as_posix(), (path.parent / (stem or base)).as_posix()
+        self.content: bytes | None = None
+
+
+def _bundles(url: str, refused: dict[str, str], reads: Callable[[_Entry, int], bool]) -> Iterator[list[_Entry]]:
+    """Neighbouring members whose names are alike up to their first dot; each is read when it comes, or never."""
+    bundle = list[_Entry]()
+    with _opened(url) as archive:
+        for member in archive:
+            if member.isdir() or _is_hidden(member.name):
+                continue
+            fault = _fault(member)
+            if fault:
+                refused[member.name] = fault
+                continue
+            entry = _Entry(member.name)
+            if bundle and entry.base != bundle[0].base:
+                yield bundle
+                bundle = []
+            bundle.append(entry)
+            if reads(entry, len({one.stem for one in bundle})):
+                content = archive.extractfile(member)
+                assert content is not None  # a regular file, see _fault
+                entry.content = content.read()
+    if bundle:  # of an archive that is cut off nobody knows whether the last one is all there
+        yield bundle
+
+
+def _samples_of(
+    bundle: list[_Entry], is_image: Callable[[str], bool], is_wanted: Callable[[str], bool], refused: dict[str, str]
+) -> Iterator[Group]:
+    """The samples of a bundle: ``0.jpg, 0.seg.png`` is one, ``v1.0.jpg, v1.1.jpg`` are two."""
+    base = bundle[0].base
+    by_stem: dict[str, list[tuple[str, _Entry]]] = {}
+    for entry in bundle:
+        asked_for = "." in entry.full and (is_image(entry.full) or is_wanted(entry.full))
+        stem, ending = (base, entry.full) if asked_for else (entry.stem, entry.last)
+        by_stem.setdefault(stem, []).append((ending, entry))
+    for stem, entries in by_stem.items():
+        images = [entry for ending, entry in entries if is_image(ending)]
+        numbered = stem.removeprefix(f"{base}.").replace(".", "").isdecimal()
+        if stem != base and base in by_stem and len(images) == len(entries) and not numbered:
+            refused |= {entry.name: f"another image of sample {base!r}: see `data.image`" for entry in images}
+            continue
+        group = Group(stem, has_image=bool(images))
+        for ending, entry in entries:
+            if entry.content is not None and is_wanted(ending):
+                group.files.setdefault(ending, entry.content)
+        yield group
+
+
+def _check_neighbours(group: Group, seen: dict[str, bool], url: str) -> None:
+    """Refuses an archive in which a sample's image and its other members lie apart: they would not find each other.
+
+    Args:
+        group: the next sample.
+        seen: per sample of the archive whether it had an image.
+        url: the archive's.
+    """
+    if group.key in seen and not (group.has_image and seen[group.key]):
+        raise ShardError(
+            f"{shown(url)}: the members of sample {group.key!r} do not lie next to each other, so its image and its label are not "
+            "found together: pack it in the order of the names (tar --sort=name)."
+        )
+    seen[group.key] = group.has_image
+
+
+def not_supported(url: str) -> str | None:
+    """Why an archive can't be read although nothing is wrong with it; None where it may be."""
+    kind = next((ending for ending in _ENDINGS_NOT_SUPPORTED if shown(url).lower().endswith(ending)), None)
+    if kind is None and Path(url).is_file():
+        with Path(url).open("rb") as file:
+            start = file.read(8)
+        kind = next((name for mark, name in _NOT_SUPPORTED.items() if start.startswith(mark)), None)
+    if kind is None:
+        return None
+    return f"{shown(url)}: archives of the kind {kind} are not supported: pack the files as .tar or .tar.gz."
+
+
 def shown(url: str) -> str:
     """An address as it may be told: without a password, and without what signs it."""
     return re.sub(r"(?<=://)[^/@]+@", "", url).partition("?")[0] if "://" in url else url
+
+
+def _is_hidden(name: str) -> bool:
+    """What other systems leave in archives: ``._0.jpg``, ``.DS_Store``, ``__MACOSX``."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in PurePosixPath(name).parts)
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:

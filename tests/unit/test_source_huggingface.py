@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import rows as rows_module
@@ -129,6 +131,21 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     rows.remove_columns("image").save_to_disk(tmp_path / "none")
     with pytest.raises(ConfigError, match="has 0 columns of images"):
         opened(tmp_path / "none")
+
+
+def test_one_grey_image_makes_no_dataset_grey_and_texts_that_say_none_are_no_class(tmp_path: Path) -> None:
+    color = io.BytesIO()
+    Image.new("RGB", (12, 10), "red").save(color, "png")
+    rows = table(6, kind=["a", "None", "b ", "b", "nan", "a"])
+    assert opened(write_parquet(tmp_path / "grey", rows)).channels == 1
+    cells = [{"bytes": png(i) if i < 5 else color.getvalue(), "path": None} for i in range(6)]
+    mixed = rows.remove_columns("image").add_column("image", cells, feature=datasets.Image())
+    source = opened(write_parquet(tmp_path / "mixed", mixed), label="kind")
+    assert source.channels == 3
+    assert source.classes == ("a", "b")
+    pool = config(tmp_path / "mixed", label="kind").open_pool()
+    assert pool.labels is not None
+    assert streamed(tmp_path / "mixed", label=None).channels == 3
 
 
 def test_labels_that_training_lacks_or_that_are_kept_back_are_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.sources import domain_folder, table
+from ssl_pipeline.data.verdicts import warn_once
 
 ROWS = [
     {"path": f"images/{i}.png", "label": ("cat", "dog")[i % 2], "domain": ("ink", "photo", "oil")[i % 3]}
@@ -205,6 +206,55 @@ def test_parquet_without_pyarrow_names_the_extra(images: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"ssl-pipeline\[parquet\]"):
         opened(images / "t.parquet")
+
+
+def labels_in(images: Path, kind: str, values: Sequence[Any]) -> list[str | None]:
+    """Per image the class that a table's source gives it, in the order of the rows."""
+    warn_once.cache_clear()
+    path = images / f"labels.{kind}"
+    WRITERS[kind](path, [{"path": f"images/{i}.png", "label": value} for i, value in enumerate(values)])
+    table._read.cache_clear()
+    classes = {}
+    for source in table.Config(name="table", path=str(path)).open_every().values():
+        assert source.labels is not None
+        assert source.classes is not None
+        for i, label in enumerate(source.labels.tolist()):
+            classes[Path(source.describe(i)).stem] = source.classes[label] if label >= 0 else None
+    return [classes[str(i)] for i in range(len(values))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_what_says_that_there_is_no_label_is_the_same_in_every_table(
+    images: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = ["nan", "NaN", "None", "N/A", "null", "", " ", "-1", "NA", "<NA>"]
+    found = labels_in(images, kind, [*["cat", "dog"] * 5, *nothing])
+    assert found == [*["cat", "dog"] * 5, *[None] * len(nothing)]
+    assert "read as no label: 'nan' (1)" in caplog.text
+    if kind != "csv":  # which has text alone
+        values = [1, 2, 1, 2, None, -1] if kind == "parquet" else [1, 2.0, 1, "2", None, -1]
+        assert labels_in(images, kind, values) == ["1", "2", "1", "2", None, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(["cat ", " cat", "dog", "cat"], ["cat", "cat", "dog", "cat"]), (["1", "1.0", "2", "2."], ["1", "1", "2", "2"]),
+     (["1", "1.0", "cat", "2"], ["1", "1.0", "cat", "2"]), (["1.5", "1.0", "1.5", "1.0"], ["1.5", "1.0", "1.5", "1.0"]),
+     (["01", "1", "01", "1"], ["01", "1", "01", "1"])],
+)  # fmt: skip
+def test_blanks_and_decimal_points_make_no_classes(images: Path, values: list[str], expected: list[str]) -> None:
+    assert labels_in(images, "csv", values) == expected
+
+
+def test_several_labels_of_an_image_point_to_multi_label(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for value in (["a", "b"], ["a"], {"a": 1}):
+        with pytest.raises(
+            ConfigError, match=r"row 2: 'label' holds .*`downstream=multi_label` with `data.target_columns"
+        ):
+            labels_in(images, "jsonl", ["a", value, "b"])
+    assert not caplog.text
+    assert labels_in(images, "csv", ["a|b", "a", "b", "a"]) == ["a|b", "a", "b", "a"]
+    assert "'a|b' in 'label' is read as one class" in caplog.text
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import tar
@@ -281,3 +283,93 @@ def test_a_header_may_claim_anything(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_endings_may_be_chosen(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.left.png", png(1)), ("0.right.png", png(2)), ("0.seg.png", png(3))])
     assert [sample.data for sample in everything(opened(tmp_path, image="right.png"))] == [png(2)]
+
+
+PAIRS = [("png", png(3)), ("cls", b"1")]
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [(("v0", "v1.1", "v2", "v1.3"), None), (("v1.0", "v1.1", "v1.2"), None), (("img", "img.v2"), None),
+     (("a.b/x.1", "a.b/x.2"), None), (("./0", "./1"), ("0", "1"))],
+)  # fmt: skip
+def test_names_with_dots_are_samples_of_their_own(
+    tmp_path: Path, names: tuple[str, ...], keys: tuple[str, ...] | None
+) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{name}.{ending}", data) for name in names for ending, data in PAIRS])
+    stream = opened(tmp_path, classes=("a", "b"))
+    samples = everything(stream)
+    assert [sample.name.partition(".tar/")[2] for sample in samples] == list(keys or names)
+    assert [sample.label for sample in samples] == [1] * len(names)
+    assert stream.size(0) == len(names)
+    for start in range(len(names)):
+        assert list(stream.read(0, start)) == samples[start:]
+
+
+def test_further_images_of_a_sample_are_told_or_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [(f"{i}.{ending}", png(n)) for i in range(3) for n, ending in ((i, "png"), (90 + i, "seg.png"))]
+    write_tar(tmp_path / "a.tar", members)
+    assert [sample.data for sample in everything(opened(tmp_path))] == [png(0), png(1), png(2)]
+    assert "left out 3 members, such as 0.seg.png (another image of sample '0'" in caplog.text
+    assert [sample.data for sample in everything(opened(tmp_path, image="seg.png"))] == [png(90), png(91), png(92)]
+
+
+def test_members_that_other_systems_leave_are_passed_over(tmp_path: Path) -> None:
+    junk = b"\0\5\x16\7" + b"x" * 60
+    members = [(f"{lead}{i}.{ending}", junk if lead else data) for i in range(3) for ending, data in PAIRS
+               for lead in ("._", "__MACOSX/", "")]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    samples = everything(opened(tmp_path, classes=("a", "b")))
+    assert [(sample.data, sample.label) for sample in samples] == [(png(3), 1)] * 3
+
+
+@pytest.mark.parametrize("order", [("png", "cls"), ("cls", "png")])
+def test_members_that_lie_apart_are_told(tmp_path: Path, order: tuple[str, str]) -> None:
+    data = dict(PAIRS)
+    write_tar(tmp_path / "a.tar", [(f"{i}.{ending}", data[ending]) for ending in order for i in range(3)])
+    with pytest.raises(ShardError, match=r"sample '0' do not lie next to each other.*--sort=name"):
+        everything(opened(tmp_path))
+
+
+def test_archives_that_were_joined_may_repeat_their_keys(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a.tar", [(f"{i}.{ending}", data) for _ in range(2) for i in range(3) for ending, data in PAIRS]
+    )
+    assert len(everything(opened(tmp_path, classes=("a", "b")))) == 6
+
+
+@pytest.mark.parametrize("ending", ["tar.bz2", "tar.xz", "zip", "tar"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_other_archives_are_not_supported_rather_than_damaged(tmp_path: Path, ending: str, folder: bool) -> None:
+    path = write_tar(tmp_path / f"a.{ending}", [("0.png", png(1))], "w:bz2")
+    with pytest.raises(ConfigError, match=r"not supported: pack the files as \.tar or \.tar\.gz"):
+        opened(tmp_path if folder else path)
+
+
+def test_a_grey_first_image_makes_no_stream_grey(tmp_path: Path) -> None:
+    color = io.BytesIO()
+    Image.new("RGB", (12, 10), "red").save(color, "png")
+    write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", color.getvalue()), ("1.cls", b"0")])
+    write_tar(tmp_path / "dev" / "b.tar", [("0.png", png(1)), ("0.cls", b"0")])
+    stream = opened(tmp_path, dev=str(tmp_path / "dev"), classes=("a",))
+    assert stream.channels == 3
+    dev = webdataset.Config(
+        name="webdataset", path=str(tmp_path / "a.tar"), dev=str(tmp_path / "dev"), classes=("a",)
+    ).open("dev")
+    assert dev is not None
+    assert dev.channels == 3  # what the network reads, though all of these are grey
+    assert opened(tmp_path / "dev").channels == 1
+
+
+def test_a_label_that_says_there_is_none_is_none(tmp_path: Path) -> None:
+    told = [b"nan", b"None", b"N/A", b"", b"-1", b" 1\n", b"1.0"]
+    write_tar(
+        tmp_path / "a.tar", [x for i, text in enumerate(told) for x in ((f"{i}.png", png(i)), (f"{i}.cls", text))]
+    )
+    assert [sample.label for sample in everything(opened(tmp_path))] == [None] * 5 + [1, 1]
+    json_tar = tmp_path / "json" / "b.tar"
+    write_tar(
+        json_tar, [("0.png", png(1)), ("0.json", b'{"y": null}'), ("1.png", png(1)), ("1.json", b'{"y": [0, 1]}')]
+    )
+    with pytest.raises(ConfigError, match="multi_label"):
+        everything(opened(json_tar, label="json:y"))

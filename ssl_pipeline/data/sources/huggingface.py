@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,10 +12,11 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
 from ssl_pipeline.data.source import Indexed, Part, Split
 from ssl_pipeline.data.splits import part_of, share_out, split_named
-from ssl_pipeline.data.stream import Handful, Sample, StreamConfig, channels_of
+from ssl_pipeline.data.stream import LOOKED_AT, Handful, Sample, StreamConfig, channels_of
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Config(StreamConfig):
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
         domain: the column that says where an image is from; null: none.
-        channels: 3 for RGB, 1 for grey; null: as of the first image.
+        channels: 3 for RGB, 1 for grey; null: 1 where images all over the split are all grey.
         dev: the share of labelled training images that is held out for choices where there is no ``dev_split``.
         test: the share held out for the final figures, likewise.
         length: images of a stream, where the dataset does not declare it.
@@ -165,9 +167,21 @@ def _rows(config: Config, split: str) -> Rows:
     if config.domain is not None:
         domain = _there(config.domain, rows.features, "domain", name)
         domains, domain_names = numbers(rows, domain, train.domain_names if train else None)
-    first = Sample(0, encoded(rows[0][image], f"{name}/row 0"), None, f"{name}/row 0")
-    channels = config.channels or (train.channels if train else channels_of(first))
+    channels = config.channels or (train.channels if train else _channels(rows, image, name))
     return Rows(name, rows, image, channels, labels, classes, domains, domain_names, rows.info.license or None)
+
+
+def _channels(rows: Dataset, image: str, name: str) -> int:
+    """What images spread over the whole split say: they may be sorted."""
+    places = sorted({i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)})
+    looked_at = list[Sample]()
+    for place, cell in zip(places, rows.select(places)[:][image], strict=True):
+        row = f"{name}/row {place}"
+        try:
+            looked_at.append(Sample(place, encoded(cell, row), None, row))
+        except DecodeError:  # told when its turn comes
+            continue
+    return channels_of(looked_at or [Sample(0, b"", None, f"{name}/row 0")])
 
 
 def _stream(config: Config, split: str) -> RowStream:
@@ -188,8 +202,8 @@ def _stream(config: Config, split: str) -> RowStream:
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
     stream.licence = rows.info.license or None
-    first = next(stream.read(0), None)
-    if first is None:
+    first = list(itertools.islice(stream.read(0), LOOKED_AT))
+    if not first:
         raise ConfigError(f"{name} has no rows in its first shard.")
     stream.channels = config.channels or channels_of(first)
     return stream
@@ -197,7 +211,8 @@ def _stream(config: Config, split: str) -> RowStream:
 
 @lru_cache(maxsize=4)
 def _held(config: Config, split: str) -> Handful:
-    held = _stream(config, split).head(config.held_images)
+    channels = config.channels or _stream(config, _train_split(config)).channels  # of the images that the network reads
+    held = _stream(config.model_copy(update={"channels": channels}), split).head(config.held_images)
     if held.labels is None:
         raise ConfigError(
             f"{held.name} has images without a label, and nothing can be measured on them: name another split."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.class_names import class_names
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
 from ssl_pipeline.data.source import Indexed, Part, Split
@@ -206,6 +207,8 @@ def _read(config: Config) -> _Rows:
     every: list[Split] = ["train"] * len(there)
     splits = _splits(kept["split"], names["split"], path) if "split" in kept else every
     _refuse_twice(kept["path"], root, splits, path)
+    for kind in {"label", "domain"} & kept.keys():
+        kept[kind] = class_names(kept[kind], names[kind], str(path))
     labels, classes = number_names(kept["label"]) if "label" in kept else (None, None)
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)

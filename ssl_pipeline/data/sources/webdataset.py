@@ -10,18 +10,20 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import fsspec
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.class_names import class_name, refuse_several
+from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.splits import split_named
-from ssl_pipeline.data.stream import Handful, Sample, Stream, StreamConfig, channels_of
-from ssl_pipeline.data.tar import Group, ShardError, read_groups, shown
+from ssl_pipeline.data.stream import LOOKED_AT, Handful, Sample, Stream, StreamConfig, channels_of
+from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
@@ -42,7 +44,7 @@ class Config(StreamConfig):
             null reads none.
         domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
-        channels: 3 for RGB, 1 for grey; null: as of the first image.
+        channels: 3 for RGB, 1 for grey; null: 1 where the first images are all grey.
         shuffle: samples that a process holds to deal them out in a random order.
         on_unreadable: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
         licence: of the images, where you know it.
@@ -84,7 +86,8 @@ class Config(StreamConfig):
 
 @lru_cache(maxsize=4)
 def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> Handful:
-    stream = TarStream(config, split, given)
+    channels = config.channels or config.stream().channels  # of the images that the network reads
+    stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
     held = stream.head(config.held_images)
     if held.labels is None:
         raise ConfigError(
@@ -119,8 +122,9 @@ class TarStream(Stream):
         return Path(shown(self._urls[0])).parent
 
     def _channels(self) -> int:
-        first = next(itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls))), None)
-        if first is None:
+        every = itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls)))
+        first = list(itertools.islice(every, LOOKED_AT))
+        if not first:
             raise ConfigError(
                 f"{self.name} holds no image: members must be named KEY.jpg, KEY.png, … (see `data.image`)."
             )
@@ -194,12 +198,11 @@ class TarStream(Stream):
         return None if value is None else _number(value, self.classes, name)
 
     def _domain(self, group: Group, name: str) -> str | None:
-        value = _told(group, self._config.domain, "domain", name)
-        return None if value is None else str(value)
+        return _told(group, self._config.domain, "domain", name)
 
 
-def _told(group: Group, wanted: str | None, key: str, name: str) -> Any:
-    """What a sample's members say: the text of one, or the value of a JSON key; None where there is no such member.
+def _told(group: Group, wanted: str | None, key: str, name: str) -> str | None:
+    """What a sample's members say: the text of one, or the value of a JSON key; None where there is none.
 
     Args:
         group: the members.
@@ -210,22 +213,24 @@ def _told(group: Group, wanted: str | None, key: str, name: str) -> Any:
     if wanted is None:
         return None
     if not wanted.startswith("json:"):
-        return group.files[wanted].decode(errors="replace").strip() if wanted in group.files else None
+        return class_name(group.files[wanted].decode(errors="replace")) if wanted in group.files else None
     if "json" not in group.files:
         return None
     try:
-        return json.loads(group.files["json"])[wanted.removeprefix("json:")]
+        value = json.loads(group.files["json"])[wanted.removeprefix("json:")]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{name}.json has no key {wanted.removeprefix('json:')!r}: see `data.{key}`.") from error
+    refuse_several(value, wanted, f"{name}.json")
+    return class_name(text_of(value))
 
 
-def _number(value: Any, classes: tuple[str, ...] | None, name: str) -> int:
+def _number(text: str, classes: tuple[str, ...] | None, name: str) -> int:
     """A label's number: a class's name, or a whole number below the number of classes."""
-    text = str(value)
     if classes is not None and text in classes:
         return classes.index(text)
-    if text.isdecimal() and (classes is None or int(text) < len(classes)):
-        return int(text)
+    whole = re.fullmatch(r"(\d+)(?:\.0*)?", text)
+    if whole and (classes is None or int(whole[1]) < len(classes)):
+        return int(whole[1])
     known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or declare `data.classes`)"
     raise ConfigError(f"{name}: its label is {text[:40]!r}, and {known} was expected.")
 
@@ -238,6 +243,9 @@ def _expand(key: str, given: str | tuple[str, ...]) -> list[str]:
             raise ConfigError(f"`data.{key}`: {pattern!r} would run a command: give a file or a URL.")
         for url in _braces(pattern):
             archives = _archives(url, key)
+            refused = [fault for archive in archives or _others(url) if (fault := not_supported(archive)) is not None]
+            if refused:
+                raise ConfigError(f"`data.{key}`: {refused[0]}")
             if not archives:
                 raise ConfigError(
                     f"`data.{key}`: {url!r} is no archive, folder of archives or pattern that fits any ({', '.join(_ARCHIVES)})."
@@ -263,6 +271,12 @@ def _archives(url: str, key: str) -> list[str]:
     if path.is_file():
         return [str(path.resolve())]
     return sorted(str(Path(file).resolve()) for file in glob.glob(str(path)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def _others(url: str) -> list[str]:
+    """The files of a folder that holds no archive."""
+    path = Path(url).expanduser()
+    return [str(file) for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else []
 
 
 def _training_archives(folder: Path, key: str) -> list[str]:
