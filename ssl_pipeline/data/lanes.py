@@ -18,15 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Share, StepBatches, default_workers, worker_options
+from ssl_pipeline.data.loader import Share, StepBatches, default_workers
 from ssl_pipeline.data.order import step_at
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
+from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.draws import derive_seed, hash_bits, permutation
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.policy import Views
@@ -211,15 +212,8 @@ class StreamBatches:
         Raises:
             UserError: a shard is missing or damaged, or an image is and is not to be skipped.
         """
-        options = worker_options() if self.workers else {}
-        loader = DataLoader(
-            _Steps(self, start),
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.share.device.type == "cuda",
-            **options,
-        )
-        for step, item in enumerate(loader, start):
+        items = read_items(_Steps(self, start), self.workers, self.share.device.type == "cuda")
+        for step, item in enumerate(items, start):
             if isinstance(item, UserError):
                 raise item
             self._count(item.faults)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,15 +11,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.resize import Resize
 from ssl_pipeline.schedules import Clock
@@ -190,34 +189,14 @@ class StepBatches:
             yield index, self.views.of_pixels(pixels, index, self.clock(step).epoch)
 
     def _crops_of_files(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        options = worker_options() if self.workers else {}
-        loader = DataLoader(
-            _Steps(self),
-            batch_size=None,
-            sampler=range(start, self.total_steps),
-            num_workers=self.workers,
-            pin_memory=self.share.device.type == "cuda",
-            **options,
-        )
-        for item in loader:
+        pin = self.share.device.type == "cuda"
+        for item in read_items(_Steps(self), self.workers, pin, range(start, self.total_steps)):
             if isinstance(item, UserError):
                 raise item
             self.replaced = item.index if item.faults else None
             for sample, fault in item.faults.items():
                 note_bad(self.source, sample, fault)
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
-
-
-def worker_options() -> dict[str, Any]:
-    """Options of a DataLoader with workers: one that gives nothing for half the run's patience hangs."""
-    return {"prefetch_factor": 2, "timeout": timeout_seconds() / 2, "worker_init_fn": _leave_signals_to_the_process}
-
-
-def _leave_signals_to_the_process(worker: int) -> None:
-    """A batch system signals all processes of a job: the run wants to save then, with its workers alive."""
-    del worker
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def default_workers(share: Share) -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import TypeVar
 
-from ssl_pipeline.config.timeout import timeout_seconds
+from ssl_pipeline.config.timeout import Patience, timeout_seconds
+from ssl_pipeline.data.workers import wake_workers
 
 T = TypeVar("T")
 # The loader's own time-out is to come first: what it says is as good, and nothing has to be killed for it.
 _SECONDS_LATER = 1.0
-_MOST_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Watchdog:
@@ -33,8 +33,8 @@ class Watchdog:
 
     def __init__(self) -> None:
         self.barked = False
-        self._patience = timeout_seconds() / 2 + _SECONDS_LATER
-        self._asked: float | None = None
+        self._patience = Patience(timeout_seconds() / 2 + _SECONDS_LATER)
+        self._wait = 0  # the number of the wait that goes on; 0 while there is none
         self._over = threading.Event()
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
@@ -47,20 +47,35 @@ class Watchdog:
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
-            self._asked = time.monotonic()
-            for batch in batches:
-                self._asked = None
+            for number in count(1):
+                self._wait = number
+                batch = next(batches, None)
+                self._wait = 0
+                if batch is None:
+                    return
                 yield batch
-                self._asked = time.monotonic()
         finally:
             self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(_MOST_SECONDS_BETWEEN_LOOKS, self._patience / 4)):
-            asked = self._asked
-            if asked is not None and time.monotonic() - asked > self._patience:
+        seen = 0
+        while not self._over.wait(self._patience.interval) and not self.barked:
+            wait = self._wait
+            self._tick()
+            if wait != seen:
+                self._patience.restart()
+            elif wait and self._patience.over:
                 self._bark()
-                return
+            seen = wait
+
+    def _tick(self) -> None:
+        if self._patience.tick():
+            wake_workers()
+
+    def _alarmed(self) -> None:
+        self._tick()
+        if self._patience.over and not self.barked:
+            self._bark()
 
     def _bark(self) -> None:
         self.barked = True
@@ -72,8 +87,9 @@ class Watchdog:
         if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
             yield
             return
-        before = signal.signal(signal.SIGALRM, lambda *_: self._bark())
-        signal.setitimer(signal.ITIMER_REAL, self._patience)
+        before = signal.signal(signal.SIGALRM, lambda *_: self._alarmed())
+        self._patience.restart()
+        signal.setitimer(signal.ITIMER_REAL, self._patience.interval, self._patience.interval)
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.timeout import timeout_seconds
+from ssl_pipeline.config.timeout import Patience, timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.engine.lost import LostProcessError, explain
@@ -23,7 +24,7 @@ from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from tests.fault.launched import launched
-from tests.runs import ROOT, TINY, command, tiny_pretrain
+from tests.runs import ROOT, TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
 
 
@@ -65,12 +66,11 @@ def test_an_exception_in_one_process_ends_the_others(tmp_path: Path) -> None:
     assert "process(es) 1 was killed, or left by a mistake of its own" in done.stderr
 
 
-def with_worker(tmp_path: Path) -> None:
+def with_worker(tmp_path: Path, steps: int = 2000, name: str = "run") -> Path:
     """A run with a worker that decodes files."""
-    (tmp_path / "photos").mkdir()
     photos(tmp_path / "photos", 16, 24, 16)
     data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "~data.dev"]
-    pretrain(tiny_pretrain(tmp_path / "run", *data, "steps=2000", "log_every=1000"))
+    return pretrain(tiny_pretrain(tmp_path / name, *data, f"steps={steps}", "log_every=1000"))
 
 
 def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +153,60 @@ def test_a_worker_that_is_stopped_with_the_first_batch_is_not_waited_for(
         with_worker(tmp_path)
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def stop_and_wake(seconds: float) -> subprocess.Popen[bytes]:
+    """Stops this process's workers at once, and a second later this process, which alone is woken after some time."""
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    me = os.getpid()
+    return subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {me}; sleep {seconds}; kill -CONT {me}"])
+
+
+@pytest.mark.parametrize("at", ["the first batch", "a later batch"])
+def test_a_run_that_was_stopped_with_its_workers_goes_on_to_the_same_bits(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-Z and fg, or in a container that was paused: for longer than a hang is waited for."""
+    fetch, embed, stopped = DupFd.detach, SimCLR.embed, list[subprocess.Popen[bytes]]()
+
+    def stops_first(self: DupFd) -> int:
+        if not stopped and at == "the first batch":
+            stopped.append(stop_and_wake(8))
+        return fetch(self)
+
+    def stops_later(self: SimCLR, batch: Batch) -> dict[str, Tensor]:
+        if not stopped and batch.clock.step == 3:
+            stopped.append(stop_and_wake(8))
+        return embed(self, batch)
+
+    monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *_: {})
+    monkeypatch.setattr(DupFd, "detach", stops_first)
+    monkeypatch.setattr(SimCLR, "embed", stops_later)
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "8")
+    began = time.monotonic()
+    disturbed = with_worker(tmp_path, steps=12)
+    assert [process.wait() for process in stopped] == [0]
+    assert time.monotonic() - began > 8
+    monkeypatch.undo()
+    monkeypatch.setattr(OnlineEvaluation, "__call__", lambda *_: {})
+    assert same_bytes(disturbed, with_worker(tmp_path, steps=12, name="whole"), ["encoder.safetensors"])
+
+
+def test_patience_leaves_out_the_time_in_which_the_process_was_stopped() -> None:
+    now = 0.0
+    patience = Patience(10, clock=lambda: now)
+    assert patience.interval == 1
+    for passed, stopped, over in [(1, False, False)] * 9 + [(60, True, False)] + [(1, False, False)] * 10:
+        now += passed
+        assert (patience.tick(), patience.over) == (stopped, over)
+    now += 1
+    assert not patience.tick()
+    assert patience.over
+    patience.restart()
+    assert not patience.over
 
 
 def test_an_error_about_something_else_is_left_alone() -> None:
