@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.draws import permutation
 from ssl_pipeline.model.norms import batch_norms
 
 
@@ -38,8 +39,9 @@ def estimate_statistics(
         layer.reset_running_stats()
         layer.momentum = None  # torch's cumulative mean over the batches
         layer.train()
-    whole = torch.arange(len(source)).tensor_split(max(1, len(source) // 256))  # even parts weigh the same
-    for part in whole:
+    # Drawn, because images may come class by class: a part of one class varies less than all images do. Even parts weigh the same.
+    order = permutation(len(source), "BatchNorm statistics")
+    for part in order.tensor_split(max(1, len(source) // 256)):
         images = torch.cat(list(read_in_order(source, preprocessing, share.device, part, chunk=len(part))))
         forward(images)
     for layer, momentum in zip(layers, momenta, strict=True):

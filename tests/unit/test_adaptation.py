@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
@@ -382,6 +382,19 @@ def test_statistics_become_those_of_all_images_and_nothing_else_changes() -> Non
     assert all(
         torch.equal(v, before[k]) for k, v in classifier.state_dict().items() if "running" not in k and "num_b" not in k
     )
+
+
+def test_statistics_of_class_sorted_images_are_those_of_all_images() -> None:
+    brightness = torch.arange(1024) // 256 * 60  # as a folder gives them: four classes, one after the other
+    noise = torch.randint(0, 60, (1024, 1, 12, 12), generator=torch.Generator().manual_seed(0))
+    source = ArraySource("sorted", (brightness[:, None, None, None] + noise).to(torch.uint8))
+    norm = nn.BatchNorm2d(1)
+    estimate_statistics(norm, norm, source, PREPROCESSING, SHARE)
+    whole = torch.cat(list(read_in_order(source, PREPROCESSING, SHARE.device)))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert float(norm.running_mean) == pytest.approx(float(whole.mean()), abs=1e-3)
+    assert float(norm.running_var) == pytest.approx(float(whole.var()), rel=0.02)  # of one class: a twentieth of it
 
 
 def test_adabn_without_batch_norm_is_told() -> None:
