@@ -11,7 +11,16 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
+def norms_with_statistics(network: nn.Module) -> list[nn.Module]:
+    """All layers that have running statistics: BatchNorms, and those of timm's norms that are of no such class."""
+    return [module for module in network.modules() if _own_statistics(module)]
+
+
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass in training mode moves: BatchNorm's, and those of timm's norms that are of no such class."""
+    """The buffers that a forward pass in training mode moves."""
+    return [buffer for module in network.modules() for buffer in _own_statistics(module)]
+
+
+def _own_statistics(module: nn.Module) -> list[Tensor]:
     names = ("running_", "num_batches_tracked")
-    return [buffer for name, buffer in network.named_buffers() if name.rpartition(".")[2].startswith(names)]
+    return [buffer for name, buffer in module.named_buffers(recurse=False) if name.startswith(names)]

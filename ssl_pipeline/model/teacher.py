@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import Strict
+from ssl_pipeline.model.norms import norms_with_statistics
 from ssl_pipeline.schedules import Clock
 
 
@@ -39,7 +40,8 @@ class MomentumConfig(Strict):
 class Teacher(nn.Module):
     """A copy of a network without gradients.
 
-    Its parameters follow the student's. Its BatchNorm statistics are its own: it runs in training mode, on the same batches.
+    Its parameters follow the student's. Its norms are in training mode, with running statistics of their own. All else is in
+    evaluation mode: dropout and stochastic depth are the student's, and targets that they blur say nothing of the images.
 
     Args:
         student: the network to copy and to follow.
@@ -48,6 +50,16 @@ class Teacher(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """As torch's, for the norms alone; of them the network has the last word, as some keep their statistics."""
+        super().train(mode)
+        norms = set(norms_with_statistics(self.network))
+        for module in self.network.modules():
+            # The flag itself: what ``train(True)`` has cleared above must stay so.
+            module.training = module.training and module in norms
+        return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -62,3 +74,5 @@ class Teacher(nn.Module):
         new: list[Tensor] = list(student.parameters())
         assert len(kept) == len(new)
         torch._foreach_lerp_(kept, new, 1 - momentum)  # one kernel's start for all of them
+        # Some of timm's layers keep what they made of their parameters until training mode is set.
+        self.train(self.training)
