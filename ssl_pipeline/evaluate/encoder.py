@@ -18,11 +18,10 @@ from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import load_strictly
+from ssl_pipeline.model.weights import WEIGHTS_FILES, load_strictly
 from ssl_pipeline.model.weights_input import weights_input
 
 _SIZE = 224
-_CHECKPOINTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 class EncoderConfig(Strict):
@@ -115,8 +114,10 @@ def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] |
 def _is_checkpoint(path: str) -> bool:
     """Whether it is a file of tensors without a card of ours beside it."""
     file = Path(path).expanduser()
-    ours = file.name in ("encoder.safetensors", "model.safetensors") and (file.parent / "card.json").exists()
-    return file.suffix in _CHECKPOINTS and not file.is_dir() and not ours
+    ours = file.name == "card.json" or (
+        file.name in ("encoder.safetensors", "model.safetensors") and (file.parent / "card.json").exists()
+    )
+    return not ours and not file.is_dir() and (file.is_file() or path.endswith(WEIGHTS_FILES))
 
 
 def _with_weights(backbone: BackboneConfig, path: str) -> BackboneConfig:

@@ -81,7 +81,7 @@ class Blueprint(Strict):
         # small_resnet has its small stem under `auto` whatever its weights; both stems have kernels of one shape, so
         # that the wrong one would load without a word.
         stem = "small" if self.backbone.name == "small_resnet" else "imagenet"
-        update = {"weights": None, **({"stem": stem} if decided else {})}
+        update = {"weights": None, "weights_key": None, **({"stem": stem} if decided else {})}
         return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
 
     def at_size(self, size: int) -> Blueprint:
@@ -178,7 +178,8 @@ def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dic
         )
     if path.is_file() and path.name not in (weights.name, _CARD):
         raise ConfigError(
-            f"{str(path)!r} is not named {weights.name}: give that file of a finished run, or its folder."
+            f"{str(path)!r} is not named {weights.name}: give that file of a finished run, or its folder; somebody else's checkpoint is "
+            "given by backbone.name=NETWORK backbone.weights=FILE, without an encoder."
         )
     for needed in (weights, folder / _CARD):
         if not needed.is_file():

@@ -12,10 +12,9 @@ from torchvision.models import VisionTransformer, get_model, list_models
 
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
-from ssl_pipeline.model.foreign import own_names
 from ssl_pipeline.model.small_resnet import SmallResNet
 from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
-from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
+from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, network_weights
 
 _SMALL_IMAGES = 64
 
@@ -28,6 +27,7 @@ class BackboneConfig(Strict):
             where torchvision has none of that name.
         weights: an official enum name (``IMAGENET1K_V2``; ``DEFAULT``), for timm a pretrained tag or ``DEFAULT``, or a
             file.
+        weights_key: which network of a file that holds several, such as ``teacher`` or ``encoder_k``.
         stem: ``small``: 3×3 with stride 1 for small images. ``auto``: that for images up to 64 px, where the family has
             one and no weights are given. ``imagenet``: as published; for small_resnet 3×3 with stride 2.
         width: of small_resnet's first stage.
@@ -35,6 +35,7 @@ class BackboneConfig(Strict):
 
     name: str = "small_resnet"
     weights: str | None = None
+    weights_key: str | None = None
     stem: Literal["auto", "imagenet", "small"] = "auto"
     width: int = Field(16, ge=1)
 
@@ -131,6 +132,7 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
     Raises:
         ConfigError: an unknown name or stem, or weights that do not fit.
     """
+    _check_key(config)
     if config.is_timm:
         made, anatomy, notes = build_timm(config, channels, image_size)
         return Backbone(made, anatomy), notes
@@ -145,7 +147,7 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
     cut_classifier(trunk, found)
     fitted = channels == 3
     if config.weights is not None:
-        state, renamed = own_names(trunk, read_weights(config.name, config.weights))
+        state, renamed = network_weights(trunk, config)
         notes += renamed
         if not fitted and holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)  # only for the shape: the file has kernels for these images
@@ -155,6 +157,14 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
         sum_stem_kernels(trunk, channels)
         notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
     return Backbone(trunk, found), notes
+
+
+def _check_key(config: BackboneConfig) -> None:
+    if config.weights_key is not None and (config.weights is None or not is_file_name(config.weights)):
+        raise ConfigError(
+            f"`backbone.weights_key={config.weights_key}` chooses a part of a file, and `backbone.weights` is "
+            f"{config.weights or 'null'}: give a file, or leave the key out."
+        )
 
 
 def stem_at(config: BackboneConfig, image_size: int) -> Literal["auto", "imagenet", "small"]:

@@ -14,8 +14,7 @@ from torchvision.models import list_models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.model.families import Anatomy, Level, sum_stem_kernels
-from ssl_pipeline.model.foreign import own_names
-from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, read_weights
+from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, network_weights
 
 if TYPE_CHECKING:
     from ssl_pipeline.model.backbone import BackboneConfig
@@ -49,7 +48,7 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
     trunk = _create(name, official, image_size, channels if path is None else 3)
     notes = list[str]()
     if path is not None:
-        state, notes = own_names(trunk, read_weights(name, path))
+        state, notes = network_weights(trunk, config)
         if channels != 3 and holds_channels(trunk, state, channels):
             sum_stem_kernels(trunk, channels)
         prefixes = trunk.default_cfg["classifier"]

@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.model.checkpoint_file import read_tensors
 from ssl_pipeline.model.families import first_convolution
+from ssl_pipeline.model.foreign import find_network
 
-_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+if TYPE_CHECKING:
+    from ssl_pipeline.model.backbone import BackboneConfig
+
+WEIGHTS_FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".torch")
 
 
 def is_file_name(weights: str) -> bool:
-    """Whether ``weights`` means a file rather than an official enum name."""
-    return weights.endswith(_FILES) or "/" in weights
+    """Whether ``weights`` means a file rather than an official name; a file of any ending does if it is there."""
+    return weights.endswith(WEIGHTS_FILES) or "/" in weights or Path(weights).is_file()
 
 
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """A state dict, by official enum name or from a file.
+    """A state dict, by official enum name; or all tensors of a file, by their dotted names.
 
     Args:
         name: torchvision's name of the network.
@@ -36,7 +39,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such weights, no such file, no network, or a file that holds no state dict.
     """
-    return _from_file(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
+    return read_tensors(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
 
 
 def official_entry(name: str, weights: str) -> Any:
@@ -78,24 +81,21 @@ def _official(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def _from_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"`backbone.weights`: there is no file {str(path)!r}.")
-    try:
-        tree = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"`backbone.weights`: {str(path)!r} is no file of tensors alone (or is damaged), and no code is ever run from one: ask "
-            "its author for .safetensors, or convert it where you trust it."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"`backbone.weights`: {str(path)!r} can't be read as weights: {error}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
-            tree = tree[wrapper]
-    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
-        raise ConfigError(f"`backbone.weights`: {str(path)!r} holds no state dict (names and tensors).")
-    return {key.removeprefix("module."): value for key, value in tree.items()}
+def network_weights(trunk: nn.Module, config: BackboneConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """A network's published weights under its own names, and notes for the log.
+
+    Args:
+        trunk: where they are to go.
+        config: names the weights, and of a file with several networks the part.
+
+    Raises:
+        ConfigError: as :func:`read_weights` and :func:`~ssl_pipeline.model.foreign.find_network` do.
+    """
+    assert config.weights is not None
+    tensors = read_weights(config.name, config.weights)
+    if is_file_name(config.weights):
+        return find_network(trunk, tensors, f"`backbone.weights` {config.weights}", config.weights_key)
+    return tensors, []
 
 
 def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str, ...], what: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import os
@@ -57,6 +58,13 @@ def saved_by_old_torch(canary: Canary) -> bytes:
     return file.getvalue()
 
 
+def among_arguments(canary: Canary) -> bytes:
+    """Inside an object of a kind that is read as a blank."""
+    file = io.BytesIO()
+    torch.save({"done": 1, "state_dict": {"w": torch.zeros(1)}, "args": argparse.Namespace(data=canary)}, file)
+    return file.getvalue()
+
+
 def saved_by_numpy(canary: Canary) -> bytes:
     file = io.BytesIO()
     np.savez(file, weight=np.array([canary], dtype=object))
@@ -73,7 +81,7 @@ def tar_with_pickle(canary: Canary) -> bytes:
     return file.getvalue()
 
 
-FORMS = [plain, saved_by_torch, saved_by_old_torch, saved_by_numpy, tar_with_pickle]
+FORMS = [plain, saved_by_torch, saved_by_old_torch, among_arguments, saved_by_numpy, tar_with_pickle]
 Form = Callable[[Canary], bytes]
 
 
