@@ -20,12 +20,21 @@ class Boxes(Annotations):
         labels: per image their classes, int64 of shape (n,).
         sizes: heights and widths of the images, int64 of shape (N, 2).
         names: of the classes.
+        crowds: per image the boxes and the classes, as above, of regions that hold too many objects to be told apart. Nothing is
+            learned from them, and what is found in them is neither right nor wrong; none by default.
     """
 
     def __init__(
-        self, boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor, names: tuple[str, ...]
+        self,
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        sizes: Tensor,
+        names: tuple[str, ...],
+        crowds: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.boxes, self.labels, self.sizes, self.names = list(boxes), list(labels), sizes, names
+        none = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
+        self.crowds = [none] * len(self.boxes) if crowds is None else list(crowds)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -33,17 +42,20 @@ class Boxes(Annotations):
     def select(self, index: Tensor) -> Boxes:
         """Those of the samples of an int64 index."""
         chosen = index.tolist()
-        return Boxes([self.boxes[i] for i in chosen], [self.labels[i] for i in chosen], self.sizes[index], self.names)
+        boxes, labels, crowds = ([side[i] for i in chosen] for side in (self.boxes, self.labels, self.crowds))
+        return Boxes(boxes, labels, self.sizes[index], self.names, crowds)
 
     def digest(self) -> bytes:
-        """Of boxes, classes and sizes."""
+        """Of boxes, classes, sizes and crowds."""
         digest = hashlib.blake2b(self.sizes.numpy().tobytes(), digest_size=16)
         for boxes, labels in zip(self.boxes, self.labels, strict=True):
             digest.update(len(boxes).to_bytes(4) + boxes.numpy().tobytes() + labels.numpy().tobytes())
+        for boxes, labels in self.crowds:
+            digest.update(boxes.numpy().tobytes() + labels.numpy().tobytes())
         return digest.digest()
 
     def counts(self) -> Tensor:
-        """Boxes of each class, int64 of shape (K,)."""
+        """Boxes of each class, crowds aside, int64 of shape (K,)."""
         return torch.cat([*self.labels, torch.empty(0, dtype=torch.int64)]).bincount(minlength=len(self.names))
 
     def of_views(self, index: Tensor, views: Views, epoch: int) -> list[dict[str, Tensor]]:
@@ -66,5 +78,11 @@ class Boxes(Annotations):
         return targets
 
     def whole(self, index: int) -> dict[str, Tensor]:
-        """One image's ``boxes`` and ``labels``, and its ``size``: height and width."""
-        return {"boxes": self.boxes[index], "labels": self.labels[index], "size": self.sizes[index]}
+        """One image's ``boxes`` and ``labels``, crowds last, which of them are crowds (``iscrowd``), and its ``size``: height and width."""
+        crowd_boxes, crowd_labels = self.crowds[index]
+        return {
+            "boxes": torch.cat([self.boxes[index], crowd_boxes]),
+            "labels": torch.cat([self.labels[index], crowd_labels]),
+            "iscrowd": torch.arange(len(self.boxes[index]) + len(crowd_boxes)).ge(len(self.boxes[index])).long(),
+            "size": self.sizes[index],
+        }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
@@ -118,6 +120,13 @@ class Detection(DenseTask):
         found = self.head.detect(self.encoder.feature_maps(images), size)
         return [{**one, "boxes": one["boxes"] / size} for one in found]
 
+    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+        """The figures, and ``classes_measured`` where some classes have no box: how many have one."""
+        figures, boxes = super().evaluate(source, preprocessing, share), annotations_of(source, Boxes)
+        assert boxes is not None
+        count = int((boxes.counts() > 0).sum())
+        return figures | ({} if count == len(boxes.names) else {"classes_measured": float(count)})
+
     def compare(self, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> Any:
         """Prediction and truth in the image's own pixels, on the CPU."""
         height, width = target["size"].float()
@@ -125,12 +134,19 @@ class Detection(DenseTask):
         return tuple({key: value.cpu() for key, value in one.items()} for one in (scaled, target))
 
     def score(self, compared: list[Any]) -> dict[str, float]:
-        """COCO's average precision over IoUs from 0.5 to 0.95, at 0.5 and at 0.75, and recall with 100 boxes an image."""
+        """COCO's average precision over IoUs from 0.5 to 0.95, at 0.5 and at 0.75, and recall with 100 boxes an image.
+
+        As COCO measures: means over the classes that have a box; a prediction in a crowd of its class that matches no box is not
+        counted. Without any box there are no figures.
+        """
         from torchmetrics.detection import MeanAveragePrecision
 
-        measure = MeanAveragePrecision(backend="pycocotools")
+        # COCO's own thresholds: torchmetrics' are float32, and a recall of 3 in 10 would fall below one of 0.3.
+        overlaps, recalls = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
+        measure = MeanAveragePrecision(iou_thresholds=overlaps, rec_thresholds=recalls, backend="pycocotools")
         measure.warn_on_many_detections = False
         measure.update([prediction for prediction, _ in compared], [truth for _, truth in compared])
         figures = measure.compute()
         named = {"map": "map", "map_50": "map_50", "map_75": "map_75", "mar_100": "recall_100"}
-        return {name: float(figures[key]) for key, name in named.items()}
+        # COCO's −1: there was nothing to find.
+        return {name: float(figures[key]) for key, name in named.items() if float(figures[key]) >= 0}

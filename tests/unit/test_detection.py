@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
@@ -27,7 +30,7 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import same_bytes
 from tests.shapes import box_folder, scene
 from tests.unit.test_downstream_vector import encoder
@@ -190,7 +193,73 @@ def test_what_is_wrong_with_boxes_is_told(tmp_path: Path) -> None:
             coco.Config(name="coco", path=str(path)).open("train")
 
 
-def test_boxes_at_the_edge_are_cut_off_and_crowds_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def official(truths: list[dict[str, Tensor]], found: list[dict[str, Tensor]]) -> dict[str, float]:
+    """pycocotools' own figures."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def sides(box: Tensor) -> list[float]:
+        return [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
+
+    annotations = [
+        {"image_id": image, "category_id": int(label), "bbox": sides(box), "area": float((box[2:] - box[:2]).prod()), "iscrowd": int(crowd)}
+        for image, one in enumerate(truths)
+        for box, label, crowd in zip(one["boxes"], one["labels"], one["iscrowd"], strict=True)
+    ]  # fmt: skip
+    results = [
+        {"image_id": image, "category_id": int(label), "bbox": sides(box), "score": float(score)}
+        for image, one in enumerate(found)
+        for box, label, score in zip(one["boxes"], one["labels"], one["scores"], strict=True)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        images = [{"id": image, "height": 64, "width": 64} for image in range(len(truths))]
+        numbered = [{**one, "id": place + 1} for place, one in enumerate(annotations)]
+        truth.dataset = {"images": images, "annotations": numbered, "categories": [{"id": c} for c in range(3)]}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    places = {"map": 0, "map_50": 1, "map_75": 2, "recall_100": 8}
+    return {name: float(evaluation.stats[place]) for name, place in places.items()}
+
+
+def random_boxes(count: int, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    corners = 64 * torch.rand(count, 2, 2, generator=generator).sort(dim=1).values
+    boxes = torch.cat([corners[:, 0], corners[:, 1] + 4], 1).clamp(0, 64)
+    return boxes, torch.randint(0, classes, (count,), generator=generator)
+
+
+def test_figures_are_cocos_own_with_crowds_and_an_absent_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [random_boxes(3, 2, generator) for _ in range(12)]  # class 2 has no box
+    crowds = [random_boxes(image % 2, 2, generator) for image in range(12)]
+    sizes = torch.full((12, 2), 64)
+    annotations = Boxes(
+        [boxes for boxes, _ in parts], [labels for _, labels in parts], sizes, ("a", "b", "c"), crowds
+    ).select(torch.arange(12).flip(0))
+    truths, found = [annotations.whole(image) for image in range(12)], []
+    for truth in truths:
+        more, classes = random_boxes(6, 3, generator)
+        near = truth["boxes"] + 3 * torch.rand(len(truth["boxes"]), 1, generator=generator)
+        boxes = torch.cat([near, more]).clamp(0, 64)
+        labels = torch.cat([truth["labels"], classes])
+        found.append({"boxes": boxes, "labels": labels, "scores": torch.rand(len(boxes), generator=generator)})
+    task = Config(name="detection", width=8, hidden=8, proposals=20, sampled=8).build(encoder(size=32), 3)
+    shares = [{**one, "boxes": one["boxes"] / 64} for one in found]
+    figures = task.score([task.compare(one, truth) for one, truth in zip(shares, truths, strict=True)])
+    assert figures == pytest.approx(official(truths, found), abs=1e-6)
+    assert figures["map"] > 0.1
+    without = [{key: truth[key][truth["iscrowd"] == 0] for key in ("boxes", "labels", "iscrowd")} for truth in truths]
+    assert official(without, found)["map"] < figures["map"] - 0.01
+    nothing = {key: rows[:0] if key != "size" else rows for key, rows in truths[0].items()}
+    assert task.score([task.compare(shares[0], nothing)]) == {}
+
+
+def test_boxes_at_the_edge_are_cut_off_and_nothing_is_learned_from_crowds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def edit(record: dict[str, Any]) -> None:
         record["annotations"] = [
             {"id": 0, "image_id": 100, "category_id": 10, "bbox": [-4, 20, 10, 30.5]},
@@ -208,6 +277,13 @@ def test_boxes_at_the_edge_are_cut_off_and_crowds_left_out(tmp_path: Path, caplo
     assert [len(one) for one in boxes.boxes] == [1, 1, 0, 0, 0, 0]
     assert "1 of 3 boxes reach out" in caplog.text
     assert "1 regions marked iscrowd" in caplog.text
+    assert boxes.whole(0)["iscrowd"].tolist() == [0, 1]
+    assert boxes.whole(0)["boxes"].tolist() == [[0, 20, 6, 32], [0, 0, 9, 9]]
+    assert len(boxes.select(torch.tensor([1, 0])).crowds[1][0]) == 1
+    keys = {"size": 32, "flip": 0.0, "crop": {"scale": [1, 1], "ratio": [1, 1]}}
+    policy, _ = ViewsConfig.model_validate(keys).for_channels(3)
+    (seen,) = boxes.of_views(torch.tensor([0]), Views(policy, (0.5,) * 3, (0.5,) * 3, 0), 0)
+    assert len(seen["boxes"]) == 1
 
 
 def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ _log = logging.getLogger("ssl_pipeline")
 class Config(SourceConfig):
     """A JSON file with ``images``, ``annotations`` and ``categories``, and the folder of its images.
 
-    Boxes that reach out of their image are cut off at its edge; regions marked ``iscrowd`` are left out, in training and in
-    measuring; an image without an annotation shows no object.
+    Boxes that reach out of their image are cut off at its edge; from regions marked ``iscrowd`` nothing is learned, and what is found
+    in them counts neither for nor against a model; an image without an annotation shows no object.
 
     Attributes:
         path: the JSON file of the training images.
@@ -116,11 +116,11 @@ def _read(path: Path, root: Path, known: Categories | None, channels: int) -> tu
     )
     sizes = for_all(files, upright_size)
     tell([problem for image, size in zip(images, sizes, strict=True) if (problem := _other_size(image, size, path))])
-    boxes, labels = _boxes_of(
+    boxes, labels, crowds = _boxes_of(
         images, sizes, _rows(record, "annotations", path, ("image_id", "category_id", "bbox")), categories, path
     )
     names = [str(image["file_name"]) for image in images]
-    annotations = Boxes(boxes, labels, torch.tensor(sizes), tuple(name for _, name in categories))
+    annotations = Boxes(boxes, labels, torch.tensor(sizes), tuple(name for _, name in categories), crowds)
     return categories, Annotated(FileSource(str(path), root, names, channels), annotations)
 
 
@@ -167,12 +167,13 @@ def _boxes_of(
     annotations: list[dict[str, Any]],
     categories: Categories,
     path: Path,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Per image its boxes and labels."""
+) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Per image its boxes and labels, and both of its crowds."""
     size_of = {image["id"]: size for image, size in zip(images, sizes, strict=True)}
     number_of = {category: number for number, (category, _) in enumerate(categories)}
     found: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
-    problems, cut, crowds = [], 0, 0
+    crowds: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
+    problems, cut = [], 0
     for place, one in enumerate(annotations):
         what = f"{path}: annotation {one.get('id', f'at place {place}')}"
         if one["image_id"] not in size_of:
@@ -180,7 +181,9 @@ def _boxes_of(
         elif one["category_id"] not in number_of:
             problems.append(f"{what} is of category {one['category_id']!r}, and no category has that id.")
         elif one.get("iscrowd"):
-            crowds += 1
+            box, fault = _inside(one["bbox"], size_of[one["image_id"]])
+            if not fault:
+                crowds[one["image_id"]].append((box, number_of[one["category_id"]]))
         else:
             box, fault = _inside(one["bbox"], size_of[one["image_id"]])
             if fault:
@@ -196,13 +199,19 @@ def _boxes_of(
         _log.warning(
             "%s: %d of %d boxes reach out of their image and are cut off at its edge", path, cut, len(annotations)
         )
-    if crowds:
-        _log.warning("%s: %d regions marked iscrowd are left out", path, crowds)
-    boxes = [
-        torch.tensor([box for box, _ in found[image["id"]]], dtype=torch.float32).reshape(-1, 4) for image in images
-    ]
-    labels = [torch.tensor([label for _, label in found[image["id"]]], dtype=torch.int64) for image in images]
-    return boxes, labels
+    count = sum(map(len, crowds.values()))
+    if count:
+        _log.warning(
+            "%s: from %d regions marked iscrowd nothing is learned, and nothing in them is measured", path, count
+        )
+    boxes, labels = zip(*(_tensors(found[image["id"]]) for image in images), strict=True)
+    return list(boxes), list(labels), [_tensors(crowds[image["id"]]) for image in images]
+
+
+def _tensors(found: list[tuple[list[float], int]]) -> tuple[Tensor, Tensor]:
+    """Boxes of shape (n, 4), and labels of shape (n,)."""
+    boxes = torch.tensor([box for box, _ in found], dtype=torch.float32).reshape(-1, 4)
+    return boxes, torch.tensor([label for _, label in found], dtype=torch.int64)
 
 
 def _inside(bbox: Any, size: tuple[int, int]) -> tuple[list[float], str | None]:
