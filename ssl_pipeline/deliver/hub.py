@@ -8,8 +8,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.config.base import ConfigError, UserError, first_line
+from ssl_pipeline.config.resolve import component
 from ssl_pipeline.deliver.parts import Parts
+from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.model.artifact import Blueprint, Card, save
 
 _MOST_CLASSES = 200
@@ -32,19 +34,23 @@ def write_hub_folder(parts: Parts, folder: Path) -> None:
 
 def page(card: Card, name: str) -> str:
     """The model card in Markdown, with the Hub's metadata at its head."""
-    blueprint, model = card.blueprint, card.kind == "model"
+    blueprint, task = card.blueprint, _task(card)
+    model = card.kind == "model"
+    names = ["self-supervised-learning", blueprint.backbone.name.removeprefix("timm/")]
     head = ModelCardData(
         library_name="ssl-pipeline",
-        pipeline_tag="image-classification" if model else "image-feature-extraction",
-        tags=["self-supervised-learning", blueprint.backbone.name.removeprefix("timm/")],
+        pipeline_tag=(task.pipeline_tag if task else None) if model else "image-feature-extraction",
+        tags=[*names, *([task.name.rpartition(".")[2].replace("_", "-")] if task else [])],
     )
+    whole = f"whole image, resized to a square at {blueprint.size} px"
+    shape = _shape(blueprint) if task is None or task.reads_square else whole
     pretext = card.config.get("pretext")
     method = pretext.get("name") if isinstance(pretext, dict) else None
     facts = {
         "backbone": f"{blueprint.backbone.name}, neck {blueprint.neck.name}",
         "learned by": f"pretext task {method}" if method else "stage two on labels" if model else "not recorded",
         "images": f"{card.data.get('name')} (licence: {card.data.get('licence') or 'not known'})",
-        "input": f"{blueprint.channels} channel(s), {_shape(blueprint)}",
+        "input": f"{blueprint.channels} channel(s), {shape}",
         "normalisation": f"mean {_numbers(blueprint.mean)}, std {_numbers(blueprint.std)} of values in [0, 1]",
         "made": f"{card.created or 'now'}, torch {card.versions.get('torch', '?')}",
     }
@@ -68,6 +74,17 @@ def page(card: Card, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _task(card: Card) -> DownstreamConfig | None:
+    """The downstream task of a model; None for an encoder, and where the task's module is not on this machine."""
+    if card.kind != "model":
+        return None
+    try:
+        task = component("downstream", "downstream", card.config.get("downstream", {}))
+    except UserError:
+        return None
+    return task if isinstance(task, DownstreamConfig) else None
 
 
 def push(folder: Path, repository: str, public: bool) -> str:

@@ -35,6 +35,7 @@ class Config(VectorConfig):
     """
 
     gives = "classes"
+    pipeline_tag = "image-classification"
     head: Literal["linear", "cosine"] = "linear"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "none"

@@ -22,6 +22,8 @@ from ssl_pipeline.views.policy import ViewsConfig
 class DenseConfig(DownstreamConfig):
     """The base of the ``Config`` of tasks on feature maps."""
 
+    reads_square = False
+
     def check_views(self, views: ViewsConfig) -> list[str]:
         """Masks and boxes follow a crop and a mirror."""
         if views.rotation.probability > 0:

@@ -44,6 +44,7 @@ class Config(DenseConfig):
     """
 
     gives = "boxes"
+    pipeline_tag = "object-detection"
     head: Literal["faster_rcnn", "retinanet"] = "faster_rcnn"
     width: int = Field(256, ge=1)
     hidden: int = Field(1024, ge=1)

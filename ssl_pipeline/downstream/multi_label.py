@@ -31,6 +31,7 @@ class Config(VectorConfig):
     """Several labels of 0 and 1, each by its own binary cross-entropy; one that is not known counts for nothing."""
 
     gives = "labels"
+    pipeline_tag = "image-classification"
 
     def build(self, encoder: Encoder, classes: int) -> MultiLabel:
         """The task on top of an encoder."""

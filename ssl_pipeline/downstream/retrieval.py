@@ -35,6 +35,7 @@ class Config(VectorConfig):
     """
 
     gives = "classes"
+    pipeline_tag = "image-feature-extraction"
     selects = False
     k: int = Field(20, ge=1)
     temperature: float = Field(0.1, gt=0)

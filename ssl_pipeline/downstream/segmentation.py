@@ -34,6 +34,7 @@ class Config(DenseConfig):
     """
 
     gives = "mask"
+    pipeline_tag = "image-segmentation"
     head: Literal["fcn", "deeplab"] = "fcn"
     class_weights: Literal["none", "balanced"] = "none"
 

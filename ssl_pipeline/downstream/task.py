@@ -98,11 +98,15 @@ class DownstreamConfig(ComponentConfig, ABC):
         in_percent: whether the figures are shares, to be told in %.
         gives: what a prediction is, for those that tell it to people: ``classes`` and ``labels`` (logits an image), ``values``, ``mask``
             (logits a pixel), ``boxes``; a task with another kind is not told.
+        pipeline_tag: what the Hugging Face Hub calls such a task; None where it has no name for it.
+        reads_square: whether an image is read as its central square, rather than whole, resized to a square.
     """
 
     selects: ClassVar[bool] = True
     in_percent: ClassVar[bool] = True
     gives: ClassVar[str] = "other"
+    pipeline_tag: ClassVar[str | None] = None
+    reads_square: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, encoder: Encoder, classes: int) -> DownstreamTask:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -237,6 +238,26 @@ def test_no_place_of_this_machine_leaves_the_house(exports: dict[str, Path]) -> 
     assert text.startswith("---\nlibrary_name: ssl-pipeline\npipeline_tag: image-classification\n")
     assert "blue, green, red" in text
     assert "| accuracy | 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "tag", "read"),
+    [
+        ("classification", "image-classification", "central square"), ("multi_label", "image-classification", "central square"),
+        ("regression", None, "central square"), ("retrieval", "image-feature-extraction", "central square"),
+        ("segmentation", "image-segmentation", "whole image"), ("detection", "object-detection", "whole image"),
+        ("of_somebody.else", None, "central square"), (None, "image-feature-extraction", "central square"),
+    ],
+)  # fmt: skip
+def test_the_hubs_page_names_the_task(small: Path, task: str | None, tag: str | None, read: str) -> None:
+    card = open_parts(small).card
+    kind: Any = {"kind": "model" if task else "encoder"}
+    page = hub.page(card.model_copy(update={**kind, "config": {**card.config, "downstream": {"name": task}}}), "name")
+    head = yaml.safe_load(page.split("---")[1])
+    assert head.get("pipeline_tag") == tag
+    assert head["library_name"] == "ssl-pipeline"
+    assert (task in (None, "of_somebody.else")) or task.replace("_", "-") in head["tags"]
+    assert f"channel(s), {read}" in page
 
 
 def test_what_can_not_be_exported_is_told(small: Path, resnet: Path, images: Path, tmp_path: Path) -> None:
