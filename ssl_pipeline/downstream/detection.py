@@ -27,6 +27,7 @@ from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.model.detector import FasterRCNNHead
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.norms import batch_norms, have_statistics
 from ssl_pipeline.model.retinanet import OneStageHead
 
 
@@ -41,6 +42,9 @@ class Config(DenseConfig):
         proposals: regions of an image that the box head is given at most.
         sampled: of which so many, one quarter of them objects at best, are learned from in a step.
         least_score: predictions below it are dropped.
+        batch_norm: of the encoder. ``frozen``: statistics, scales and shifts stay as pretraining left them, as in torchvision's
+            detectors: a step has few images, and their statistics are noise. Fresh weights have none to keep, and are trained.
+            ``trained``: they go by each batch and learn.
     """
 
     gives = "boxes"
@@ -51,6 +55,7 @@ class Config(DenseConfig):
     proposals: int = Field(1000, ge=1)
     sampled: int = Field(512, ge=4)
     least_score: float = Field(0.05, ge=0, lt=1)
+    batch_norm: Literal["frozen", "trained"] = "frozen"
 
     def build(self, encoder: Encoder, classes: int) -> Detection:
         """The task on top of an encoder."""
@@ -88,6 +93,8 @@ class Detection(DenseTask):
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
         super().__init__(encoder)
         self.classes = classes
+        self._freezes_norms = config.batch_norm == "frozen" and have_statistics(encoder)
+        self._freeze_norms()
         if config.head == "retinanet":
             self.head = OneStageHead(
                 encoder.widths,
@@ -103,6 +110,22 @@ class Detection(DenseTask):
             rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals,
             box_batch_size_per_image=config.sampled, box_score_thresh=config.least_score,
         )  # fmt: skip
+
+    def _freeze_norms(self) -> None:
+        if self._freezes_norms:
+            for norm in batch_norms(self.encoder):
+                norm.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Detection:
+        """As torch's; frozen BatchNorms stay in evaluation mode."""
+        super().train(mode)
+        self._freeze_norms()
+        return self
+
+    def fix_encoder(self, fixed: bool) -> None:
+        """Whether the encoder takes part in training; frozen BatchNorms never do."""
+        super().fix_encoder(fixed)
+        self._freeze_norms()
 
     def embed(self, batch: Batch) -> Embeddings:
         """The maps of the first view."""

@@ -24,3 +24,12 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
 def _own_statistics(module: nn.Module) -> list[Tensor]:
     names = ("running_", "num_batches_tracked")
     return [buffer for name, buffer in module.named_buffers(recurse=False) if name.startswith(names)]
+
+
+def have_statistics(network: nn.Module) -> bool:
+    """Whether any BatchNorm has statistics of images: fresh ones have mean 0 and variance 1."""
+    return any(
+        bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
+        for norm in batch_norms(network)
+        if norm.running_mean is not None and norm.running_var is not None
+    )

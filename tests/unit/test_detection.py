@@ -28,6 +28,7 @@ from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.policy import Views, ViewsConfig
@@ -297,6 +298,35 @@ def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
     assert "that no training image has: 'circle'" in config.check(source.select(squares), source)[0]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "ssl-pipeline[detection]" in config.check(source)[0]
+
+
+@pytest.mark.parametrize(("batch_norm", "pretrained", "moves"), [
+    ("frozen", True, False), ("trained", True, True), ("frozen", False, True),
+])  # fmt: skip
+def test_batch_norms_of_a_pretrained_encoder_stay_as_they_are_by_default(
+    batch_norm: str, pretrained: bool, moves: bool
+) -> None:
+    network = encoder(size=32)
+    if pretrained:
+        for norm in batch_norms(network):
+            assert norm.running_var is not None
+            norm.running_var.fill_(2.0)
+    keys = {"name": "detection", "width": 8, "hidden": 8, "proposals": 20, "sampled": 8, "batch_norm": batch_norm}
+    task = Config.model_validate(keys).build(network, 2)
+    task.fix_encoder(True)  # as LP-FT does
+    task.fix_encoder(False)
+    task.train()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    truth = {"boxes": torch.tensor([[2.0, 2, 20, 20]]), "labels": torch.tensor([1])}
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
+    task(Batch(Clock(0, 1, 1), torch.arange(2), [images], target=[truth, truth])).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    of_norms = {f"encoder.{name}.{own}" for name, norm in network.named_modules() if norm in batch_norms(network)
+                for own in norm.state_dict()}  # fmt: skip
+    assert bool(of_norms & changed) == moves
+    assert any(name.startswith("encoder.") for name in changed - of_norms)
 
 
 def test_an_image_without_an_object_teaches_the_background() -> None:
