@@ -10,6 +10,7 @@ A file that was overwritten in place is only seen by ``ssl-pipeline prepare``, o
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,10 @@ from safetensors.torch import save_file
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.files import Files
+from ssl_pipeline.data.lost_files import Others
 
 FILE_NAME = "manifest.safetensors"
-FORMAT = 1
+FORMAT = 2
 UNCHECKED, HEADER, PIXELS = 0, 1, 2
 TRAITS = ("animated", "rotated", "transparent")
 COLUMNS: dict[str, Any] = {
@@ -67,7 +69,7 @@ class Manifest:
         folder_mtimes: of each folder, ns.
         faults: what can be wrong with a file, in words; the first is "".
         modes: how images are stored; the first is "".
-        others: how many files have no image's ending, and one of them.
+        others: the files that are not taken for images.
         began: when the look at the folder began, ns.
         whole: whether every file was checked: a look that was interrupted leaves the rest for the next.
         cache_side: what the cached images' shorter sides are limited to; 0 without a cache.
@@ -79,7 +81,7 @@ class Manifest:
     folder_mtimes: torch.Tensor
     faults: tuple[str, ...]
     modes: tuple[str, ...]
-    others: tuple[int, str]
+    others: tuple[Others, ...]
     began: int
     whole: bool
     cache_side: int = 0
@@ -119,7 +121,7 @@ def save(manifest: Manifest, place: Path) -> None:
         tensors[name] = column
     told = {
         "format": FORMAT, "root": str(manifest.root), "faults": manifest.faults, "modes": manifest.modes,
-        "others": manifest.others, "began": manifest.began, "whole": manifest.whole, "cache_side": manifest.cache_side,
+        "others": [dataclasses.astuple(one) for one in manifest.others], "began": manifest.began, "whole": manifest.whole, "cache_side": manifest.cache_side,
     }  # fmt: skip
     place.mkdir(parents=True, exist_ok=True)
     new = place / f"{FILE_NAME}.new"
@@ -139,7 +141,8 @@ def load(place: Path, root: Path) -> Manifest | None:
         columns = {name: tensors[name] for name in COLUMNS}
         return Manifest(
             root, Files(tensors["names"], tensors["ends"], columns), Files(tensors["folder_names"], tensors["folder_ends"]),
-            tensors["folder_mtimes"], tuple(told["faults"]), tuple(told["modes"]), tuple(told["others"]),
+            tensors["folder_mtimes"], tuple(told["faults"]), tuple(told["modes"]),
+            tuple(Others(*one) for one in told["others"]),
             told["began"], told["whole"], told["cache_side"],
         )  # fmt: skip
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
+from ssl_pipeline.data.lost_files import causes, total
 from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
 from ssl_pipeline.data.prepare_shards import prepare_shards
 from ssl_pipeline.data.scan import Wanted, look
@@ -143,8 +144,8 @@ class Report:
             remarks.append(f"left alone: {self.outside} images lie at no domain/class")
         if self.empty:
             remarks.append(f"folders without a usable image: {', '.join(self.empty[:TOLD])}")
-        if manifest.others[0]:
-            remarks.append(f"ignored: {manifest.others[0]} files with other endings, such as {manifest.others[1]}")
+        if manifest.others:
+            remarks.append(f"ignored: {total(manifest.others)[0]} files: {'; '.join(causes(manifest.others, {}))}")
         if manifest.cache_side:
             cached = rows["shard"] >= 0
             size = (rows["cached_width"].astype(np.int64) * rows["cached_height"] * rows["cached_channels"])[

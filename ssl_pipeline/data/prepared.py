@@ -25,6 +25,7 @@ from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, cache_folder, shards_in
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files, pack
+from ssl_pipeline.data.lost_files import Others, refuse_lost_folders
 from ssl_pipeline.data.manifest import Manifest, load, place_of
 from ssl_pipeline.data.scan import look
 from ssl_pipeline.data.source import SourceConfig
@@ -66,7 +67,7 @@ class ImageFiles:
         place: where the manifest of the root is, or would be.
         cache_side: what the cached images' shorter sides are limited to; 0 without a cache.
         folders: what the files' column ``folder`` counts: paths below the root, its own (``.``) first.
-        ignored: how many files have no image's ending, and one of them.
+        others: the files that are not taken for images.
     """
 
     root: Path
@@ -75,7 +76,17 @@ class ImageFiles:
     place: Path
     cache_side: int = 0
     folders: tuple[str, ...] = ()
-    ignored: tuple[int, str] = (0, "")
+    others: tuple[Others, ...] = ()
+
+    @property
+    def relative_faults(self) -> dict[str, str]:
+        """The faults by paths below the root."""
+        return {file.removeprefix(f"{self.root}/"): fault for file, fault in self.faults.items()}
+
+    def refuse_lost_folders(self, levels: int) -> None:
+        """Refuses a class that lost all its files; see :func:`~ssl_pipeline.data.lost_files.refuse_lost_folders`."""
+        used = [self.folders[number] for number in _column(self.files, "folder").unique().tolist()]
+        refuse_lost_folders(str(self.root), self.folders, used, self.others, self.relative_faults, levels)
 
     def source(self, config: PreparedConfig, name: str, **known: Any) -> FileSource:
         """As a source.
@@ -89,7 +100,7 @@ class ImageFiles:
             ConfigError: the cache is wanted, and there is none.
         """
         bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), dict(self.faults))
-        skipped = [file.removeprefix(f"{self.root}/") for file in self.faults]
+        skipped = list(self.relative_faults)
         files, cache = self._cached(config) if config.cache else (self.files, None)
         return FileSource(
             name, self.root, files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -17,15 +16,15 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
 from ssl_pipeline.data.decode import GREY, DecodeError, Header, check_header, decode_bytes, explain
 from ssl_pipeline.data.files import Files, pack
+from ssl_pipeline.data.lost_files import Others
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
+from ssl_pipeline.data.walk import ENDINGS, ending_of, images_without_ending, walk
 from ssl_pipeline.track.progress import console
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 _CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
 _CHANGED = "its bytes have changed while its size and time have not: it is damaged (restore it), or changed on purpose"
 _log = logging.getLogger("ssl_pipeline")
@@ -55,7 +54,7 @@ class _Listing:
     rows: np.ndarray
     folders: list[str]
     folder_mtimes: list[int]
-    others: tuple[int, str]
+    others: tuple[Others, ...]
     began: int
     faults: dict[str, int] = field(default_factory=lambda: {"": 0})
     modes: dict[str, int] = field(default_factory=lambda: {"": 0})
@@ -105,66 +104,30 @@ def look(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
 def _list(root: Path) -> _Listing:
     """All files, none of them checked."""
     began = time.time_ns()
-    folders, mtimes, found, others = list[str](), list[int](), list[tuple[str, int, int, int]](), list[str]()
-    for number, (folder, mtime, files) in enumerate(_walk(root)):
+    folders, mtimes, found = list[str](), list[int](), list[tuple[str, int, int, int]]()
+    others, unnamed = dict[tuple[str, str], list[str]](), list[tuple[str, int, int, int]]()
+    for number, (folder, mtime, files) in enumerate(walk(root)):
         folders.append(folder)
         mtimes.append(mtime)
         for name, size, changed in files:
-            path = name if folder == "." else f"{folder}/{name}"
-            if name[name.rfind(".") :].lower() in ENDINGS:
-                found.append((path, size, changed, number))
+            file, ending = (name if folder == "." else f"{folder}/{name}", size, changed, number), ending_of(name)
+            if ending in ENDINGS:
+                found.append(file)
+            elif not ending:
+                unnamed.append(file)
             else:
-                others.append(path)
+                others.setdefault((folder, ending), []).append(file[0])
+    for file, is_image in zip(unnamed, images_without_ending(root / file[0] for file in unnamed), strict=True):
+        if is_image:
+            found.append(file)
+        else:
+            others.setdefault((folders[file[3]], ""), []).append(file[0])
     found.sort()
     rows = stored.new_rows(len(found))
     for place, name in enumerate(("bytes", "mtime", "folder"), 1):
         rows[name] = [entry[place] for entry in found]
-    told = len(others), min(others, default="")
+    told = tuple(Others(*where, len(names), min(names)) for where, names in others.items())
     return _Listing(root, [entry[0] for entry in found], rows, folders, mtimes, told, began)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int, list[tuple[str, int, int]]]]:
-    """Per folder its path, mtime, and visible files with their sizes and mtimes.
-
-    Links are followed, each real folder once, so that a loop ends; of two links to one folder the same is taken on every
-    machine, because folders are visited in the order of their names.
-    """
-    seen, pending = {root.resolve()}, [root]
-    while pending:
-        folder = pending.pop()
-        try:
-            mtime = folder.stat().st_mtime_ns
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise ConfigError(
-                f"{str(folder)!r} can't be listed ({error.strerror}): make it readable or take it out."
-            ) from error
-        below, files = [], []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if not _is_folder(entry):
-                files.append((entry.name, *_size(entry)))
-            elif (real := Path(entry.path).resolve()) not in seen:
-                seen.add(real)
-                below.append(Path(entry.path))
-        yield folder.relative_to(root).as_posix(), mtime, files
-        pending += reversed(below)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: a file that can't be read, which the check of headers tells
-        return False
-
-
-def _size(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        found = entry.stat()
-    except OSError:  # a link that leads nowhere
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
 
 
 def _reuse(listing: _Listing, old: Manifest) -> None:

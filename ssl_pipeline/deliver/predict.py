@@ -16,7 +16,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
-from ssl_pipeline.data.scan import ENDINGS
+from ssl_pipeline.data.walk import images_in
 from ssl_pipeline.deliver.answers import Answers, open_answers
 from ssl_pipeline.deliver.coco import CocoNumbers, coco_results
 from ssl_pipeline.deliver.graph import load_onnx, load_torch_export
@@ -76,9 +76,9 @@ def _meant(path: Path) -> list[Path]:
         raise ConfigError(f"there is no file or folder {str(path)!r}.")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    found = images_in(path)
     if not found:
-        raise ConfigError(f"{str(path)!r} holds no image.")
+        raise ConfigError(f"{str(path)!r} holds no image that Pillow reads (hidden files do not count).")
     return found
 
 

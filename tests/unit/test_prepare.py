@@ -20,7 +20,7 @@ from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.loader import Share, StepBatches
-from ssl_pipeline.data.manifest import FILE_NAME, load, place_of
+from ssl_pipeline.data.manifest import FILE_NAME, FORMAT, load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.scan import Wanted, look
 from ssl_pipeline.data.sources import folder as sources_folder
@@ -242,7 +242,7 @@ def test_a_manifest_that_is_none_is_made_anew(tmp_path: Path, damage: str) -> No
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
     if damage == "format":
-        path.write_bytes(path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 0'))
+        path.write_bytes(path.read_bytes().replace(f'\\"format\\": {FORMAT}'.encode(), b'\\"format\\": 0'))
     if damage == "gone":
         path.unlink()
     if damage == "other root":

@@ -166,6 +166,7 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
             f"`data.path`: {str(root)!r} holds no image at domain/class/image. For a folder of classes without domains take "
             "`data=folder`."
         )
+    images.refuse_lost_folders(levels=2)
     column = images.files.column("folder")
     assert column is not None
     used, of_file = column.unique(return_inverse=True)

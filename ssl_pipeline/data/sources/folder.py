@@ -14,8 +14,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.lost_files import causes, total
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
-from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Part, Split
 from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import hold_out, part_of
@@ -198,11 +198,16 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Sca
     images = look_at(root, base, limit)
     if len(images.files) < 2:
         what = "no image" if not images.files else f"only one image ({images.files[0]})"
+        why = causes(images.others, images.relative_faults)
         raise ConfigError(
-            f"`{key}`: {str(root)!r} holds {what}, and at least two are needed; files with {', '.join(sorted(ENDINGS))} count."
+            f"`{key}`: {str(root)!r} holds {what}, and at least two are needed"
+            f"{': of its files ' + '; '.join(why) if why else ' (hidden files do not count)'}. What Pillow reads is read: .jpg, "
+            ".jpeg, .png, .tif, .webp, .avif and others."
         )
-    if images.ignored[0]:
-        _log.info("ignored %d other files in %s, such as %s", images.ignored[0], root, images.ignored[1])
+    if images.others:
+        count, example = total(images.others)
+        _log.info("ignored %d other files in %s, such as %s", count, root, example)
+    images.refuse_lost_folders(levels=1)
     scan = _Scan(images, tuple("" if folder == "." else folder.split("/")[0] for folder in images.folders))
     classes = tuple(sorted(scan.used()))
     if "" in classes or len(classes) == 1:

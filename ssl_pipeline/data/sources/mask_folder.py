@@ -15,10 +15,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
-from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Part, SourceConfig, Split
 from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import part_of, share_out
+from ssl_pipeline.data.walk import images_in
 
 
 class Config(SourceConfig):
@@ -140,13 +140,13 @@ def _read(folder: Path, image_folder: str, mask_folder: str) -> _Pairs:
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}: images go into `images`, masks into `masks`.")
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
+    files = images_in(folder)
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
     if len(found) < len(files):
         twice = next(path for path in files if found[path.relative_to(folder).with_suffix("").as_posix()] != path)
         raise ConfigError(f"{twice} is not the only file of that name before the ending: rename it, or take it out.")
     if not files:
-        raise ConfigError(f"{str(folder)!r} holds no image; files with {', '.join(sorted(ENDINGS))} count.")
+        raise ConfigError(f"{str(folder)!r} holds no image that Pillow reads (hidden files do not count).")
     return found
 
 

@@ -19,12 +19,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.data.splits import split_named
 from ssl_pipeline.data.stream import LOOKED_AT, Handful, Sample, Stream, StreamConfig, channels_of
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.verdicts import listed, warn_once
+from ssl_pipeline.data.walk import ENDINGS
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
