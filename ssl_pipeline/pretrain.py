@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -59,6 +60,7 @@ class BatchConfig(Strict):
             batch at the memory of a small one. By default a process's whole share.
     """
 
+    short_for: ClassVar[str | None] = "size"
     size: int = Field(256, ge=2)
     micro: int | None = Field(None, ge=2)
 
@@ -87,6 +89,7 @@ class PretrainConfig(Strict):
         workers: processes that decode files; null settles it by the machine.
     """
 
+    wins_over: ClassVar[Mapping[str, str]] = {"steps": "epochs"}
     data: Annotated[SourceConfig, Room("data.sources")]
     views: ViewsConfig
     backbone: BackboneConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer
 
@@ -49,6 +49,7 @@ class Clock:
 class DurationValue(Strict):
     """A length of training time: a number and its unit."""
 
+    one_value: ClassVar[bool] = True
     value: float = Field(ge=0)
     unit: Literal["epochs", "steps", "%"]
 
@@ -72,6 +73,10 @@ def parse_duration(text: Any) -> Any:
     """Reads ``10 epochs``, ``500 steps`` or ``5%``; anything else is refused in words."""
     if isinstance(text, DurationValue):
         return text
+    if text in (0, "0") and not isinstance(text, bool):  # nothing is nothing in any unit
+        return DurationValue(value=0.0, unit="steps")
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        raise ValueError(f"a unit is missing: write '{text:g} epochs', '{text:g} steps' or '{text:g}%'.")
     match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z%]+)\s*", str(text))
     if not match or match[2] not in _UNITS:
         raise ValueError(f"write a number and a unit, such as '10 epochs', '500 steps' or '5%'; got {text!r}.")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
-if TYPE_CHECKING:
-    from typing import Any
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class UserError(ValueError):
@@ -42,9 +39,24 @@ def first_line(error: BaseException) -> str:
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses keys it does not know."""
+    """A frozen model that refuses keys it does not know.
+
+    Attributes:
+        short_for: the key that a plain value in the model's place stands for; None where there must be keys.
+        one_value: whether the model is written as one value, such as ``10 epochs``, and its fields are no keys.
+        wins_over: keys that take the place of another where both are given, such as ``steps`` of ``epochs``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    short_for: ClassVar[str | None] = None
+    one_value: ClassVar[bool] = False
+    wins_over: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key_is_enough(cls, value: Any) -> Any:
+        plain = cls.short_for is not None and value is not None and not isinstance(value, Mapping | BaseModel)
+        return {cls.short_for: value} if plain else value
 
 
 class ComponentConfig(Strict):

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from ssl_pipeline.config.base import ConfigError, UserError, dump
-from ssl_pipeline.config.compose import choices, compose, config_root
+from ssl_pipeline.config.compose import as_yaml, choices, compose, config_root
+from ssl_pipeline.config.hints import Stage as HintStage
+from ssl_pipeline.config.hints import about_option
+from ssl_pipeline.config.overrides import overridden
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.config.typed import typed_as
 
@@ -22,13 +24,27 @@ LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or
 EXIT_CODES = "SSL_PIPELINE_EXIT_CODES"  # names a file of `launch/run`: a launcher in between loses its processes' codes
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes options as they are spelled: ``--config`` is no short form of ``--config-dir``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None) -> Stage:
     """Composes and validates a stage's configuration.
 
     Raises:
         ConfigError: listing every mistake.
     """
-    return resolve(schema, compose(name, overrides, config_dir))
+    tree, problems = overridden(name, schema, overrides, config_dir)
+    try:
+        config = resolve(schema, tree)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def run_command(
@@ -37,7 +53,7 @@ def run_command(
     """Runs a stage from the command line; leaves the process with the error's exit code when it is told in words."""
     # `study domain` is composed from study_domain.yaml.
     verb = name.replace("_", " ", 1)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"ssl-pipeline {verb}",
         usage="%(prog)s [group=choice …] [key=value …] [--config-dir DIR] [--cfg job] [--help]",
         description=run.__doc__.splitlines()[0] if run.__doc__ else None,
@@ -47,16 +63,37 @@ def run_command(
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--config-dir", type=Path, help="a folder of your own YAML, with the same groups as ours")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration that would run, and stop")
-    options = parser.parse_intermixed_args(arguments)
+    options, others = parser.parse_known_intermixed_args(arguments)
     try:
+        if others:
+            raise ConfigError(
+                _about_options(
+                    name, schema, options.config_dir, others, sys.argv[1:] if arguments is None else arguments
+                )
+            )
         config = load(name, schema, options.overrides, options.config_dir)
         if options.cfg:
-            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(dump(config))))
+            sys.stdout.write(as_yaml(dump(config)))
             return
         with typed_as(["ssl-pipeline", *verb.split(), *sys.argv[1:]]):
             run(config)
     except UserError as error:
         leave(error, f"ssl-pipeline {verb} --help")
+
+
+def _about_options(
+    name: str, schema: type[BaseModel], config_dir: Path | None, unknown: Sequence[str], words: Sequence[str]
+) -> list[str]:
+    """What to type in place of options that there are not; each takes the word after it for its value."""
+    stage, told = HintStage(name, schema, compose(name), config_dir), list[str]()
+    for option in unknown:
+        key, equals, value = option.partition("=")
+        after = words[list(words).index(option) + 1 :][:1]
+        taken = (
+            value if equals else after[0] if after and "=" not in after[0] and not after[0].startswith("-") else None
+        )
+        told.append(about_option(stage, key, taken))
+    return told
 
 
 def check_folder_of(file: Path, key: str) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.words import listed
 
 
 def config_root() -> Path:
@@ -35,51 +38,107 @@ def choices(group: str, config_dir: Path | None = None) -> list[str]:
     return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
 
 
-def compose(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
-    """Composes ``configs/<name>.yaml`` with overrides.
+def choice_file(group: str, choice: str, config_dir: Path | None = None) -> Path | None:
+    """The YAML file of a choice, the user's own first; None where there is none."""
+    roots = [*([config_dir] if config_dir else []), config_root()]
+    return next((file for root in roots if (file := root / group / f"{choice}.yaml").is_file()), None)
+
+
+def groups(config_dir: Path | None = None) -> set[str]:
+    """The names of all groups, our own and the user's."""
+    roots = [root for root in (config_root(), config_dir) if root and root.is_dir()]
+    return {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+
+
+def group_choices(name: str) -> dict[str, str | None]:
+    """The groups of ``configs/<name>.yaml`` in its order, and what it takes of each."""
+    entries = yaml.safe_load((config_root() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What YAML says, before a key is set.
+
+    Attributes:
+        tree: plain values; interpolations are still unresolved.
+        choices: what was taken of each group.
+    """
+
+    tree: dict[str, Any]
+    choices: dict[str, str | None]
+
+
+def compose(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
+    """The plain values of ``configs/<name>.yaml`` with choices of groups; see :func:`composed`."""
+    return resolved(composed(name, selections, config_dir).tree)
+
+
+def composed(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> Composed:
+    """Composes ``configs/<name>.yaml`` with choices of groups.
 
     Args:
-        name: ``pretrain``, ``finetune`` or ``study``.
-        overrides: ``group=choice`` and ``a.b=value``, in Hydra's grammar. A key that the YAML does not list is let
-            through: the schema knows all keys, and names the nearest one.
+        name: of the file, such as ``pretrain``.
+        selections: ``group=choice``, ``+group=choice``, ``~group`` and so on, in Hydra's grammar.
         config_dir: a folder of the user's own YAML, searched before ours.
 
-    Returns:
-        Plain dictionaries, lists and scalars.
-
     Raises:
-        ConfigError: an override or a file cannot be read, a group has no such choice, or a folder is missing.
+        ConfigError: a file can't be read, a group has no such choice, or a folder is missing.
     """
     search = []
     if config_dir is not None:
         if not config_dir.is_dir():
             raise ConfigError(f"`--config-dir`: there is no folder {str(config_dir)!r}.")
-        search = [f"hydra.searchpath=['file://{config_dir.resolve()}']"]
-    groups = {path.name for root in (config_root(), config_dir) if root for path in root.iterdir() if path.is_dir()}
+        search = [f"hydra.searchpath={listed([f'file://{config_dir.resolve()}'])}"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_root()), version_base="1.3"):
-            tree = hydra_compose(name, overrides=[*search, *(_let_through(text, groups) for text in overrides)])
-            plain = OmegaConf.to_container(tree, resolve=True)
+            found = hydra_compose(name, overrides=[*search, *selections], return_hydra_config=True)
+        taken = dict(found.hydra.runtime.choices)
+        OmegaConf.set_struct(found, False)
+        del found["hydra"]
+        tree = OmegaConf.to_container(found)
     except MissingConfigException as error:
         raise ConfigError(_missing(error, config_dir)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(_unreadable(error, config_dir)) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(tree, dict)
+    return Composed({str(key): value for key, value in tree.items()}, taken)
+
+
+def resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree whose interpolations, such as ``${seed}``, are replaced by what they stand for.
+
+    Raises:
+        ConfigError: one stands for nothing.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def _let_through(override: str, groups: set[str]) -> str:
-    key, equals, _ = override.partition("=")
-    if not equals and not override.startswith("~"):
-        raise ConfigError(
-            f"{override!r} is not an override: write `group=choice` or `key=value` (see --help for the keys)."
-        )
-    if override.startswith(("~", "+")) or key in groups or key.split("@")[0] in groups:
-        return override
-    return f"++{override}"
+def literal(value: Any) -> Any:
+    """A value whose texts mean themselves when :func:`resolved`: nothing in them is an interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    if isinstance(value, Mapping):
+        return {key: literal(inner) for key, inner in value.items()}
+    return [literal(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def as_yaml(tree: Mapping[str, Any]) -> str:
+    """A tree as YAML that :func:`read_yaml` reads as the same again, whatever its texts hold."""
+    return OmegaConf.to_yaml(OmegaConf.create(literal(tree)))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file; what it raises where there are none is its parsers' own."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:

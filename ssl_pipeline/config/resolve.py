@@ -6,11 +6,13 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import shlex
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError, Room
 
@@ -31,7 +33,7 @@ def resolve(schema: type[Stage], tree: Mapping[str, Any]) -> Stage:
         ConfigError: listing every mistake in words.
     """
     values, problems = dict(tree), list[str]()
-    for field, room in _rooms(schema).items():
+    for field, room in rooms(schema).items():
         if isinstance(values.get(field), Mapping):
             try:
                 values[field] = component(room, field, values[field])
@@ -41,7 +43,7 @@ def resolve(schema: type[Stage], tree: Mapping[str, Any]) -> Stage:
     try:
         return_value = schema.model_validate(values)
     except ValidationError as error:
-        reported = {field for field in _rooms(schema) if field in tree and field not in values}
+        reported = {field for field in rooms(schema) if field in tree and field not in values}
         problems += [text for text in _sentences(error, schema) if text.split("`")[1] not in reported]
         return_value = None
     if problems or return_value is None:
@@ -63,7 +65,7 @@ def component(room: str, field: str, tree: Mapping[str, Any]) -> ComponentConfig
     name = tree.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"`{field}.name` is required: the name of one of {', '.join(names(room))}.")
-    schema = _config_class(room, field, name)
+    schema = config_class(room, field, name)
     try:
         return schema.model_validate(dict(tree))
     except ValidationError as error:
@@ -93,7 +95,17 @@ def _modules(package: str) -> dict[str, str]:
     return found
 
 
-def _config_class(room: str, field: str, name: str) -> type[ComponentConfig]:
+def config_class(room: str, field: str, name: str) -> type[ComponentConfig]:
+    """The model of a component's configuration.
+
+    Args:
+        room: the package it lives in, relative to ``ssl_pipeline``.
+        field: the key it has in the stage's configuration, for messages.
+        name: a module of the room, or a dotted name of the user's own.
+
+    Raises:
+        ConfigError: no such module can be imported, or it has no ``Config``.
+    """
     path = name if "." in name else _modules(f"ssl_pipeline.{room}").get(name, f"ssl_pipeline.{room}.{name}")
     try:
         found = importlib.util.find_spec(path) is not None
@@ -110,7 +122,8 @@ def _config_class(room: str, field: str, name: str) -> type[ComponentConfig]:
     return schema
 
 
-def _rooms(schema: type[BaseModel]) -> dict[str, str]:
+def rooms(schema: type[BaseModel]) -> dict[str, str]:
+    """The fields of a stage's schema whose model is chosen by ``name``, and the room of each."""
     return {
         name: mark.package
         for name, field in schema.model_fields.items()
@@ -138,8 +151,24 @@ def _sentences(error: ValidationError, schema: type[BaseModel], prefix: str = ""
         elif finding["type"] == "value_error":
             sentences.append(f"`{key}`: {finding['msg'].removeprefix('Value error, ')}")
         else:
-            sentences.append(f"`{key}`: {finding['msg'][:1].lower()}{finding['msg'][1:]}, got {finding['input']!r}.")
+            sentences.append(f"`{key}`: {_expected(finding, schema, key, loc)}")
     return list(dict.fromkeys(sentences))
+
+
+def _expected(finding: ErrorDetails, schema: type[BaseModel], key: str, loc: list[str]) -> str:
+    """What a value should have been, and the line to type where there is one."""
+    value = finding["input"]
+    shown = "null" if value is None else repr(value)
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if finding["type"] in ("model_type", "dict_type") and (fields := list(_model_at(schema, loc).model_fields)):
+        example = f": write `{key}.{fields[0]}={value}`" if plain else ""
+        return f"it has keys of its own ({', '.join(fields)}), got {shown}{example}."
+    if finding["type"] in ("tuple_type", "list_type"):
+        line = f"{key}=[{value}]"
+        return f"a list is needed, got {shown}{f': write `{shlex.quote(line)}`' if plain else ''}."
+    if finding["type"] == "string_type" and plain:
+        return f"a text is needed, and YAML reads {shown} as a number: put it in quotes there."
+    return f"{finding['msg'][:1].lower()}{finding['msg'][1:]}, got {shown}."
 
 
 def _model_at(schema: type[BaseModel], loc: list[str]) -> type[BaseModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
@@ -18,6 +18,7 @@ _log = logging.getLogger("ssl_pipeline")
 class BadFilesLimit(Strict):
     """How many damaged files a run bears: a number, or a share of all files."""
 
+    one_value: ClassVar[bool] = True
     value: float = Field(ge=0)
     share: bool
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict
+from ssl_pipeline.config.words import quoted
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.draws import derive_seed
@@ -143,14 +144,10 @@ def _ours(path: str) -> tuple[Encoder, Card]:
 
 
 def leading_words(words: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """A command's leading words that are no overrides, as overrides of these keys: ``RUN data=…`` is ``encoder=RUN data=…``.
-
-    Quoted for Hydra, whose grammar knows spaces, commas and brackets of its own.
-    """
+    """A command's leading words that are no overrides, as overrides of these keys: ``RUN data=…`` is ``encoder=RUN data=…``."""
     words, named = list(words), list[str]()
     for key in keys:
         if not words or words[0].startswith("-") or ("=" in words[0] and not Path(words[0]).exists()):
             break
-        quoted = words.pop(0).replace("'", "\\'")
-        named.append(f"{key}='{quoted}'")
+        named.append(f"{key}={quoted(words.pop(0))}")
     return [*named, *words]

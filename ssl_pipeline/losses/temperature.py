@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -52,6 +53,7 @@ class TemperatureConfig(Strict):
         other_domain: the temperature towards rows of other domains; ``value`` and the rest then hold within a domain.
     """
 
+    short_for: ClassVar[str | None] = "value"
     value: float = Field(0.5, gt=0)
     start: float = Field(0.5, gt=0)
     warmup: Duration = parse_duration("0 steps")

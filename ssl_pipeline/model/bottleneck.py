@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -19,6 +19,7 @@ class BottleneckConfig(Strict):
         activation: after the norm.
     """
 
+    short_for: ClassVar[str | None] = "width"
     width: int | None = Field(None, ge=1)
     norm: Literal["batch", "layer", "none"] = "batch"
     activation: Literal["none", "relu", "gelu"] = "none"

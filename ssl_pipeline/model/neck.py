@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ class NeckConfig(Strict):
         power: where GeM's learned power starts.
     """
 
+    short_for: ClassVar[str | None] = "name"
     name: Literal["gap", "gem", "tokens", "multi_level"] = "gap"
     power: float = Field(3.0, gt=0)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, Template
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
+from ssl_pipeline.config.compose import as_yaml
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
@@ -90,7 +90,7 @@ def _data(runs: Sequence[RunRecord], drawn: list[dict[str, Any]], seen: list[dic
 def _run(run: RunRecord, of_run: Look) -> dict[str, Any]:
     return {
         "name": run.name, "state": run.state, "summary": summary(run), "notes": [*run.notes, *of_run.notes],
-        "config": OmegaConf.to_yaml(OmegaConf.create(run.config)) if run.config else "config.yaml can't be read.",
+        "config": as_yaml(run.config) if run.config else "config.yaml can't be read.",
     }  # fmt: skip
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
 from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.config.compose import read_yaml
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.lock import is_held
 
@@ -137,7 +136,7 @@ def _read(folder: Path, name: str) -> RunRecord:
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
+        tree = read_yaml(path)
     except Exception as error:  # no YAML, or no text at all: whatever the parsers raise
         notes.append(f"{path.name} can't be read ({first_line(error)}).")
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.study.domain_map import draw, spots
 from ssl_pipeline.study.trained import (
@@ -91,13 +91,13 @@ class DomainStudyConfig(Strict):
 
     def overrides(self, method: str, shift: Shift, seed: int) -> list[str]:
         """Those of a row on a shift."""
-        encoder = [f'encoder="{self.encoder}"'] if self.encoder else []
+        encoder = [f"encoder={quoted(self.encoder)}"] if self.encoder else []
         stands_for = {"{source}": self.source, "{target}": shift.target, "{seed}": str(seed)}
         own = [*encoder, *self.common, *self.methods[method]]
         for name, value in stands_for.items():
             own = [text.replace(name, value) for text in own]
         sides = (
-            [f"domain.source={json.dumps([self.source])}", f"domain.target={json.dumps([shift.target])}"]
+            [f"domain.source={listed([self.source])}", f"domain.target={listed([shift.target])}"]
             if self.is_candidate(method)
             else []
         )

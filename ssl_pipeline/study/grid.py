@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.words import quoted
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.track.tracker import TrackingConfig
 
@@ -184,11 +185,11 @@ def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
     place = what if isinstance(what, str) else what[0]
     found = None if Path(place).expanduser().exists() else _OFFICIAL.fullmatch(place)
     if found is None:
-        return [f"encoder={_quoted(place)}"]
+        return [f"encoder={quoted(place)}"]
     weights = (
-        [] if fresh else [f"backbone.weights={_quoted(found['weights'])}"]
+        [] if fresh else [f"backbone.weights={quoted(found['weights'])}"]
     )  # may be out of reach, and are not wanted
-    return [f"backbone.name={_quoted(found['name'])}", *weights]
+    return [f"backbone.name={quoted(found['name'])}", *weights]
 
 
 def digest_of_weights(config: FinetuneConfig) -> str:
@@ -218,10 +219,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 def slug(name: str) -> str:
     """A name as a part of a file's."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "x"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _number(text: str) -> float:

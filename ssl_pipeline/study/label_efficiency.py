@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.labels import draw_index
 from ssl_pipeline.evaluate.interval import interval
@@ -273,7 +274,7 @@ def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> di
 def initialisations_of(words: Sequence[str]) -> list[str]:
     """The command's leading words that are no overrides, each an initialisation by its folder's name; after ``--`` all are common.
 
-    ``RUN seeds=3 -- data=folder`` is ``initialisations.run=RUN seeds=3 common=[data=folder]``, quoted for Hydra.
+    ``RUN seeds=3 -- data=folder`` is ``initialisations.run='RUN' seeds=3 common=['data=folder']``.
     """
     words = list(words)
     common = words[words.index("--") + 1 :] if "--" in words else []
@@ -282,13 +283,13 @@ def initialisations_of(words: Sequence[str]) -> list[str]:
     while words and not words[0].startswith("-") and ("=" not in words[0] or Path(words[0]).exists()):
         place = words.pop(0)
         path = Path(place)
-        name = slug(path.name if path.name not in named else f"{path.parent.name}_{path.name}")
-        named[name] = place
-    quoted = [text.replace("'", "\\'") for text in common]
+        short, long = slug(path.name), slug(f"{path.parent.name}_{path.name}")
+        names = [short, long, *(f"{short}_{number}" for number in range(2, len(named) + 3))]
+        named[next(name for name in names if name not in named)] = place  # none takes another's place
     return [
-        *(f"initialisations.{name}='{place}'" for name, place in named.items()),
+        *(f"initialisations.{name}={quoted(place)}" for name, place in named.items()),
         *words,
-        *(["common=[" + ",".join(f"'{text}'" for text in quoted) + "]"] if common else []),
+        *([f"common={listed(common)}"] if common else []),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.study.trained import Figures, against, check_places, checked, trained, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
@@ -47,8 +47,8 @@ class LeaveOneOutConfig(Strict):
     def overrides(self, method: str, left_out: str, seed: int) -> list[str]:
         """Those of a row that has never seen a domain."""
         sources = [name for name in self.domains if name != left_out]
-        encoder = [f'encoder="{self.encoder}"'.replace("{seed}", str(seed))] if self.encoder else []
-        sides = [f"domain.source={json.dumps(sources)}", f"domain.target={json.dumps([left_out])}"]
+        encoder = [f"encoder={quoted(self.encoder)}".replace("{seed}", str(seed))] if self.encoder else []
+        sides = [f"domain.source={listed(sources)}", f"domain.target={listed([left_out])}"]
         return [*encoder, *self.common, *self.methods[method], *sides]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load, run_command
+from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.domain.open_set import SCORES
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
@@ -47,9 +47,9 @@ class OpenSetConfig(Strict):
 
     def overrides(self, row: str, known: list[str], split: int) -> list[str]:
         """Those of a row on a split."""
-        encoder = [f'encoder="{self.encoder}"'.replace("{split}", str(split))] if self.encoder else []
-        target = "domain.control=no_shift" if self.target is None else f"domain.target={json.dumps([self.target])}"
-        sides = [f"domain.source={json.dumps([self.source])}", target, f"domain.known={json.dumps(known)}"]
+        encoder = [f"encoder={quoted(self.encoder)}".replace("{split}", str(split))] if self.encoder else []
+        target = "domain.control=no_shift" if self.target is None else f"domain.target={listed([self.target])}"
+        sides = [f"domain.source={listed([self.source])}", target, f"domain.known={listed(known)}"]
         return [*encoder, *self.common, *self.rows[row], *sides]
 
 

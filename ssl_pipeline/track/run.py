@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
-from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError, flatten
+from ssl_pipeline.config.compose import as_yaml, read_yaml
 from ssl_pipeline.config.typed import command_words
 from ssl_pipeline.track.lock import FolderLock
 from ssl_pipeline.track.redaction import redact, redact_command
@@ -204,7 +204,7 @@ def _settle(
         for note in [*changes, *_changed_surroundings(before, start)]:
             _log.warning("%s", note)
     files = {
-        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(redact(config))),
+        "config.yaml": as_yaml(redact(config)),
         "run.json": json.dumps({"starts": [*earlier, start]}, indent=1),
     }
     # Killed between the two, a new run is one that can be continued, and a change is noted before it is forgotten.
@@ -214,12 +214,12 @@ def _settle(
 
 def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:
     try:
-        before = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        before = flatten(read_yaml(path / "config.yaml"))
     except Exception as error:  # missing, no YAML, or no text at all: whatever the parsers raise
         raise ConfigError(
             f"`output`: {str(path)!r} can't be continued, its config.yaml can't be read ({error}): choose another folder."
         ) from error
-    now = flatten(OmegaConf.to_container(OmegaConf.create(redact(config))))
+    now = flatten(redact(config))
     return [
         f"`{key}` was {before.get(key, 'not there')!r} and is now {now.get(key, 'not there')!r}."
         for key in sorted(before.keys() | now.keys())
