@@ -26,6 +26,7 @@ from ssl_pipeline.downstream.consistency import ConsistencyConfig, Unlabelled
 from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw, told_of, without_labels
 from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
+from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.downstream.vector import targets_of
@@ -206,6 +207,9 @@ def finetune(config: FinetuneConfig) -> Result:
     data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
     run, folder, finished = open_folder(config, data, seeds, accelerator)
     result = Result(folder, config.split)
+    result.selection.update(selection(config.labels, config.downstream, config.regime, labelled[config.seed]))
+    if run is not None and config.labels.validation == "auto" and config.tracking.terminal != "quiet":
+        console().print(result.selection["why"], markup=False)
     if finished:
         result.take_confusion()
     with (

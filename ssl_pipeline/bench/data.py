@@ -177,7 +177,7 @@ def _make_million(root: Path, prepared: Path) -> None:
     columns = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in stored.COLUMNS}
     mtimes = torch.full((len(folders),), _LONG_AGO)
     files = Files(*pack(names), columns)
-    manifest = Manifest(root, files, Files.of(folders), mtimes, ("",), ("", "RGB"), (0, ""), time.time_ns(), True)
+    manifest = Manifest(root, files, Files.of(folders), mtimes, ("",), ("", "RGB"), (), time.time_ns(), True)
     stored.save(manifest, place_of(root, prepared))
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)

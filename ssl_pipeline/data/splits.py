@@ -94,6 +94,30 @@ def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     return rest.nonzero()[:, 0], held_out
 
 
+def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
+    """Cuts samples into the parts of a cross-validation, each class evenly over them, to within one sample.
+
+    Args:
+        labels: int64 of shape (N,), without −1.
+        most: parts at most; no more than the largest class has samples.
+        name: of the draw.
+
+    Returns:
+        The number of each sample's part from 0 on, int64 of shape (N,). A class's only sample is in none, −1, since nothing would
+        teach its class when it is left out. None where no class has two samples.
+    """
+    sizes = labels.bincount()
+    count = min(most, int(sizes.max())) if len(labels) else 0
+    if count < 2:
+        return None
+    order = permutation(len(labels), *name)
+    order = order[labels[order].argsort(stable=True)]  # class by class
+    order = order[sizes[labels[order]] > 1]
+    part = torch.full((len(labels),), -1)
+    part[order] = torch.arange(len(order)) % count  # neighbors are in different parts, so no part has all of a class
+    return part
+
+
 def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[Part, Tensor]:
     """Shares the samples of one pool out among the splits, the same way for every seed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
@@ -17,7 +18,7 @@ from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.open_set import open_set_figures
 from ssl_pipeline.domain.selection import unlabelled_figures
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index
+from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_folds, draw_index
 from ssl_pipeline.downstream.task import DownstreamConfig
 
 
@@ -49,12 +50,16 @@ class Across:
     def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> Labelled:
         """What is learned from: of the source as many labels as are asked for, and with them ``target_labels`` of the target.
 
-        Labels that choose are held out of the *source* alone.
+        Labels that choose, held out or by cross-validation, are the *source's* alone.
         """
         if self.method.starts_from is not None:
             return Labelled(self.source, None)
         train, held_out = draw_index(labels, downstream, self.source, seed)
-        return Labelled(self.labelled(seed, train), None if held_out is None else self.source.select(held_out))
+        folds = draw_folds(labels, downstream, self.source, (train, held_out), seed)
+        learned = self.labelled(seed, train)
+        if folds is not None:  # the target's images come after the source's
+            folds = F.pad(folds, (0, len(learned) - len(train)), value=-1)
+        return Labelled(learned, None if held_out is None else self.source.select(held_out), folds)
 
     def labelled(self, seed: int, taught: Tensor | None = None) -> Indexed:
         """Images of the source, and with them ``target_labels`` of each class of the target, drawn by the seed.
@@ -88,7 +93,8 @@ class Across:
         (``domain.distance``), and with ``known`` how well unknown classes are found (``domain.open_set``).
         """
         read = {name: classifier.read(images, preprocessing, share) for name, images in self.measured.items()}
-        features, labels = ({name: rows[side] for name, rows in read.items()} for side in (0, 1))
+        features = {name: rows.features for name, rows in read.items()}
+        labels = {name: rows.targets for name, rows in read.items()}
         logits = {name: classifier.of_features(rows.to(share.device)).float().cpu() for name, rows in features.items()}
         predictions = torch.cat([logits[name] for name in self.targets])
         truth = torch.cat([labels[name] for name in self.targets])

@@ -138,7 +138,7 @@ def open_set_figures(
     """
 
     def outputs(images: Indexed) -> tuple[Tensor, Tensor]:
-        return from_features(classifier.read(images, preprocessing, share)[0])
+        return from_features(classifier.read(images, preprocessing, share).features)
 
     def from_features(features: Tensor) -> tuple[Tensor, Tensor]:
         was_training = classifier.training
@@ -148,12 +148,12 @@ def open_set_figures(
 
     _, bank = outputs(taught)
     read = {name: classifier.read(images, preprocessing, share) for name, images in known.items()}
-    of_domain = {name: from_features(rows) for name, (rows, _) in read.items()}
+    of_domain = {name: from_features(rows.features) for name, rows in read.items()}
     sides = {name: scores(*output, bank) for name, output in of_domain.items()}
     strange = scores(*outputs(unknown), bank)
     reference = scores(*outputs(held_back if held_back is not None else taught), bank)
     logits = torch.cat([of_domain[name][0] for name in targets])
-    label = torch.cat([read[name][1] for name in targets])
+    label = torch.cat([read[name].targets for name in targets])
     right = logits.argmax(1) == label
     figures = dict[str, float]()
     for score, of_unknown in strange.items():

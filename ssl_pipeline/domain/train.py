@@ -38,18 +38,18 @@ def train_across(
     task = method.build(classifier, target).to(share.device)
     for phase in method.phases:
         if phase == "target":
-            _run_phase(phase, method, method.on_target, regime.batch, task, target, around)
+            _run_phase(phase, method, regime, method.on_target, task, target, around)
         elif regime.trains_all and has_source:
             stage = SourceTask(classifier) if "target" in method.phases else task
-            _run_phase(phase, method, regime, regime.batch, stage, target, around)
+            _run_phase(phase, method, regime, regime, stage, target, around)
     task.finish(labelled.train, target, around.preprocessing, share)
 
 
 def _run_phase(
     phase: Phase,
     method: MethodConfig,
+    regime: RegimeConfig,
     training: TrainingConfig,
-    batch: int,
     task: Method,
     target: Indexed,
     around: Surroundings,
@@ -57,7 +57,7 @@ def _run_phase(
     share, labelled = around.share, around.labelled
     images = target if phase == "target" else labelled.train
     # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
-    most = min(batch, len(target)) if phase == "joint" else batch
+    most = min(regime.batch, len(target)) if phase == "joint" else regime.batch
     size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
     total = max(1, training.least_steps, training.length.steps(len(images) // size, 0))
     # Sample i of the target is not to be cropped as sample i of the source is.
@@ -77,5 +77,7 @@ def _run_phase(
         )
     task.prime(lambda forward: extract(task, target, around.preprocessing, share, forward=forward))
     optimizer = build_optimizer(training.optim, task, size)
-    best = Best(task.classifier, around) if method.selects and labelled.validation is not None else None
+    # The held-out labels also measure (``source_validation``): no probe is fitted to them, whichever step is kept.
+    chooses = method.selects and labelled.validation is not None
+    best = Best(task.classifier, around, starts_trained=regime.probes) if chooses else None
     run_kept_loop(training, task, batches, optimizer, around, phase, best, max(1, total // 20) if best else 0)

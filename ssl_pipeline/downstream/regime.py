@@ -7,38 +7,36 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import Strict
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
 from ssl_pipeline.data.paired import PairedBatches
-from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, Unlabelled
 from ssl_pipeline.downstream.labels import Labelled
+from ssl_pipeline.downstream.probe import choose_decay, first_figure
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import VectorTask, targets_of
+from ssl_pipeline.downstream.vector import Rows, VectorTask, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import go_on
-from ssl_pipeline.engine.distributed import check_same_start
+from ssl_pipeline.engine.distributed import check_same_start, from_main
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.training import TrainingCurves
 from ssl_pipeline.views.policy import Views
-
-Rows = tuple[Tensor, Tensor]  # features (M, D), and the targets of the images that they are of
 
 
 class TrainingConfig(Strict):
@@ -61,7 +59,8 @@ class RegimeConfig(TrainingConfig):
     Attributes:
         name: ``frozen``: the probe alone. ``lp_ft``: the probe, then all layers. ``end_to_end``: all layers from a
             random head. ``scratch``: all layers, the encoder random too.
-        decays: the probe's weight decays to choose from on validation labels; the first one when there are none.
+        decays: the probe's weight decays to choose from, on held-out labels or by cross-validation; the first one where ``labels.validation``
+            is 0.
         probe: how a head that can't be solved is trained on the encoder as it is.
         batch: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
@@ -144,56 +143,69 @@ class Surroundings:
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
-    """Trains a task in place by a regime; selection looks at validation labels alone.
+    """Trains a task in place by a regime; selection goes by labels that are held out of the training labels, or by none.
 
     A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
     last checkpoint, or from its end.
     """
     task.look_at(around.labelled.train)
     regime.settle(task)
+    on_all_labels: Callable[[], None] | None = None
     if regime.probes and isinstance(task, VectorTask):
-        solve_head(regime, task, around)
+        on_all_labels = solve_head(regime, task, around)
+        if not regime.trains_all and on_all_labels is not None:
+            on_all_labels()
     elif regime.probes:
         task.fix_encoder(True)
-        _run_loop(regime.probe, regime.batch, task, around, "probe")
+        _run_loop(regime.probe, regime.batch, task, around, "probe", Best(task, around))
         task.fix_encoder(False)
-    if regime.trains_all and around.unlabelled is not None:
+    if not regime.trains_all:
+        return
+    best = Best(task, around, starts_trained=regime.probes, on_all_labels=on_all_labels)
+    if around.unlabelled is not None:
         assert isinstance(task, Classification)  # finetune's `check` allows no other
-        _run_consistency(regime, task, around, around.unlabelled)
-    elif regime.trains_all:
-        _run_loop(regime, regime.batch, task, around, "all_layers")
+        _run_consistency(regime, task, around, around.unlabelled, best)
+    else:
+        _run_loop(regime, regime.batch, task, around, "all_layers", best)
 
 
-def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> None:
-    """The probe: fits the head on fixed features, its weight decay chosen by validation labels where there are some."""
-    train, held_out = around.labelled.train, around.labelled.validation
+def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> Callable[[], None] | None:
+    """The probe: fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
 
-    def read(source: Indexed) -> Rows:
-        return task.read(source, around.preprocessing, around.share)
+    Returns:
+        What fits the head again, on the held-out labels too, once they have nothing left to choose; None where none are held out.
+    """
+    labelled, device = around.labelled, around.share.device
+    train, held_out = around.features or (None, None)
+    if train is None:
+        train = task.read(labelled.train, around.preprocessing, around.share)
+    if held_out is None and labelled.validation is not None:
+        held_out = task.read(labelled.validation, around.preprocessing, around.share)
+    folds = None if labelled.folds is None else labelled.folds[train.index]
+    train, held_out = train.to(device), held_out and held_out.to(device)
+    decay = from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
 
-    chooses = held_out is not None and len(regime.decays) > 1
-    cached = around.features or (read(train), read(held_out) if held_out is not None and chooses else None)
-    features, targets = (rows.to(around.share.device) for rows in cached[0])
-    decay = regime.decays[0]
-    if held_out is not None and chooses:
-        assert cached[1] is not None
-        scores = dict.fromkeys(sorted(regime.decays, reverse=True), 0.0)
-        for candidate in scores:
-            task.fit_head(features, targets, candidate)
-            scores[candidate] = _first(task.evaluate_features(*cached[1]))
-        decay = max(scores, key=lambda d: scores[d])
-    task.fit_head(features, targets, decay)
+    def fit_on(*parts: Rows) -> None:
+        features, targets = (torch.cat([getattr(part, side) for part in parts]) for side in ("features", "targets"))
+        task.fit_head(features, targets, decay)
+
+    fit_on(train)
+    return None if held_out is None else lambda: fit_on(train, held_out)
 
 
-def _run_loop(training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings, name: str) -> None:
+def _run_loop(
+    training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings, name: str, best: Best
+) -> None:
     labelled, share = around.labelled, around.share
     size, total = _steps(training, batch, around)
     make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
-    _run(training, task, task, batches, around, name)
+    _run(training, task, batches, around, name, best)
 
 
-def _run_consistency(regime: RegimeConfig, task: Classification, around: Surroundings, unlabelled: Unlabelled) -> None:
+def _run_consistency(
+    regime: RegimeConfig, task: Classification, around: Surroundings, unlabelled: Unlabelled, best: Best
+) -> None:
     """All layers, from labelled images and as many times ``ratio`` others."""
     labelled, ratio = around.labelled, unlabelled.config.ratio
     size, total = _steps(regime, min(regime.batch, len(unlabelled.images) // ratio), around)
@@ -202,7 +214,7 @@ def _run_consistency(regime: RegimeConfig, task: Classification, around: Surroun
         ratio * size,
     )  # fmt: skip
     learner = Consistency(unlabelled.config, task, targets_of(labelled.train)).to(around.share.device)
-    _run(regime, task, learner, batches, around, "all_layers")
+    _run(regime, learner, batches, around, "all_layers", best)
 
 
 def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[int, int]:
@@ -213,13 +225,13 @@ def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[
 
 
 def _run(
-    training: TrainingConfig, task: DownstreamTask, learner: Task, batches: StepBatches, around: Surroundings, name: str
+    training: TrainingConfig, learner: Task, batches: StepBatches, around: Surroundings, name: str, best: Best
 ) -> None:
-    """A loop that keeps the task's best weights, where validation labels tell them; ``learner`` is the task, or holds it."""
+    """A loop that keeps the best weights where held-out labels tell them."""
     optimizer = build_optimizer(training.optim, learner, batches.batch_size)
     chooses = around.labelled.validation is not None
     every = max(batches.steps_per_epoch, batches.total_steps // 20) if chooses else 0
-    run_kept_loop(training, learner, batches, optimizer, around, name, Best(task, around), every)
+    run_kept_loop(training, learner, batches, optimizer, around, name, best if chooses else None, every)
 
 
 def run_kept_loop(
@@ -254,8 +266,8 @@ def run_kept_loop(
         check_same_start(around.accelerator, int(resume["done"]) if resume else 0)
     if resume is not None:
         go_on(resume, batches, in_steps=training.length.unit == "steps")
-    if resume is not None and best is not None:
-        best.load_state_dict(resume)
+    if best is not None:
+        best.begin() if resume is None else best.load_state_dict(resume)
     total, done = batches.total_steps + batches.offset, int(resume["done"]) if resume is not None else 0
     curves = around.curves
     with (
@@ -274,35 +286,59 @@ def run_kept_loop(
 
 
 class Best:
-    """Keeps the weights that scored best on validation labels; the earliest of equals."""
+    """Keeps the weights that score best on held-out labels; the latest of equals, as few labels make many of them.
 
-    def __init__(self, task: DownstreamTask, around: Surroundings) -> None:
+    Args:
+        task: whose weights.
+        around: what it is trained with.
+        starts_trained: whether the weights that the loop starts from, a probe's, are a candidate too.
+        on_all_labels: fits the probe's head again, on the held-out labels too, if those weights are the best: they were judged by a
+            head that had not seen them.
+    """
+
+    def __init__(
+        self,
+        task: DownstreamTask,
+        around: Surroundings,
+        starts_trained: bool = False,
+        on_all_labels: Callable[[], None] | None = None,
+    ) -> None:
         self._task, self._around = task, around
-        self._value, self._state = float("-inf"), dict[str, Any]()
+        self._starts_trained, self._on_all_labels = starts_trained, on_all_labels
+        self._value, self._state, self._is_start = float("-inf"), dict[str, Any](), False
+
+    def begin(self) -> None:
+        """Takes the weights before the first step for the best, where they are a candidate."""
+        if self._starts_trained:
+            self._measure(is_start=True)
 
     def evaluate(self, clock: Clock) -> Mapping[str, float]:
-        """The figures on validation labels; keeps the weights if they are the best so far."""
+        """The figures on held-out labels; keeps the weights if none before were better."""
         del clock
+        figures = self._measure(is_start=False)
+        return {f"finetune/validation_{name}": value for name, value in figures.items()}
+
+    def _measure(self, is_start: bool) -> dict[str, float]:
         held_out, around = self._around.labelled.validation, self._around
         assert held_out is not None
         figures = self._task.evaluate(held_out, around.preprocessing, around.share)
-        if _first(figures) > self._value:
-            self._value, self._state = _first(figures), copy.deepcopy(self._task.state_dict())
-        return {f"finetune/validation_{name}": value for name, value in figures.items()}
+        if first_figure(figures) >= self._value:
+            self._value, self._is_start = first_figure(figures), is_start
+            self._state = copy.deepcopy(self._task.state_dict())
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"best": {"value": self._value, "state": self._state}}
+        return {"best": {"value": self._value, "state": self._state, "is_start": self._is_start}}
 
     def load_state_dict(self, resume: Mapping[str, Any]) -> None:
         """Takes it from a checkpoint."""
-        self._value, self._state = resume["best"]["value"], resume["best"]["state"]
+        best = resume["best"]
+        self._value, self._state, self._is_start = best["value"], best["state"], best.get("is_start", False)
 
     def restore(self) -> None:
         """Puts the best weights back."""
         if self._state:
             self._task.load_state_dict(self._state)
-
-
-def _first(figures: dict[str, float]) -> float:
-    return next(iter(figures.values()))
+        if self._is_start and self._on_all_labels is not None:
+            self._on_all_labels()

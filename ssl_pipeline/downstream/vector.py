@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,29 @@ from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
 from ssl_pipeline.model.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images as a head reads them.
+
+    Attributes:
+        features: float32 of shape (N, D).
+        targets: as :func:`targets_of` has them.
+        index: which of the source's images they are, int64 of shape (N,): those that can't be decoded are missing.
+    """
+
+    features: Tensor
+    targets: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        return Rows(self.features.to(device), self.targets.to(device), self.index)
+
+    def only(self, chosen: Tensor) -> Rows:
+        """Those of a mask, bool of shape (N,)."""
+        return Rows(self.features[chosen], self.targets[chosen], self.index[chosen.cpu()])
 
 
 class VectorTask(DownstreamTask):
@@ -62,12 +86,13 @@ class VectorTask(DownstreamTask):
 
     def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
         """The figures of all predictions, each sample exactly once."""
-        return self.evaluate_features(*self.read(source, preprocessing, share))
+        rows = self.read(source, preprocessing, share)
+        return self.evaluate_features(rows.features, rows.targets)
 
-    def read(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> tuple[Tensor, Tensor]:
-        """What the head reads of a source's images, float32 of shape (M, D), and their targets; images that can't be read are left out."""
-        features, read = extract_readable(self, source, preprocessing, share, forward=self.neck_features)
-        return features, targets_of(source)[read]
+    def read(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> Rows:
+        """What the head reads of a source's images; those that can't be decoded are left out."""
+        features, index = extract_readable(self, source, preprocessing, share, forward=self.neck_features)
+        return Rows(features, targets_of(source)[index], index)
 
     @torch.no_grad()
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:

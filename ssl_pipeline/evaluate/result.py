@@ -21,12 +21,14 @@ class Result:
         split: the held-out split that was measured on.
         figures: per seed.
         confusion: the first seed's, where classes are told: ``classes``, and ``matrix`` with a row for each true one.
+        selection: how many labels were learned from and held out, and why; see :mod:`ssl_pipeline.downstream.selection`.
     """
 
     folder: Path
     split: str
     figures: list[dict[str, float]] = field(default_factory=list)
     confusion: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +70,7 @@ class Result:
     def write(self) -> None:
         """Writes ``results.json`` into the run's folder."""
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
+        record |= {"labels": self.selection} if self.selection else {}
         record |= {"confusion": self.confusion} if self.confusion else {}
         write_json(self._written, record)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from ssl_pipeline.config.base import dump
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.labels import Labelled, draw_index
+from ssl_pipeline.downstream.labels import Labelled, draw_folds, draw_index
 from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.downstream.vector import Rows, VectorConfig, VectorTask, targets_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
 from ssl_pipeline.evaluate.features import extract_readable
@@ -147,7 +148,8 @@ class Desk:
         views = Views(policy, blueprint.mean, blueprint.std, config.seed)
         preprocessing = Preprocessing.of(blueprint)
         index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
-        labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation))
+        folds = draw_folds(config.labels, config.downstream, pool, (index, validation), config.seed)
+        labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation), folds)
         rows = load_file(task.features) if task.features is not None else None
         cached = None
         if rows is not None:
@@ -161,9 +163,10 @@ class Desk:
         if task.model is not None:
             task.model.mkdir(parents=True, exist_ok=True)
             save(task.model, model, model_card(config, blueprint, pool, figures))
-        count = len(index) + (0 if validation is None else len(validation))
+        chosen_by = selection(config.labels, config.downstream, config.regime, labelled)
+        count = chosen_by["learned_from"] + chosen_by["held_out"]
         row = {
-            "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "seed": cell.seed, "split": config.split,
+            "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "held_out": chosen_by["held_out"], "seed": cell.seed, "split": config.split,
             "figures": figures, "seconds": round(time.perf_counter() - began, 2),
         }  # fmt: skip
         write_json(task.record, {**row, **task.facts})
@@ -179,8 +182,9 @@ def _measure(
     return model.evaluate(held_out, preprocessing, share)
 
 
-def _of(rows: dict[str, Tensor], index: Tensor, pool: Indexed) -> tuple[Tensor, Tensor]:
-    """The features of some training images and their targets, without those that could not be read."""
+def _of(rows: dict[str, Tensor], index: Tensor, pool: Indexed) -> Rows:
+    """Some training images (sorted int64 indices) as a head reads them, without those that could not be decoded."""
     assert bool(torch.isin(index, rows["index"]).all())
     chosen = torch.isin(rows["train_read"], index)
-    return rows["train"][chosen], targets_of(pool)[rows["train_read"][chosen]]
+    read = rows["train_read"][chosen]
+    return Rows(rows["train"][chosen], targets_of(pool)[read], torch.searchsorted(index, read))

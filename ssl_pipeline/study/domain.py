@@ -194,7 +194,9 @@ def chosen(rows: dict[str, Figures], figure: str) -> str:
         ConfigError: a row lacks the figure.
     """
     if any(figure not in figures for figures in rows.values()):
-        raise ConfigError(f"`select`: not every row has {figure}: source_validation needs labels.validation above 0.")
+        raise ConfigError(
+            f"`select`: not every row has {figure}: source_validation needs labels.validation above 0, such as 0.2."
+        )
     sign = -1 if figure.rpartition("/")[2] in _BETTER_IS_SMALLER else 1
     return max(rows, key=lambda name: sign * rows[name][figure])
 

@@ -21,12 +21,13 @@ from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.labels import draw_index
+from ssl_pipeline.downstream.labels import draw, draw_index
+from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.finetune import check, starting_point
 from ssl_pipeline.model.weights import is_file_name
 from ssl_pipeline.study.cell import Reading, Training, reads_features
-from ssl_pipeline.study.figure import draw
+from ssl_pipeline.study.figure import draw as draw_figure
 from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of_weights, slug
 from ssl_pipeline.study.jobs import settle, work_off
 from ssl_pipeline.study.verdict import Findings
@@ -58,6 +59,7 @@ def study(config: StudyConfig) -> Path:
         readings, trainings = _work(config, grid, facts, run.path, pool)
         total = sum(map(len, grid.values()))
         console().print(f"{total} cells, {total - len(trainings)} of them done before", markup=False)
+        _tell_selection(config, grid, pool)
         _do(readings, config, len(readings))
         _do(trainings, config, total)
         rows = [
@@ -103,6 +105,18 @@ def _check(grid: dict[str, list[Cell]], pool: Indexed, held_out: Indexed) -> dic
                     raise
                 left_out[name] = str(error)
     return left_out
+
+
+def _tell_selection(config: StudyConfig, grid: dict[str, list[Cell]], pool: Indexed) -> None:
+    """What `labels.validation=auto` comes to for each number of labels, in the regime that the summary speaks of."""
+    for labels in config.labels:
+        cells_of = [cell for of_init in grid.values() for cell in of_init if cell.labels == labels]
+        cell = next((cell for cell in cells_of if cell.regime == config.trained_regime), cells_of[0])
+        own = cell.config
+        if own.labels.validation == "auto":
+            drawn = draw(own.labels, own.downstream, pool, cell.seed)
+            why = selection(own.labels, own.downstream, own.regime, drawn)["why"]
+            console().print(f"  {labels} ({cell.regime}): {why}", markup=False)
 
 
 def _facts(of_init: Sequence[Cell], pool: Indexed, held_out: Indexed) -> dict[str, Any]:
@@ -211,7 +225,7 @@ def _tell(
         notes.insert(0, f"kNN (k = 20, all training labels): {told}.")
     sentences = findings.sentences()
     console().print("\n".join([*notes, *sentences]), markup=False, highlight=False)
-    kept = ("init", "regime", "labels", "label_count", "seed", "split", "figures", "seconds")
+    kept = ("init", "regime", "labels", "label_count", "held_out", "seed", "split", "figures", "seconds")
     base = findings.baseline
     record = {
         "schema_version": SCHEMA,
@@ -223,7 +237,7 @@ def _tell(
         "left_out": left_out,
         "baseline": None if base is None else {"init": base[0], "regime": base[1]},
         "claimed": config.trained_regime,
-        "rows": [{key: row[key] for key in kept} for row in rows],
+        "rows": [{key: row[key] for key in kept if key in row} for row in rows],
         "knn": knn,
         "notes": notes,
         "conclusion": sentences,
@@ -231,7 +245,7 @@ def _tell(
         "versions": versions(),
     }
     write_json(folder / "study.json", record)
-    draw(findings, [folder / "study.png", folder / "study.svg"])
+    draw_figure(findings, [folder / "study.png", folder / "study.svg"])
     console().print(f"wrote {folder / 'study.json'}, study.png and study.svg", markup=False)
     return findings
 

@@ -29,7 +29,7 @@ from tests.shapes import mask_folder
 
 SHORT = [
     "seeds=2", "regime.length=6 steps", "regime.least_steps=0", "regime.batch=16", "regime.probe.length=4 steps",
-    "regime.probe.least_steps=0", "checkpoint_every=2 steps",
+    "regime.probe.least_steps=0", "checkpoint_every=2 steps", "labels.validation=0.2",
 ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def mask_encoder(masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("words", "saves"), [
-        (["regime=lp_ft"], 1), (["regime=lp_ft"], 5), (["regime=end_to_end"], 2), (["regime=scratch"], 3),
+        (["regime=lp_ft"], 1), (["regime=lp_ft"], 5), (["regime=lp_ft", "labels.validation=auto"], 4), (["regime=end_to_end"], 2), (["regime=scratch"], 3),
         (["regime=lp_ft", "unlabelled=consistency", "unlabelled.confidence=0.2"], 2),
     ],
 )  # fmt: skip  # a loop of 6 steps saves 3 times: stopped in the first seed's middle, in the second's, and between the two
@@ -110,7 +110,7 @@ def test_a_classifier(
     words: list[str], saves: int, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str, *more: str) -> FinetuneConfig:
-        return tiny_finetune(encoder, tmp_path / name, *words, *SHORT, *more)
+        return tiny_finetune(encoder, tmp_path / name, *SHORT, *words, *more)
 
     whole = finetune(config("whole")).folder
     with stopped_after(saves, monkeypatch):

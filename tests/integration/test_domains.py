@@ -77,7 +77,13 @@ def test_hidden_labels_of_the_target_change_no_weight(
 
 
 def test_figures_are_the_targets_then_each_domains(tmp_path: Path) -> None:
-    result = tiny(tmp_path / "run", "domain=source_only", "domain.target=[edges,inverted]", "domain.target_labels=2")
+    result = tiny(
+        tmp_path / "run",
+        "domain=source_only",
+        "domain.target=[edges,inverted]",
+        "domain.target_labels=2",
+        "labels.validation=0.2",
+    )
     figures = result.figures[0]
     assert next(iter(figures)) == "accuracy"
     of_targets = [figures["accuracy/edges"], figures["accuracy/inverted"]]

@@ -18,7 +18,7 @@ from tests.integration.test_domain_study import COMMON
 
 def tiny(output: Path, **keys: object) -> LeaveOneOutConfig:
     wanted = {
-        "common": COMMON, "domains": ["original", "edges"], "methods": {"ERM": ["domain=erm"]}, "baseline": "ERM", "seeds": 1,
+        "common": [*COMMON, "labels.validation=0.2"], "domains": ["original", "edges"], "methods": {"ERM": ["domain=erm"]}, "baseline": "ERM", "seeds": 1,
         "output": str(output),
     }  # fmt: skip
     return LeaveOneOutConfig.model_validate(wanted | keys)

@@ -72,9 +72,10 @@ def test_probe_and_figures_are_those_of_the_readable_images(kind: str, tmp_path:
     assert isinstance(task, VectorTask)
     probes, figures = list[dict[str, Tensor]](), list[dict[str, float]]()
     for images in (source, source.select(GOOD)):
-        features, targets = task.read(images, PREPROCESSING, CPU)
-        assert len(features) == len(targets) == len(GOOD)
-        task.fit_head(features, targets, 0.1)
+        rows = task.read(images, PREPROCESSING, CPU)
+        assert rows.index.tolist() == (GOOD.tolist() if images is source else list(range(len(GOOD))))
+        assert len(rows.features) == len(rows.targets) == len(GOOD)
+        task.fit_head(rows.features, rows.targets, 0.1)
         probes.append({name: value.clone() for name, value in task.head.state_dict().items()})
         figures.append(task.evaluate(images, PREPROCESSING, CPU))
     assert figures[0] == figures[1]
@@ -89,9 +90,10 @@ def test_a_study_s_cached_features_keep_each_image_with_its_own_target(tmp_path:
     network = encoder()
     rows, read = extract_readable(network, source, PREPROCESSING, CPU, asked, network.features)
     assert read.tolist() == [i for i in GOOD.tolist() if i > 0]
-    features, targets = _of({"index": asked, "train": rows, "train_read": read}, torch.tensor([2, 3, 4, 8, 11]), source)
-    assert targets.tolist() == [[pytest.approx(i / (COUNT - 1))] for i in (2, 4, 11)]
-    assert torch.equal(features, rows[torch.isin(read, torch.tensor([2, 4, 11]))])
+    drawn = _of({"index": asked, "train": rows, "train_read": read}, torch.tensor([2, 3, 4, 8, 11]), source)
+    assert drawn.targets.tolist() == [[pytest.approx(i / (COUNT - 1))] for i in (2, 4, 11)]
+    assert torch.equal(drawn.features, rows[torch.isin(read, torch.tensor([2, 4, 11]))])
+    assert drawn.index.tolist() == [0, 2, 4]
 
 
 class Numbered(DenseTask):
@@ -136,7 +138,8 @@ def test_figures_across_domains_pair_each_image_with_its_own_label(tmp_path: Pat
     source = files(tmp_path, labels=labels, classes=("a", "b"), domains=domains, domain_names=("photo", "sketch"))
     config = SourceOnly.model_validate({"name": "source_only", "target": ["sketch"]})
     classifier = classification.Config(name="classification").build(encoder(), 2)
-    classifier.fit_head(*classifier.read(source, PREPROCESSING, CPU), 0.01)
+    rows = classifier.read(source, PREPROCESSING, CPU)
+    classifier.fit_head(rows.features, rows.targets, 0.01)
     figures = []
     for images in (source, source.select(GOOD)):
         across = split_domains(config, source, images)
