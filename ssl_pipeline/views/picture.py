@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +12,23 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, Room, Strict
-from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.loader import Preprocessing, open_or_neighbour
 from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.data.stream import numbered, open_training
 from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.draws import permutation
 from ssl_pipeline.views.policy import ViewsConfig
 
 
 class PictureConfig(Strict):
-    """Which data and which views; ``pretrain``'s other keys are read over.
+    """Which data and which views; what a recipe says of other things is left aside.
 
     Attributes:
         data: whose images.
-        views: the policy to look at.
-        seed: of the views.
-        rows: images.
+        views: the policy that is drawn.
+        seed: of the images and their views.
+        rows: images, spread over the data.
         epochs: sets of views of an image, side by side.
         output: the picture's file.
     """
@@ -36,24 +39,25 @@ class PictureConfig(Strict):
     views: ViewsConfig
     seed: int = 0
     rows: int = Field(8, ge=1)
-    epochs: int = Field(4, ge=1)
-    output: str | None = None
+    epochs: int = Field(4, ge=1, le=32)
+    output: str = "views.png"
 
 
 def draw(config: PictureConfig) -> Path:
     """Saves a picture: each row an image, first as evaluation sees it, then its views of the first epochs."""
-    source = config.data.open("train")
-    assert source is not None
-    columns = columns_of(source, config.views, config.seed, config.rows, config.epochs)
-    path = Path(config.output or "views.png")
+    path = Path(config.output).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in .png.")
+    check_folder_of(path, "`output`")
+    columns = columns_of(numbered(open_training(config.data)), config.views, config.seed, config.rows, config.epochs)
     _grid(columns).save(path)
     return path
 
 
 def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epochs: int) -> list[Tensor]:
-    """The first images as evaluation sees them, then their views of the first epochs.
+    """A few images as evaluation sees them, then their views of the first epochs.
+
+    The images are drawn by the seed, without repeats: the first of a data set are often of one class, or one camera's.
 
     Returns:
         1 + ``epochs`` × ``config.total`` tensors of shape (rows, C, S, S) in [0, 1], each with its own S.
@@ -61,7 +65,7 @@ def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epoch
     settled, _ = config.for_channels(source.channels)
     neutral = (0.0,) * source.channels, (1.0,) * source.channels
     views = views_of(source, settled, *neutral, seed)
-    index = torch.arange(min(rows, len(source)))
+    index = permutation(len(source), seed, "picture")[:rows].sort().values
     columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
     for epoch in range(epochs):
         if source.pixels is not None:
@@ -107,11 +111,9 @@ def views_picture(source: Indexed, config: ViewsConfig, seed: int, rows: int = 6
 
 def main() -> None:
     """The command line."""
-    run_command("pretrain", PictureConfig, lambda config: print_path(draw(config)))
+    run_command("views", PictureConfig, draw_and_tell)
 
 
-def print_path(path: Path) -> None:
-    """Says where the picture is."""
-    import sys
-
-    sys.stdout.write(f"wrote {path}\n")
+def draw_and_tell(config: PictureConfig) -> None:
+    """Draws random views of a few images."""
+    sys.stdout.write(f"wrote {draw(config)}\n")

@@ -13,7 +13,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
 from ssl_pipeline.views.config import BlurConfig, ViewConfig
-from ssl_pipeline.views.picture import PictureConfig, draw
+from ssl_pipeline.views.picture import PictureConfig, columns_of, draw
 from ssl_pipeline.views.policy import Views, ViewsConfig
 from tests.runs import tiny_pretrain
 
@@ -107,10 +107,39 @@ def test_policies_are_the_papers() -> None:
 
 
 def test_the_picture_shows_all_views(tmp_path: Path) -> None:
-    words = ["views.size=28", "views.local.count=3", "views.local.size=12", "++rows=2", "++epochs=1"]
-    config = load("pretrain", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
+    words = ["views.size=28", "views.local.count=3", "views.local.size=12", "rows=2", "epochs=1"]
+    config = load("views", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
     with Image.open(draw(config)) as picture:
         size = picture.size
     assert size == (4 + 3 * (28 * 3 + 4) + 3 * (12 * 3 + 4), 4 + 2 * (28 * 3 + 4))
     with pytest.raises(ConfigError, match="no picture's name"):
         draw(config.model_copy(update={"output": "views.txt"}))
+
+
+def test_the_picture_is_a_few_epochs_of_images_from_all_over_the_data(tmp_path: Path) -> None:
+    words = ["data=fashion_domains", "views.size=16", f"output={tmp_path / 'views.png'}"]
+    with Image.open(draw(load("views", PictureConfig, words))) as picture:
+        assert picture.size == (4 + (1 + 4 * 2) * (6 * 16 + 4), 4 + 8 * (6 * 16 + 4))
+    source = load("views", PictureConfig, words).data.open("train")
+    assert source is not None
+    plain = columns_of(source, ViewsConfig(size=28), 0, 8, 1)[0]
+    assert torch.equal(plain, columns_of(source, ViewsConfig(size=28), 0, 8, 1)[0])
+    assert not torch.equal(plain, columns_of(source, ViewsConfig(size=28), 1, 8, 1)[0])
+    assert source.pixels is not None
+    index = [int((source.pixels == image).flatten(1).all(1).nonzero()[0]) for image in (plain * 255).round().byte()]
+    assert source.domains is not None
+    assert source.labels is not None
+    assert index == sorted(index)
+    assert index[-1] > len(source) // 2
+    assert len(set(source.labels[index].tolist())) > 3
+    assert len(set(source.domains[index].tolist())) > 1
+
+
+def test_the_picture_takes_data_and_views_of_a_recipe_and_its_own_length(tmp_path: Path) -> None:
+    config = load("views", PictureConfig, ["recipe=cifar10_byol_pretrain", f"output={tmp_path / 'views.png'}"])
+    assert (config.data.name, config.views.size, config.epochs, config.rows) == ("torchvision", 32, 4, 8)
+    for word in ("row=3", "batch.size=3", "epochs=100", "lr=1"):
+        with pytest.raises(ConfigError, match=word.split("=")[0]):
+            load("views", PictureConfig, [word])
+    with pytest.raises(ConfigError, match="no folder"):
+        draw(config.model_copy(update={"output": str(tmp_path / "nowhere" / "views.png")}))
