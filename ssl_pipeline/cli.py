@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
 from ssl_pipeline import __version__
@@ -53,6 +54,9 @@ VERBS = {
 def main() -> None:
     """The command line's entry."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first == "help" and len(sys.argv) > 2:
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
+        first = sys.argv[1]
     if first in ("--help", "-h", "help"):
         sys.stdout.write(_overview())
         return
@@ -60,6 +64,9 @@ def main() -> None:
         sys.stdout.write(f"ssl-pipeline {__version__}\n")
         return
     verb, rest = verb_of(sys.argv[1:])
+    if "--help" in rest or "-h" in rest:
+        sys.stdout.write(_help(verb, rest))
+        return
     sys.argv[1:] = rest
     run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
     try:
@@ -88,6 +95,17 @@ def verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
     hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(VERBS)}."
     sys.stderr.write(f"{wrong!r} is not a verb of ssl-pipeline. {hint}\n")
     raise SystemExit(2)
+
+
+def _help(verb: str, words: Sequence[str]) -> str:
+    """What a verb takes; nothing of the verb is imported, so that it takes a moment."""
+    from ssl_pipeline.config.help import has_yaml, help_of
+    from ssl_pipeline.config.options import PARSERS
+
+    if not has_yaml(verb):
+        return PARSERS[verb]().format_help()
+    given = dict(pairwise(words)).get("--config-dir")
+    return help_of(verb, VERBS[verb][1], words, Path(given).expanduser() if given else None)
 
 
 def _overview() -> str:

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import pkgutil
 import sys
-from pathlib import Path
 
-from ssl_pipeline import bench
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.track.progress import print_table
 
 
-def names() -> list[str]:
-    """The measurements: the modules beside this one that define ``measure``."""
-    found = [info.name for info in pkgutil.iter_modules(bench.__path__) if info.name != "command"]
-    return [name for name in found if hasattr(importlib.import_module(f"ssl_pipeline.bench.{name}"), "measure")]
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ssl-pipeline bench", description=__doc__)
-    parser.add_argument("name", choices=names())
-    parser.add_argument("--json", type=Path, help="also write the figures as one flat object")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating repetitions; medians are reported")
+    parser = parsers.bench()
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")

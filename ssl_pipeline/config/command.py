@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +11,11 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from ssl_pipeline.config.base import ConfigError, UserError, dump
-from ssl_pipeline.config.compose import as_yaml, choices, compose, config_root
+from ssl_pipeline.config.compose import as_yaml, compose
+from ssl_pipeline.config.help import help_of
 from ssl_pipeline.config.hints import Stage as HintStage
 from ssl_pipeline.config.hints import about_option
+from ssl_pipeline.config.options import Parser, path
 from ssl_pipeline.config.overrides import overridden
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.config.typed import typed_as
@@ -22,13 +23,6 @@ from ssl_pipeline.config.typed import typed_as
 Stage = TypeVar("Stage", bound=BaseModel)
 LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or hangs
 EXIT_CODES = "SSL_PIPELINE_EXIT_CODES"  # names a file of `launch/run`: a launcher in between loses its processes' codes
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes options as they are spelled: ``--config`` is no short form of ``--config-dir``."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
 
 
 def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None) -> Stage:
@@ -51,19 +45,17 @@ def run_command(
     name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
 ) -> None:
     """Runs a stage from the command line; leaves the process with the error's exit code when it is told in words."""
-    # `study domain` is composed from study_domain.yaml.
-    verb = name.replace("_", " ", 1)
-    parser = Parser(
-        prog=f"ssl-pipeline {verb}",
-        usage="%(prog)s [group=choice …] [key=value …] [--config-dir DIR] [--cfg job] [--help]",
-        description=run.__doc__.splitlines()[0] if run.__doc__ else None,
-        epilog=_keys_help(name),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--config-dir", type=Path, help="a folder of your own YAML, with the same groups as ours")
-    parser.add_argument("--cfg", choices=["job"], help="print the configuration that would run, and stop")
+    verb = name.replace("_", " ", 1)  # `study domain` is composed from study_domain.yaml
+    parser = Parser(prog=f"ssl-pipeline {verb}", add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", type=path)
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--help", "-h", action="store_true")
     options, others = parser.parse_known_intermixed_args(arguments)
+    if options.help:
+        summary = run.__doc__.splitlines()[0] if run.__doc__ else ""
+        sys.stdout.write(help_of(verb, summary, options.overrides, options.config_dir))
+        return
     try:
         if others:
             raise ConfigError(
@@ -120,10 +112,3 @@ def leave(error: UserError, hint: str = "") -> NoReturn:
         with Path(os.environ[EXIT_CODES]).open("a", encoding="utf-8") as file:
             file.write(f"{error.exit_code}\n")
     raise SystemExit(error.exit_code) from None
-
-
-def _keys_help(name: str) -> str:
-    groups = sorted(path.name for path in config_root().iterdir() if path.is_dir())
-    lines = [f"  {group}={'|'.join(choices(group))}" for group in groups if choices(group)]
-    yaml = (config_root() / f"{name}.yaml").read_text()
-    return "\n".join(["groups:", *lines, "", f"keys ({name}.yaml; `--cfg job` shows them all):", "", yaml])

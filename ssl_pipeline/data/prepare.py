@@ -6,13 +6,13 @@ decoded images. Stopped and started again, it goes on where it was; so it does w
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.lost_files import causes, total
@@ -23,7 +23,6 @@ from ssl_pipeline.data.sources.folder import Config, existing_folder
 from ssl_pipeline.data.verdicts import TOLD, say, show_verdicts
 
 Kind = Literal["folder", "domain_folder", "table"]
-_LEVELS_OF_CLASSES: dict[Kind, int] = {"folder": 1, "domain_folder": 2, "table": 0}  # 0: folders are no classes
 _READ_AS = {
     "I;16": "rescaled from 16 bits", "I;16B": "rescaled from 16 bits", "I": "rescaled from 32 bits",
     "F": "rescaled from floats", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
@@ -91,7 +90,7 @@ class Report:
         self.usable = int(self._good.sum())
         self.bad = {files[i]: manifest.faults[rows["fault"][i]] for i in (~self._good).nonzero()[0].tolist()}
         self.alike = self._same_bytes()
-        levels = _LEVELS_OF_CLASSES[kind]
+        levels = parsers.LEVELS_OF_CLASSES[kind]
         places = [_first(folder, levels) for folder in manifest.folders]
         of_file = [places[number] for number in rows["folder"][self._good].tolist()]
         used = set(of_file) - {""}
@@ -176,21 +175,7 @@ def _classes_of(files: list[str], levels: int) -> set[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="ssl-pipeline prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", help="your images, or what a table's paths start from; nothing in it is changed")
-    parser.add_argument(
-        "--data", choices=[*_LEVELS_OF_CLASSES, "webdataset"], default="folder",
-        help="which source reads it: `folder` (default) takes train, val and test in it for splits, `domain_folder` has "
-        "domain/class in it, to a `table` its folders mean nothing, and `webdataset` reads tar archives",
-    )  # fmt: skip
-    parser.add_argument("--output", metavar="FOLDER", help="where to write; `data.prepared` tells a run")
-    parser.add_argument(
-        "--cache", metavar="PIXELS", type=int, default=0,
-        help="also write the decoded images, shorter side at most so many pixels; `data.cache=true` reads them",
-    )  # fmt: skip
-    parser.add_argument("--recheck", action="store_true", help="read unchanged files again, and compare their digests")
+    parser = parsers.prepare()
     options = parser.parse_args()
     if options.cache and options.cache < 8:
         parser.error("--cache must be 8 pixels or more")

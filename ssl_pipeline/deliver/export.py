@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.deliver import hub
 from ssl_pipeline.deliver.graph import write_onnx, write_torch_export
 from ssl_pipeline.deliver.parts import Part, Parts, open_parts
 from ssl_pipeline.deliver.state_dict import write_state_dict
 from ssl_pipeline.track.progress import console
-
-# What each is, and its name under `exports/` beside the model.
-FORMATS = {
-    "safetensors": ("a folder of safetensors and card.json, which every verb of ours reads", "safetensors"),
-    "torchvision": ("a state dict that torchvision loads strictly", "torchvision.safetensors"),
-    "timm": ("a state dict that timm loads strictly", "timm.safetensors"),
-    "torch.export": ("a graph for torch, without our code", "model.pt2"),
-    "onnx": ("a graph for onnxruntime and others", "model.onnx"),
-    "hub": ("a folder with a model card for the Hugging Face Hub", "hub"),
-}
 
 
 def export(parts: Parts, form: str, path: Path, preprocessing: bool = False) -> list[str]:
@@ -94,21 +85,7 @@ def _check(form: str, path: Path, preprocessing: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    forms = "\n".join(f"  {name:<13} {text}" for name, (text, _) in FORMATS.items())
-    parser = argparse.ArgumentParser(
-        prog="ssl-pipeline export", description=__doc__, epilog=f"formats:\n{forms}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("model", help="a run's folder, or its model.safetensors or encoder.safetensors")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--part", choices=["model", "encoder"], help="the encoder of a model; by default all there is")
-    parser.add_argument("--output", type=Path, help="file or folder; by default in exports/ beside the model")
-    parser.add_argument(
-        "--preprocessing", action="store_true", help="put crop, resize and normalisation into the graph"
-    )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="with --to hub: also send it, to a private repository")
-    parser.add_argument("--public", action="store_true", help="with --push: to a public one")
-    options = parser.parse_args(arguments)
+    options = parsers.export().parse_args(arguments)
     try:
         _run(options)
     except UserError as error:

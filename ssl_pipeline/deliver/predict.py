@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.decode import DecodeError, decode
@@ -68,7 +68,7 @@ def image_files(paths: Iterable[str]) -> Iterator[Path]:
     Raises:
         ConfigError: a path is not there, or a folder holds no image.
     """
-    return chain.from_iterable([_from_input() if path == "-" else _meant(Path(path)) for path in paths])
+    return chain.from_iterable([_from_input() if path == "-" else _meant(Path(path).expanduser()) for path in paths])
 
 
 def _meant(path: Path) -> list[Path]:
@@ -83,7 +83,7 @@ def _meant(path: Path) -> list[Path]:
 
 
 def _from_input() -> Iterator[Path]:
-    return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    return (Path(line.rstrip("\n")).expanduser() for line in sys.stdin if line.strip())
 
 
 def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = None) -> Iterator[dict[str, Any]]:
@@ -138,22 +138,7 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ssl-pipeline predict", description=__doc__)
-    parser.add_argument("model", help="a stage-two run's folder, its model.safetensors, or an exported .pt2 or .onnx")
-    parser.add_argument("images", nargs="+", help="image files and folders; - reads paths from the input, one a line")
-    parser.add_argument(
-        "--format", choices=["text", "csv", "jsonl", "coco"], default="text",
-        help="coco: boxes as one json of results, as pycocotools reads them (needs --annotations)",
-    )  # fmt: skip
-    parser.add_argument("--top", type=int, default=3, help="classes to name for an image (text and jsonl)")
-    parser.add_argument(
-        "--threshold", type=float, help="least probability of a label, or score of a box (0.5; with --format coco 0)"
-    )
-    parser.add_argument("--masks", type=Path, help="a folder for the masks, a palette PNG each")
-    parser.add_argument(
-        "--annotations", type=Path, help="the COCO json whose numbers of images and categories are meant"
-    )
-    options = parser.parse_args(arguments)
+    options = parsers.predict().parse_args(arguments)
     try:
         if options.top < 1:
             raise ConfigError("--top must be 1 or more.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import check_folder_of, leave
 from ssl_pipeline.report.look import Look, look
@@ -90,27 +90,9 @@ def _write(folders: Sequence[Path], path: Path, refresh: int, looks: Looks) -> l
     return runs
 
 
-def _seconds(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no whole number of seconds: name the runs before --watch, or write --watch 10"
-        ) from None
-    if value < 1:
-        raise argparse.ArgumentTypeError("give 1 second or more")
-    return value
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ssl-pipeline report", description=__doc__)
-    parser.add_argument("run", nargs="+", type=Path, help="a run's folder, of any stage, or a folder of run folders")
-    parser.add_argument("--output", type=Path, help="the page; by default report.html in the one folder, or here")
-    parser.add_argument(
-        "--watch", nargs="?", type=_seconds, const=10, metavar="SECONDS", help="write it again while a run goes on"
-    )
-    options = parser.parse_args()
+    options = parsers.report().parse_args()
     try:
         if options.watch is None:
             path, _ = report(options.run, options.output)

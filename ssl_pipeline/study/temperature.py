@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.config.resolve import resolve
@@ -121,10 +121,7 @@ def _course(axes: Axes, run: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ssl-pipeline temperature", description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="a stage-one run's folder")
-    parser.add_argument("--output", type=Path, help="an .svg, .png or .pdf file; by default beside the run")
-    options = parser.parse_args()
+    options = parsers.temperature().parse_args()
     output = options.output or (options.run or Path()) / "temperature.svg"
     try:
         path: Any = draw(options.run, output)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from typing import TYPE_CHECKING
 
+from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.track.names import TRAINING_STEP
@@ -92,9 +92,7 @@ def publish(entity: str, project: str) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ssl-pipeline dashboard", description=__doc__)
-    parser.add_argument("project", help="ENTITY/PROJECT: a W&B user or team, and its project")
-    options = parser.parse_args()
+    options = parsers.dashboard().parse_args()
     entity, slash, project = options.project.partition("/")
     try:
         if not (entity and slash and project) or "/" in project:

@@ -7,17 +7,20 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
 from ssl_pipeline import __version__, cli
+from ssl_pipeline.config.compose import config_root
+from ssl_pipeline.config.help import has_yaml, help_of, lines_of
 from tests.runs import ROOT, TINY, command, ssl_pipeline
 
 # Calls every verb in one process: by itself (what would run is composed and not run), with --help, and with a typo.
 EVERY_VERB = """
 import contextlib, importlib, io, json, sys
 from ssl_pipeline import cli
-from ssl_pipeline.config.command import load
 
 def told(*words):
     sys.argv, out = ["ssl-pipeline", *words], io.StringIO()
@@ -30,6 +33,8 @@ def told(*words):
 
 needed = {"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b", "bench": "knn"}
 found = {"--help": {verb: told(*verb.split(), "--help") for verb in cli.VERBS}}
+found["imported"] = sorted({"torch", "lightly", "numpy", "matplotlib", "wandb"} & sys.modules.keys())
+from ssl_pipeline.config.command import load
 for verb, (module, _) in cli.VERBS.items():
     loaded = importlib.import_module(module)
     typo = "sede=3" if hasattr(loaded, "run_command") else needed.get(verb, "") + " --sede"
@@ -42,15 +47,15 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[int, str]]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = command(sys.executable, "-c", EVERY_VERB, cwd=tmp_path_factory.mktemp("verbs"))
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, tuple[int, str]]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_a_verb_alone_would_run_or_says_what_it_needs(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+def test_a_verb_alone_would_run_or_says_what_it_needs(verb: str, told: dict[str, Any]) -> None:
     code, text = told["bare"][verb]
     assert "Traceback" not in text
     if code:
@@ -60,19 +65,70 @@ def test_a_verb_alone_would_run_or_says_what_it_needs(verb: str, told: dict[str,
         assert "would run" in text or "wrote temperature.svg" in text
 
 
-@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"views"}))
-def test_a_verb_with_a_typo_names_it(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_verb_with_a_typo_names_it(verb: str, told: dict[str, Any]) -> None:
     code, text = told["typo"][verb]
     assert code == 2
     assert "Traceback" not in text
     assert "sede" in text
 
 
-@pytest.mark.parametrize("verb", sorted(cli.VERBS.keys() - {"views"}))
-def test_a_verb_has_a_help_of_its_own(verb: str, told: dict[str, dict[str, tuple[int, str]]]) -> None:
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_verb_has_a_help_of_its_own(verb: str, told: dict[str, Any]) -> None:
     code, text = told["--help"][verb]
     assert code == 0
     assert text.startswith(f"usage: ssl-pipeline {verb} ")
+
+
+def test_help_imports_no_library_of_tensors(told: dict[str, Any]) -> None:
+    assert not told["imported"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "there", "absent"),
+    [
+        ("pretrain", ["pretext=simclr", "batch.size=256 ", "quickstart_pretrain"], ["regime=", "quickstart_study", "per_class"]),
+        ("finetune", ["regime=lp_ft", "labels.per_class=null"], ["pretext=", "recipe/", "quickstart_pretrain"]),
+        ("views", ["rows=8", "epochs=4", "views=small"], ["pretext=", "batch.size", "optim="]),
+        ("study", ["initialisations", "quickstart_study"], ["backbone=", "quickstart_pretrain"]),
+        ("study domain", ["compared=methods", "targets=[textured, edges]"], ["pretext=", "data="]),
+        ("export", ["--to FORMAT", "torch.export"], ["key=value"]),
+    ],
+)  # fmt: skip
+def test_help_lists_what_the_verb_takes(verb: str, there: list[str], absent: list[str], told: dict[str, Any]) -> None:
+    text = told["--help"][verb][1]
+    assert [part for part in there if part not in text] == []
+    assert [part for part in absent if part in text] == []
+    assert max(map(len, text.splitlines())) <= 140
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if has_yaml(verb)])
+def test_help_has_a_word_for_every_key(verb: str) -> None:
+    path = config_root() / f"{verb.replace(' ', '_')}.yaml"
+    lines = list(lines_of(path.read_text()))
+    said = {line.key for line in lines if line.said}
+    silent = [
+        line.key for line in lines if not line.is_group and line.value and not said & {line.key, line.key.split(".")[0]}
+    ]
+    assert silent == []
+    # What is shown as a default is one: the YAML parser agrees.
+    tree = yaml.safe_load(path.read_text())
+    for line in lines:
+        if not line.is_group and line.value:
+            value = tree
+            for part in [line.key] if "." not in line.key else line.key.split(".", 1):
+                value = value[part]
+            assert (line.value if isinstance(value, str) else yaml.safe_load(line.value)) == value
+
+
+def test_help_lists_the_keys_of_a_choice(tmp_path: Path) -> None:
+    (tmp_path / "pretext").mkdir()
+    (tmp_path / "pretext" / "mine.yaml").write_text("name: simclr\nlayers: 3   # of the head\n")
+    text = help_of("pretrain", "", ["pretext=mine", "optim=lars"], tmp_path)
+    assert re.search(r"pretext\.layers=3 +of the head", text)
+    assert "optim.trust=0.001" in text
+    assert "swav, vicreg" in text
+    assert ", mine," in text
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
