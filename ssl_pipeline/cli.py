@@ -68,10 +68,13 @@ def main() -> None:
         sys.stdout.write(_help(verb, rest))
         return
     sys.argv[1:] = rest
-    run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
     try:
+        run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
         run()
         sys.stdout.flush()
+    except KeyboardInterrupt:  # of verbs that keep nothing to go on from, and while Python loads what a verb needs
+        sys.stderr.write("stopped by Ctrl-C.\n")
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

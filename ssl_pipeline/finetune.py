@@ -34,7 +34,7 @@ from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
-from ssl_pipeline.engine.signals import listen, requeue_marker
+from ssl_pipeline.engine.signals import listen, stoppable
 from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract_readable
 from ssl_pipeline.evaluate.pictures import Gallery
@@ -215,7 +215,7 @@ def finetune(config: FinetuneConfig) -> Result:
     with (
         run or nullcontext(),
         open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
-        requeue_marker(run.path if run else None),
+        stoppable(run.path if run else None),
     ):
         if config.encoder is not None and not config.starts_fresh:
             trackers.used(config.encoder)

@@ -29,7 +29,7 @@ from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import check_shardable
-from ssl_pipeline.engine.signals import listen, requeue_marker
+from ssl_pipeline.engine.signals import listen, stoppable
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluate.best import BestEncoder
 from ssl_pipeline.evaluate.features import extract
@@ -264,7 +264,7 @@ def pretrain(config: PretrainConfig) -> Path:
         Progress(total, start, enabled=run is not None, mode=config.tracking.terminal) as progress,
         # A run that starts again from nothing also measures step 0 again.
         open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
-        requeue_marker(run.path if run else None),
+        stoppable(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
         notes += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -31,6 +32,26 @@ class ConfigError(UserError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class StoppedByHand(KeyboardInterrupt):
+    """Ctrl-C has ended a run, whose folder is known.
+
+    Attributes:
+        what: how far it came.
+        folder: the run's; None in processes that don't write.
+        together: whether all processes of the run raise it.
+    """
+
+    def __init__(self, what: str = "stopped by Ctrl-C", folder: Path | None = None, together: bool = False) -> None:
+        self.what, self.folder, self.together = what, folder, together
+        super().__init__(what if folder is None else f"{what}: go on by `output={folder}` and `resume=auto`.")
+
+
+class StoppedByHandError(UserError):
+    """The same where a command ends: one line instead of a traceback, and the exit code that shells have for it."""
+
+    exit_code = 130
 
 
 def first_line(error: BaseException) -> str:

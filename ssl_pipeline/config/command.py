@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
-from ssl_pipeline.config.base import ConfigError, UserError, dump
+from ssl_pipeline.config.base import ConfigError, StoppedByHand, StoppedByHandError, UserError, dump
 from ssl_pipeline.config.compose import as_yaml, compose
 from ssl_pipeline.config.help import help_of
 from ssl_pipeline.config.hints import Stage as HintStage
@@ -71,6 +72,33 @@ def run_command(
             run(config)
     except UserError as error:
         leave(error, f"ssl-pipeline {verb} --help")
+    except KeyboardInterrupt as stop:
+        leave(stopped_by_hand(stop, verb, resumes="resume" in schema.model_fields))
+
+
+def stopped_by_hand(stop: KeyboardInterrupt, verb: str, resumes: bool) -> StoppedByHandError:
+    """What Ctrl-C has stopped, and the command that goes on with it where a run's folder is known.
+
+    Args:
+        stop: what was raised.
+        verb: of the command.
+        resumes: whether the command has the key ``resume``.
+    """
+    if not isinstance(stop, StoppedByHand) or stop.folder is None:
+        return StoppedByHandError(f"{stop.what if isinstance(stop, StoppedByHand) else 'stopped by Ctrl-C'}.")
+    words = [word for word in sys.argv[1:] if not word.startswith(("output=", "resume="))]
+    place = words.index("--") if "--" in words else len(words)  # what follows it is told to all cells of a study
+    added = [f"output={stop.folder}", *(["resume=auto"] if resumes else [])]
+    typed = ["ssl-pipeline", *verb.split(), *words[:place], *added, *words[place:]]
+    command = " ".join(map(_quoted, typed))
+    if "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ):
+        return StoppedByHandError(f"{stop.what}: go on by the same command with `{' '.join(map(_quoted, added))}`.")
+    return StoppedByHandError(f"{stop.what}: go on by `{command}`.")
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell; what Hydra wants in single quotes stays readable."""
+    return f'"{word}"' if "'" in word and not set('"$`!\\') & set(word) else shlex.quote(word)
 
 
 def _about_options(

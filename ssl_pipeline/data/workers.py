@@ -78,7 +78,7 @@ def _next(items: Iterator[T], patience: Patience) -> T:
 
 
 def _leave_signals_to_the_process(worker: int) -> None:
-    """A batch system signals all processes of a job: the run wants to save then, with its workers alive."""
+    """A batch system signals all processes of a job, a terminal too: the run wants to save then, with its workers alive."""
     del worker
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

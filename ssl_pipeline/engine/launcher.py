@@ -24,10 +24,10 @@ STAGES = ("pretrain", "finetune")
 USAGE = """usage: launch/run [OPTIONS OF `accelerate launch` …] pretrain|finetune [key=value …]
 
 SIGTERM, SIGUSR1 and SIGINT are passed on to the run's processes. Exit codes: 0 done, 2 wrong input, 75 a signal came and the
-run is saved (start the same command again with `resume=auto`), others: failed.
+run is saved (start the same command again with `resume=auto`), 130 the same by Ctrl-C, others: failed.
 """
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAVED, _WRONG_INPUT = 75, 2
+_SAVED, _WRONG_INPUT, _BY_HAND = 75, 2, 130
 _SECONDS_TO_LEAVE, _SECONDS_AFTER_A_LOSS = 30.0, 5.0
 _PARENT_DIES, _ADOPT_ORPHANS = 1, 36  # prctl's PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER
 
@@ -78,7 +78,7 @@ class Launch:
             if LOST in self._told():
                 self._end_the_others(launcher)
         _end(psutil.Process().children(recursive=True))
-        for known in (_SAVED, _WRONG_INPUT, LOST):
+        for known in (_SAVED, _BY_HAND, _WRONG_INPUT, LOST):
             if known in self._told():
                 return known
         if code == 0:

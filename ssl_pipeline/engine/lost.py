@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
 from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
-from ssl_pipeline.engine.signals import StoppedError
+from ssl_pipeline.engine.signals import StoppedError, looping
 from ssl_pipeline.engine.watchdog import Watchdog
 
 _Store: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -69,9 +69,10 @@ def own(batches: Iterator[T], step: int, workers: int) -> Iterator[T]:
     """
     watchdog = Watchdog()
     try:
-        for batch in watchdog.watched(batches) if workers else batches:
-            yield batch
-            step += 1
+        with looping():
+            for batch in watchdog.watched(batches) if workers else batches:
+                yield batch
+                step += 1
     except UserError as error:
         error.everywhere = False
         raise
@@ -101,7 +102,8 @@ def leaving_together() -> Iterator[None]:
     try:
         yield
     except SystemExit as left:
-        if left.code in (0, None, StoppedError.exit_code):
+        stopped = left.__context__  # what `leave` has told; all processes have it where a signal ended the loop
+        if left.code in (0, None) or isinstance(stopped, StoppedError) or getattr(stopped, "together", False):
             # Under `launch/run` the code is written down already, and a launcher in between would report a failure.
             _leave_together(0 if EXIT_CODES in os.environ else int(left.code or 0))
         _leave_alone(left.code if isinstance(left.code, int) else 1)

@@ -1,21 +1,27 @@
-"""SIGTERM and SIGUSR1: the run is saved at the end of its step, on all processes alike, and left calmly.
+"""SIGTERM, SIGUSR1 and Ctrl-C: the run is saved at the end of its step, on all processes alike, and left calmly.
 
 A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/numbers.py``), so
 that one which was told a step earlier than the others does not wait for them in vain. Nor does an evaluation hold a run up:
 one that lasts is cut short, where processes exchange its parts, and made up for by the run that goes on.
+
+Ctrl-C (SIGINT) outside of the loop is what it always is in Python, a KeyboardInterrupt: there is nothing to save. A second one
+leaves a command at once; in Python, such as in a notebook, it is a KeyboardInterrupt.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.base import StoppedByHand, UserError
 
 FILE_NAME = "requeue"
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
@@ -25,6 +31,7 @@ _SECONDS_OF_ONE_REQUEST = 5.0
 _SECONDS_FOR_AN_EVALUATION = 8.0
 _NONE = 0
 _first: tuple[int, float] | None = None
+_loops = 0  # that are under way in this process
 
 
 class StoppedError(UserError):
@@ -33,16 +40,17 @@ class StoppedError(UserError):
     Attributes:
         number: the signal's.
         saved: whether it can be continued.
+        after: how far it came, as the start of a sentence.
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: what batch scripts start again
 
     def __init__(self, number: int, done: int, total: int, saved: bool) -> None:
         self.number, self.saved = number, saved
-        after = f"stopped by {signal.Signals(number).name} after step {done} of {total}"
+        self.after = after = f"stopped by {_name(number)} after step {done} of {total}"
         told = "its state is saved, `resume=auto` continues from it." if saved else "this run keeps no checkpoints."
         super().__init__(f"{after}: {told}")
-        if not saved:
+        if not saved or number == signal.SIGINT:
             self.exit_code = 128 + number
 
 
@@ -50,16 +58,15 @@ class CutShortError(StoppedError):
     """A signal has ended an evaluation that lasts, on all processes; outside of the loop there is nothing to save."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.saved = number, True
-        UserError.__init__(
-            self,
-            f"stopped by {signal.Signals(number).name} in an evaluation: `resume=auto` goes on from what is saved.",
-        )
+        self.number, self.saved, self.after = number, True, f"stopped by {_name(number)} in an evaluation"
+        UserError.__init__(self, f"{self.after}: `resume=auto` goes on from what is saved.")
+        if number == signal.SIGINT:
+            self.exit_code = 128 + number
 
 
 def listen() -> None:
-    """Notes SIGTERM and SIGUSR1 from now on; one that comes again later leaves at once."""
-    for number in HEARD:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C from now on; one that comes again later leaves at once."""
+    for number in (*HEARD, signal.SIGINT):
         signal.signal(number, _note)
 
 
@@ -69,9 +76,12 @@ def received() -> int:
 
 
 def overdue() -> int:
-    """Like ``received``, once that is so long ago that an evaluation has to give way."""
-    late = _first is not None and time.monotonic() - _first[1] > _SECONDS_FOR_AN_EVALUATION
-    return received() if late else _NONE
+    """Like ``received``, once an evaluation has to give way: some time after a batch system's signal, and at once after Ctrl-C."""
+    if _first is None or (not _loops and _first[0] == signal.SIGINT):
+        return _NONE
+    number, since = _first
+    late = number == signal.SIGINT or time.monotonic() - since > _SECONDS_FOR_AN_EVALUATION
+    return number if late else _NONE
 
 
 def forget() -> None:
@@ -81,27 +91,88 @@ def forget() -> None:
 
 
 @contextmanager
-def requeue_marker(folder: Path | None) -> Iterator[None]:
-    """Leaves a file ``requeue`` in a run's folder if a signal ends the run, and removes an earlier one.
+def looping() -> Iterator[None]:
+    """Around a training loop: here Ctrl-C is noted, and heard at the next step's end."""
+    global _loops
+    _loops += 1
+    try:
+        yield
+    finally:
+        _loops -= 1
+
+
+@contextmanager
+def stoppable(folder: Path | None) -> Iterator[None]:
+    """Around a run's work: Ctrl-C is heard, and a signal that ends the run leaves a file ``requeue`` in its folder.
+
+    Handlers are set where nobody has (in Python, such as in a notebook) and in the main thread alone, which may; they are put back.
 
     Args:
         folder: the run's; None in processes that don't write.
+
+    Raises:
+        StoppedByHand: Ctrl-C has ended the run, on all processes.
+        StoppedError: another signal has.
     """
     if folder is not None:
         (folder / FILE_NAME).unlink(missing_ok=True)
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if ours:
+        forget()
+        signal.signal(signal.SIGINT, _note_interrupt)
     try:
         yield
     except StoppedError as stopped:
+        if stopped.number == signal.SIGINT:
+            saved = "its state is saved" if stopped.saved else "this run keeps no checkpoints"
+            raise StoppedByHand(f"{stopped.after}, {saved}", folder, together=True) from None
         if folder is not None and stopped.saved:
             (folder / FILE_NAME).write_text(f"{stopped}\n", encoding="utf-8")
         raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+            forget()
 
 
 def _note(number: int, frame: FrameType | None) -> None:
+    """A command's handler."""
     global _first
     del frame
     now = time.monotonic()
     if _first is None:
         _first = number, now
-    elif now - _first[1] > _SECONDS_OF_ONE_REQUEST:
+        if number == signal.SIGINT:
+            _interrupt()
+    elif now - _first[1] > _seconds_of_one_request(number):
+        for worker in multiprocessing.active_children():
+            worker.kill()
         os._exit(128 + number)
+
+
+def _note_interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler of Ctrl-C where a run is called from Python."""
+    global _first
+    del frame
+    if _first is not None:
+        raise KeyboardInterrupt
+    _first = number, time.monotonic()
+    _interrupt()
+
+
+def _interrupt() -> None:
+    """Ctrl-C: waits for the end of a loop's step, or goes up through everything else."""
+    if not _loops:
+        raise KeyboardInterrupt
+    if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\nsaving at the end of this step; a second Ctrl-C leaves at once\n")
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _seconds_of_one_request(number: int) -> float:
+    """A terminal's Ctrl-C is passed on by a launcher of several processes alone."""
+    return 0.0 if number == signal.SIGINT and "LOCAL_RANK" not in os.environ else _SECONDS_OF_ONE_REQUEST

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str
     for place in range(processes):
         devices.put(place)
     with ProcessPoolExecutor(processes, context, _begin, (devices,)) as pool:
-        coming = [pool.submit(_run, piece) for piece in work]
+        with _deaf_to_interrupts():
+            coming = [pool.submit(_run, piece) for piece in work]
         try:
             for done in as_completed(coming):
                 yield done.result()
@@ -51,8 +54,22 @@ def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str
             ) from None
         except UserError as error:
             raise ConfigError(str(error).split("\n")) from error
+        except (KeyboardInterrupt, GeneratorExit):  # what they are at is not kept, so that nothing is worth waiting for
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started in here never hear a terminal's Ctrl-C: it is the study's, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(devices: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 
-from ssl_pipeline.config.base import ConfigError, flatten
+from ssl_pipeline.config.base import ConfigError, StoppedByHand, flatten
 from ssl_pipeline.config.compose import as_yaml, read_yaml
 from ssl_pipeline.config.typed import command_words
 from ssl_pipeline.track.lock import FolderLock
@@ -56,8 +56,11 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.close()
+        if isinstance(error, KeyboardInterrupt):  # of runs within one another it is the outermost that is continued
+            what = (error.what, error.together) if isinstance(error, StoppedByHand) else ("stopped by Ctrl-C", False)
+            raise StoppedByHand(what[0], self.path, what[1]) from None
 
 
 def open_run(
