@@ -23,10 +23,19 @@ from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
-from ssl_pipeline.engine.distributed import check_same_start, from_main, on_device, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import (
+    batchnorm_notes,
+    check_same_start,
+    from_main,
+    on_device,
+    on_main,
+    share_of,
+    start_accelerator,
+)
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.signals import listen, stoppable
@@ -55,7 +64,7 @@ class BatchConfig(Strict):
     """The batch.
 
     Attributes:
-        size: images of a step over all processes.
+        size: images of a step over all processes; where there are fewer, the largest batch that they make, which is said.
         micro: images that a process embeds at once: the two-pass form (``engine/two_pass.py``) gives the gradient of the whole
             batch at the memory of a small one. By default a process's whole share.
     """
@@ -114,6 +123,25 @@ class PretrainConfig(Strict):
         return self.steps or self.epochs * ((samples or 0) // self.batch.size)
 
 
+def fit_batch(config: PretrainConfig, train: Indexed | Stream, processes: int) -> tuple[PretrainConfig, list[str]]:
+    """A batch that the images are enough for: the largest one below that is shared evenly by processes and micro-batches.
+
+    Returns:
+        The configuration with that batch, and what is to be said of it.
+    """
+    batch, samples = config.batch, known_length(train)
+    if samples is None or batch.size <= samples:
+        return config, []
+    micro = batch.micro if batch.micro is not None and batch.micro * processes <= samples else None
+    unit = (micro or 1) * processes
+    size = samples // unit * unit
+    if size < 2 * processes:
+        return config, []  # `check` refuses it
+    dropped = f", and batch.micro={batch.micro} is more than a process has and left out" if micro != batch.micro else ""
+    note = f"batch.size={size} instead of {batch.size}: {train.name} has only {samples} images to train on{dropped}"
+    return config.model_copy(update={"batch": BatchConfig(size=size, micro=micro)}), [note]
+
+
 def check(config: PretrainConfig, train: Indexed | Stream, processes: int) -> None:
     """What can't go together, all of it at once, before anything is written.
 
@@ -126,7 +154,9 @@ def check(config: PretrainConfig, train: Indexed | Stream, processes: int) -> No
     if samples is None and config.steps is None:
         problems.append(f"how long {train.name} is nobody knows: give the run's length by `steps`, or `data.length`.")
     elif samples is not None and size > samples:
-        problems.append(f"`batch.size` is {size}, and {train.name} has only {samples} images to train on: lower it.")
+        problems.append(
+            f"{train.name} has only {samples} images to train on, and each of {processes} process(es) needs 2 in a step: give more."
+        )
     elif config.optim.warmup.steps(total if samples is None else samples // size, total) > total:
         problems.append(f"`optim.warmup` of {config.optim.warmup} is longer than the run of {total} steps.")
     if size % processes:
@@ -169,7 +199,11 @@ def build_task(
     check_local_views(views, encoder.backbone, config.backbone.name)
     task = config.pretext.build(encoder, train)
     check_shardable(task, config.batch.micro, accelerator)
-    return encoder, on_device(task, share_of(accelerator)), list(notes)
+    share = share_of(accelerator)
+    if share.device.type == "cpu":
+        shapes, own = views.shapes(blueprint.channels), config.batch.size // share.processes
+        check_memory(task, shapes, own, config.batch.micro, config.optim.name, processes_here(share.processes))
+    return encoder, on_device(task, share), [*notes, *batchnorm_notes(task, share)]
 
 
 @dataclass(frozen=True)
@@ -234,8 +268,10 @@ def pretrain(config: PretrainConfig) -> Path:
     share = share_of(accelerator)
 
     train, dev = open_training(config.data), config.data.open("dev")
+    config, notes = fit_batch(config, train, share.processes)
     check(config, train, share.processes)
-    views_config, notes = config.views.for_channels(train.channels)
+    views_config, of_views = config.views.for_channels(train.channels)
+    notes += of_views
     if isinstance(train, Indexed):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     expected = weights_input(config.backbone, train.channels, train.mean, train.std)

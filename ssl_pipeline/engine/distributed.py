@@ -62,6 +62,17 @@ def on_device(task: M, share: Share) -> M:
     return moved
 
 
+def batchnorm_notes(task: nn.Module, share: Share) -> list[str]:
+    """What is to be said where processes do not share BatchNorm's statistics: SyncBatchNorm works on GPUs alone."""
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
+    if share.processes == 1 or share.device.type != "cpu" or not has_norms:
+        return []
+    return [
+        f"BatchNorm: on CPUs each of the {share.processes} processes takes the statistics of its own share, so loss and gradient are not "
+        "those of one process with the whole batch; on GPUs they are"
+    ]
+
+
 def agree_on_buffers(module: nn.Module) -> None:
     """Gives every process the main one's buffers: BatchNorm's statistics differ by the last step's shares."""
     if dist.is_available() and dist.is_initialized():

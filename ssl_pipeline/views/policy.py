@@ -120,6 +120,11 @@ class ViewsConfig(ViewConfig):
         """The number of all views."""
         return self.count + self.local.count
 
+    def shapes(self, channels: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each view of an image."""
+        sizes = [self.size] * self.count + [self.local.size] * self.local.count
+        return [(channels, size, size) for size in sizes]
+
     def each(self) -> list[ViewConfig]:
         """The policy of every view: ``count`` global ones, then the local ones."""
         base = ViewConfig(**{name: getattr(self, name) for name in ViewConfig.model_fields})

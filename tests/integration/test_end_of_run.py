@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
-from ssl_pipeline.config.command import run_command
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import load, run_command
+from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.evaluate.gain import without_gain
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.model.artifact import load_encoder, read
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.summary import summary
 from ssl_pipeline.track.jsonl import read_metrics
@@ -31,7 +35,7 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
 ) -> None:
     """Of twelve images one is dev: no pair to measure uniformity of. The command is the one of a launcher's process, without a verb."""
     photos = colour_folder(tmp_path / "my photos", 4)
-    words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}"]
+    words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}", "batch.size=256"]
     monkeypatch.setattr(sys, "argv", ["launch/pretrain", *words])
     run_command("pretrain", PretrainConfig, pretrain)
     run = tmp_path / "run"
@@ -44,6 +48,11 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     command = json.loads((run / "run.json").read_text())["starts"][0]["command"]
     assert shlex.split(command) == ["ssl-pipeline", "pretrain", *words]
     said = capsys.readouterr().out
+    size = load("pretrain", PretrainConfig, [*words, "resume=auto"]).data.open("train")
+    assert size is not None
+    assert f"batch.size={len(size)} instead of 256" in " ".join(said.split())
+    assert OmegaConf.load(run / "config.yaml").batch.size == len(size)
+    pretrain(load("pretrain", PretrainConfig, [*words, "resume=auto"]))  # the same words are the same run
     assert "untrained" in said
     assert "Pretraining moved nothing" in said  # of one image nothing can be told
     assert "kNN accuracy on dev" in " ".join(summary(read_runs([run])[0]))
@@ -104,3 +113,29 @@ def test_no_gain_beyond_chance_is_said(before: float | None, after: float, image
     said = without_gain(untrained, {"eval/knn": after}, images)
     assert (said is None) == (told is None)
     assert told is None or (said is not None and told in said and "two standard errors" in said)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "micro", "processes", "expected"), [
+        (100, 256, None, 1, (100, None)), (101, 256, None, 4, (100, None)), (100, 256, 16, 2, (96, 16)), (20, 256, 64, 2, (20, None)),
+        (100, 64, 16, 2, (64, 16)), (5, 256, None, 2, (4, None)),
+    ],
+)  # fmt: skip
+def test_the_batch_is_the_largest_that_the_images_make(
+    images: int, size: int, micro: int | None, processes: int, expected: tuple[int, int | None]
+) -> None:
+    source = ArraySource("few", torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
+    words = [f"batch.size={size}", f"batch.micro={'null' if micro is None else micro}", "optim.warmup=0 steps"]
+    config, notes = fit_batch(load("pretrain", PretrainConfig, [*words]), source, processes)
+    assert (config.batch.size, config.batch.micro) == expected
+    assert bool(notes) == (images < size)
+    assert not notes or "has only" in notes[0]
+    check(config, source, processes)
+
+
+def test_too_few_images_for_the_processes_are_told() -> None:
+    source = ArraySource("few", torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    config, notes = fit_batch(load("pretrain", PretrainConfig, []), source, 2)
+    assert notes == []
+    with pytest.raises(ConfigError, match="has only 3 images to train on, and each of 2"):
+        check(config, source, 2)

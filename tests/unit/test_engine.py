@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.loader import Share
+from ssl_pipeline.engine.distributed import batchnorm_notes
 from ssl_pipeline.engine.fit import _due
 from ssl_pipeline.engine.numbers import NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
@@ -123,3 +126,12 @@ def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(SimCLR, "embed", too_much)
     with pytest.raises(ConfigError, match=r"32 samples a process: lower `batch\.micro`"):
         pretrain(tiny_pretrain(tmp_path / "run"))
+
+
+def test_batchnorm_of_several_processes_on_cpus_is_said() -> None:
+    norms, cpu = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu")
+    (note,) = batchnorm_notes(norms, Share(0, 2, cpu))
+    assert "each of the 2 processes" in note
+    assert batchnorm_notes(norms, Share(0, 1, cpu)) == []
+    assert batchnorm_notes(norms, Share(0, 2, torch.device("cuda"))) == []
+    assert batchnorm_notes(nn.GroupNorm(2, 4), Share(0, 2, cpu)) == []
