@@ -30,39 +30,57 @@ class Masks(Annotations):
         sizes: heights and widths of the images, int64 of shape (N, 2).
         counts: pixels of each class, int64 of shape (N, K).
         names: of the classes.
+        values: the numbers that stand for the classes in the files, in the order of the names; None for 0, 1, 2, ….
     """
 
-    def __init__(self, files: Sequence[Path], sizes: Tensor, counts: Tensor, names: tuple[str, ...]) -> None:
-        self.files, self.sizes, self.counts, self.names = list(files), sizes, counts, names
+    def __init__(
+        self,
+        files: Sequence[Path],
+        sizes: Tensor,
+        counts: Tensor,
+        names: tuple[str, ...],
+        values: tuple[int, ...] | None = None,
+    ) -> None:
+        self.files, self.sizes, self.counts, self.names, self.values = list(files), sizes, counts, names, values
+        self._classes = None if values is None else np.full(256, IGNORE, np.uint8)
+        if self._classes is not None:
+            self._classes[list(values or ())] = range(len(values or ()))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def select(self, index: Tensor) -> Masks:
         """Those of the samples of an int64 index."""
-        return Masks([self.files[i] for i in index.tolist()], self.sizes[index], self.counts[index], self.names)
+        files = [self.files[i] for i in index.tolist()]
+        return Masks(files, self.sizes[index], self.counts[index], self.names, self.values)
 
     def digest(self) -> bytes:
         """Of names, sizes, and how many pixels each class has in each mask."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update("\0".join(file.name for file in self.files).encode(errors="surrogateescape"))
         digest.update(self.sizes.numpy().tobytes() + self.counts.numpy().tobytes())
+        digest.update(bytes(self.values or ()))
         return digest.digest()
 
     def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
         """The classes of the first views' pixels, int64 of shape (B, S, S); by the nearest pixel, classes have no mean."""
         boxes, mirrored = place_of_views(index, views, epoch, self.sizes)
         places = zip(index.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
-        masks = [_view_of(read_mask(self.files[i]), box, mirror, views.config.size) for i, box, mirror in places]
+        masks = [_view_of(self._read(i), box, mirror, views.config.size) for i, box, mirror in places]
         return torch.stack(masks)
 
     def whole(self, index: int) -> Tensor:
         """One image's classes, int64 of shape (H, W)."""
-        return torch.from_numpy(np.array(read_mask(self.files[index]))).long()
+        return torch.from_numpy(np.array(self._read(index))).long()
+
+    def _read(self, index: int) -> Image.Image:
+        """A mask that holds the classes' numbers."""
+        mask = read_mask(self.files[index])
+        return mask if self._classes is None else Image.fromarray(self._classes[np.asarray(mask)])
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask as an image of mode ``L`` that holds the classes' numbers.
+    """A mask as an image of mode ``L`` that holds the file's numbers.
 
     Raises:
         ConfigError: it can't be read, or holds colours.

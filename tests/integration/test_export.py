@@ -23,10 +23,11 @@ from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.data.decode import decode
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver import hub
-from ssl_pipeline.deliver.export import FORMATS, export, main
+from ssl_pipeline.deliver.export import export, main
 from ssl_pipeline.deliver.parts import Part, Parts, open_parts
 from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
 from ssl_pipeline.deliver.predict import main as predict_main

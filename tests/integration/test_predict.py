@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.answers import Boxes, Mask, open_answers, palette
 from ssl_pipeline.deliver.coco import coco_results
-from ssl_pipeline.deliver.export import FORMATS, export
+from ssl_pipeline.deliver.export import export
 from ssl_pipeline.deliver.parts import open_parts
 from ssl_pipeline.deliver.predict import main, open_predictor, predict
 from ssl_pipeline.downstream.dense import whole_images

@@ -18,6 +18,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, annotations_of
+from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.loader import Share
@@ -85,6 +86,7 @@ def test_squares_and_circles_are_found(folder: Path, stage_one: Path, tmp_path: 
 def test_the_one_stage_head_finds_them_too(folder: Path, stage_one: Path, tmp_path: Path) -> None:
     length = ["regime.length=100 steps", "regime.optim.lr=0.005", "regime.backbone_lr_factor=1", "labels.validation=0"]
     own = ["regime=end_to_end", f"encoder={stage_one}", "downstream.head=retinanet"]
+    own += ["downstream.batch_norm=trained"]  # fifteen steps of pretraining leave no statistics worth keeping
     result = run(folder, tmp_path / "run", *own, *length)
     assert result.interval("map_50").mean > 0.5
     (found,) = load_model(result.folder).predict([Image.fromarray(scene(500, 48, 48).image)])
@@ -178,6 +180,25 @@ def test_what_is_wrong_with_boxes_is_told(tmp_path: Path) -> None:
         "size": (first("images", width=64), r"said to have 64×32 pixels, and the file has 32×32"),
         "file": (first("images", file_name="x.png"), r"x\.png is not there"),
         "twice": (first("images", id=101), "image id 101 stands there more than once"),
+        "same file": (
+            lambda record: record["images"][1].update(file_name=record["images"][0]["file_name"]),
+            "image file_name .* stands there more than once",
+        ),
+        "null image": (first("images", id=None), "has the id None"),
+        "text size": (first("images", width="32"), "has the width '32', and a whole number"),
+        "text id": (first("categories", id="a"), "ids of `categories` must be whole numbers, and '.*' has the id 'a'"),
+        "null id": (first("categories", id=None), "has the id None: number them"),
+        "same id": (
+            lambda record: record["categories"][0].update(id=record["categories"][1]["id"]),
+            "have the id '20'",
+        ),
+        "same name": (
+            lambda record: record["categories"][0].update(name=record["categories"][1]["name"]),
+            "two entries of `categories` have the name",
+        ),
+        "list id": (first("annotations", image_id=[1]), r"annotation 0 has the image_id \[1\]"),
+        "crowd": (first("annotations", iscrowd="maybe"), "annotation 0 has `iscrowd` 'maybe'"),
+        "too many": (first("annotations", bbox=[4, 3, 5, 0]), "1 of .* annotations .* `data.bad_files=1%` allows 0"),
         "keys": (lambda record: record["annotations"][0].pop("bbox"), "entry 0 of `annotations` has no 'bbox'"),
         "list": (lambda record: record.pop("categories"), "has no list `categories`"),
     }
@@ -258,6 +279,29 @@ def test_figures_are_cocos_own_with_crowds_and_an_absent_class() -> None:
     assert task.score([task.compare(shares[0], nothing)]) == {}
 
 
+def test_annotations_that_can_not_be_used_are_left_out_within_the_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def edit(record: dict[str, Any]) -> None:
+        record["annotations"] = [
+            {"id": 0, "image_id": 100, "category_id": 10, "bbox": [29.65, 38.33, 1.03, 0.0]},
+            {"id": 1, "image_id": 100, "category_id": 20, "bbox": [0, 0, 9, 9], "iscrowd": "0"},
+            {"id": 2, "image_id": 101, "category_id": 20, "bbox": [0, 0, 9, 9], "iscrowd": "1"},
+        ]
+
+    path = change(tmp_path / "flat", edit)
+    with caplog.at_level(logging.WARNING):
+        source = coco.Config(name="coco", path=str(path), bad_files="40%").open_pool()
+    assert "left out 1 of 3 annotations, such as:" in caplog.text
+    assert "annotation 0 on image 100: the box [29.65, 38.33, 1.03, 0.0] has no area" in caplog.text
+    every = coco._read(path, path.parent / "images", None, 3, parse_limit("40%"))[1]
+    boxes = annotations_of(every, Boxes)
+    assert boxes is not None
+    assert [len(one) for one in boxes.boxes][:2] == [1, 0]  # the text "0" is no crowd, and "1" is one
+    assert source.bad_files is not None
+    assert str(source.bad_files.limit) == "40%"
+
+
 def test_boxes_at_the_edge_are_cut_off_and_nothing_is_learned_from_crowds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,7 +314,7 @@ def test_boxes_at_the_edge_are_cut_off_and_nothing_is_learned_from_crowds(
 
     path = change(tmp_path / "edge", edit)
     with caplog.at_level(logging.WARNING):
-        _, source = coco._read(path, path.parent / "images", None, 3)
+        _, source = coco._read(path, path.parent / "images", None, 3, parse_limit("1%"))
     boxes = annotations_of(source, Boxes)
     assert boxes is not None
     assert boxes.boxes[0].tolist() == [[0, 20, 6, 32]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, read_whole
 from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.masks import Masks
 from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
@@ -206,6 +208,55 @@ def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
     mask_folder._read.cache_clear()
     problems = Config(name="segmentation").check(opened(root))
     assert "nothing to tell apart" in problems[0]
+
+
+def numbered_masks(root: Path, *numbers: int) -> Path:
+    """Pairs whose masks hold the numbers in turn, in a square on 0."""
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for i in range(12):
+        save(root / "images" / f"{i}.png", np.zeros((16, 16, 3), np.uint8))
+        mask = np.zeros((16, 16), np.uint8)
+        mask[4:8] = numbers[i % len(numbers)]
+        save(root / "masks" / f"{i}.png", mask)
+    return root
+
+
+def test_255_is_no_class_unless_it_is_said_to_be_one(tmp_path: Path) -> None:
+    root = numbered_masks(tmp_path / "white", 255)
+
+    def opened(**keys: Any) -> Annotated:
+        return mask_folder.Config(name="mask_folder", path=str(root), **keys).open("train")
+
+    for keys in ({"classes": ("background", "lesion")}, {}):
+        with pytest.raises(ConfigError, match=r"hold 0, 255 alone, and 255 means .* `data.values=\[0, 255\]`"):
+            opened(**keys)
+    source = opened(classes=("background", "lesion"), values=(0, 255))
+    masks = source.annotations
+    assert isinstance(masks, Masks)
+    assert masks.counts[0].tolist() == [192, 64]
+    assert masks.whole(0).unique().tolist() == [0, 1]
+    assert masks.select(torch.tensor([1])).whole(0).unique().tolist() == [0, 1]
+    with pytest.raises(ConfigError, match=r"`data.values` has 3 numbers, and there are 2 classes"):
+        opened(classes=("background", "lesion"), values=(0, 1, 255))
+    with pytest.raises(ConfigError, match=r"each class needs a number of its own"):
+        opened(values=(0, 0))
+
+
+def test_numbers_with_gaps_are_counted_and_may_be_mapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = numbered_masks(tmp_path / "coded", 38, 75, 113, 255)
+    source = mask_folder.Config(name="mask_folder", path=str(root)).open("train")
+    assert source.classes is not None
+    assert len(source.classes) == 114
+    assert "4 of 114 classes occur in the masks: 0, 38, 75, 113 (255, which is there, is no class)" in caplog.text
+    assert "`data.values=[0, 38, 75, 113, 255]`" in caplog.text
+    mapped = mask_folder.Config(name="mask_folder", path=str(root), values=(0, 38, 75, 113)).open("train")
+    assert mapped.classes == ("0", "38", "75", "113")
+    assert isinstance(mapped.annotations, Masks)
+    found = {int(n) for i in range(len(mapped)) for n in mapped.annotations.whole(i).unique()}
+    assert found == {0, 1, 2, 3, 255}
+    with pytest.raises(ConfigError, match="holds the number 113, and 3 classes are named"):
+        mask_folder.Config(name="mask_folder", path=str(root), values=(0, 38, 75)).open("train")
 
 
 def test_a_class_that_only_the_test_has_is_told_and_balanced_weights_are_even(tmp_path: Path) -> None:

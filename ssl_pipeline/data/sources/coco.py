@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotated
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.coco_record import Categories, categories_of, check_images, leave_out, plain_annotations
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import for_all, tell, upright_size
 from ssl_pipeline.data.source import Part, SourceConfig, Split
@@ -38,6 +39,8 @@ class Config(SourceConfig):
         channels: 3 for RGB, 1 for grey.
         dev: the share of training images that is held out for choices where there is no ``dev_path``.
         test: the share held out for the final figures, likewise.
+        bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
+            can't be read are left out, ``20`` or ``1%`` of all. More stop the run, with a list.
         licence: of the images, where you know it.
     """
 
@@ -48,6 +51,7 @@ class Config(SourceConfig):
     channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
+    bad_files: Limit = parse_limit("1%")
     licence: str | None = None
 
     def open(self, split: Split) -> Annotated:
@@ -64,10 +68,12 @@ class Config(SourceConfig):
 
     def _open(self, split: Part) -> Annotated:
         paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
-        categories, pool = _read(Path(self.path).expanduser(), self._root(self.path), None, self.channels)
+        categories, pool = _read(
+            Path(self.path).expanduser(), self._root(self.path), None, self.channels, self.bad_files
+        )
         own = paths.get(split)
         if own is not None:
-            _, source = _read(Path(own).expanduser(), self._root(own), categories, self.channels)
+            _, source = _read(Path(own).expanduser(), self._root(own), categories, self.channels, self.bad_files)
             return self._licensed(source)
         strata = torch.zeros(len(pool), dtype=torch.int64)
         shares = share_out(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
@@ -84,16 +90,13 @@ class Config(SourceConfig):
         return source
 
 
-Categories = tuple[tuple[int, str], ...]  # numbers, which may have gaps, and names; their order is that of the classes
-
-
 @lru_cache(maxsize=8)
-def _read(path: Path, root: Path, known: Categories | None, channels: int) -> tuple[Categories, Annotated]:
+def _read(
+    path: Path, root: Path, known: Categories | None, channels: int, limit: BadFilesLimit
+) -> tuple[Categories, Annotated]:
     """Reads a file once in the process's life; another split has the training file's categories."""
     record = _load(path)
-    categories = tuple(
-        sorted((int(one["id"]), str(one["name"])) for one in _rows(record, "categories", path, ("id", "name")))
-    )
+    categories = categories_of(_rows(record, "categories", path, ("id", "name")), path)
     if known is not None and categories != known:
         raise ConfigError(
             f"{path} has other categories than training: {_told(categories)} against {_told(known)}. Give both files the same."
@@ -101,11 +104,7 @@ def _read(path: Path, root: Path, known: Categories | None, channels: int) -> tu
     images = sorted(_rows(record, "images", path, ("id", "file_name")), key=lambda image: str(image["file_name"]))
     if len(images) < 2:
         raise ConfigError(f"{path} names {len(images)} image(s), and at least two are needed.")
-    twice = [key for key, count in Counter(image["id"] for image in images).items() if count > 1]
-    if twice:
-        raise ConfigError(
-            f"{path}: image id {twice[0]} stands there more than once ({len(twice)} such ids): number them anew."
-        )
+    check_images(images, path)
     files = [root / str(image["file_name"]) for image in images]
     tell(
         [
@@ -117,11 +116,13 @@ def _read(path: Path, root: Path, known: Categories | None, channels: int) -> tu
     sizes = for_all(files, upright_size)
     tell([problem for image, size in zip(images, sizes, strict=True) if (problem := _other_size(image, size, path))])
     boxes, labels, crowds = _boxes_of(
-        images, sizes, _rows(record, "annotations", path, ("image_id", "category_id", "bbox")), categories, path
+        images, sizes, _rows(record, "annotations", path, ("image_id", "category_id", "bbox")), categories, path, limit
     )
     names = [str(image["file_name"]) for image in images]
     annotations = Boxes(boxes, labels, torch.tensor(sizes), tuple(name for _, name in categories), crowds)
-    return categories, Annotated(FileSource(str(path), root, names, channels), annotations)
+    return categories, Annotated(
+        FileSource(str(path), root, names, channels, bad_files=BadFiles(limit, len(names))), annotations
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -152,7 +153,9 @@ def _rows(record: dict[str, Any], key: str, path: Path, needed: tuple[str, ...])
 
 
 def _other_size(image: dict[str, Any], size: tuple[int, int], path: Path) -> str | None:
-    said = (image.get("height", size[0]), image.get("width", size[1]))
+    said = tuple(
+        side if image.get(key) is None else image[key] for key, side in zip(("height", "width"), size, strict=True)
+    )
     if said == size:
         return None
     return (
@@ -167,13 +170,15 @@ def _boxes_of(
     annotations: list[dict[str, Any]],
     categories: Categories,
     path: Path,
+    limit: BadFilesLimit,
 ) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
     """Per image its boxes and labels, and both of its crowds."""
     size_of = {image["id"]: size for image, size in zip(images, sizes, strict=True)}
     number_of = {category: number for number, (category, _) in enumerate(categories)}
     found: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
     crowds: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
-    problems, cut = [], 0
+    cut, count = 0, len(annotations)
+    annotations, problems = plain_annotations(annotations, path)
     for place, one in enumerate(annotations):
         what = f"{path}: annotation {one.get('id', f'at place {place}')}"
         if one["image_id"] not in size_of:
@@ -194,7 +199,7 @@ def _boxes_of(
                     or box[:2] != one["bbox"][:2]
                 )
                 found[one["image_id"]].append((box, number_of[one["category_id"]]))
-    tell(problems)
+    leave_out(problems, count, limit, path)
     if cut:
         _log.warning(
             "%s: %d of %d boxes reach out of their image and are cut off at its edge", path, cut, len(annotations)

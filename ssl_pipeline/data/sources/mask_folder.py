@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated
+from ssl_pipeline.data.annotated import Annotated as AnnotatedImages
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
 from ssl_pipeline.data.source import Part, SourceConfig, Split
 from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import part_of, share_out
+from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import images_in
 
 
@@ -32,6 +33,8 @@ class Config(SourceConfig):
         path: the folder. Nothing in it is changed.
         classes: their names, in the order of the masks' numbers; null reads ``classes.txt`` in the folder, a name a line, or
             else numbers them.
+        values: the numbers in the masks that stand for the classes, in their order, such as ``[0, 255]``; null takes 0, 1, 2, ….
+            255 is no class unless it is named here: nothing is learned from such pixels, and nothing is measured on them.
         channels: 3 for RGB, 1 for grey.
         dev: the share of training images that is held out for choices where there is no folder of them.
         test: the share held out for the final figures, likewise.
@@ -40,12 +43,13 @@ class Config(SourceConfig):
 
     path: str
     classes: tuple[str, ...] | None = None
+    values: tuple[Annotated[int, Field(ge=0, le=255)], ...] | None = Field(None, min_length=2)
     channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     licence: str | None = None
 
-    def open(self, split: Split) -> Annotated:
+    def open(self, split: Split) -> AnnotatedImages:
         """A split, the same for every seed.
 
         Raises:
@@ -53,11 +57,11 @@ class Config(SourceConfig):
         """
         return self._open(split)
 
-    def open_pool(self) -> Annotated:
+    def open_pool(self) -> AnnotatedImages:
         """All images but those of the test."""
         return self._open("pool")
 
-    def _open(self, split: Part) -> Annotated:
+    def _open(self, split: Part) -> AnnotatedImages:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(
@@ -66,11 +70,11 @@ class Config(SourceConfig):
         root = root.resolve()
         names = self.classes or _names_in(root / "classes.txt")
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
-        classes = _checked(names, read)
+        classes, values = _checked(names, self.values, read, root)
         own = read.get(split, read["train"]) if split != "pool" else read["train"]
-        source = Annotated(
+        source = AnnotatedImages(
             FileSource(str(own.folder), own.folder, own.images, self.channels),
-            Masks(own.masks, own.sizes, own.counts[:, : len(classes)], classes),
+            Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
         )
         source.licence = self.licence
         if own is not read["train"]:
@@ -151,7 +155,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _count(path: Path, expected: dict[Path, tuple[Path, tuple[int, int]]]) -> Tensor:
-    """How many pixels of each number a mask has, int64 of shape (255,); it must have its image's size."""
+    """How many pixels of each number a mask has, int64 of shape (256,); it must have its image's size."""
     mask = np.asarray(read_mask(path))
     image, size = expected[path]
     if mask.shape != size:
@@ -159,21 +163,56 @@ def _count(path: Path, expected: dict[Path, tuple[Path, tuple[int, int]]]) -> Te
             f"{path} has {mask.shape[1]}×{mask.shape[0]} pixels, and its image {image} has {size[1]}×{size[0]}: a mask has a "
             "pixel for every pixel of its image."
         )
-    return torch.from_numpy(np.bincount(mask.ravel(), minlength=256)[:IGNORE])
+    return torch.from_numpy(np.bincount(mask.ravel(), minlength=256))
 
 
-def _checked(names: tuple[str, ...] | None, read: dict[Split, _Pairs]) -> tuple[str, ...]:
-    """The classes' names; every number in a mask must have one."""
-    found = torch.cat([pairs.counts for pairs in read.values()])
-    greatest = int(found.sum(0).nonzero().max()) if bool(found.any()) else 0
-    if names is None:
-        return tuple(str(number) for number in range(greatest + 1))
-    problems = [
-        f"{mask} holds the number {int(counts[len(names) :].nonzero()[0]) + len(names)}, and {len(names)} classes are named "
-        f"({', '.join(names[:10])}), from 0 on: name the others, or mend the mask ({IGNORE} is no class)."
-        for pairs in read.values()
-        for mask, counts in zip(pairs.masks, pairs.counts, strict=True)
-        if bool(counts[len(names) :].any())
-    ]
-    tell(problems)
-    return names
+def _checked(
+    names: tuple[str, ...] | None, values: tuple[int, ...] | None, read: dict[Split, _Pairs], root: Path
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The classes' names and their numbers in the masks; every number in a mask must be one of them.
+
+    Raises:
+        ConfigError: one is not, names and values do not fit, or what is most likely a class is the number of no class.
+    """
+    counts = torch.cat([pairs.counts for pairs in read.values()]).sum(0)
+    present: list[int] = counts.nonzero()[:, 0].tolist()
+    inside = [number for number in present if number != IGNORE]
+    if values is None:
+        values = tuple(range(max(inside, default=0) + 1 if names is None else len(names)))
+    elif names is not None and len(names) != len(values):
+        raise ConfigError(
+            f"`data.values` has {len(values)} numbers, and there are {len(names)} classes ({listed(names)})."
+        )
+    elif len(set(values)) < len(values):
+        raise ConfigError(f"`data.values` is {list(values)}: each class needs a number of its own.")
+    else:
+        inside = [number for number in present if number != IGNORE or IGNORE in values]
+    names = tuple(map(str, values)) if names is None else names
+    if present and not set(inside) - {0} and IGNORE not in values and IGNORE in present:
+        raise ConfigError(
+            f"the masks in {str(root)!r} hold {listed([str(number) for number in present])} alone, and {IGNORE} means that a pixel "
+            f"is of no class, so there is nothing to learn. If {IGNORE} is a class, say so by `data.values={present}`."
+        )
+    _refuse_other_numbers(names, values, read)
+    used = [name for name, value in zip(names, values, strict=True) if value in inside]
+    if len(used) < len(names):
+        told = f" ({IGNORE}, which is there, is no class)" if IGNORE in present and IGNORE not in values else ""
+        warn_once(
+            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {listed(used)}{told}. If their numbers stand for "
+            f"classes without gaps, say so by `data.values={present}`."
+        )
+    return names, values
+
+
+def _refuse_other_numbers(names: tuple[str, ...], values: tuple[int, ...], read: dict[Split, _Pairs]) -> None:
+    others = [number for number in range(IGNORE) if number not in values]
+    tell(
+        [
+            f"{mask} holds the number {others[int(counts[others].nonzero()[0])]}, and {len(names)} classes are named "
+            f"({listed(names)}), for the numbers {listed([str(value) for value in values])}: name the others, see `data.values`, or "
+            f"mend the mask ({IGNORE} is no class)."
+            for pairs in read.values()
+            for mask, counts in zip(pairs.masks, pairs.counts, strict=True)
+            if others and bool(counts[others].any())
+        ]
+    )
