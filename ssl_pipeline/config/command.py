@@ -74,6 +74,14 @@ def run_command(
         leave(error, f"ssl-pipeline {verb} --help")
     except KeyboardInterrupt as stop:
         leave(stopped_by_hand(stop, verb, resumes="resume" in schema.model_fields))
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's, of `~photos` where nobody is called photos
+            raise
+        leave(
+            ConfigError(
+                "a path starts with `~` and no user's name: write `~/NAME` below the home folder, and `./~NAME` for a file of that name."
+            )
+        )
 
 
 def stopped_by_hand(stop: KeyboardInterrupt, verb: str, resumes: bool) -> StoppedByHandError:

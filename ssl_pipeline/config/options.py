@@ -40,7 +40,10 @@ class Parser(argparse.ArgumentParser):
 
 def path(text: str) -> Path:
     """A path as it was typed; ``~`` is the home folder, which a shell leaves alone after ``--output=``."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # `~x`, where no user is called so
+        return Path(text)
 
 
 def prepare() -> Parser:

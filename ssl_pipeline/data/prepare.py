@@ -6,6 +6,7 @@ decoded images. Stopped and started again, it goes on where it was; so it does w
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -189,10 +190,14 @@ def main() -> None:
             prepare(options.folder, options.output, options.cache, options.recheck, options.data)
     except UserError as error:
         leave(error, "ssl-pipeline prepare --help")
+    where = (
+        ["data.path=TABLE", f"data.root={options.folder}"]
+        if options.data == "table"
+        else [f"data.path={options.folder}"]
+    )
     then = [f"data.prepared={options.output}"] if options.output and not shards else []
-    where = "data.path=TABLE data.root=" if options.data == "table" else "data.path="
-    say(" ".join([f"train: ssl-pipeline pretrain data={options.data}", f"{where}{options.folder}", *then,
-                   *(["data.cache=true"] if options.cache else [])]))  # fmt: skip
+    cached = ["data.cache=true"] if options.cache else []
+    say(f"train: {shlex.join(['ssl-pipeline', 'pretrain', f'data={options.data}', *where, *then, *cached])}")
 
 
 if __name__ == "__main__":

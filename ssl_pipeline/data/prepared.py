@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import shlex
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +108,10 @@ class ImageFiles:
         )
 
     def _cached(self, config: PreparedConfig) -> tuple[Files, Cache]:
-        kind = "" if config.name == "folder" else f" --data {config.name}"
-        command = f"ssl-pipeline prepare {self.root}{kind} --cache {self.cache_side or 256}"
-        command += f" --output {config.prepared}" if config.prepared else ""
+        kind = [] if config.name == "folder" else ["--data", config.name]
+        place = ["--output", config.prepared] if config.prepared else []
+        words = ["ssl-pipeline", "prepare", str(self.root), *kind, "--cache", str(self.cache_side or 256), *place]
+        command = shlex.join(words)
         if not self.cache_side:
             raise ConfigError(
                 f"`data.cache`: {str(self.root)!r} has no cache of decoded images yet. Make it first, with `{command}`."
@@ -187,8 +189,8 @@ def look_up(root: Path, names: Sequence[str | None], base: Path | None) -> Named
     if load(place, root) is None:
         if base is not None:
             raise ConfigError(
-                f"`data.prepared`: {str(base)!r} holds no manifest of {str(root)!r}. Make it, with `ssl-pipeline prepare {root} "
-                f"--data table --output {base}`, or leave the key out."
+                f"`data.prepared`: {str(base)!r} holds no manifest of {str(root)!r}. Make it, with `ssl-pipeline prepare "
+                f"{shlex.join([str(root), '--data', 'table', '--output', str(base)])}`, or leave the key out."
             )
         return Named(root, names, place, None, torch.full((len(names),), -1))
     manifest = look(root, place)

@@ -97,7 +97,7 @@ def _run(options: Any) -> None:
         raise ConfigError("--push goes with --to hub: the page that it writes is the repository's face.")
     if options.public and not options.push:
         raise ConfigError("--public goes with --push OWNER/NAME.")
-    place = Path(options.model).expanduser()
+    place = parsers.path(options.model)
     beside = (place if place.is_dir() else place.parent) / "exports"
     path = options.output or beside / FORMATS.get(options.to, ("", "x"))[1]
     _check(options.to, path, options.preprocessing)

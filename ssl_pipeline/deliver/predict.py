@@ -51,7 +51,7 @@ def open_predictor(path: str | Path) -> Predictor:
     Raises:
         ConfigError: it is not there, damaged, or of another kind.
     """
-    file = Path(path).expanduser()
+    file = parsers.path(str(path))
     readers = {".onnx": load_onnx, ".pt2": load_torch_export}
     if file.suffix in readers and not file.is_dir():
         if not file.is_file():
@@ -68,7 +68,7 @@ def image_files(paths: Iterable[str]) -> Iterator[Path]:
     Raises:
         ConfigError: a path is not there, or a folder holds no image.
     """
-    return chain.from_iterable([_from_input() if path == "-" else _meant(Path(path).expanduser()) for path in paths])
+    return chain.from_iterable([_from_input() if path == "-" else _meant(parsers.path(path)) for path in paths])
 
 
 def _meant(path: Path) -> list[Path]:
@@ -83,7 +83,7 @@ def _meant(path: Path) -> list[Path]:
 
 
 def _from_input() -> Iterator[Path]:
-    return (Path(line.rstrip("\n")).expanduser() for line in sys.stdin if line.strip())
+    return (parsers.path(line.rstrip("\n")) for line in sys.stdin if line.strip())
 
 
 def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = None) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ def draw(title: str, panels: Mapping[str, Spots], file: Path) -> None:
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(0.9 + 2.7 * len(panels), 6.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(2, len(panels), squeeze=False)
     classes = max((found.classes for found in panels.values()), key=len)
     palette = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def draw(title: str, panels: Mapping[str, Spots], file: Path) -> None:
         x, y = found.plane[order].T.tolist()
         domain, label = found.domain[order].tolist(), found.label[order].tolist()
         above.scatter(x, y, s=7, linewidths=0, alpha=0.7, c=[_DOMAINS[d] for d in domain])
-        above.set_title(heading, fontsize=9)
+        above.set_title(heading, fontsize=9, parse_math=False)
         # The target's images are the ones to look at: the source's are small beside them.
         sizes = [12 if d else 4 for d in domain]
         below.scatter(x, y, s=sizes, linewidths=0, alpha=0.8, c=[palette[c % len(palette)] for c in label])
@@ -102,7 +102,15 @@ def draw(title: str, panels: Mapping[str, Spots], file: Path) -> None:
     axes[1, 0].set_ylabel("by class (large: target)")
     for row, (colours, names) in enumerate(((_DOMAINS, ("source", "target")), (palette, classes))):
         marks = [
-            Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[n % len(colours)], label=name)
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="",
+                markersize=5,
+                color=colours[n % len(colours)],
+                label=name.replace("$", r"\$"),
+            )
             for n, name in enumerate(names)
         ]
         axes[row, -1].legend(handles=marks, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8)

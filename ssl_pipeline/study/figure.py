@@ -58,4 +58,5 @@ def draw(findings: Findings, files: Sequence[Path]) -> None:
 
 
 def _label(condition: Condition) -> str:
-    return f"{condition[0]}, scratch" if condition[1] == "scratch" else condition[0]
+    name = condition[0].replace("$", r"\$")  # a formula to matplotlib
+    return f"{name}, scratch" if condition[1] == "scratch" else name

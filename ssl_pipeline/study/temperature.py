@@ -86,7 +86,8 @@ def _real_images(axes: Axes, run: Path) -> None:
     found = [temperature_figures(rows, rows, (pairs, pairs), t, own=(place, place)) for t in TEMPERATURES]
     for key, label in NAMES.items():
         axes.plot(TEMPERATURES, [float(figures[key]) for figures in found], label=label)
-    axes.set(title=f"The encoder's features of {len(first)} images of {name}", xscale="log", xlabel="τ", ylim=(0, 1.02))
+    axes.set_title(f"The encoder's features of {len(first)} images of {name}", parse_math=False)
+    axes.set(xscale="log", xlabel="τ", ylim=(0, 1.02))
     axes.legend(fontsize=8)
 
 

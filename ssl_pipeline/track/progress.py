@@ -24,7 +24,7 @@ _SHOWN = {
 }  # fmt: skip
 _WAITS_LONG, _WAITS_OFTEN = 0.2, 3
 _OF_EVALUATION = ("knn", "effective_rank")
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder may be named [b] or :x:
 
 
 def console() -> Console:
