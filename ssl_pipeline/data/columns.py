@@ -99,7 +99,7 @@ def _read_parquet(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) 
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(
-            'Parquet files are read by pyarrow, which is not installed: pip install "ssl-pipeline[parquet]".'
+            'Parquet files are read by pyarrow, which is not installed: pip install -e ".[parquet]" in the project\'s folder.'
         ) from error
     try:
         with parquet.ParquetFile(path) as file:

@@ -184,7 +184,9 @@ def check_output(text: str) -> Path:
         raise ConfigError(f"`output`: {text!r} ends in no format of features: take {' or '.join(_ENDINGS)}.{hint}")
     check_folder_of(path, "`output`")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError('`output`: Parquet needs pyarrow: pip install "ssl-pipeline[parquet]"; or end it in .npz.')
+        raise ConfigError(
+            '`output`: Parquet needs pyarrow: pip install -e ".[parquet]" in the project\'s folder; or end it in .npz.'
+        )
     return path
 
 

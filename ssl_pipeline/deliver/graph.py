@@ -255,7 +255,7 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
 
 def _need_onnx(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f'ONNX needs {package}: pip install "ssl-pipeline[onnx]".')
+        raise ConfigError(f'ONNX needs {package}: pip install -e ".[onnx]" in the project\'s folder.')
 
 
 def _session(path: Path) -> Any:

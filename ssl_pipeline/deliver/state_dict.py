@@ -82,7 +82,7 @@ def _build(library: Library, name: str, parts: Parts) -> Any:
             cut_classifier(network, anatomy)
         return network.eval()
     if importlib.util.find_spec("timm") is None:
-        raise ConfigError('`--to timm` needs timm: pip install "ssl-pipeline[timm]".')
+        raise ConfigError('`--to timm` needs timm: pip install -e ".[timm]" in the project\'s folder.')
     import timm
 
     if not timm.is_model(name.split(".")[0]):

@@ -70,7 +70,7 @@ class Config(DenseConfig):
         problems = []
         if importlib.util.find_spec("pycocotools") is None:
             problems.append(
-                'detection is measured by pycocotools, which is not installed: pip install "ssl-pipeline[detection]".'
+                'detection is measured by pycocotools, which is not installed: pip install -e ".[detection]" in the project\'s folder.'
             )
         known, wanted = boxes.counts(), measured.counts()
         for counts, where in ((known, "training images"), (wanted, "images to measure on")):

@@ -67,7 +67,9 @@ def _known(config: BackboneConfig) -> str:
     hint = f" torchvision's nearest: {', '.join(elsewhere)}." if elsewhere and name == config.name else ""
     if importlib.util.find_spec("timm") is None:
         fault = "needs timm" if name != config.name else "is not torchvision's, and others need timm"
-        raise ConfigError(f"`backbone.name`: {config.name!r} {fault}: pip install 'ssl-pipeline[timm]'.{hint}")
+        raise ConfigError(
+            f"`backbone.name`: {config.name!r} {fault}: pip install -e '.[timm]' in the project's folder.{hint}"
+        )
     import timm
 
     if not timm.is_model(name.split(".")[0]):

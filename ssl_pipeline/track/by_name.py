@@ -72,7 +72,7 @@ def check_names(names: Sequence[str]) -> None:
                 f"`tracking.mirrors`: {name!r} is none of {', '.join(known)} (W&B is chosen by `tracking=wandb`)."
             )
         elif name not in installed:
-            install = f'"ssl-pipeline[{_NEEDED[name]}]"' if name in _NEEDED else name
+            install = f"-e '.[{_NEEDED[name]}]' in the project's folder" if name in _NEEDED else name
             problems.append(f"`tracking.mirrors`: {name} is not installed: pip install {install}")
     if problems:
         raise ConfigError(problems)

@@ -41,7 +41,7 @@ def build(entity: str, project: str) -> Workspace:
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
         raise ConfigError(
-            'the dashboard needs wandb-workspaces: pip install "ssl-pipeline[dashboard]" installs it.'
+            'the dashboard needs wandb-workspaces: in the project\'s folder `pip install -e ".[dashboard]"` installs it.'
         ) from error
     sections = [
         workspaces.Section(

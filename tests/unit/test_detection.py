@@ -341,7 +341,7 @@ def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
     squares = torch.tensor([i for i, labels in enumerate(boxes.labels) if 1 not in labels])
     assert "that no training image has: 'circle'" in config.check(source.select(squares), source)[0]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "ssl-pipeline[detection]" in config.check(source)[0]
+    assert 'pip install -e ".[detection]"' in config.check(source)[0]
 
 
 @pytest.mark.parametrize(("batch_norm", "pretrained", "moves"), [

@@ -230,7 +230,7 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            'Hugging Face\'s datasets are read by its library, which is not installed: pip install "ssl-pipeline[hf]".'
+            "Hugging Face's datasets are read by its library, which is not installed: pip install -e \".[hf]\" in the project's folder."
         ) from error
     return datasets
 
