@@ -123,14 +123,14 @@ def about_key(stage: Stage, key: str, text: str | None) -> str:
     if close:
         return f"{told} Did you mean {_line(_with_value(stage, leaves[close[0]], value))}?"
     where = f" of `{parent}`" if parent and known else ""
-    return f"{told} Known{where}: {', '.join(sorted(known or stage.schema.model_fields))}."
+    return f"`{key}` is not a key. Known{where}: {', '.join(sorted(known or stage.schema.model_fields))}."
 
 
 def about_word(stage: Stage, word: str) -> str:
     """A word without a value, such as ``workers`` or ``photos``."""
     told = f"{word!r} is not an override: "
     if not word.strip("+~="):
-        return f"{told}write `group=choice` or `key=value` (see --help for the keys)."
+        return f"{word!r} is not an override: write `group=choice` or `key=value` (see --help for the keys)."
     known = all_keys(stage.schema, stage.tree)
     if word in known and not word.startswith("="):
         return f"{told}write {_line(_with_value(stage, word, _example(stage, word)))}."
@@ -149,7 +149,7 @@ def about_word(stage: Stage, word: str) -> str:
         return f"{told}{launched or 'write ' + ' or '.join(map(_line, meant[:3])) + '.'}"
     close = difflib.get_close_matches(word, [*known, *group_choices(stage.name)], n=1, cutoff=0.75)
     hint = f" Did you mean `{close[0]}=…`?" if close else ""
-    return f"{told}write `group=choice` or `key=value` (see --help for the keys).{hint}"
+    return f"{word!r} is not an override: write `group=choice` or `key=value` (see --help for the keys).{hint}"
 
 
 def about_nothing(stage: Stage, key: str) -> str:

@@ -189,8 +189,8 @@ def look_up(root: Path, names: Sequence[str | None], base: Path | None) -> Named
     if load(place, root) is None:
         if base is not None:
             raise ConfigError(
-                f"`data.prepared`: {str(base)!r} holds no manifest of {str(root)!r}. Make it, with `ssl-pipeline prepare "
-                f"{shlex.join([str(root), '--data', 'table', '--output', str(base)])}`, or leave the key out."
+                f"`data.prepared`: {str(base)!r} holds no manifest of {str(root)!r}. Make it, with `ssl-pipeline prepare {shlex.quote(str(root))} "
+                f"--data table --output {shlex.quote(str(base))}`, or leave the key out."
             )
         return Named(root, names, place, None, torch.full((len(names),), -1))
     manifest = look(root, place)
