@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -170,12 +171,17 @@ def open_trackers(
     truth = JsonlLog(run.path / FILE_NAME)
     truth.truncate_after(start_step)
     openers: dict[str, Callable[[], Tracker]] = {}
-    if tracking.name != "off":
+    if tracking.name != "off" and not _switched_off(os.environ.get("WANDB_DISABLED", "")):
         openers["W&B"] = partial(_open_wandb, run.path, stage, redact(config), tracking)
     for name in tracking.mirrors:
         openers[name] = partial(open_by_name, name, run.path, redact(config))
     mirrors: list[Tracker] = [Background(name, make, tracking.finish_timeout) for name, make in openers.items()]
     return Trackers(truth, mirrors, tracking.pictures)
+
+
+def _switched_off(disabled: str) -> bool:
+    """What ``WANDB_DISABLED`` says."""
+    return disabled.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> Tracker:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ssl_pipeline")
 _IDENTITY = "wandb_id"
+_TAKEN: set[str] = set()  # identities of this process's runs: WANDB_RUN_ID is one run's
 
 
 class WandbMirror:
@@ -104,7 +105,8 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
 
     W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) is obeyed. Otherwise: online when W&B finds a key and its server
     answers in time, offline when not. Where a key comes from and which server it is for is W&B's affair alone: neither
-    is read from our configuration.
+    is read from our configuration. Names and groups that the configuration leaves at their defaults are taken from W&B's
+    environment variables.
 
     Args:
         folder: the run's; W&B writes into its ``wandb/``.
@@ -112,26 +114,34 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
         config: what W&B shall keep of the configuration, without secrets.
         tracking: project, entity, group, tags, and how long to wait.
     """
+    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    default = type(tracking).model_fields["project"].default
     arguments = {
-        "id": _identity(folder), "resume": "allow", "dir": folder, "name": folder.name, "job_type": stage,
-        "project": tracking.project, "entity": tracking.entity, "group": tracking.group, "tags": list(tracking.tags),
-        "config": config,
+        "id": _identity(folder), "resume": "allow", "dir": folder, "name": os.environ.get("WANDB_NAME") or folder.name,
+        "job_type": os.environ.get("WANDB_JOB_TYPE") or stage, "notes": os.environ.get("WANDB_NOTES"),
+        "project": (os.environ.get("WANDB_PROJECT") if tracking.project == default else None) or tracking.project,
+        "entity": tracking.entity or os.environ.get("WANDB_ENTITY"),
+        "group": tracking.group or os.environ.get("WANDB_RUN_GROUP"), "tags": list(tracking.tags) or tags, "config": config,
     }  # fmt: skip
     try:
-        return _start(arguments, _mode(tracking), tracking)
+        return _start(folder, stage, arguments, _mode(tracking), tracking)
     except Exception as error:
         _forget_failed_start()
-        mirror = _start(arguments, "offline", tracking)
+        mirror = _start(folder, stage, arguments, "offline", tracking)
         _log.warning("W&B can't go online (%s): it logs offline, send that later by `wandb sync`", first_line(error))
         return mirror
 
 
 def _identity(folder: Path) -> str:
-    """One identity a folder, so that a continued run is the same W&B run."""
+    """One identity a folder, so that a continued run is the same W&B run; ``WANDB_RUN_ID`` gives it to the first new folder."""
     file = folder / _IDENTITY
-    if not file.exists():
-        write_text_atomic(file, uuid.uuid4().hex[:12])
-    return file.read_text(encoding="utf-8").strip()
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip()
+    wanted = os.environ.get("WANDB_RUN_ID", "").strip()
+    identity = wanted if wanted and wanted not in _TAKEN else uuid.uuid4().hex[:12]
+    _TAKEN.add(identity)
+    write_text_atomic(file, identity)
+    return identity
 
 
 def _mode(tracking: TrackingConfig) -> str:
@@ -147,11 +157,16 @@ def _mode(tracking: TrackingConfig) -> str:
     return "offline"
 
 
-def _start(arguments: dict[str, Any], mode: str, tracking: TrackingConfig) -> WandbMirror:
+def _start(
+    folder: Path, stage: str, arguments: dict[str, Any], mode: str, tracking: TrackingConfig
+) -> WandbMirror:  # fmt: skip
     import wandb
 
     run = wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking))  # type: ignore[arg-type]
-    return WandbMirror(run, arguments["job_type"], arguments["id"])
+    # The agent of a sweep chooses its runs' identities itself: what it chose is what is continued.
+    if mode != "disabled" and run.id != arguments["id"]:
+        write_text_atomic(folder / _IDENTITY, run.id)
+    return WandbMirror(run, stage, run.id if mode != "disabled" else arguments["id"])
 
 
 def _settings(tracking: TrackingConfig) -> wandb.Settings:

@@ -24,6 +24,7 @@ from ssl_pipeline.track.progress import Progress, print_table
 from ssl_pipeline.track.redaction import redact, redact_command
 from ssl_pipeline.track.run import Run, open_run, versions, write_json, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.track.wandb import open_wandb
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -419,6 +420,52 @@ def test_the_environment_chooses_the_mode(
     with run_in(tmp_path / "a") as run:
         track(run, TrackingConfig())
         assert len(list((run.path / "wandb").glob("*run-*-*"))) == folders
+
+
+@pytest.mark.usefixtures("no_key")
+def test_wandbs_environment_holds_where_the_configuration_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    class Started:
+        id = "chosen-by-the-agent"
+
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def init(**arguments: Any) -> Started:
+        told.append(arguments)
+        return Started()
+
+    monkeypatch.setattr("wandb.init", init)
+    environment = {
+        "PROJECT": "p", "ENTITY": "e", "RUN_GROUP": "g", "TAGS": "a, b", "NAME": "n", "NOTES": "o", "RUN_ID": "r1",
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wanted = {"project": "p", "entity": "e", "group": "g", "tags": ["a", "b"], "name": "n", "notes": "o", "id": "r1"}
+    own = TrackingConfig(project="mine", entity="me", group="ours", tags=("c",))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    open_wandb(tmp_path / "a", "pretrain", {}, TrackingConfig())
+    open_wandb(tmp_path / "a", "pretrain", {}, own)
+    open_wandb(tmp_path / "b", "pretrain", {}, own)
+    assert {name: told[0][name] for name in wanted} == wanted
+    explicit = {"project": "mine", "entity": "me", "group": "ours", "tags": ["c"], "id": "chosen-by-the-agent"}
+    assert {name: told[1][name] for name in explicit} == explicit  # which a continued run of a sweep goes on with
+    assert told[2]["id"] not in ("r1", "chosen-by-the-agent")  # another folder is another run
+
+
+@pytest.mark.parametrize(("text", "runs"), [("true", 0), ("1", 0), ("false", 1), ("", 1)])
+def test_wandb_disabled_is_tracking_off(text: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setenv("WANDB_DISABLED", text)
+    monkeypatch.setattr("ssl_pipeline.track.tracker.Background", lambda name, *_: opened.append(name))
+    with run_in(tmp_path / "a") as run:
+        trackers = open_trackers(run, "pretrain", CONFIG, TrackingConfig(name="wandb"), 0)
+        trackers._mirrors.clear()
+        trackers.finish()
+    assert len(opened) == runs
 
 
 def test_wandb_that_does_not_import_stops_nothing(
