@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,8 @@ from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+_FIRST_STEP_OF_A_JOBS_OWN = 0xFFFFFFF0  # the steps of a job's script and shell have numbers from the end of 32 bits
+_TASKS_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def start_accelerator() -> Accelerator:
@@ -30,6 +32,9 @@ def start_accelerator() -> Accelerator:
         ConfigError: the launcher was asked for several processes, and they did not become one group, or for a kind of sharding
             that there is not.
     """
+    problem = without_launcher(os.environ)
+    if problem is not None:
+        raise ConfigError(problem)
     cpu, sharded = not torch.cuda.is_available(), sharding_asked_for()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
@@ -47,6 +52,35 @@ def start_accelerator() -> Accelerator:
     if sharded:
         shard_on_cpu(accelerator)
     return accelerator
+
+
+def without_launcher(environment: Mapping[str, str]) -> str | None:
+    """What is wrong where `srun` or `mpirun` started several processes that would each do the same run; None where nothing is.
+
+    A shell of `salloc`, and a script of `sbatch`, know the job's number of tasks, too, and are one process: what counts is
+    the step that this process belongs to.
+
+    Args:
+        environment: the process's variables.
+    """
+    if "WORLD_SIZE" in environment:  # a launcher of torch's has told each process what it is
+        return None
+    job, step = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"))
+    in_step = (
+        0 <= _number(environment, "SLURM_STEP_ID", -1) < _FIRST_STEP_OF_A_JOBS_OWN
+        or _number(environment, "SLURM_PROCID") > 0
+    )
+    tasks, starter = step or (job if in_step else 0), "srun"
+    if tasks <= 1:
+        tasks, starter = max(_number(environment, name) for name in _TASKS_OF_MPI), "mpirun"
+        tasks = 0 if "MASTER_ADDR" in environment else tasks  # Accelerate makes a group of them
+    if tasks <= 1:
+        return None
+    return (
+        f"`{starter}` has started {tasks} processes that know nothing of each other, and each would do the same run. For one run on "
+        f"several processes start one launcher on each machine: `{starter} -n 1 launch/run --num_processes {tasks} pretrain …` (see "
+        "launch/slurm). For one process give `-n 1`. For separate runs, each with an `output` of its own, set WORLD_SIZE=1."
+    )
 
 
 def share_of(accelerator: Accelerator) -> Share:
@@ -127,6 +161,11 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     if problem is not None:
         raise ConfigError(problem.split("\n"))
     return value
+
+
+def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def _processes_asked_of_launcher() -> int:

@@ -13,7 +13,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from omegaconf import OmegaConf
 
-from tests.runs import ROOT
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.engine.distributed import without_launcher
+from ssl_pipeline.pretrain import pretrain
+from tests.runs import ROOT, tiny_pretrain
 
 CONFIGS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 SLURM = sorted((ROOT / "launch" / "slurm").glob("*"))
@@ -156,3 +159,42 @@ def test_a_job_that_failed_does_not(tmp_path: Path) -> None:
     code, calls = submit("one_node.sbatch", cluster(tmp_path, "exit 3"), "pretrain", "recipe=a")
     assert code == 3
     assert not any(call.startswith("scontrol") for call in calls)
+
+
+STEP = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        (STEP, True),  # srun -n 2 ssl-pipeline pretrain
+        (STEP | {"SLURM_PROCID": "1"}, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"PMI_SIZE": "2"}, True),
+        (STEP | {"WORLD_SIZE": "2"}, False),  # what torchrun and accelerate have started
+        (STEP | {"WORLD_SIZE": "1"}, False),  # separate runs
+        ({"SLURM_NTASKS": "2"}, False),  # the shell of salloc -n 2
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # the script of sbatch --ntasks 2
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"}, False),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, False),  # srun -n 1 in a job of two tasks
+        ({"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "a"}, False),
+        ({}, False),
+    ],
+)
+def test_processes_that_know_nothing_of_each_other_are_refused(environment: dict[str, str], refused: bool) -> None:
+    problem = without_launcher(environment)
+    assert (problem is not None) == refused
+    if problem is not None:
+        assert "has started 2 processes" in problem
+        assert "-n 1 launch/run --num_processes 2 pretrain" in problem
+
+
+def test_the_refusal_comes_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="`srun` has started 2 processes"):
+        pretrain(tiny_pretrain(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
