@@ -207,16 +207,16 @@ def finetune(config: FinetuneConfig) -> Result:
     data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
     run, folder, finished = open_folder(config, data, seeds, accelerator)
     result = Result(folder, config.split)
-    result.selection.update(selection(config.labels, config.downstream, config.regime, labelled[config.seed]))
-    if run is not None and config.labels.validation == "auto" and config.tracking.terminal != "quiet":
-        console().print(result.selection["why"], markup=False)
-    if finished:
-        result.take_confusion()
     with (
         run or nullcontext(),
         open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
         stoppable(run.path if run else None),
     ):
+        result.selection.update(selection(config.labels, config.downstream, config.regime, labelled[config.seed]))
+        if run is not None and config.labels.validation == "auto" and config.tracking.terminal != "quiet":
+            console().print(result.selection["why"], markup=False)
+        if finished:
+            result.take_confusion()
         if config.encoder is not None and not config.starts_fresh:
             trackers.used(config.encoder)
         before = trained_steps(folder, finished)
@@ -282,13 +282,14 @@ def open_folder(
         Its open folder (None in all processes but the main one); its path; and the figures of the seeds that are done.
     """
     run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
-    if run is not None and run.changes:  # seeds of two configurations make no mean
-        _log.warning(
-            "the configuration or data has changed: all seeds are trained from their start, none is continued."
-        )
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-    done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
-    folder, finished = from_main(accelerator, (run.path if run else Path(), done))
+    with run.closed_on_error() if run is not None else nullcontext():
+        if run is not None and run.changes:  # seeds of two configurations make no mean
+            _log.warning(
+                "the configuration or data has changed: all seeds are trained from their start, none is continued."
+            )
+            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
+        folder, finished = from_main(accelerator, (run.path if run else Path(), done))
     return run, folder, finished
 
 

@@ -249,15 +249,16 @@ def open_place(
         accelerator,
         lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data, check_change=check_change),
     )
-    every = config.checkpoint_every.on(batches.clock(0)) or None
-    folder = from_main(accelerator, run.path if run else Path())
-    checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
-    best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
-    resume = checkpoints.load() if config.resume != "no" else None
-    start = int(resume["done"]) if resume else 0
-    check_same_start(accelerator, start)
-    if resume is not None:
-        go_on(resume, batches, in_steps)
+    with run.closed_on_error() if run else nullcontext():
+        every = config.checkpoint_every.on(batches.clock(0)) or None
+        folder = from_main(accelerator, run.path if run else Path())
+        checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
+        best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
+        resume = checkpoints.load() if config.resume != "no" else None
+        start = int(resume["done"]) if resume else 0
+        check_same_start(accelerator, start)
+        if resume is not None:
+            go_on(resume, batches, in_steps)
     return Place(run, folder, checkpoints, best, resume, start)
 
 

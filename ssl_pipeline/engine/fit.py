@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
@@ -79,35 +80,37 @@ def fit(
         training.begin()
         pace.begin()
     pace.ask()
-    for batch in own(batches.from_step(start - offset), start, batches.workers):
-        pace.come(len(batch.index) * accelerator.num_processes)
-        done, step = batch.clock.taken + 1, training.step(batch)
-        figures: dict[str, float] = {}
-        if done % log_every == 0 or done == total:
-            figures |= _of_step(step, training, pace, batches, accelerator, prefix)
-        looks = evaluate is not None and _due(done, total, evaluate_every)
-        stops = step.signal != 0 and done < total
-        saves = checkpoints is not None and (stops or checkpoints.due(done, total))
-        if looks or saves or done == total:  # what one process saves, all will continue from
-            training.bring_together()
-        if looks and evaluate is not None:
-            try:
-                figures |= evaluate(batch.clock)
-            except CutShortError as cut:
+    # Closed here: an exception that a notebook keeps would keep the workers, too.
+    with closing(own(batches.from_step(start - offset), start, batches.workers)) as steps:
+        for batch in steps:
+            pace.come(len(batch.index) * accelerator.num_processes)
+            done, step = batch.clock.taken + 1, training.step(batch)
+            figures: dict[str, float] = {}
+            if done % log_every == 0 or done == total:
+                figures |= _of_step(step, training, pace, batches, accelerator, prefix)
+            looks = evaluate is not None and _due(done, total, evaluate_every)
+            stops = step.signal != 0 and done < total
+            saves = checkpoints is not None and (stops or checkpoints.due(done, total))
+            if looks or saves or done == total:  # what one process saves, all will continue from
+                training.bring_together()
+            if looks and evaluate is not None:
+                try:
+                    figures |= evaluate(batch.clock)
+                except CutShortError as cut:
+                    if checkpoints is not None:
+                        checkpoints.save(done, {**training.state(done), "cut_short": figures})
+                        checkpoints.wait()
+                    raise StoppedError(cut.number, done, total, saved=checkpoints is not None) from None
+                training.begin()
+                pace.begin()
+            _tell(listeners, done, figures, accelerator)
+            if checkpoints is not None and saves:
+                checkpoints.save(done, training.state(done))
+            if stops:
                 if checkpoints is not None:
-                    checkpoints.save(done, {**training.state(done), "cut_short": figures})
                     checkpoints.wait()
-                raise StoppedError(cut.number, done, total, saved=checkpoints is not None) from None
-            training.begin()
-            pace.begin()
-        _tell(listeners, done, figures, accelerator)
-        if checkpoints is not None and saves:
-            checkpoints.save(done, training.state(done))
-        if stops:
-            if checkpoints is not None:
-                checkpoints.wait()
-            raise StoppedError(step.signal, done, total, saved=saves)
-        pace.ask()
+                raise StoppedError(step.signal, done, total, saved=saves)
+            pace.ask()
 
 
 class Pace:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -59,7 +59,7 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
     return _lost(what)
 
 
-def own(batches: Iterator[T], step: int, workers: int) -> Iterator[T]:
+def own(batches: Iterator[T], step: int, workers: int) -> Generator[T]:
     """A process's batches; what goes wrong with its data is known to it alone, so it has to tell it.
 
     Args:

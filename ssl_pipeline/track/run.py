@@ -10,7 +10,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,15 @@ class Run:
     def close(self) -> None:
         """Gives the folder's lock back."""
         self._lock.release()
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Around what is done before the run is entered: an error there, which a notebook keeps, must not keep the folder."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Run:
         return self
@@ -100,11 +110,8 @@ def open_run(
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
         run = Run(path, False, _lock(path))
-        try:
+        with run.closed_on_error():
             _settle(run, resume, config, dict(data or {}), check_change)
-        except BaseException:
-            run.close()
-            raise
     except OSError as error:
         raise ConfigError(
             f"`output`: {str(path or root)!r} can't be written ({error.strerror}): choose a folder that can."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -14,8 +15,13 @@ import torch
 
 from ssl_pipeline.engine import checkpoint
 from ssl_pipeline.engine.checkpoint import CheckpointError, Checkpoints
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from tests.runs import TINY, ssl_pipeline, tiny_pretrain
+from ssl_pipeline.track.lock import is_held
+from tests.integration.test_study import artifact
+from tests.runs import TINY, ssl_pipeline, tiny_finetune, tiny_pretrain
+from tests.unit.test_loader import photos
 
 STATE = {
     "task": {"weight": torch.arange(400.0)},
@@ -263,3 +269,36 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     check = Checkpoints(run / "checkpoints").load()
     assert check is not None
     assert check["done"] == 3
+
+
+def test_an_error_that_a_notebook_keeps_keeps_neither_folder_nor_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the last exception, and with it all frames that it went through."""
+    photos(tmp_path / "photos", 8, 24, 16)
+    data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "~data.dev", "steps=2"]
+    encoder = artifact(tmp_path / "enc", 0)
+    run, words = tmp_path / "run", [*data, "resume=auto"]
+    kept: list[pytest.ExceptionInfo[Exception]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(SimCLR, "after_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as error:
+            pretrain(tiny_pretrain(run, *data))
+        kept.append(error)
+    assert not multiprocessing.active_children()
+    pretrain(tiny_pretrain(run, *words))
+    saved = {file: file.read_bytes() for file in (run / "checkpoints").glob("step-*.pt")}
+    for file in saved:
+        file.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError) as damaged:
+        pretrain(tiny_pretrain(run, *words))
+    kept.append(damaged)
+    for file, content in saved.items():
+        file.write_bytes(content)
+    pretrain(tiny_pretrain(run, *words))
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl_pipeline.finetune.finished_seeds", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as error:
+            finetune(tiny_finetune(encoder, tmp_path / "two", "regime=frozen"))
+    assert not is_held(tmp_path / "two")
+    assert len(kept) == 2
