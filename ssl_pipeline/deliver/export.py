@@ -18,6 +18,20 @@ from ssl_pipeline.deliver.state_dict import write_state_dict
 from ssl_pipeline.track.progress import console
 
 
+def default_name(form: str, part: Part | None = None, preprocessing: bool = False) -> str:
+    """The name under ``exports/``: what is exported in another way takes no file's place.
+
+    Args:
+        form: a key of :data:`FORMATS`; an unknown one has a name, too, and is refused later.
+        part: what was asked for, None for all there is.
+        preprocessing: whether a graph takes raw images.
+    """
+    name = Path(FORMATS.get(form, ("", "x"))[1])
+    if part == "encoder":
+        name = name.with_stem("encoder" if name.stem == "model" else f"encoder_{name.stem}")
+    return str(name.with_stem(f"{name.stem}_preprocessing") if preprocessing else name)
+
+
 def export(parts: Parts, form: str, path: Path, preprocessing: bool = False) -> list[str]:
     """Writes one format.
 
@@ -99,7 +113,7 @@ def _run(options: Any) -> None:
         raise ConfigError("--public goes with --push OWNER/NAME.")
     place = parsers.path(options.model)
     beside = (place if place.is_dir() else place.parent) / "exports"
-    path = options.output or beside / FORMATS.get(options.to, ("", "x"))[1]
+    path = options.output or beside / default_name(options.to, options.part, options.preprocessing)
     _check(options.to, path, options.preprocessing)
     part: Part | None = options.part
     for line in export(open_parts(place, part), options.to, path, options.preprocessing):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,11 +157,22 @@ def write_onnx(parts: Parts, path: Path, raw: bool) -> float:
         )
     assert written is not None
     model = written.model_proto
+    _name_axes(model.graph)
     onnx.helper.set_model_props(model, metadata(parts, raw))
     onnx.checker.check_model(model)
     onnx.save(model, path)
     session = _session(path)
     return _difference(graph, lambda images: _onnx_run(session, images), _sample(parts, raw, 3), path)
+
+
+def _name_axes(graph: Any) -> None:
+    """Gives the axes of free length their names everywhere: the tracer calls them by numbers of its own."""
+    free = zip(("batch", "channels", "height", "width"), graph.input[0].type.tensor_type.shape.dim, strict=True)
+    names = {axis.dim_param: name for name, axis in free if axis.dim_param}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:  # perhaps a sum of some
+                axis.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), axis.dim_param)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.data.decode import decode
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver import hub
-from ssl_pipeline.deliver.export import export, main
+from ssl_pipeline.deliver.export import default_name, export, main
 from ssl_pipeline.deliver.parts import Part, Parts, open_parts
 from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
 from ssl_pipeline.deliver.predict import main as predict_main
@@ -119,6 +121,21 @@ def test_preprocessing_inside_takes_raw_images_of_any_size(
     run: Path = request.getfixturevalue(name)
     path = tmp_path / FORMATS[form][1]
     export(open_parts(run), form, path, preprocessing=True)
+    if form == "onnx":
+        graph = onnx.load(path).graph
+        shown = {
+            value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in graph.input
+        }
+        assert shown == {"images": ["batch", 3, "height", "width"]}
+        free = {
+            word
+            for value in graph.value_info
+            for axis in value.type.tensor_type.shape.dim
+            for word in re.findall("[a-z]\\w*", axis.dim_param)
+        }
+        assert {"batch", "height", "width"} <= free
+        assert not any(re.fullmatch(r"s\d+", word) for word in free)
     big = tmp_path / "wide.png"
     Image.open(photos(images)[0]).resize((61, 37)).save(big)
     model, again = load_model(run), open_predictor(path)
@@ -146,6 +163,9 @@ def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[st
     path = exports["onnx"]
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]  # no data in a second file
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    size = load_model(small).card.blueprint.size
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("images", ["batch", 3, size, size])]
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [("logits", ["batch", 3])]
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == ["blue", "green", "red"]
     model = load_model(small)
@@ -303,6 +323,13 @@ def test_files_of_others_and_damaged_ones_are_told(small: Path, exports: dict[st
             open_predictor(tmp_path / name)
 
 
+def test_no_export_takes_the_place_of_another() -> None:
+    ways = itertools.product(FORMATS, (None, "encoder"), (False, True))
+    kept = [default_name(form, part, raw) for form, part, raw in ways if not raw or form in ("torch.export", "onnx")]  # type: ignore[arg-type]
+    assert len(set(kept)) == len(kept)
+    assert {"model.onnx", "model_preprocessing.onnx", "encoder.onnx", "hub", "torchvision.safetensors"} < set(kept)
+
+
 @pytest.mark.parametrize("form", ["torch.export", "onnx"])
 def test_a_network_that_fixes_its_batch_is_refused(
     form: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,7 +388,7 @@ def test_files_are_read_a_few_at_a_time(small: Path, images: Path) -> None:
 
 def test_the_command_writes_beside_the_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(small), "--to", "torch.export", "--part", "encoder"])
-    assert (small / "exports" / "model.pt2").is_file()
+    assert (small / "exports" / "encoder.pt2").is_file()
     assert "wrote" in capsys.readouterr().out
     for words, message in {
         ("--to", "onnx", "--push", "me/mine"): "--push goes with --to hub",
