@@ -18,6 +18,7 @@ from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, first_and_last, last
 from ssl_pipeline.report.look import Look, look
+from ssl_pipeline.report.overview import overview, title
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.spread import label_efficiency, spectra
 from ssl_pipeline.report.summary import duration, summary
@@ -52,7 +53,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     stages = [run.stage for run in runs]
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return _template().render(
-        title=", ".join(run.name for run in runs), made=made, version=versions()["ssl-pipeline"], refresh=refresh,
+        title=title(runs), overview=overview(runs), made=made, version=versions()["ssl-pipeline"], refresh=refresh,
         style=Markup(_asset("page.css")), script=_script(), data=_data(runs, drawn, seen, refresh), charts=drawn,
         runs=[_run(run, of_run) for _, run, of_run in looks], glance=_glance(runs),
         curve_runs=[(number, runs[number].name) for number in curve_runs],

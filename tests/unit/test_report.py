@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -253,6 +254,27 @@ def test_a_page_that_is_written_again_looks_at_new_weights_alone(
     os.utime(weights, (1, 1))  # written anew, such as by a run that was continued
     assert notes() == notes() == ["look 4", "look 2"]
     assert looked == [folders[0], folders[1], folders[0], folders[0]]
+
+
+def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
+    folder = tmp_path / "temperatures"
+    for number in range(4):
+        write_pretrain(folder / f"tau-{number}", temperature=0.1 * (number + 1))
+    write_finetune(folder / "two", [0.5, 0.7])
+    text = page(read_runs([folder]), looking=lambda run: Look())
+    assert "<h1>temperatures</h1>" in text
+    assert "<title>temperatures</title>" in text
+    head = text[: text.index("<nav")]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', head)
+    assert [name for name, _ in rows] == ["tau-0", "tau-1", "tau-2", "tau-3", "two"]
+    cells = [re.findall("<td>(.*?)</td>", found) for _, found in rows]
+    assert cells[0] == ["pretrain", "finished", "20", "20 s", "kNN on dev, untrained → now", "50.0 → 70.0 %"]
+    assert cells[4][:3] == ["finetune", "finished", "—"]
+    assert cells[4][4:] == ["accuracy", "60.0 ± 127.1 %"]
+    assert head.count('class="sentence"') == 5  # what each found, in words, is there to be opened
+    few = page(read_runs([folder / "tau-0", folder / "two"]), looking=lambda run: Look())
+    assert "<h1>tau-0, two</h1>" in few
+    assert "Each run in words" not in few
 
 
 def test_durations() -> None:
