@@ -34,6 +34,7 @@ from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.signals import listen, stoppable
 from ssl_pipeline.evaluate.confusion import confusion_matrix
 from ssl_pipeline.evaluate.features import extract_readable
@@ -199,6 +200,14 @@ def finetune(config: FinetuneConfig) -> Result:
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
     labelled = {seed: labelled_images(config, pool, across, seed) for seed in seeds}
+
+    if share.device.type == "cpu" and config.regime.trains_all and model is None:
+        task = build_task(config, blueprint, pretrained, len(pool.classes), config.seed, share)
+        images = min(config.regime.batch, len(labelled[config.seed].train)) // share.processes
+        check_memory(
+            task, policy.shapes(blueprint.channels), max(1, images), None, config.regime.optim.name, processes_here(share.processes),
+            "regime.batch", "size", None,
+        )  # fmt: skip
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch.optim import Optimizer
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
 from ssl_pipeline.data.paired import PairedBatches
@@ -218,8 +218,16 @@ def _run_consistency(
 
 
 def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[int, int]:
-    """Labelled samples of a step, as even as an epoch allows, and the number of steps."""
+    """Labelled samples of a step, as even as an epoch allows, and the number of steps.
+
+    Raises:
+        ConfigError: there are fewer labelled samples than processes.
+    """
     labels, processes = len(around.labelled.train), around.share.processes
+    if labels < processes:
+        raise ConfigError(
+            f"{labels} labelled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
+        )
     size = max(labels // math.ceil(labels / batch) // processes, 1) * processes
     return size, max(1, training.least_steps, training.length.steps(labels // size, 0))
 

@@ -119,7 +119,15 @@ def _parts(task: Task, views: Sequence[tuple[int, int, int]], optimizer: str) ->
 
 
 def check_memory(
-    task: Task, views: Sequence[tuple[int, int, int]], images: int, micro: int | None, optimizer: str, processes: int
+    task: Task,
+    views: Sequence[tuple[int, int, int]],
+    images: int,
+    micro: int | None,
+    optimizer: str,
+    processes: int,
+    batch_key: str = "batch.size",
+    size_key: str = "views.size",
+    micro_key: str | None = "batch.micro",
 ) -> None:
     """Refuses a step that needs more memory than this machine has, and warns where it is only not free now.
 
@@ -130,6 +138,9 @@ def check_memory(
         micro: samples that it embeds at once; None for its whole share.
         optimizer: its name.
         processes: on this machine.
+        batch_key: the key that sets the batch.
+        size_key: the key that sets the images' size.
+        micro_key: the key that sets ``micro``; None where a whole share is embedded at once in any case.
 
     Raises:
         ConfigError: with the setting that makes it fit.
@@ -142,11 +153,12 @@ def check_memory(
     if needed <= memory.free:
         return
     room = _SAFE * memory.free / processes - fixed - of_views * images
-    fitting = [part for part in range(2, images) if images % part == 0 and part * of_image <= room]
+    parts = range(2, images) if micro_key is not None else ()
+    fitting = [part for part in parts if images % part == 0 and part * of_image <= room]
     advice = (
-        f"embed fewer images at once, which gives the gradient of the same batch: batch.micro={fitting[-1]}"
+        f"embed fewer images at once, which gives the gradient of the same batch: {micro_key}={fitting[-1]}"
         if fitting
-        else f"lower `batch.size` (it is {images} a process) or `views.size`, take a smaller backbone, or use a GPU"
+        else f"lower `{batch_key}` (it is {images} a process) or `{size_key}`, take a smaller backbone, or use a GPU"
     )
     told = (
         f"a step of {images} images a process, {micro or images} of them embedded at once, needs about {needed / _GIB:.1f} GiB of memory"

@@ -16,9 +16,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.engine import memory
 from ssl_pipeline.evaluate.gain import without_gain
 from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder, read
 from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
 from ssl_pipeline.report.read import read_runs
@@ -78,6 +79,18 @@ def test_an_evaluation_that_fails_at_the_end_loses_nothing(
     again = pretrain(tiny_pretrain(tmp_path / "run", "steps=2", "evaluate_every=1 steps", "resume=auto"))
     assert "eval/knn" in load_encoder(again)[1].figures
     assert (again / "encoder.safetensors").read_bytes() == before
+
+
+def test_stage_two_without_the_memory_for_a_step_is_refused_before_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: memory.Memory(1.0, 1.0))
+    words = ["tracking=off", "regime=scratch", "size=12", "backbone.width=4", "split=dev", "data.dev=4000"]
+    with pytest.raises(ConfigError, match=r"needs about .* lower `regime\.batch` \(it is 64 a process\) or `size`"):
+        finetune(load("finetune", FinetuneConfig, [*words, f"output={tmp_path / 'two'}"]))
+    with pytest.raises(ConfigError, match=r"needs about .* lower `batch\.size`"):
+        pretrain(tiny_pretrain(tmp_path / "one"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
