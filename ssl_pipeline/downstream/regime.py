@@ -34,6 +34,7 @@ from ssl_pipeline.engine.distributed import check_same_start, from_main
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.model.bottleneck import estimate_bottleneck
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 from ssl_pipeline.track.training import TrainingCurves
 from ssl_pipeline.views.policy import Views
@@ -125,7 +126,7 @@ class Surroundings:
         workers: processes that decode files; None settles it by the machine.
         keeping: where and how often the state is kept to continue from; None keeps none.
         curves: hears the loops; None hears nothing.
-        features: what :meth:`VectorTask.read` gives of the images to learn from and of those held out, where it was taken before.
+        features: the encoder's, of the images to learn from and of those held out, where they were taken before.
         unlabelled: images that are learned from without labels while all layers are trained; None takes the labelled ones alone.
     """
 
@@ -172,17 +173,26 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
 def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> Callable[[], None] | None:
     """The probe: fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
 
+    A bottleneck has random weights, and gets the statistics that fit them and the features first.
+
     Returns:
         What fits the head again, on the held-out labels too, once they have nothing left to choose; None where none are held out.
     """
     labelled, device = around.labelled, around.share.device
     train, held_out = around.features or (None, None)
     if train is None:
-        train = task.read(labelled.train, around.preprocessing, around.share)
+        train = task.read(labelled.train, around.preprocessing, around.share, task.encoder.features)
     if held_out is None and labelled.validation is not None:
-        held_out = task.read(labelled.validation, around.preprocessing, around.share)
+        held_out = task.read(labelled.validation, around.preprocessing, around.share, task.encoder.features)
+    was_training = task.training
+    task.eval()
+    estimate_bottleneck(task.bottleneck, train.features.to(device))
+    train, held_out = (
+        _behind_bottleneck(task, train.to(device)),
+        held_out and _behind_bottleneck(task, held_out.to(device)),
+    )
+    task.train(was_training)
     folds = None if labelled.folds is None else labelled.folds[train.index]
-    train, held_out = train.to(device), held_out and held_out.to(device)
     decay = from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
 
     def fit_on(*parts: Rows) -> None:
@@ -191,6 +201,11 @@ def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> 
 
     fit_on(train)
     return None if held_out is None else lambda: fit_on(train, held_out)
+
+
+@torch.no_grad()
+def _behind_bottleneck(task: VectorTask, rows: Rows) -> Rows:
+    return Rows(task.through_bottleneck(rows.features), rows.targets, rows.index)
 
 
 def _run_loop(

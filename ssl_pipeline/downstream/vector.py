@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,12 @@ class VectorTask(DownstreamTask):
 
     def neck_features(self, images: Tensor) -> Tensor:
         """What the head reads, of shape (B, D)."""
-        features: Tensor = self.bottleneck(self.encoder.features(images))
-        return features
+        return self.through_bottleneck(self.encoder.features(images))
+
+    def through_bottleneck(self, features: Tensor) -> Tensor:
+        """What the head reads of the encoder's features: (N, encoder's width) to (N, D)."""
+        rows: Tensor = self.bottleneck(features)
+        return rows
 
     def predict(self, images: Tensor) -> Tensor:
         """What the head makes of it, of shape (B, K)."""
@@ -89,9 +94,16 @@ class VectorTask(DownstreamTask):
         rows = self.read(source, preprocessing, share)
         return self.evaluate_features(rows.features, rows.targets)
 
-    def read(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> Rows:
-        """What the head reads of a source's images; those that can't be decoded are left out."""
-        features, index = extract_readable(self, source, preprocessing, share, forward=self.neck_features)
+    def read(
+        self,
+        source: Indexed,
+        preprocessing: Preprocessing,
+        share: Share,
+        forward: Callable[[Tensor], Tensor] | None = None,
+    ) -> Rows:
+        """What the head reads of a source's images, or what ``forward`` makes of them; those that can't be decoded are left out."""
+        forward = forward or self.neck_features
+        features, index = extract_readable(self, source, preprocessing, share, forward=forward)
         return Rows(features, targets_of(source)[index], index)
 
     @torch.no_grad()

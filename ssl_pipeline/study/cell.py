@@ -70,9 +70,8 @@ class Training:
 
 
 def reads_features(config: FinetuneConfig) -> bool:
-    """Whether a cell's probe reads the encoder's own features, which may then be taken once for all cells."""
-    task = config.downstream
-    return isinstance(task, VectorConfig) and task.bottleneck.width is None and config.regime.probes
+    """Whether a cell's probe reads the encoder's features, which may then be taken once for all cells."""
+    return isinstance(config.downstream, VectorConfig) and config.regime.probes
 
 
 class Desk:
