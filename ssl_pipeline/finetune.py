@@ -137,6 +137,7 @@ def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> No
     if config.domain is not None:
         problems += config.domain.check(config.downstream.name, config.regime.name)
         problems += config.domain.check_head(getattr(config.downstream, "head", None))
+        problems += config.domain.check_statistics(config.regime.statistics == "kept")
         problems += config.data.shown_by_views(config.views.each(), config.domain.target)
     if config.unlabelled is not None:
         across = config.domain is not None

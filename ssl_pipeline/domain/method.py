@@ -38,12 +38,14 @@ class MethodConfig(ComponentConfig, ABC):
         fits_bare_encoder: whether the method makes sense where nothing but the head is trained.
         head: the one ``downstream.head`` that the method is made for; None takes any.
         selects: whether labelled images held out of the *source* choose the step that is kept; otherwise it is the last one.
+        keeps_statistics: whether it works with ``regime.statistics=kept``: it does not estimate the encoder's anew.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = ("joint",)
     fits_bare_encoder: ClassVar[bool] = False
     head: ClassVar[str | None] = None
     selects: ClassVar[bool] = False
+    keeps_statistics: ClassVar[bool] = True
     source: tuple[str, ...] | None = None
     target: tuple[str, ...] = Field((), validate_default=False)
     target_labels: int = Field(0, ge=0)
@@ -65,6 +67,15 @@ class MethodConfig(ComponentConfig, ABC):
         if self.head is None or head == self.head:
             return []
         return [f"`domain={self.name}` needs the {self.head} head: set downstream.head={self.head}."]
+
+    def check_statistics(self, kept: bool) -> list[str]:
+        """Whether the regime's BatchNorm statistics go together with the method, as sentences."""
+        if not kept or self.keeps_statistics:
+            return []
+        return [
+            f"`domain={self.name}` estimates BatchNorm's statistics anew, and `regime.statistics=kept` keeps stage one's: set "
+            "regime.statistics=batch, or take another method."
+        ]
 
     def check(self, downstream: str, regime: str) -> list[str]:
         """What does not go together with the task or the regime, as sentences."""
@@ -119,12 +130,6 @@ class Method(Task, ABC):
         super().__init__()
         self.classifier = classifier
         self.encoder = classifier.encoder
-
-    def train(self, mode: bool = True) -> Method:
-        """As torch's; of its encoder, which is a part of both, the classifier has the last word."""
-        super().train(mode)
-        self.classifier.train(mode)
-        return self
 
     def features_and_logits(self, images: Tensor) -> Embeddings:
         """What the head reads and what it makes of it."""

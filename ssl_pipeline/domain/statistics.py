@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import permutation
+from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.norms import batch_norms
 
 
@@ -23,6 +24,8 @@ def estimate_statistics(
 ) -> None:
     """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
 
+    An encoder that keeps its statistics (:class:`ssl_pipeline.model.encoder.Encoder`) keeps them here too.
+
     Every process reads all images, so that all get the same statistics.
 
     Args:
@@ -32,7 +35,9 @@ def estimate_statistics(
         preprocessing: what the network expects.
         share: gives the device.
     """
-    layers = batch_norms(network)
+    keepers = [m for m in network.modules() if isinstance(m, Encoder) and m.keeps_statistics]
+    kept = {id(layer) for encoder in keepers for layer in batch_norms(encoder)}
+    layers = [layer for layer in batch_norms(network) if id(layer) not in kept]
     was_training, momenta = network.training, [layer.momentum for layer in layers]
     network.eval()
     for layer in layers:

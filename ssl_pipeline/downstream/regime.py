@@ -92,7 +92,7 @@ class RegimeConfig(TrainingConfig):
     def settle(self, task: DownstreamTask) -> None:
         """Tells a task how its encoder is to be trained."""
         task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
-        task.statistics_are_kept = self.statistics == "kept"
+        task.encoder.keeps_statistics = self.statistics == "kept"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.layers import head_layer, layer_of
-from ssl_pipeline.model.norms import batch_norms
 from ssl_pipeline.views.policy import ViewsConfig
 
 
@@ -31,7 +30,6 @@ class DownstreamTask(Task, ABC):
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it (Clark et al. 2020).
         encoder_is_fixed: whether the encoder keeps its weights and statistics while the task trains.
-        statistics_are_kept: whether it keeps its BatchNorms' running statistics, and trains by them, though its weights change.
     """
 
     reads_labels = True
@@ -40,7 +38,6 @@ class DownstreamTask(Task, ABC):
     backbone_lr_factor: float = 1.0
     layer_decay: float = 1.0
     encoder_is_fixed: bool = False
-    statistics_are_kept: bool = False
 
     @abstractmethod
     def predict(self, images: Tensor) -> Any:
@@ -63,13 +60,10 @@ class DownstreamTask(Task, ABC):
         del state
 
     def train(self, mode: bool = True) -> DownstreamTask:
-        """As torch's; an encoder that is fixed keeps its running statistics, and so does one that is told to."""
+        """As torch's; an encoder that is fixed stays in evaluation mode."""
         super().train(mode)
         if self.encoder_is_fixed:
             self.encoder.eval()
-        elif self.statistics_are_kept:
-            for norm in batch_norms(self.encoder):
-                norm.eval()
         return self
 
     def fix_encoder(self, fixed: bool) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.model.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_pipeline.model.neck import NeckConfig, build_neck
+from ssl_pipeline.model.norms import batch_norms
 
 
 class Encoder(nn.Module):
@@ -15,7 +16,11 @@ class Encoder(nn.Module):
         width: number of features.
         widths: channels of each level of the maps.
         strides: the image's pixels per pixel of each level.
+        keeps_statistics: whether its BatchNorms keep their running statistics, and normalize by them in training mode too. It
+            holds for whoever puts the encoder into training mode, as several modules may have it, and for its copies.
     """
+
+    keeps_statistics: bool = False
 
     def __init__(self, backbone: Backbone, neck: NeckConfig) -> None:
         super().__init__()
@@ -24,6 +29,14 @@ class Encoder(nn.Module):
         self.width, self.widths, self.strides = self.neck.width, backbone.widths, backbone.strides
         # Some libraries normalise after pooling; what is not the pooled last level has another width, or had its norm.
         self._normalise = neck.name in ("gap", "gem")
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As torch's; BatchNorms whose statistics are kept stay in evaluation mode."""
+        super().train(mode)
+        if self.keeps_statistics:
+            for norm in batch_norms(self):
+                norm.eval()
+        return self
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, width)."""

@@ -319,20 +319,46 @@ def test_source_free_adaptation_leaves_the_head_as_it_is() -> None:
     assert len(stayed) == 2
 
 
-@pytest.mark.parametrize("name", ["source_only", "mcc"])
+def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
+    """A classifier that a method has trained from its first step to its end, and the names of what was moved."""
+    adaptation = ["domain.adaptation.length=2 steps"] if name == "shot_im" else []
+    task, method, target = tiny_method(name, *adaptation)
+    classifier = task.classifier
+    told = [*words, "regime.length=2 steps", "regime.least_steps=0", "regime.batch=6", "regime.optim.lr=0.01"]
+    config = load("finetune", FinetuneConfig, told)
+    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    views = Views(policy, (0.5,), (0.3,), 0)
+    around = Surroundings(
+        Labelled(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+    )  # fmt: skip
+    before = copy.deepcopy(classifier.state_dict())
+    train_across(method, config.regime, classifier, target, around)
+    return classifier, {key for key, value in classifier.state_dict().items() if not torch.equal(value, before[key])}
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"adabn"}))
 def test_kept_statistics_are_stage_ones_to_the_end(name: str) -> None:
-    for statistics, moves in (("batch", True), ("kept", False)):
-        task, config, target = tiny_method(name)
-        load("finetune", FinetuneConfig, [f"regime.statistics={statistics}"]).regime.settle(task.classifier)
-        before = copy.deepcopy(task.state_dict())
-        optim = OptimConfig(name="adamw", lr=0.01)
-        fit(task, tiny_batches(config, target), optim, build_optimizer(optim, task, 6), Accelerator(cpu=True))
-        changed = {key for key, value in task.state_dict().items() if not torch.equal(value, before[key])}
-        statistics_of_encoder = {key for key in before if "encoder" in key and ("running" in key or "num_b" in key)}
-        assert (changed & statistics_of_encoder == statistics_of_encoder) == moves
-        assert bool(changed & statistics_of_encoder) == moves
-        assert any("encoder" in key for key in changed - statistics_of_encoder)
-        assert any("bottleneck" in key and "running" in key for key in changed)
+    classifier, changed = trained_across(name, "regime=end_to_end", "regime.statistics=kept")
+    of_encoder = {f"encoder.{key}" for key, _ in classifier.encoder.named_buffers()}
+    assert not changed & of_encoder
+    assert any(key.startswith("encoder.") for key in changed)
+    assert {"bottleneck.1.running_mean", "bottleneck.1.running_var"} <= changed
+
+
+@pytest.mark.parametrize("name", ["source_only", "weight_averaging"])
+def test_a_batchs_statistics_are_learned_by_default(name: str) -> None:
+    classifier, changed = trained_across(name, "regime=end_to_end")
+    means = {f"encoder.{key}" for key, _ in classifier.encoder.named_buffers() if key.endswith("running_mean")}
+    assert means <= changed
+
+
+def test_a_method_that_estimates_statistics_anew_keeps_none() -> None:
+    _, method, _ = tiny_method("adabn")
+    assert not method.check_statistics(kept=False)
+    (told,) = method.check_statistics(kept=True)
+    assert told.startswith(
+        "`domain=adabn` estimates BatchNorm's statistics anew, and `regime.statistics=kept` keeps stage one's"
+    )
 
 
 JOINT = [name for name in METHODS if isinstance(tiny_method(name)[1], JointConfig)]

@@ -124,6 +124,37 @@ def test_the_teacher_has_no_gradient_and_follows_from_the_start() -> None:
         assert torch.equal(task.teacher.network.get_parameter(name), parameter)
 
 
+@pytest.mark.parametrize(("statistics", "regime"), [("kept", "lp_ft"), ("kept", "end_to_end"), ("batch", "end_to_end")])
+def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: str, regime: str) -> None:
+    told = ["unlabelled=consistency", f"regime={regime}", f"regime.statistics={statistics}", "regime.length=2 steps",
+            "regime.least_steps=0", "regime.optim.lr=0.01", "unlabelled.ratio=2"]  # fmt: skip
+    config = load("finetune", FinetuneConfig, ["tracking=off", *told])
+    pool, preprocessing = images(24), Preprocessing(12, (0.5,), (0.3,))
+    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    torch.manual_seed(0)
+    task = config.downstream.build(BLUEPRINT.build()[0], 2)
+    around = Surroundings(
+        Labelled(pool, None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
+        unlabelled=unlabelled_images(config, BLUEPRINT, pool, 0),
+    )  # fmt: skip
+    before, learners = copy.deepcopy(task.encoder.state_dict()), list[Consistency]()
+    with pytest.MonkeyPatch.context() as patched:
+        after_step = Consistency.after_step
+
+        def noted(self: Consistency, batch: Batch) -> None:
+            learners.append(self)
+            after_step(self, batch)
+
+        patched.setattr(Consistency, "after_step", noted)
+        train(config.regime, task, around)
+    taught = learners[0].teacher.network
+    assert isinstance(taught, Classification)
+    assert any(not torch.equal(value, before[name]) for name, value in task.encoder.named_parameters())
+    for encoder in (task.encoder, taught.encoder):
+        moved = [name for name, value in encoder.named_buffers() if not torch.equal(value, before[name])]
+        assert bool(moved) == (statistics == "batch")
+
+
 def test_a_batch_has_ratio_times_as_many_images_and_their_second_view_is_theirs_alone() -> None:
     config, unlabelled = settled("unlabelled.ratio=2")
     policies = [

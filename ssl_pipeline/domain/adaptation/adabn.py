@@ -18,6 +18,7 @@ class Config(MethodConfig):
 
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
     fits_bare_encoder: ClassVar[bool] = True
+    keeps_statistics: ClassVar[bool] = False
 
     def build(self, classifier: Classification, target: Indexed) -> AdaBN:
         """The task around a classifier.
