@@ -30,6 +30,8 @@ def _sentence(labels: LabelsConfig, downstream: DownstreamConfig, regime: Regime
     taught = f"labels: {learned} to learn from, {held_out or 'none'} held out"
     if labels.validation != "auto":
         return f"{taught} (labels.validation={labels.validation:g})."
+    if not learned:
+        return "labels: none are learned from."
     if not downstream.selects:
         return f"{taught}: {downstream.name} chooses nothing."
     if held_out:

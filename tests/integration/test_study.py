@@ -113,6 +113,17 @@ def test_a_cell_that_learns_without_labels_too_is_what_finetune_gives(runs: list
     assert cell["figures"] == finetune(load("finetune", FinetuneConfig, overrides)).figures[0]
 
 
+def test_each_number_of_labels_decides_whether_some_are_held_out(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = study(words(runs[:1], tmp_path / "study", "labels=[1,'20%']", "seeds=1", "regimes=[frozen]"))
+    rows = json.loads((folder / "study.json").read_text())["rows"]
+    assert {(row["label_count"], row["held_out"]) for row in rows} == {(10, 0), (1540, 308)}
+    told = capsys.readouterr().out
+    assert "1 (frozen): labels: 10 to learn from, none held out" in told
+    assert "20% (frozen): labels: 1232 to learn from, 308 held out" in told
+
+
 def test_a_study_that_was_stopped_does_what_is_missing(
     done: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

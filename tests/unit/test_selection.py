@@ -214,6 +214,21 @@ def test_the_latest_of_equals_is_kept() -> None:
         assert task.head.bias.tolist() == [2.0, 2.0]  # type: ignore[operator]
 
 
+def test_a_probe_that_is_the_best_is_fitted_again_after_a_resume_too() -> None:
+    task, fitted = classifier(), list[str]()
+    labelled = Labelled(images(8), images(8, seed=1))
+    best = Best(task, around(labelled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("before"))
+    task.evaluate = lambda *_: {"accuracy": 0.5}  # type: ignore[method-assign]
+    best.begin()
+    resumed = Best(task, around(labelled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("after"))
+    resumed.load_state_dict(best.state_dict())
+    resumed.restore()
+    assert fitted == ["after"]
+    resumed.evaluate(Clock(0, 5, 1))  # as good, and later
+    resumed.restore()
+    assert fitted == ["after"]
+
+
 def test_what_auto_comes_to_is_told_with_its_reason() -> None:
     config, _ = around(Labelled(images(8), None), "regime=lp_ft")
     task = config.downstream
