@@ -29,7 +29,7 @@ class Config(DenseConfig):
 
     Attributes:
         head: ``fcn``: a linear layer on every level of the maps, summed from coarse to fine (Long et al. 2015), on a frozen
-            encoder a linear probe of each pixel. ``deeplab``: atrous pyramid pooling of the last level (Chen et al. 2017).
+            encoder a linear probe of each pixel. ``deeplab``: atrous pyramid pooling of the last level (Chen et al. 2017), its rates scaled to the map.
         class_weights: ``balanced`` weighs a pixel by one over its class's number of training pixels (mean 1).
     """
 

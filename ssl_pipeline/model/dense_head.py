@@ -39,8 +39,34 @@ class SkipHead(nn.Module):
         return total
 
 
+# The paper's rates for its map of 65 pixels, stride 8 of 513; 6, 12 and 18 at stride 16 are the same shares of 33.
+_ATROUS_SHARES = (12 / 65, 24 / 65, 36 / 65)
+
+
+class _Atrous(nn.Conv2d):
+    """A 3×3 convolution whose taps are a share of the map's side apart, so that they lie inside maps of any size and stride.
+
+    Args:
+        in_width: channels that come in.
+        out_width: channels that go out.
+        share: distance of two taps ÷ side of the map.
+    """
+
+    def __init__(self, in_width: int, out_width: int, share: float) -> None:
+        super().__init__(in_width, out_width, 3, bias=False)
+        self.share = share
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, in_width, h, w) to (B, out_width, h, w)."""
+        rate = max(1, round(self.share * min(maps.shape[2:])))
+        return F.conv2d(maps, self.weight, padding=rate, dilation=rate)
+
+
 class DeepLab(nn.Module):
     """Atrous spatial pyramid pooling of the last level (Chen et al. 2017), of torchvision's parts.
+
+    The published rates, 12, 24 and 36 pixels, are for maps of stride 8; of one of stride 32 they leave the middle tap alone. Here
+    they are the same shares of the map, whatever its stride.
 
     Args:
         widths: channels of each level, from fine to coarse.
@@ -52,8 +78,11 @@ class DeepLab(nn.Module):
         super().__init__()
         *_, (self.level, width) = widths.items()
         hidden = min(hidden, width)
+        pyramid = ASPP(width, [1] * len(_ATROUS_SHARES), hidden)
+        for branch, share in zip(pyramid.convs[1:-1], _ATROUS_SHARES, strict=True):  # between a 1×1 and the pooled mean
+            branch[0] = _Atrous(width, hidden, share)
         self.layers = nn.Sequential(
-            ASPP(width, [12, 24, 36], hidden),
+            pyramid,
             nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
             nn.BatchNorm2d(hidden),
             nn.ReLU(),

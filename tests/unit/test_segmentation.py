@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
@@ -22,6 +23,7 @@ from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluate.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.model.dense_head import DeepLab
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.views.policy import Views
 from tests.runs import same_bytes
@@ -117,6 +119,26 @@ def test_figures_are_torchmetrics_and_passes_over_what_has_no_class() -> None:
     assert figures["pixel_accuracy"] == pytest.approx(float((guessed == masks)[masks != 255].float().mean()), abs=1e-6)
     assert figures["classes_measured"] == 3
     assert task.score([torch.zeros(4, 4, dtype=torch.int64)]) == {"classes_measured": 0}
+
+
+@pytest.mark.parametrize(
+    ("side", "rates"), [(4, (1, 1, 2)), (7, (1, 3, 4)), (8, (1, 3, 4)), (16, (3, 6, 9)), (33, (6, 12, 18)), (65, (12, 24, 36))]
+)  # fmt: skip
+def test_every_tap_of_deeplab_sees_the_map(side: int, rates: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    head = DeepLab({"c5": 6}, 3, hidden=4)
+    pyramid: Any = head.layers[0]
+    branches = [branch for branch in pyramid.convs[1:-1] if branch[0].kernel_size == (3, 3)]
+    assert len(branches) == 3
+    for branch, rate in zip(branches, rates, strict=True):
+        maps = torch.randn(1, 6, side, side, requires_grad=True)
+        out = branch[0](maps)
+        assert out.shape == (1, 4, side, side)
+        expected = F.conv2d(maps, branch[0].weight, padding=rate, dilation=rate)
+        assert torch.equal(out, expected)
+    head({"c5": torch.randn(2, 6, side, side)}).square().sum().backward()
+    alive = [int((branch[0].weight.grad.abs().sum((0, 1)) > 0).sum()) for branch in branches]
+    assert alive == [9, 9, 9]
 
 
 def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Path, tmp_path: Path) -> None:
