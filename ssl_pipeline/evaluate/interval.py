@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
+
+LEVEL = 0.05  # a finding's p-value is below it
 
 
 @dataclass(frozen=True)
@@ -16,10 +19,12 @@ class Interval:
     Attributes:
         mean: over the values.
         half: half-width; infinite for a single value, which says nothing of the spread.
+        p: two-sided p-value of a mean of 0, by Student's t; NaN for a single value.
     """
 
     mean: float
     half: float
+    p: float = math.nan
 
     @property
     def low(self) -> float:
@@ -37,10 +42,36 @@ def interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, float("inf"))
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return Interval(mean, half)
+    freedom, error = len(values) - 1, statistics.stdev(values) / len(values) ** 0.5
+    half = float(stdtrit(freedom, 0.975)) * error
+    if error == 0:
+        return Interval(mean, half, 1.0 if mean == 0 else 0.0)
+    return Interval(mean, half, 2 * float(stdtr(freedom, -abs(mean) / error)))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Interval:
     """The mean difference of values that share their seeds, with its 95 % interval."""
     return interval([value - base for value, base in zip(values, baseline, strict=True)])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    r"""P-values corrected for their number by Holm's step-down (Holm 1979).
+
+    With all corrected values below α called findings, the chance of one false finding or more is at most α:
+
+    .. math:: \tilde p_{(i)} = \min\bigl(1, \max_{j \le i} (m - j + 1)\, p_{(j)}\bigr)
+
+    over the m values in increasing order. The values need not be independent.
+
+    Args:
+        p_values: of one family of comparisons; NaN (a single seed) is no comparison, and stays.
+
+    Returns:
+        The corrected values, in the same order.
+    """
+    corrected, least = list(p_values), 0.0
+    order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[place]))
+        corrected[place] = least
+    return corrected

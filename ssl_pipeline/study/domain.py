@@ -11,16 +11,17 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.study.domain_map import draw, spots
 from ssl_pipeline.study.trained import (
     VERDICTS,
     Figures,
-    against,
     check_places,
     checked,
+    heading,
     place_of,
     trained,
+    verdicts,
     write_domain_json,
 )
 from ssl_pipeline.track.progress import console, print_table
@@ -151,13 +152,8 @@ def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyCon
     told = []
     for shift in config.shifts():
         rows = cells[shift.name]
-        base = [figures["accuracy"] for figures in rows[config.baseline]]
-        verdicts = {
-            name: against([figures["accuracy"] for figures in rows[name]], base)[1]
-            for name in shift.methods
-            if name != config.baseline and config.is_candidate(name)
-        }
-        groups = {verdict: [n for n, own in verdicts.items() if own == verdict] for verdict in VERDICTS}
+        _, found_of = _compared(rows, config)
+        groups = {verdict: [n for n, own in found_of.items() if own == verdict] for verdict in VERDICTS}
         found = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names)
         kind = "" if shift.control is None else "control, "
         alarm = (
@@ -167,6 +163,15 @@ def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyCon
         )
         told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
     return told
+
+
+def _compared(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple[dict[str, Interval], dict[str, str]]:
+    """Each row's paired difference from the baseline; and what to make of those of the candidates, corrected for their number."""
+    accuracies = {name: [figures["accuracy"] for figures in cells] for name, cells in rows.items()}
+    base = accuracies.pop(config.baseline)
+    differences = {name: paired_difference(values, base) for name, values in accuracies.items()}
+    compared = [name for name in differences if config.is_candidate(name)]
+    return differences, dict(zip(compared, verdicts([differences[name] for name in compared]), strict=True))
 
 
 def _draw_map(config: DomainStudyConfig, folder: Path, shift: Shift, rows: dict[str, list[Figures]]) -> None:
@@ -202,8 +207,12 @@ def chosen(rows: dict[str, Figures], figure: str) -> str:
 
 
 def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: accuracy, the paired difference from the baseline and what to make of it, and how often each was chosen."""
+    """Columns and rows: accuracy, the paired difference from the baseline and what to make of it, and how often each was chosen.
+
+    Verdicts are of the methods alone, corrected for their number; the bound and what was chosen are none of them.
+    """
     base = [figures["accuracy"] for figures in rows[config.baseline]]
+    differences, found_of = _compared(rows, config)
     figure = config.select if config.select == "source_validation" else f"label_free/{config.select}"
     picks, oracle = list[str](), list[str]()
     for seed in range(config.seeds):
@@ -213,19 +222,20 @@ def tabulate(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple
     table = []
     for name, cells in rows.items():
         values = [figures["accuracy"] for figures in cells]
-        found = ["", ""] if name == config.baseline else against(values, base)
+        found = [differences[name].percent(signed=True) if name in differences else "", found_of.get(name, "")]
         counts = [str(names.count(name)) if config.is_candidate(name) else "" for names in (picks, oracle)]
         distances = [figures[_DISTANCE] for figures in cells if _DISTANCE in figures]
         apart = f"{interval(distances).mean:.2f}" if distances else ""
         table.append([name, interval(values).percent(), *found, apart, *counts])
     for label, names in ((f"chosen by {config.select}", picks), ("chosen by the oracle", oracle)):
         values = [rows[name][seed]["accuracy"] for seed, name in enumerate(names)]
-        table.append([label, interval(values).percent(), *against(values, base), "", "", ""])
+        difference = paired_difference(values, base).percent(signed=True)
+        table.append([label, interval(values).percent(), difference, "", "", "", ""])
     return [
         "method",
         "accuracy",
         f"against {config.baseline}",
-        "",
+        heading(len(found_of)),
         "A-distance",
         f"chosen by {config.select}",
         "by the oracle",

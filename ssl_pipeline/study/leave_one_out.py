@@ -11,8 +11,8 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.evaluate.interval import interval
-from ssl_pipeline.study.trained import Figures, against, check_places, checked, trained, write_domain_json
+from ssl_pipeline.evaluate.interval import interval, paired_difference
+from ssl_pipeline.study.trained import Figures, check_places, checked, heading, trained, verdicts, write_domain_json
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import Resume, open_run, write_json
 
@@ -85,13 +85,15 @@ def tabulate(cells: Cells, baseline: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: accuracy on each domain, their mean and the worst, and the mean's paired difference from the baseline."""
     domains = list(cells[baseline])
     means = {method: _over_domains(of, statistics.fmean) for method, of in cells.items()}
+    differences = {m: paired_difference(values, means[baseline]) for m, values in means.items() if m != baseline}
+    found_of = dict(zip(differences, verdicts(list(differences.values())), strict=True))
     table = []
     for method, of in cells.items():
         each = [interval([figures["accuracy"] for figures in of[name]]).percent() for name in domains]
         worst = interval(_over_domains(of, min)).percent()
-        found = ["", ""] if method == baseline else against(means[method], means[baseline])
+        found = [differences[method].percent(signed=True), found_of[method]] if method in differences else ["", ""]
         table.append([method, *each, interval(means[method]).percent(), worst, *found])
-    return ["method", *domains, "mean", "worst domain", f"mean against {baseline}", ""], table
+    return ["method", *domains, "mean", "worst domain", f"mean against {baseline}", heading(len(found_of))], table
 
 
 def _over_domains(of: dict[str, list[Figures]], fold: Callable[[list[float]], float]) -> list[float]:

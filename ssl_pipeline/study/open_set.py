@@ -13,7 +13,7 @@ from ssl_pipeline.domain.open_set import SCORES
 from ssl_pipeline.draws import permutation
 from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.study.trained import Figures, check_places, checked, trained, verdict
+from ssl_pipeline.study.trained import Figures, check_places, checked, heading, trained, verdicts
 from ssl_pipeline.track.progress import console, print_table
 from ssl_pipeline.track.run import Resume, open_run, write_json
 
@@ -93,12 +93,13 @@ def tabulate(cells: dict[str, list[Figures]], baseline: str) -> tuple[list[str],
     """
     best = {row: max(SCORES, key=lambda score: interval(_auroc(found, score)).mean) for row, found in cells.items()}
     control = _auroc(cells[baseline], best[baseline])
+    differences = {r: paired_difference(_auroc(f, best[r]), control) for r, f in cells.items() if r != baseline}
+    found_of = dict(zip(differences, verdicts(list(differences.values())), strict=True))
     table = []
     for row, found in cells.items():
         aurocs = [_told(interval(_auroc(found, score))) for score in SCORES]
         oscr = interval([figures[f"open/{best[row]}/oscr"] for figures in found])
-        difference = paired_difference(_auroc(found, best[row]), control)
-        against = ["", ""] if row == baseline else [_told(difference, signed=True), verdict(difference)]
+        against = [_told(differences[row], signed=True), found_of[row]] if row in differences else ["", ""]
         accuracy = interval([figures["accuracy"] for figures in found]).percent()
         table.append([row, accuracy, *aurocs, best[row], _told(oscr), *against])
     columns = [
@@ -108,7 +109,7 @@ def tabulate(cells: dict[str, list[Figures]], baseline: str) -> tuple[list[str],
         "best",
         "its OSCR",
         f"against {baseline}",
-        "",
+        heading(len(found_of)),
     ]
     return columns, table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.across import split_domains
-from ssl_pipeline.evaluate.interval import Interval, paired_difference
+from ssl_pipeline.evaluate.interval import LEVEL, Interval, holm
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.study.grid import changes, digest_of_weights, settings_of
 from ssl_pipeline.track.progress import console
@@ -130,16 +131,25 @@ def write_domain_json(folder: Path, rows: Sequence[tuple[str, str, str, Sequence
     write_json(folder / "domain.json", {"rows": found, "figure": "accuracy"})
 
 
-def against(values: list[float], base: list[float]) -> list[str]:
-    """The paired difference from a baseline, in points, and what to make of it."""
-    difference = paired_difference(values, base)
-    return [difference.percent(signed=True), verdict(difference)]
+def verdicts(differences: Sequence[Interval]) -> list[str]:
+    """What to make of paired differences, one of ``VERDICTS`` each; their p-values are corrected for their number by Holm.
+
+    No gain beyond chance means a corrected p-value of 5 % or more, even where the difference's own 95 % interval is above 0.
+
+    Args:
+        differences: of one table: all that are compared with its baseline.
+    """
+    return [_verdict(one, p) for one, p in zip(differences, holm([one.p for one in differences]), strict=True)]
 
 
-def verdict(difference: Interval) -> str:
-    """One of ``VERDICTS``: no gain means that the interval contains 0."""
-    if difference.half == float("inf"):
+def _verdict(difference: Interval, p: float) -> str:
+    if math.isnan(p):
         return "one seed"
-    if difference.low > 0:
-        return "helps"
-    return "hurts" if difference.mean + difference.half < 0 else "no gain beyond chance"
+    if p >= LEVEL:
+        return "no gain beyond chance"
+    return "helps" if difference.mean > 0 else "hurts"
+
+
+def heading(comparisons: int) -> str:
+    """Of a table's column of verdicts."""
+    return f"verdict (Holm, {comparisons} comparison{'' if comparisons == 1 else 's'})" if comparisons else ""

@@ -1,11 +1,12 @@
-"""What a study found: a table, differences that are paired by seed, and sentences; no gain means that the interval contains 0."""
+"""What a study found: a table, differences that are paired by seed, and sentences, whose verdicts are corrected for their number."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
+from ssl_pipeline.evaluate.interval import LEVEL, Interval, holm, interval, paired_difference
 from ssl_pipeline.study.grid import StudyConfig
 
 Row = dict[str, Any]
@@ -79,17 +80,19 @@ class Findings:
         told, gains, losses, open_ones = list[str](), list[str](), list[str](), list[str]()
         claimed = [c for c in self.conditions if c[1] == regime and self.config.initialisations[c[0]] != "random"]
         unit = " points" if self.in_percent else ""
-        for condition in claimed:
-            for labels in self.labels:
-                difference = self.against(condition, labels)
-                assert difference is not None
-                place = f"{condition[0]} with {named(labels)}"
-                end = _verdict(difference)
-                told.append(
-                    f"{place}: {regime} against {base[0]} {base[1]} {self.told(difference, signed=True)}{unit} in {self.figure}"
-                    f" (95 % interval, paired by seed): {end}."
-                )
-                {"a gain": gains, "a loss": losses}.get(end, open_ones).append(place)
+        found = {(c, labels): self.against(c, labels) for c in claimed for labels in self.labels}
+        differences = {key: one for key, one in found.items() if one is not None}
+        corrected = holm([one.p for one in differences.values()])
+        how = "95 % interval, paired by seed"
+        how += f"; verdict corrected for {len(corrected)} comparisons by Holm" if len(corrected) > 1 else ""
+        for ((condition, labels), difference), p in zip(differences.items(), corrected, strict=True):
+            place = f"{condition[0]} with {named(labels)}"
+            end = _verdict(difference, p)
+            told.append(
+                f"{place}: {regime} against {base[0]} {base[1]} {self.told(difference, signed=True)}{unit} in {self.figure}"
+                f" ({how}): {end}."
+            )
+            {"a gain": gains, "a loss": losses}.get(end, open_ones).append(place)
         return [*told, self._summary(gains, losses, open_ones)] if told else ["Nothing pretrained was compared."]
 
     def _summary(self, gains: list[str], losses: list[str], open_ones: list[str]) -> str:
@@ -107,12 +110,12 @@ class Findings:
         return f"In the regime fixed beforehand, {self.config.trained_regime}, pretraining {', and '.join(parts)}."
 
 
-def _verdict(difference: Interval) -> str:
-    if difference.half == float("inf"):
+def _verdict(difference: Interval, p: float) -> str:
+    if math.isnan(p):
         return "one seed, which says nothing of chance"
-    if difference.low > 0:
-        return "a gain"
-    return "no gain beyond chance" if difference.mean + difference.half >= 0 else "a loss"
+    if p >= LEVEL:
+        return "no gain beyond chance"
+    return "a gain" if difference.mean > 0 else "a loss"
 
 
 def named(labels: int | str) -> str:

@@ -43,7 +43,7 @@ def test_the_worst_domain_is_each_seeds_own() -> None:
 
     cells = {"ERM": {"a": of(0.5, 0.4), "b": of(0.3, 0.6)}, "MixStyle": {"a": of(0.7, 0.6), "b": of(0.5, 0.8)}}
     columns, rows = tabulate(cells, "ERM")
-    assert columns == ["method", "a", "b", "mean", "worst domain", "mean against ERM", ""]
+    assert columns == ["method", "a", "b", "mean", "worst domain", "mean against ERM", "verdict (Holm, 1 comparison)"]
     assert rows[0][3].startswith("45.0")
     assert rows[0][4].startswith("35.0")  # of 30 and 40, not the worst of the means
     assert rows[1][5:] == ["+20.0 ± 0.0", "helps"]

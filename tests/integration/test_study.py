@@ -268,6 +268,21 @@ def test_the_verdict_is_paired_by_seed(gains: tuple[float, ...], word: str, runs
     assert word in findings.sentences()[-1]
 
 
+def test_verdicts_of_a_study_are_corrected_for_their_number(runs: list[Path], tmp_path: Path) -> None:
+    rows = [
+        {"init": init, "regime": regime, "labels": labels, "seed": seed, "figures": {"accuracy": 0.3 * seed + own}}
+        for labels, gains in ((5, (0.10, 0.14, 0.06)), (10, (0.0, 0.1, -0.1)))  # of the first p = 0.049
+        for seed, gain in enumerate(gains)
+        for init, regime, own in (("random", "scratch", 0.2), ("run0", "lp_ft", 0.2 + gain))
+    ]
+    config = words(runs[:1], tmp_path, "seeds=3")
+    alone = Findings([row for row in rows if row["labels"] == 5], config, in_percent=True).sentences()
+    assert "brought a gain" in alone[-1]
+    both = Findings(rows, config, in_percent=True).sentences()
+    assert "verdict corrected for 2 comparisons by Holm): no gain beyond chance" in both[0]
+    assert "gain (" not in both[-1]
+
+
 def test_a_study_is_one_run_of_the_mirrors(done: Path, runs: list[Path], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

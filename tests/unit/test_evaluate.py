@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict as lightlys_knn
+from scipy.stats import ttest_1samp
 from sklearn.linear_model import LogisticRegression
 
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.evaluate import collapse
-from ssl_pipeline.evaluate.interval import interval, paired_difference
+from ssl_pipeline.evaluate.interval import holm, interval, paired_difference
 from ssl_pipeline.evaluate.knn import knn_accuracy, knn_predict
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.evaluate.probe import fit_linear
@@ -123,6 +124,29 @@ def test_interval_is_students() -> None:
     assert interval([0.5]).percent() == "50.0"
     assert paired_difference([0.8, 0.9], [0.7, 0.8]).mean == pytest.approx(0.1)
     assert paired_difference([0.8, 0.9], [0.7, 0.8]).half == pytest.approx(0, abs=1e-9)
+
+
+def test_p_values_are_scipys_and_holms_correction_is_the_step_down_of_a_loop() -> None:
+    differences = [[0.10, 0.14, 0.06], [0.3, -0.1, 0.2, 0.25], [-0.2, -0.21, -0.19], [0.05, 0.02, 0.03, 0.04, 0.01]]
+    p_values = [interval(values).p for values in differences]
+    for p, values in zip(p_values, differences, strict=True):
+        assert p == pytest.approx(float(ttest_1samp(values, 0).pvalue), abs=1e-12)
+    order, allowed, rejected = sorted(range(4), key=lambda i: p_values[i]), 4, set[int]()
+    for place in order:  # Holm's own words: compare the smallest with α/m, the next with α/(m − 1), until one fails
+        if p_values[place] > 0.05 / allowed:
+            break
+        rejected.add(place)
+        allowed -= 1
+    corrected = holm(p_values)
+    assert {i for i, p in enumerate(corrected) if p <= 0.05} == rejected == {2, 3}
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    alone = holm([math.nan, 0.02])
+    assert math.isnan(alone[0])
+    assert alone[1] == 0.02
+    assert (interval([0.1, 0.1]).p, interval([0.0, 0.0]).p) == (0.0, 1.0)
+    assert math.isnan(interval([0.1]).p)
+    assert holm([]) == []
 
 
 def test_online_knn_asks_labelled_images_alone_and_is_absent_without_any() -> None:
