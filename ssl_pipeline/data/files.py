@@ -20,6 +20,11 @@ def pack(names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(blob), torch.from_numpy(ends)
 
 
+def as_text(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: bytes in it that are no UTF-8 are escaped, E9 as ``\udce9``."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 class Files(Sequence[str]):
     """Relative posix paths, and what is known of each file; a selection shares the arrays of the whole.
 

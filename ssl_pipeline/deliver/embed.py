@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.evaluate.encoder import EncoderConfig, leading_words, open_encoder
 from ssl_pipeline.evaluate.features import extract
@@ -114,7 +115,9 @@ def embed(config: EmbedConfig) -> Embedded:
         "blueprint": opened.blueprint.model_dump(mode="json"),
     }
     return Embedded(
-        torch.cat(features), sources, {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
+        torch.cat(features),
+        sources,
+        {key: as_text(json.dumps(value, ensure_ascii=False)) for key, value in facts.items()},
     )
 
 
@@ -144,13 +147,16 @@ def write_parquet(embedded: Embedded, path: Path) -> None:
     import pyarrow.parquet as pq
 
     source, rows = embedded.first, embedded.features.numpy()
-    columns: dict[str, Any] = {"id": pa.array(embedded.ids), "split": pa.array(embedded.splits)}
+    columns: dict[str, Any] = {
+        "id": pa.array([as_text(name) for name in embedded.ids]),
+        "split": pa.array(embedded.splits),
+    }
     for name, values in (
         ("label", embedded.names(embedded.labels, source.classes)),
         ("domain", embedded.names(embedded.domains, source.domain_names)),
     ):
         if values is not None:
-            columns[name] = pa.array(values, pa.string())
+            columns[name] = pa.array([None if value is None else as_text(value) for value in values], pa.string())
     columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
     pq.write_table(pa.table(columns).replace_schema_metadata(embedded.about), path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -115,7 +116,13 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
 
 
 def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers: CocoNumbers | None) -> int:
-    """Writes rows as they come; returns how many files were no images."""
+    """Writes rows as they come; returns how many files were no images.
+
+    A name that is no text, because its bytes are no UTF-8, comes out as these bytes; in JSON, which must be text, escaped (Python
+    reads it back as ``os.fsdecode`` gives it).
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         table.writerow(["file", *answers.columns, "error"])
@@ -123,7 +130,7 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers:
     for row in rows:
         faults += "error" in row
         if form == "jsonl":
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sys.stdout.write(_json(row) + "\n")
         elif form == "coco":
             found.append(row)
         elif form == "csv":
@@ -134,6 +141,11 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers:
     if numbers is not None:
         sys.stdout.write(json.dumps(coco_results(found, numbers)) + "\n")
     return faults
+
+
+def _json(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text) else json.dumps(row)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

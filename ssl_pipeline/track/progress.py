@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,9 @@ _console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  
 
 
 def console() -> Console:
-    """The one console, on standard output."""
+    """The one console, on standard output, which shows a file's name escaped where it is no text (bytes that are no UTF-8)."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     return _console
 
 

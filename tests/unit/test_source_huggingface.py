@@ -133,6 +133,15 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
         opened(tmp_path / "none")
 
 
+def test_a_local_file_is_read(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "data", table(6))
+    file = next(folder.iterdir()).rename(folder / "x.parquet")
+    assert greys(opened(file)) == greys(opened(folder))
+    (tmp_path / "x.feather").write_bytes(b"none")
+    with pytest.raises(ConfigError, match=r"ends in none of \.parquet"):
+        opened(tmp_path / "x.feather")
+
+
 def test_one_grey_image_makes_no_dataset_grey_and_texts_that_say_none_are_no_class(tmp_path: Path) -> None:
     color = io.BytesIO()
     Image.new("RGB", (12, 10), "red").save(color, "png")

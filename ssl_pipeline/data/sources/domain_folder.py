@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, share_out, split_named, splits_among
@@ -170,7 +171,7 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
     column = images.files.column("folder")
     assert column is not None
     used, of_file = column.unique(return_inverse=True)
-    paths = [images.folders[folder].split("/") for folder in used.tolist()]
+    paths = [as_text(images.folders[folder]).split("/") for folder in used.tolist()]
     level = _level_of_splits(paths, root)
     splits = None
     if level is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.lost_files import causes, total
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
 from ssl_pipeline.data.source import Indexed, Part, Split
@@ -208,7 +209,7 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Sca
         count, example = total(images.others)
         _log.info("ignored %d other files in %s, such as %s", count, root, example)
     images.refuse_lost_folders(levels=1)
-    scan = _Scan(images, tuple("" if folder == "." else folder.split("/")[0] for folder in images.folders))
+    scan = _Scan(images, tuple("" if folder == "." else as_text(folder.split("/")[0]) for folder in images.folders))
     classes = tuple(sorted(scan.used()))
     if "" in classes or len(classes) == 1:
         return scan.without_labels()

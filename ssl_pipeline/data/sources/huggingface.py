@@ -28,7 +28,7 @@ class Config(StreamConfig):
 
     Attributes:
         path: a name on the hub (``uoft-cs/cifar10``), a folder of files (Parquet, images, …), a folder that
-            ``save_to_disk`` wrote, or a kind of files (``parquet``, ``imagefolder``) with ``data_files``.
+            ``save_to_disk`` wrote, a file (``photos.parquet``), or a kind of files (``parquet``, ``imagefolder``) with ``data_files``.
         subset: the dataset's configuration, where it has several.
         data_files: files or patterns, where ``path`` is a kind of files.
         revision: the version on the hub.
@@ -292,6 +292,9 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
     """What the library says to the dataset's name, or why it can't."""
     path = Path(config.path).expanduser()
     files = list(config.data_files) if isinstance(config.data_files, tuple) else config.data_files
+    name = str(path) if path.exists() else config.path
+    if path.is_file() and files is None:
+        name, files = _kind_of(path), str(path)
     named = [files] if isinstance(files, str) else files or []
     if config.path == "pandas" or any(PurePath(name).suffix.lower() in (".pkl", ".pickle") for name in named):
         raise ConfigError(
@@ -299,7 +302,7 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
         )
     try:
         return function(
-            str(path) if path.exists() else config.path,
+            name,
             config.subset,
             data_files=files,
             revision=config.revision,
@@ -310,6 +313,17 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
             f"`data.path`: the dataset {config.path!r} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Without a network give a folder of files, or one that `save_to_disk` wrote."
         ) from error
+
+
+def _kind_of(path: Path) -> str:
+    """The library's name for files of an ending: it takes a file's own path for a dataset's script."""
+    kinds = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(
+            f"`data.path`: {str(path)!r} is a file that ends in none of {', '.join(kinds)}: give such a file, or a folder of them."
+        )
+    return kind
 
 
 def _there(column: str, features: Any, key: str, name: str) -> str:
