@@ -35,21 +35,12 @@ class DenseTask(DownstreamTask):
     """An encoder whose maps a head reads; the loop trains the head. The neck, which makes a row of the maps, is idle."""
 
     head_is_solved = False
+    reads_maps = True
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self._rest_neck()
-
-    def _rest_neck(self) -> None:
-        # Several processes would wait for ever for the gradient of what takes no part.
-        self.encoder.neck.requires_grad_(False)
-        self.encoder.backbone.final_norm.requires_grad_(False)
-
-    def fix_encoder(self, fixed: bool) -> None:
-        """Whether the encoder takes part in training; its neck never does."""
-        super().fix_encoder(fixed)
-        self._rest_neck()
+        self.fix_encoder(False)
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
         """Whole images, resized to a square and normalised."""

@@ -26,6 +26,7 @@ class DownstreamTask(Task, ABC):
 
     Attributes:
         head: features to the prediction.
+        reads_maps: whether the head reads the encoder's maps, rather than a row of features.
         head_is_solved: whether ``fit_head`` finds the best head on fixed features; otherwise the loop trains it.
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it (Clark et al. 2020).
@@ -34,6 +35,7 @@ class DownstreamTask(Task, ABC):
 
     reads_labels = True
     head_is_solved: ClassVar[bool]
+    reads_maps: ClassVar[bool] = False
     head: nn.Module
     backbone_lr_factor: float = 1.0
     layer_decay: float = 1.0
@@ -69,7 +71,9 @@ class DownstreamTask(Task, ABC):
     def fix_encoder(self, fixed: bool) -> None:
         """Whether the encoder takes part in training."""
         self.encoder_is_fixed = fixed
-        self.encoder.requires_grad_(not fixed)
+        self.encoder.learn(self.reads_maps)
+        if fixed:
+            self.encoder.requires_grad_(False)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The head with all of the rate, and the encoder's layers with theirs: the nearer to the image, the smaller."""

@@ -107,6 +107,21 @@ def batchnorm_notes(task: nn.Module, share: Share) -> list[str]:
     ]
 
 
+def check_all_learn(task: nn.Module) -> None:
+    """Holds, after a first backward pass, that each parameter that learns has a gradient.
+
+    Raises:
+        ConfigError: some have none, for which DistributedDataParallel would wait; on all processes.
+    """
+    idle = [name for name, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        raise ConfigError(
+            f"the loss does not depend on {', '.join(idle[:3])}{f' and {len(idle) - 3} more' if len(idle) > 3 else ''}, and several "
+            "processes can't train what has no gradient: call `requires_grad_(False)` on it where the task is built, or train in one "
+            "process."
+        )
+
+
 def agree_on_buffers(module: nn.Module) -> None:
     """Gives every process the main one's buffers: BatchNorm's statistics differ by the last step's shares."""
     if dist.is_available() and dist.is_initialized():

@@ -18,7 +18,7 @@ from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import agree_on_buffers, from_every
+from ssl_pipeline.engine.distributed import agree_on_buffers, check_all_learn, from_every
 from ssl_pipeline.engine.lost import explain
 from ssl_pipeline.engine.numbers import (
     FILE_NAME,
@@ -118,6 +118,8 @@ class Training:
         self._rate = rate = set_rate(self._optimizer, self._optim, batch.clock)
         try:
             output = self._backward(batch)
+            if batch.clock.step == self.done and isinstance(self._model, nn.parallel.DistributedDataParallel):
+                check_all_learn(self._task)
             for parameter in self._task.frozen(batch.clock):
                 parameter.grad = None
             agreed = agree(self._accelerator, output.loss, self._clip())

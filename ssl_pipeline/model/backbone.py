@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer, get_model, list_models
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
 from ssl_pipeline.model.small_resnet import SmallResNet
-from ssl_pipeline.model.timm_trunks import build_timm, timm_maps
+from ssl_pipeline.model.timm_trunks import build_timm, timm_maps, try_out
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, network_weights
 
 _SMALL_IMAGES = 64
@@ -60,7 +60,10 @@ class Backbone(nn.Module):
         strides: the image's pixels per pixel of each level.
         has_token: whether there is a class token.
         fixed_input: the image size in pixels that a vision transformer is bound to, or None.
+        unused: names of those of its parameters that no map depends on.
     """
+
+    unused: frozenset[str] = frozenset()
 
     def __init__(self, trunk: nn.Module, anatomy: Anatomy) -> None:
         super().__init__()
@@ -75,6 +78,12 @@ class Backbone(nn.Module):
         """What leads to each level, from fine to coarse; timm's trunks and transformers don't say."""
         return self._anatomy.levels
 
+    def normalise(self, features: Tensor) -> Tensor:
+        """Pooled features (B, D) as the library normalises them."""
+        rows = self._anatomy.norm_reads_rows
+        normalised: Tensor = self.final_norm(features if rows else features[:, :, None, None])
+        return normalised.flatten(1)
+
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """What layer-wise learning rates count, from the image on; see :class:`ssl_pipeline.model.families.Anatomy`."""
@@ -82,7 +91,7 @@ class Backbone(nn.Module):
 
     @property
     def final_norm(self) -> nn.Module:
-        """The trunk's norm that its library applies after pooling, (B, D, 1, 1); the identity where it has none.
+        """The trunk's norm that its library applies after pooling; the identity where it has none.
 
         A property, for as a second registration its parameters would be in the state dict twice.
         """
@@ -135,7 +144,9 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
     _check_key(config)
     if config.is_timm:
         made, anatomy, notes = build_timm(config, channels, image_size)
-        return Backbone(made, anatomy), notes
+        backbone = Backbone(made, anatomy)
+        backbone.unused = try_out(config.name, backbone, backbone.widths, channels, image_size)
+        return backbone, notes
     trunk = _torchvision(config, image_size)
     notes = _fit_stem(trunk, config, image_size)
     found = anatomy_of(trunk)

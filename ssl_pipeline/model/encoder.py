@@ -29,6 +29,21 @@ class Encoder(nn.Module):
         self.width, self.widths, self.strides = self.neck.width, backbone.widths, backbone.strides
         # Some libraries normalise after pooling; what is not the pooled last level has another width, or had its norm.
         self._normalise = neck.name in ("gap", "gem")
+        # What the library itself keeps fixed, such as a table of sines, stays so.
+        self._never = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        self._never |= {f"backbone.{name}" for name in backbone.unused}
+        self.learn()
+
+    def learn(self, maps: bool = False) -> None:
+        """Lets the parameters learn that have a part in the result, and no others: several processes would wait for their gradient.
+
+        Args:
+            maps: the result is ``feature_maps``, not ``features``.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self._never)
+        self.backbone.final_norm.requires_grad_(self._normalise and not maps)
+        self.neck.requires_grad_(not maps)
 
     def train(self, mode: bool = True) -> Encoder:
         """As torch's; BatchNorms whose statistics are kept stay in evaluation mode."""
@@ -43,8 +58,7 @@ class Encoder(nn.Module):
         features: Tensor = self.neck(self.backbone(images))
         if not self._normalise:
             return features
-        normalised: Tensor = self.backbone.final_norm(features[:, :, None, None])
-        return normalised.flatten(1)
+        return self.backbone.normalise(features)
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) to a map (B, widths[level], …) per level, for dense tasks."""

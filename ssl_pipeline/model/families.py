@@ -49,6 +49,7 @@ class Anatomy:
         levels: from fine to coarse; the last is what a neck reads.
         classifier: prefixes of the classifier's keys in the library's state dict, which are cut off.
         final_norm: name of the module that the library applies after pooling, if it has one.
+        norm_reads_rows: whether that module takes (B, D), rather than (B, D, 1, 1).
         channels_last: whether the modules speak (B, H, W, C).
         token: whether there is a class token.
         taps: of timm's trunks, the places in ``feature_info`` of all levels but the last.
@@ -59,6 +60,7 @@ class Anatomy:
     levels: dict[str, Level]
     classifier: tuple[str, ...]
     final_norm: str | None = None
+    norm_reads_rows: bool = False
     channels_last: bool = False
     token: bool = False
     taps: tuple[int, ...] = ()

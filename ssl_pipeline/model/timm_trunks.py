@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision import models
 from torchvision.models import list_models
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.model.families import Anatomy, Level, sum_stem_kernels
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, network_weights
 
@@ -164,11 +166,13 @@ def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
             f"`backbone.name`: timm could not make {name}: {error} On a machine without a network copy the weights there "
             "and give `backbone.weights=FILE`."
         ) from error
-    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
-    if patch is not None and image_size % patch[0]:
+    embedding: Any = getattr(trunk, "patch_embed", None)
+    # Of other embeddings, the patches overlap, or are as large as all strides together.
+    side = embedding.patch_size[0] if hasattr(embedding, "grid_size") else 1
+    if image_size % side:
         raise ConfigError(
-            f"an image size of {image_size} px is no multiple of {name}'s patches of {patch[0]} px: "
-            f"take {max(image_size // patch[0], 1) * patch[0]}."
+            f"an image size of {image_size} px is no multiple of {name}'s patches of {side} px: "
+            f"take {max(image_size // side, 1) * side}."
         )
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(
@@ -187,11 +191,13 @@ def _anatomy(trunk: Any) -> Anatomy:
         f"c{5 - len(taps) + n}": Level((), int(info[i]["num_chs"]), int(info[i]["reduction"]))
         for n, i in enumerate(taps)
     }
-    head_norm = getattr(getattr(trunk, "head", None), "norm", None)
+    norms = {name: _norm(trunk, name, last.width) for name in ("head.norm", "fc_norm")}
+    norm = next((name for name, module in norms.items() if module is not None), None)
     return Anatomy(
         {**levels, "c5": last},
         (),
-        final_norm="head.norm" if isinstance(head_norm, nn.Module) else None,
+        final_norm=norm,
+        norm_reads_rows=norm is not None and not type(norms[norm]).__name__.endswith("2d"),
         token=getattr(trunk, "cls_token", None) is not None,
         taps=taps,
         layers=_layers(trunk),
@@ -215,6 +221,55 @@ def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, layers))
 
 
+def _norm(trunk: nn.Module, name: str, width: int) -> nn.Module | None:
+    """The trunk's norm of that name, if it is one of pooled features of that width."""
+    found: Any = trunk
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if tuple(getattr(found, "normalized_shape", ())) == (width,) else None
+
+
+def try_out(name: str, backbone: nn.Module, widths: dict[str, int], channels: int, image_size: int) -> frozenset[str]:
+    """Follows the shapes of images through a backbone, on the meta device, where nothing is computed.
+
+    timm has some thousand networks. Some give other maps than they declare, some take no images of this size, and some have
+    parameters for the classifier alone.
+
+    Args:
+        name: of the network, for people.
+        backbone: images to maps by level.
+        widths: their channels, as declared.
+        channels: of the images.
+        image_size: in pixels.
+
+    Returns:
+        Names of the parameters that no map depends on.
+
+    Raises:
+        ConfigError: the backbone does not give the maps that it declares.
+    """
+    parameters = {key: value.detach().to("meta").requires_grad_() for key, value in backbone.named_parameters()}
+    state = parameters | {key: buffer.to("meta") for key, buffer in backbone.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            images = torch.empty(2, channels, image_size, image_size, device="meta")
+            maps: dict[str, Tensor] = functional_call(backbone, state, (images,))
+        wrong = [key for key, width in widths.items() if maps[key].ndim != 4 or maps[key].shape[:2] != (2, width)]
+        problem = f"its level {wrong[0]} is not what it declares" if wrong else ""
+    except Exception as error:  # whatever timm's code raises
+        problem = first_line(error)
+    if problem:
+        own: Any = getattr(backbone.trunk, "default_cfg", {}).get("input_size", ())
+        raise ConfigError(
+            f"`backbone.name`: {name} gives no feature maps of images of {image_size} px ({problem}). Its own size is "
+            f"{own[-1] if own else 'not known'} px. Where that does not help, take a network of another family."
+        )
+    with torch.enable_grad():
+        total = torch.stack([part.sum() for part in maps.values()]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None)
+
+
 def timm_maps(trunk: Any, anatomy: Anatomy, images: Tensor) -> dict[str, Tensor]:
     """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level, and ``token`` where there is one."""
     if not anatomy.taps:
@@ -222,8 +277,10 @@ def timm_maps(trunk: Any, anatomy: Anatomy, images: Tensor) -> dict[str, Tensor]
     else:
         last, taps = trunk.forward_intermediates(images, indices=list(anatomy.taps), output_fmt="NCHW")
     maps = dict(zip(anatomy.levels, taps, strict=False))
+    stride = anatomy.levels["c5"].stride
     if last.ndim == 3:
-        tokens, grid = last[:, trunk.num_prefix_tokens :], trunk.patch_embed.grid_size
+        grid = getattr(trunk.patch_embed, "grid_size", None) or tuple(side // stride for side in images.shape[2:])
+        tokens = last[:, getattr(trunk, "num_prefix_tokens", last.shape[1] - math.prod(grid)) :]
         maps["c5"] = tokens.transpose(1, 2).unflatten(2, grid)
         return {**maps, "token": last[:, 0]} if anatomy.token else maps
     channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"

@@ -12,7 +12,7 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import leave
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Share
-from ssl_pipeline.engine.distributed import batchnorm_notes
+from ssl_pipeline.engine.distributed import batchnorm_notes, check_all_learn
 from ssl_pipeline.engine.fit import _due
 from ssl_pipeline.engine.numbers import NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
@@ -135,3 +135,13 @@ def test_batchnorm_of_several_processes_on_cpus_is_said() -> None:
     assert batchnorm_notes(norms, Share(0, 1, cpu)) == []
     assert batchnorm_notes(norms, Share(0, 2, torch.device("cuda"))) == []
     assert batchnorm_notes(nn.GroupNorm(2, 4), Share(0, 2, cpu)) == []
+
+
+def test_what_several_processes_would_wait_for_is_named(task: Task) -> None:
+    batch = task_of("simclr")[1]
+    task.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+    task(batch).loss.backward()
+    with pytest.raises(ConfigError, match="the loss does not depend on idle, and several processes"):
+        check_all_learn(task)
+    task.get_parameter("idle").requires_grad_(False)
+    check_all_learn(task)

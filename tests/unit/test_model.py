@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -88,13 +89,50 @@ def test_the_small_stem_is_declared_too(name: str) -> None:
     assert any("small stem" in note for note in notes) == (name != "small_resnet")
 
 
-def test_nothing_is_sent_through_a_network_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a forward pass")
+def test_nothing_is_computed_to_build_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's are tried out, but only shapes are followed."""
+    right, devices = nn.Module.__call__, set[str]()
 
-    monkeypatch.setattr(nn.Module, "__call__", refuse)
-    for name in ("resnet18", "mobilenet_v3_small", "timm/resnet10t"):
+    def watched(module: nn.Module, *words: Any, **named: Any) -> Any:
+        devices.update(word.device.type for word in words if isinstance(word, Tensor))
+        return right(module, *words, **named)
+
+    monkeypatch.setattr(nn.Module, "__call__", watched)
+    for name in ("resnet18", "mobilenet_v3_small"):
         build_backbone(BackboneConfig(name=name), 3, SIZE)
+        assert not devices
+    state = torch.get_rng_state()
+    build_backbone(BackboneConfig(name="timm/test_resnet"), 3, SIZE)
+    assert devices == {"meta"}
+    torch.set_rng_state(state)
+    trunk: Any = timm.create_model("test_resnet", num_classes=0)
+    assert torch.equal(trunk.conv1[0].weight, build_again(state).conv1[0].weight)
+
+
+def build_again(state: Tensor) -> Any:
+    torch.set_rng_state(state)
+    return build_backbone(BackboneConfig(name="timm/test_resnet"), 3, SIZE)[0].trunk
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "convnext_tiny", "swin_t", "vit_b_32", "timm/fasternet_t0", "timm/test_vit2", "timm/test_convnext"],
+)
+def test_what_learns_has_a_gradient_whatever_the_neck(name: str) -> None:
+    """Several processes wait at their second step for a gradient that does not come."""
+    with torch.device("meta"):
+        backbone, _ = build_backbone(BackboneConfig(name=name), 3, SIZE)
+    for neck in ("gap", "gem", "multi_level", "maps", *(["tokens"] if backbone.has_token else [])):
+        with torch.device("meta"):
+            encoder = Encoder(backbone, NeckConfig.model_validate({"name": "gem" if neck == "maps" else neck}))
+            encoder.learn(maps=neck == "maps")
+            encoder.zero_grad()
+            given = torch.empty(2, 3, SIZE, SIZE)
+            results = encoder.feature_maps(given).values() if neck == "maps" else [encoder(given)]
+            torch.stack([result.sum() for result in results]).sum().backward()
+        idle = {key for key, parameter in encoder.named_parameters() if parameter.grad is None}
+        assert idle == {key for key, parameter in encoder.named_parameters() if not parameter.requires_grad}, neck
+        assert len(idle) <= 4
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
@@ -161,6 +199,11 @@ def test_vgg_is_the_pooled_features_of_the_librarys() -> None:
 # Timm
 
 
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "xcit_nano_12_p8_224"])
+def test_patches_that_overlap_fit_an_image_of_any_size(name: str) -> None:
+    check_declared(BackboneConfig(name=f"timm/{name}"))
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
 def test_timm_trunks(name: str) -> None:
     timm = pytest.importorskip("timm")
@@ -180,7 +223,14 @@ def test_more_timm_trunks(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "neck"),
-    [("test_resnet", "gap"), ("test_convnext", "gap"), ("test_efficientnet", "gap"), ("test_vit", "tokens")],
+    [
+        ("test_resnet", "gap"),
+        ("test_convnext", "gap"),
+        ("test_efficientnet", "gap"),
+        ("test_vit", "tokens"),
+        ("test_vit2", "gap"),
+        ("test_vit4", "gap"),
+    ],
 )
 def test_timm_features_are_its_own(name: str, neck: str) -> None:
     pytest.importorskip("timm")
@@ -212,6 +262,11 @@ def test_timm_absent(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"name": "resnet18", "stem": "small", "weights": "DEFAULT"}, SIZE, "official weights have the ImageNet stem"),
         ({"name": "vit_b_32"}, 72, "72 px is no multiple of vit_b_32's patches of 32 px: take 64"),
         ({"name": "timm/vit_tiny_patch16_224"}, 72, "72 px is no multiple"),
+        (
+            {"name": "timm/crossvit_tiny_240"},
+            SIZE,
+            "crossvit_tiny_240 gives no feature maps of images of 64 px .* own size is 240",
+        ),
         ({"name": "small_resnet", "weights": "DEFAULT"}, SIZE, "small_resnet has no official weights"),
     ],
 )
