@@ -212,7 +212,8 @@ class StreamBatches:
         Raises:
             UserError: a shard is missing or damaged, or an image is and is not to be skipped.
         """
-        items = read_items(_Steps(self, start), self.workers, self.share.device.type == "cuda")
+        crop_bytes = self.views.bytes_of(self.batch_size // self.share.processes, self.source.channels)
+        items = read_items(_Steps(self, start), self.workers, self.share.device.type == "cuda", crop_bytes)
         for step, item in enumerate(items, start):
             if isinstance(item, UserError):
                 raise item

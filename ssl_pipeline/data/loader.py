@@ -188,9 +188,14 @@ class StepBatches:
             pixels = self._pixels[index].to(self.share.device, non_blocking=True)
             yield index, self.views.of_pixels(pixels, index, self.clock(step).epoch)
 
+    @property
+    def _crop_bytes(self) -> int:
+        """Of this process's share of a step."""
+        return self.views.bytes_of(self.batch_size // self.share.processes, self.source.channels)
+
     def _crops_of_files(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         pin = self.share.device.type == "cuda"
-        for item in read_items(_Steps(self), self.workers, pin, range(start, self.total_steps)):
+        for item in read_items(_Steps(self), self.workers, pin, self._crop_bytes, range(start, self.total_steps)):
             if isinstance(item, UserError):
                 raise item
             self.replaced = item.index if item.faults else None

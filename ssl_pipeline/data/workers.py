@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 
 T = TypeVar("T")
+_log = logging.getLogger("ssl_pipeline")
 _PREFETCH = 2
+_SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; Docker gives it 64 MB
 
 
 def read_items(
-    dataset: Dataset[T], workers: int, pin_memory: bool, sampler: Sequence[int] | None = None
+    dataset: Dataset[T], workers: int, pin_memory: bool, item_bytes: int, sampler: Sequence[int] | None = None
 ) -> Iterator[T]:
     """The items of a data set, in order, made by workers ahead of time.
+
+    Items come through shared memory, or where that has too little room through pipes, which copies them once more.
 
     The loader's own time-out is an interval of the system's clock, which goes on while this process is stopped. So it is given
     one tick at a time, and the ticks are counted here.
@@ -29,6 +39,7 @@ def read_items(
         dataset: an item is a whole batch.
         workers: how many; 0 makes the items in this process.
         pin_memory: whether the items are put into pinned memory.
+        item_bytes: about how large an item is.
         sampler: the items' numbers; None for a data set that is iterated over.
 
     Raises:
@@ -42,6 +53,9 @@ def read_items(
             "timeout": patience.interval,
             "worker_init_fn": _leave_signals_to_the_process,
         }
+    piped = workers > 0 and not _fits_shared_memory(item_bytes, workers)
+    if piped:
+        dataset = (_PipedStream if isinstance(dataset, IterableDataset) else _Piped)(dataset)
     loader = DataLoader(
         dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin_memory, **options
     )
@@ -52,7 +66,23 @@ def read_items(
             item = _next(items, patience)
         except StopIteration:
             return
-        yield item
+        yield _with(item, torch.from_numpy, np.ndarray) if piped else item
+
+
+def free_shared_memory() -> int | None:
+    """Bytes of shared memory that are free; None where that is not known."""
+    try:
+        room = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return room.f_bavail * room.f_frsize
+
+
+def shared_memory_needed(item_bytes: int, workers: int, processes: int) -> int:
+    """Bytes that the workers' items take in it: those made ahead and one in use, on all processes of a machine, and as much again
+    for a second side's workers and for what is not known here.
+    """  # noqa: D205
+    return 2 * processes * item_bytes * (_PREFETCH * workers + 1)
 
 
 def wake_workers() -> None:
@@ -75,6 +105,55 @@ def _next(items: Iterator[T], patience: Patience) -> T:
                 wake_workers()
             if patience.over:
                 raise
+
+
+def _fits_shared_memory(item_bytes: int, workers: int) -> bool:
+    room, needed = (
+        free_shared_memory(),
+        shared_memory_needed(item_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    )
+    if room is None or needed <= room:
+        return True
+    _tell_small_room(room // 2**20, -(-needed // 2**20))
+    return False
+
+
+@cache
+def _tell_small_room(room: int, needed: int) -> None:
+    """Once, although each of stage two's loops has workers of its own."""
+    _log.warning(
+        "%s has %d MB of room, and the workers want %d MB: their batches come through pipes, which is a little slower. In Docker "
+        "start the container with `--shm-size=%dm`, or with `--ipc=host`.",
+        _SHARED_MEMORY, room, needed, max(1024, 2 * needed),
+    )  # fmt: skip
+
+
+class _Piped(Dataset[T]):
+    """The same items, with arrays in place of tensors: those are pickled as they are."""
+
+    def __init__(self, dataset: Dataset[T]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, number: int) -> T:
+        return _with(self._dataset[number], Tensor.numpy, Tensor)
+
+
+class _PipedStream(_Piped[T], IterableDataset[T]):
+    def __iter__(self) -> Iterator[T]:
+        return (_with(item, Tensor.numpy, Tensor) for item in iter(self._dataset))
+
+
+def _with(item: T, change: Callable[[Any], Any], kind: type) -> T:
+    """An item whose attributes of a kind, alone or in lists, are changed; an error is left as it is."""
+    if isinstance(item, BaseException):
+        return item
+    changed = copy.copy(item)
+    for name, value in vars(item).items():
+        if isinstance(value, kind):
+            setattr(changed, name, change(value))
+        elif isinstance(value, list) and value and isinstance(value[0], kind):
+            setattr(changed, name, [change(part) for part in value])
+    return changed
 
 
 def _leave_signals_to_the_process(worker: int) -> None:

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
 from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
+from ssl_pipeline.data.workers import free_shared_memory
 from ssl_pipeline.engine.signals import StoppedError, looping
 from ssl_pipeline.engine.watchdog import Watchdog
 
 _Store: Any = dist.TCPStore  # type: ignore[attr-defined]
 T = TypeVar("T")
 _SECONDS_FOR_ROLL_CALL = 3.0
+_LITTLE_ROOM = 2**20
 _OF_WORKERS = re.compile(r"DataLoader (worker|timed out)")
 _OF_PROCESSES = re.compile(
     r"gloo/|NCCL|Connection (closed|reset) by peer|Timed out waiting|Broken pipe|remote process|ProcessGroup"
@@ -153,9 +155,12 @@ def _silent_processes() -> list[int]:
 
 
 def _of_worker(hangs: bool) -> str:
+    room = free_shared_memory()
+    full = room is not None and room < _LITTLE_ROOM
+    cause = "; /dev/shm is full: in Docker start the container with a larger `--shm-size`" if full else ""
     if hangs:
-        return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs"
-    return "was killed (by the system, if memory was short: lower `workers` then)"
+        return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs{cause}"
+    return f"was killed (by the system, if memory was short: lower `workers` then){cause}"
 
 
 def _hanging_worker(step: int) -> LostProcessError:

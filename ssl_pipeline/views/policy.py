@@ -245,6 +245,10 @@ class Views:
             crops.append(torch.stack([resize_box_of_file(i, box, policy.size, flip) for i, box, flip in views]))
         return crops
 
+    def bytes_of(self, samples: int, channels: int) -> int:
+        """What :meth:`of_files` gives for so many images, in bytes."""
+        return samples * channels * sum(policy.size**2 for policy in self._policies)
+
     def finish(self, crops: list[Tensor], index: Tensor, epoch: int) -> list[Tensor]:
         """What follows the crop: style, rotation, photometry, normalisation and erasing, on the crops' device.
 

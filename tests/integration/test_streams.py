@@ -149,6 +149,9 @@ def test_batches_do_not_depend_on_workers_and_resume_anywhere(tmp_path: Path) ->
     for start in range(13):
         assert same(whole[start:], list(batches_of(stream).from_step(start)))
     assert same(whole[7:], list(batches_of(stream, workers=2).from_step(7)))
+    with pytest.MonkeyPatch.context() as patch:  # through pipes
+        patch.setattr("ssl_pipeline.data.workers.free_shared_memory", lambda: 0)
+        assert same(whole, list(batches_of(stream, workers=2).from_step(0)))
     assert not same(whole, list(batches_of(stream, seed=1).from_step(0)))
 
 

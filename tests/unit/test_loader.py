@@ -20,6 +20,7 @@ from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.views.geometry import reductions
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
@@ -58,6 +59,46 @@ def test_the_number_of_workers_changes_no_bit(tmp_path: Path, workers: int) -> N
         assert other.label is not None
         assert torch.equal(one.label, other.label)
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+@pytest.fixture
+def little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's default and less: what a worker puts there is lost."""
+
+    def lost(_: torch.UntypedStorage) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lost)
+    monkeypatch.setattr("ssl_pipeline.data.workers.free_shared_memory", lambda: 64 * 2**10)
+    monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "10")
+    _tell_small_room.cache_clear()
+
+
+@pytest.mark.usefixtures("little_shared_memory")
+def test_where_shared_memory_is_too_small_batches_come_another_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = photos(tmp_path, 64)
+    source = FileSource("photos", tmp_path, names, 3, torch.arange(64) % 2)
+
+    def made(workers: int) -> list[Batch]:
+        return list(StepBatches(source, views(32), 16, 3, Share(0, 1, CPU), 3, workers).from_step(0))
+
+    for one, other in zip(made(0), made(2), strict=True):
+        assert torch.equal(one.index, other.index)
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+    made(1)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "/dev/shm has 0 MB of room" in told
+    assert "--shm-size=1024m" in told
+
+
+def test_the_room_that_workers_want() -> None:
+    """Of 2 × 256 views of 224 px, with two batches made ahead by each worker and one in use, twice."""
+    item = views(224).bytes_of(256, 3)
+    assert item == 2 * 256 * 3 * 224 * 224
+    assert shared_memory_needed(item, workers=8, processes=1) == 2 * 17 * item
+    assert shared_memory_needed(item, workers=4, processes=2) == 2 * 2 * 9 * item
 
 
 @pytest.mark.parametrize("processes", [2, 4])
