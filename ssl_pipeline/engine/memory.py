@@ -34,6 +34,7 @@ from ssl_pipeline.schedules import Clock
 _FEW, _MORE = 4, 8  # samples of the two forwards that are counted: their difference is what grows with the samples
 _STATE_BYTES = {"adamw": 12}
 _GIB = 2**30
+_MOST_BYTES = 20_000  # kept for one value of a view: more than ten times that of any network tried
 _SAFE = 0.75  # the share of what is free that a proposed micro-batch may take
 _log = logging.getLogger("ssl_pipeline")
 
@@ -145,10 +146,13 @@ def check_memory(
     Raises:
         ConfigError: with the setting that makes it fit.
     """
+    memory = machine_memory()
+    weights = sum(parameter.numel() for parameter in task.parameters())
+    if processes * (16 * weights + images * sum(map(prod, views)) * _MOST_BYTES) <= memory.free:
+        return  # far below what could be short: not worth a forward
     fixed, of_image, of_views = _parts(task, views, optimizer)
     if of_image is None:
         return
-    memory = machine_memory()
     needed = processes * (fixed + of_image * (micro or images) + of_views * images)
     if needed <= memory.free:
         return
