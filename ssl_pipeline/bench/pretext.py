@@ -48,6 +48,7 @@ _OURS: dict[str, list[str]] = {
     "dclw": ["pretext.temperature.value=0.1"],
     "moco_v2": [
         "pretext.temperature.value=0.1", f"pretext.queue={QUEUE}", "pretext.momentum.start=0.99", "pretext.momentum.end=1.0",
+        "pretext.batch_norm_group=null",
     ],
     "nnclr": [
         "pretext.temperature.value=0.1", f"pretext.queue={QUEUE}", f"pretext.predictor_width={HIDDEN}",

@@ -89,8 +89,8 @@ def share_of(accelerator: Accelerator) -> Share:
 
 
 def on_device(task: M, share: Share) -> M:
-    """A task on this process's device; on several GPUs its BatchNorms see the whole batch."""
-    if share.processes > 1 and share.device.type == "cuda":
+    """A task on this process's device; on several GPUs its BatchNorms see the whole batch, unless it wants them not to."""
+    if share.processes > 1 and share.device.type == "cuda" and getattr(task, "synchronizes_norms", True):
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
     moved: M = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved

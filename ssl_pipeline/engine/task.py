@@ -44,9 +44,11 @@ class Task(nn.Module, ABC):
     Attributes:
         reads_labels: whether the task needs ``batch.label``.
         encoder: what is handed over to the next stage.
+        synchronizes_norms: whether its BatchNorms are to see the batch of all GPUs, rather than each its own share.
     """
 
     reads_labels: ClassVar[bool] = False
+    synchronizes_norms: bool = True
     encoder: Encoder
 
     @abstractmethod

@@ -4,10 +4,15 @@
 
 When to use: many negatives at a small batch. The queue is older than the encoder, which the slow key encoder makes
 bearable. Chen, Fan et al. 2020, arXiv 2003.04297; He et al. 2020, arXiv 1911.05722, equations 1 and 2.
+
+A batch's statistics are in all of its rows: by them a query could tell its key from the queue's. So BatchNorm takes its
+statistics from groups of images, and the keys' groups are drawn anew over the batch of all processes (shuffling BN, He
+et al. 2020, section 3.3). One statistic over all GPUs (SyncBatchNorm) does not take its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,6 +23,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream, known_length
+from ssl_pipeline.draws import permutation
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.info_nce import info_nce
@@ -25,6 +31,7 @@ from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.model.norms import norms_with_statistics
 from ssl_pipeline.model.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
 
@@ -37,12 +44,15 @@ class Config(ContrastiveConfig):
         momentum: of the key encoder.
         symmetric: whether each view is a query once (as in "MoCo v2+"), or the first alone.
         leave_out_same_sample: whether older keys of the query's own image are no negatives.
+        batch_norm_group: images that BatchNorm takes its statistics from together, 32 as on each GPU of the paper; the keys' groups
+            are shuffled. One process makes two groups at least. Null: of the whole batch, over all GPUs, and nothing is shuffled.
     """
 
     queue: int = Field(65536, ge=1)
     momentum: MomentumConfig = MomentumConfig(start=0.999, end=0.999)
     symmetric: bool = False
     leave_out_same_sample: bool = True
+    batch_norm_group: int | None = Field(32, ge=2)
 
     def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV2:
         """The task around an encoder.
@@ -72,8 +82,24 @@ def check_queue(size: int, leaves_out_same_sample: bool, source: Indexed | Strea
         )
 
 
+def in_groups(network: Callable[[Tensor], Tensor], images: Tensor, group: int) -> Tensor:
+    """Images through a network in even groups, each with batch statistics of its own.
+
+    Args:
+        network: images (N, C, H, W) to rows (N, D).
+        images: this process's, of shape (B, C, H, W).
+        group: images of a group, or a few more. A process that is alone makes two groups at least: one has nothing to shuffle.
+
+    Returns:
+        Shape (B, D).
+    """
+    least = 2 if world()[1] == 1 else 1
+    count = max(1, min(max(least, len(images) // group), len(images) // 2))
+    return torch.cat([network(part) for part in images.tensor_split(count)])
+
+
 class MoCoV2(Contrastive):
-    """See :class:`Config`. With several GPUs BatchNorm is synchronised, which takes the place of shuffling the batch."""
+    """See :class:`Config`. In micro-batches (``batch.micro``) the keys are shuffled within each of them."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, norm=False)
@@ -81,16 +107,33 @@ class MoCoV2(Contrastive):
         self.queue = Queue(config.queue, config.projection_width)
         self.momentum, self.symmetric = config.momentum, config.symmetric
         self.leave_out_same_sample = config.leave_out_same_sample
+        self.group = config.batch_norm_group
+        self.synchronizes_norms = self.group is None
         self._keys: list[Tensor] = []
 
     def embed(self, batch: Batch) -> Embeddings:
         """Queries of the encoder, keys of its teacher; the one-way form needs one view of each."""
         first, second = batch.views
-        queries = through(self.project, [first, second] if self.symmetric else [first])
-        keys = through(self.teacher, [second, first] if self.symmetric else [second])
+        views = [(first, second), (second, first)] if self.symmetric else [(first, second)]
+        if self.group is not None and any(norm.training for norm in norms_with_statistics(self.teacher)):
+            queries = [in_groups(self.project, query, self.group) for query, _ in views]
+            keys = [self._shuffled_keys(key, self.group, batch.clock.step) for _, key in views]
+        else:
+            queries = through(self.project, [query for query, _ in views])
+            keys = through(self.teacher, [key for _, key in views])
         return {f"query {i}": rows for i, rows in enumerate(queries)} | {
             f"key {i}": rows for i, rows in enumerate(keys)
         }
+
+    @torch.no_grad()
+    def _shuffled_keys(self, images: Tensor, group: int, step: int) -> Tensor:
+        """The keys of this process's images, each made in a group that is drawn from the images of all processes."""
+        rank, _ = world()
+        own = slice(rank * len(images), (rank + 1) * len(images))
+        every = gather_rows(images.contiguous())
+        order = permutation(len(every), "shuffled keys", step).to(images.device)
+        keys = gather_rows(in_groups(self.teacher, every[order[own]], group))
+        return keys[order.argsort()[own]]
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """InfoNCE of each query against its key and the queue."""

@@ -19,6 +19,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.losses import gather, info_nce
+from ssl_pipeline.pretext.moco_v2 import MoCoV2
 from tests.tasks import tiny_batch, tiny_task
 
 SAMPLES, STEPS, RATE = 8, 2, 0.05
@@ -115,6 +116,32 @@ def compare(
     }
 
 
+def shuffled() -> tuple[Task, list[Batch]]:
+    """MoCo v2 whose BatchNorms go by groups of two images."""
+    task, batches = frozen("moco_v2", torch.float64)
+    assert isinstance(task, MoCoV2)
+    task.group = 2
+    return task.train(), batches
+
+
+def without_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Running statistics are of each process's own groups."""
+    return {key: value for key, value in state.items() if "running" not in key and "num_batches" not in key}
+
+
+def compare_shuffled(wanted: tuple[list[Tensor], dict[str, Tensor]]) -> dict[str, float]:
+    """The keys' groups are drawn from the batch of all processes."""
+    (task, batches), rank, world = shuffled(), dist.get_rank(), dist.get_world_size()
+    model = nn.parallel.DistributedDataParallel(task, broadcast_buffers=False)
+    losses, state = run(task, model, [share(batch, rank, world) for batch in batches])
+    means = torch.stack(losses)
+    dist.all_reduce(means)
+    found, expected = without_statistics(state), without_statistics(wanted[1])
+    return {
+        "loss": float((means / world - torch.stack(wanted[0])).abs().max()), "state": distance(found, expected),
+    }  # fmt: skip
+
+
 def own_slice(ctx: Any, *gradients: Tensor) -> Tensor:
     return gradients[0].chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -140,8 +167,10 @@ def main() -> None:
     reference = {
         (name, dtype): alone(name, dtype) for name in names("pretext") for dtype in (torch.float64, torch.float32)
     }
+    in_one, batches = shuffled()
+    wanted_shuffled = run(in_one, in_one, batches)
     dist.init_process_group("gloo")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {"shuffled moco_v2": compare_shuffled(wanted_shuffled)}
     for (name, dtype), expected in reference.items():
         found[f"{name} {str(dtype).removeprefix('torch.')}"] = compare(name, dtype, expected)
     for name in ("simclr", "moco_v2", "swav", "barlow_twins"):

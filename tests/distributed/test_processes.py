@@ -48,6 +48,12 @@ def test_micro_batches_on_two_processes_equal_one_big_batch(
     assert found["state"] < 1e-11
 
 
+def test_keys_are_shuffled_over_processes_as_in_one(against_one: dict[str, dict[str, float]]) -> None:
+    found = against_one["shuffled moco_v2"]
+    assert found["loss"] < 1e-12
+    assert found["state"] < 1e-12
+
+
 @pytest.mark.parametrize("mutant", ["own-slice gradient", "divided by world", "labels not shifted", "self not masked"])
 def test_a_common_mistake_is_noticed(mutant: str, against_one: dict[str, dict[str, float]]) -> None:
     assert against_one[f"mutant: {mutant}"]["state"] > 1e-4

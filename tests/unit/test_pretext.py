@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.draws import permutation
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
@@ -207,6 +208,34 @@ def test_moco_v3_is_the_paper_s_pseudocode() -> None:
 
     expected = ctr(e["query 0"], e["key 1"]) + ctr(e["query 1"], e["key 0"])
     assert task.objective(e, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_moco_v2_makes_its_keys_in_drawn_groups_with_statistics_of_their_own() -> None:
+    """Shuffling BN (He et al. 2020): what a query's group knows of its batch is not what its key's group knows."""
+    task, batch = tiny_task("moco_v2", ["pretext.batch_norm_group=4"])
+    other, (first, second) = copy.deepcopy(task), batch.views
+    assert isinstance(task, MoCoV2)
+    assert isinstance(other, MoCoV2)
+    orders = [permutation(8, "shuffled keys", step) for step in (0, 1)]
+    assert set(orders[0][:4].tolist()) not in ({0, 1, 2, 3}, {4, 5, 6, 7}, set(orders[1][:4].tolist()))
+    embeddings = task.embed(batch)
+    expected = torch.empty(8, 16)
+    for group in orders[0].split(4):
+        expected[group] = other.teacher(second[group])
+    assert torch.equal(embeddings["key 0"], expected)
+    assert torch.equal(embeddings["query 0"], torch.cat([other.project(part) for part in first.split(4)]))
+    task.eval()
+    other.eval()
+    assert torch.equal(task.embed(batch)["key 0"], other.teacher(second))  # nothing to shuffle for
+
+
+def test_moco_v2_without_groups_goes_by_the_whole_batch() -> None:
+    task, batch = tiny_task("moco_v2", ["pretext.batch_norm_group=null"])
+    other = copy.deepcopy(task)
+    assert isinstance(other, MoCoV2)
+    assert torch.equal(task.embed(batch)["key 0"], other.teacher(batch.views[1]))
+    assert task.synchronizes_norms
+    assert not tiny_task("moco_v2")[0].synchronizes_norms
 
 
 def test_a_learned_temperature_pays_for_nothing_but_its_softmax() -> None:
