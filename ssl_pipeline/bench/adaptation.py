@@ -98,7 +98,7 @@ def _side(name: str, share: Share) -> Side:
     else:
         side = target if method.phases[-1] == "target" else source
         batches = StepBatches(side, ours, _IMAGES, 0, share, _STEPS + 1, with_labels=side is source)
-    preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
+    preprocessing = Preprocessing.of(blueprint)
     task.prime(lambda forward: extract(task, target, preprocessing, share, forward=forward))
     return Side(task, batches, build_optimizer(config.regime.optim, task, _IMAGES))
 

@@ -16,7 +16,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read
-from ssl_pipeline.model.backbone import BackboneConfig
+from ssl_pipeline.model.backbone import BackboneConfig, is_network
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights import WEIGHTS_FILES, load_strictly
@@ -133,6 +133,11 @@ def _with_weights(backbone: BackboneConfig, path: str) -> BackboneConfig:
 
 def _ours(path: str) -> tuple[Encoder, Card]:
     folder = Path(path).expanduser()
+    if not folder.exists() and is_network(path):
+        raise ConfigError(
+            f"`encoder`: there is no run {path!r}, and a network has that name. Its published weights are taken by "
+            f"backbone.name={path} backbone.weights=DEFAULT, without an encoder."
+        )
     file = folder / "model.safetensors" if folder.is_dir() else folder
     if file.name != "model.safetensors" or not file.exists():
         return load_encoder(folder)

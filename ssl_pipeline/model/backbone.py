@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer, get_model, list_models
 from ssl_pipeline.config.base import ConfigError, Strict
 from ssl_pipeline.model.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
 from ssl_pipeline.model.small_resnet import SmallResNet
-from ssl_pipeline.model.timm_trunks import build_timm, timm_maps, try_out
+from ssl_pipeline.model.timm_trunks import build_timm, is_timms, timm_maps, try_out
 from ssl_pipeline.model.weights import holds_channels, is_file_name, load_trunk, network_weights
 
 _SMALL_IMAGES = 64
@@ -49,6 +49,11 @@ def _classifiers() -> list[str]:
     """Names of torchvision's image classifiers; its detectors would fetch weights of their own accord when built."""
     names: list[str] = list_models(module=models)
     return names
+
+
+def is_network(name: str) -> bool:
+    """Whether torchvision or timm has a network of that name, with or without ``timm/`` and a pretrained tag."""
+    return name in _classifiers() or is_timms(name.removeprefix("timm/"))
 
 
 class Backbone(nn.Module):

@@ -94,7 +94,7 @@ def find_network(
             f"`backbone.weights_key`: {what} has no network under {key!r}. There is one under {_listed(parts)}; the file holds "
             f"{_contents(tensors)}."
         )
-    chosen, others = _choose(meant, what)
+    chosen, others = _choose(meant, own, what)
     state, heads = _without_heads(chosen.tensors, own)
     return state, _notes(chosen, others, heads, len(tensors))
 
@@ -127,7 +127,7 @@ def _parts(trunk: nn.Module, own: Mapping[str, torch.Size], tensors: Mapping[str
     return found
 
 
-def _choose(parts: list[_Part], what: str) -> tuple[_Part, list[_Part]]:
+def _choose(parts: list[_Part], own: Mapping[str, object], what: str) -> tuple[_Part, list[_Part]]:
     """The part to take, and others that fit as well.
 
     Raises:
@@ -137,7 +137,7 @@ def _choose(parts: list[_Part], what: str) -> tuple[_Part, list[_Part]]:
     alike = [part for part in parts if (part.fitting, part.named) == most]
     best = max(part.rank for part in alike)
     first, *rest = [part for part in alike if part.rank == best]
-    differing = [part for part in rest if not _equal(part.tensors, first.tensors)]
+    differing = [part for part in rest if not _equal(part.tensors, first.tensors, own)]
     if differing:
         raise ConfigError(
             f"{what} holds several networks that fit: {_listed([first, *differing])}. Choose one by its key: "
@@ -146,9 +146,9 @@ def _choose(parts: list[_Part], what: str) -> tuple[_Part, list[_Part]]:
     return first, [part for part in alike if part not in (first, *rest)]
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    common = one.keys() & other.keys()
-    return all(torch.equal(one[name], other[name]) for name in common)
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], own: Mapping[str, object]) -> bool:
+    """Whether two parts hold the same network; their heads may differ."""
+    return all(torch.equal(one[name], other[name]) for name in one.keys() & other.keys() & own.keys())
 
 
 def _without_heads(state: dict[str, Tensor], own: Mapping[str, object]) -> tuple[dict[str, Tensor], int]:

@@ -62,6 +62,15 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
     return trunk, _anatomy(trunk), notes
 
 
+def is_timms(name: str) -> bool:
+    """Whether timm is there and has a network of that name; a pretrained tag may follow it."""
+    if importlib.util.find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name.split(".")[0]))
+
+
 def _known(config: BackboneConfig) -> str:
     """The network's name in timm; an error with the nearest names if it has none."""
     name = config.name.removeprefix("timm/")

@@ -187,7 +187,7 @@ def test_parts_between_which_nothing_tells_are_named(networks: tuple[SmallResNet
     assert same(loaded(path, "right")[0], second)
     with pytest.raises(ConfigError, match=r"no network under 'middle'. There is one under `left`, `right`"):
         loaded(path, "middle")
-    torch.save({"left": first, "right": dict(first)}, path)
+    torch.save({"left": {**first, **head("fc")}, "right": {**first, **head("fc")}}, path)
     assert same(loaded(path)[0], first), "two names for the same tensors are no choice"
 
 

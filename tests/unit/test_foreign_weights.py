@@ -76,6 +76,9 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere.pth", "backbone.name=resnet18")
     with pytest.raises(ConfigError, match="there is no"):
         opened(tmp_path / "nowhere")
+    for name in ("timm/vit_small_patch16_224", "resnet50"):
+        with pytest.raises(ConfigError, match=rf"backbone\.name={name} backbone\.weights=DEFAULT"):
+            opened(name)
     with pytest.raises(ConfigError, match="no multiple of vit_b_16's patches"):
         opened(None, "backbone.name=vit_b_16", "size=60")
 
