@@ -64,7 +64,7 @@ class WeightsInput:
             return [f"{line}; {resize.describe(size)}"]
         if evaluated and self.size is not None:
             return [
-                f"{line}; these weights were made for {self.size} px: at {size} px the largest central square is resized"
+                f"{line}; these weights were made for {self.size} px (size={self.size}): at {size} px the largest central square is resized"
             ]
         return [line]
 
