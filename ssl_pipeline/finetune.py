@@ -44,6 +44,7 @@ from ssl_pipeline.model.artifact import Blueprint, Card, finite, save, write_car
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.value_range import at_range_of
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
@@ -182,6 +183,8 @@ def finetune(config: FinetuneConfig) -> Result:
     accelerator = start_accelerator()
     one_voice(accelerator.is_main_process)
     share = share_of(accelerator)
+    starts_from = config.encoder or (config.domain.starts_from if config.domain is not None else None)
+    config = config.model_copy(update={"data": at_range_of(config.data, starts_from)})
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
     model = finished_model(config)

@@ -20,6 +20,7 @@ from ssl_pipeline.data.loader import Preprocessing, StepBatches
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training, told_of_splits
 from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.data.value_range import told_of
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
@@ -282,7 +283,13 @@ def pretrain(config: PretrainConfig) -> Path:
     preprocessing = Preprocessing(config.views.size, mean, std)
 
     blueprint = Blueprint(
-        backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
+        backbone=config.backbone,
+        neck=config.neck,
+        channels=train.channels,
+        size=config.views.size,
+        mean=mean,
+        std=std,
+        range=train.value_range,
     )
     encoder, task, more_notes = build_task(config, blueprint, views_config, train, accelerator)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
@@ -304,6 +311,7 @@ def pretrain(config: PretrainConfig) -> Path:
         stoppable(run.path if run else None),
     ):
         progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
+        notes += [] if train.value_range is None else [f"of more than 8 bits {told_of(train.value_range)}"]
         notes += [
             told_of_splits(config.data, train, dev),
             *more_notes,

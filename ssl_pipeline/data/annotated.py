@@ -23,7 +23,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, StepBatches, open_readable
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import Draws
-from ssl_pipeline.views.geometry import crop_boxes, resize_box_of_file, resize_boxes
+from ssl_pipeline.views.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views
 from ssl_pipeline.views.policy import Views
 
 Kind = TypeVar("Kind", bound="Annotations")
@@ -115,7 +115,7 @@ class Annotated(Indexed):
             images.licence,
         )
         self.mean, self.std, self.classes = images.mean, images.std, annotations.names
-        self.bad_files = images.bad_files
+        self.bad_files, self.value_range = images.bad_files, images.value_range
 
     def __len__(self) -> int:
         return len(self.images)
@@ -238,10 +238,10 @@ def read_whole(
                 views = [whole_view(image, size) for image in opened if image is not None]
                 if not views:
                     continue
-                images = torch.stack(views).to(device).float() / 255
+                images = as_float(stack_views(views, len(preprocessing.mean)).to(device))
             yield part.tolist(), (images - mean) / std
 
 
 def whole_view(image: Image.Image, size: int) -> Tensor:
-    """A decoded image resized to a square, uint8 of shape (C, size, size)."""
+    """A decoded image resized to a square, uint8 of shape (C, size, size), or float32 if it has more than 8 bits."""
     return resize_box_of_file(image, torch.tensor([0, 0, image.height, image.width]), size)

@@ -1,20 +1,22 @@
-"""One image file to one 8-bit image, whatever it is stored as."""
+"""One image file to one image, whatever it is stored as."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
+from ssl_pipeline.data.value_range import Values, kind_of, measure
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
 GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
+_READ = "Grey of up to 32 bits and colours of 8 bits are read: write the bands that matter as such files"
 _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
@@ -37,27 +39,31 @@ class DecodeError(UserError):
         return DecodeError, (self.path, self.fault)
 
 
-def decode(path: Path, channels: int, min_size: int | None = None) -> Image.Image:
+def decode(
+    path: Path, channels: int, min_size: int | None = None, value_range: tuple[float, float] | None = None
+) -> Image.Image:
     """Reads an image file.
 
     EXIF rotation is applied, an animation gives its first frame, and transparency is laid on white. Values of more than
-    8 bits are rescaled, never clipped: 16 bits by their whole range; 32-bit integers by the least of 0..255 and 0..65535
-    that holds them all, floats by that of 0..1 and 0..255; and any others are spread from their least to their greatest.
+    8 bits keep their bits where the data set's range is known. Of a file alone they are rescaled to 8 bits, never clipped: 16
+    bits by their whole range; 32-bit integers by the least of 0..255 and 0..65535 that holds them all, floats by that of 0..1
+    and 0..255; and any others are spread from their least to their greatest.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for RGB.
         min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, several times faster, as long as its
             shorter side keeps this many pixels. Other formats ignore it.
+        value_range: the stored values that are black and white, where they have more than 8 bits.
 
     Returns:
-        An image of mode ``L`` or ``RGB``.
+        An image of mode ``L`` or ``RGB``; or, of more than 8 bits and with a range, of mode ``F``: grey in [0, 1].
 
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
     try:
-        return _decode(path, channels, min_size)
+        return _decode(path, channels, min_size, value_range)
     except MemoryError:
         raise
     except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
@@ -93,19 +99,26 @@ def _in_words(name: Path, data: bytes) -> Iterator[None]:
         raise DecodeError(name, explain(name, error)) from error
 
 
-def _decode(stored: Path | BytesIO, channels: int, min_size: int | None) -> Image.Image:
+def _decode(
+    stored: Path | BytesIO, channels: int, min_size: int | None, value_range: tuple[float, float] | None = None
+) -> Image.Image:
     with Image.open(stored) as file:
-        return _load(file, channels, min_size)
+        return _load(file, channels, min_size, value_range)
 
 
-def _load(file: ImageFile.ImageFile, channels: int, min_size: int | None) -> Image.Image:
+def _load(
+    file: ImageFile.ImageFile, channels: int, min_size: int | None, value_range: tuple[float, float] | None = None
+) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
     if min_size is not None:
         file.draft(mode, (min_size, min_size))
+    _refuse_other_bands(file)
     file.load()
     # Asked for first, because what need not be turned would be copied.
     turned = file.getexif().get(_ORIENTATION, 1) != 1
     image = ImageOps.exif_transpose(file) if turned else file
+    if value_range is not None and kind_of(image.mode):
+        return _scaled(np.asarray(image), value_range)
     return _to_8_bit(image, mode, file.format)
 
 
@@ -153,12 +166,14 @@ class Header:
         height: likewise.
         mode: Pillow's name of what is stored: ``RGB``, ``CMYK``, ``I;16``, ...
         traits: of ``animated``, ``rotated`` and ``transparent``, those that hold.
+        values: what is stored, of more than 8 bits.
     """
 
     width: int
     height: int
     mode: str
     traits: frozenset[str] = frozenset()
+    values: Values = field(default_factory=Values)
 
 
 def read_header(stored: Path | BytesIO) -> Header:
@@ -169,12 +184,29 @@ def read_header(stored: Path | BytesIO) -> Header:
     """
     with Image.open(stored) as file:
         orientation = _orientation(file)
+        _refuse_other_bands(file)
         found = {
             "animated": bool(getattr(file, "is_animated", False)),
             "rotated": orientation in range(2, 9),
             "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
         }
-        return Header(*_upright_size(file), file.mode, frozenset(name for name, holds in found.items() if holds))
+        traits = frozenset(name for name, holds in found.items() if holds)
+        return Header(
+            *_upright_size(file), _stored_mode(file), traits, measure(file) if kind_of(file.mode) else Values()
+        )
+
+
+def _refuse_other_bands(file: Image.Image) -> None:
+    """Pillow drops a TIFF's bands behind the colours without a word."""
+    bands = getattr(file, "tag_v2", {}).get(TiffImagePlugin.SAMPLESPERPIXEL, 0)
+    if bands > len(file.getbands()):
+        raise ValueError(f"it has {bands} bands. {_READ}")
+
+
+def _stored_mode(file: Image.Image) -> str:
+    """Pillow's mode; ``RGB;16`` where it holds 16 bits a colour, of which Pillow reads the upper 8."""
+    told = " ".join(str(tile[3]) for tile in getattr(file, "tile", []))
+    return "RGB;16" if file.mode in ("RGB", "RGBA") and ";16" in told else file.mode
 
 
 def _orientation(file: Image.Image) -> int:
@@ -209,10 +241,28 @@ def explain(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "this user may not read it"
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty" if path.stat().st_size == 0 else "it is no image of a known format"
+        return "it is empty" if path.stat().st_size == 0 else _bands(path) or "it is no image of a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, which is too large (scale it down)"
     return str(error).rstrip(".") or type(error).__name__
+
+
+def _bands(path: Path) -> str | None:
+    """What a TIFF that Pillow does not know holds, in words; None for other files."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start[:2] not in (b"II", b"MM"):
+                return None
+            tags = TiffImagePlugin.ImageFileDirectory_v2(start)
+            file.seek(tags.next)
+            tags.load(file)
+        bands, bits = tags[TiffImagePlugin.SAMPLESPERPIXEL], tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return None
+    return f"it has {bands} bands of {bits[0]} bits. {_READ}"
 
 
 def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Image:
@@ -224,6 +274,20 @@ def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Ima
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _scaled(stored: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
+    """Numbers of shape (H, W) to grey in [0, 1], in float32: no bit of 16 is lost; what is no number is black."""
+    low, high = value_range
+    shares = (stored.astype(np.float64) - low) / (high - low)
+    return Image.fromarray(np.nan_to_num(shares, nan=0.0).clip(0, 1).astype(np.float32))
+
+
+def as_8_bit(image: Image.Image, mode: str) -> Image.Image:
+    """A decoded image to look at, in a mode of 8 bits."""
+    if image.mode == "F":
+        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -19,6 +19,7 @@ from ssl_pipeline.data.cache import Cache, CacheError
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
 from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.value_range import Range
 
 _log = logging.getLogger("ssl_pipeline")
 
@@ -38,6 +39,7 @@ class FileSource(Indexed):
         domain_names: in the order of the domains' numbers.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: bears files that can't be decoded; by default 1 %.
+        value_range: the stored values that are black and white, of images of more than 8 bits.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class FileSource(Indexed):
         *,
         cache: Cache | None = None,
         bad_files: BadFiles | None = None,
+        value_range: Range | None = None,
     ) -> None:
         self.name, self.root, self.files, self.channels = name, root, Files.of(files), channels
         self.labels, self.classes, self.skipped, self.cache = labels, classes, list(skipped), cache
         self.bad_files = bad_files or BadFiles(parse_limit("1%"), len(self.files))
-        self.domains, self.domain_names = domains, domain_names
+        self.domains, self.domain_names, self.value_range = domains, domain_names, value_range
         self._seen: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -83,7 +86,7 @@ class FileSource(Indexed):
             return cached
         path = self.root / self.files[index]
         height, width = self._size(index) if factor > 1 else (0, 0)
-        image = decode(path, self.channels, min(height, width) // factor if factor > 1 else None)
+        image = decode(path, self.channels, min(height, width) // factor if factor > 1 else None, self.value_range)
         if factor > 1 and image.size not in ((width, height), (-(-width // factor), -(-height // factor))):
             raise DecodeError(path, f"it is not {width}×{height} any more: it has changed since the folder was read")
         return image
@@ -155,7 +158,7 @@ class FileSource(Indexed):
         domains = None if self.domains is None else self.domains[index]
         chosen = FileSource(
             self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped, domains,
-            self.domain_names, cache=self.cache, bad_files=self.bad_files,
+            self.domain_names, cache=self.cache, bad_files=self.bad_files, value_range=self.value_range,
         )  # fmt: skip
         chosen.unlabeled_because = self.unlabeled_because
         return chosen

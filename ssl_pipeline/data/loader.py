@@ -24,7 +24,7 @@ from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.resize import Resize
 from ssl_pipeline.schedules import Clock
 from ssl_pipeline.views.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
-from ssl_pipeline.views.geometry import central_boxes, resize_box_of_file, resize_boxes
+from ssl_pipeline.views.geometry import as_float, central_boxes, resize_box_of_file, resize_boxes, stack_views
 from ssl_pipeline.views.policy import Views
 
 
@@ -259,10 +259,10 @@ class Preprocessing:
         """Decoded files to normalised float32 (B, C, size, size)."""
         if self.resize is not None:
             cut = [resize_and_crop_image(image, self.size, self.resize, self.mean) for image in images]
-            return self._normalise(torch.stack([as_tensor(image) for image in cut]).float() / 255)
+            return self._normalise(as_float(stack_views([as_tensor(image) for image in cut], len(self.mean))))
         boxes = central_boxes(torch.tensor([i.height for i in images]), torch.tensor([i.width for i in images]))
         views = [resize_box_of_file(image, box, self.size) for image, box in zip(images, boxes, strict=True)]
-        return self._normalise(torch.stack(views).float() / 255)
+        return self._normalise(as_float(stack_views(views, len(self.mean))))
 
 
 def open_or_neighbour(source: Indexed, index: int) -> Image.Image:

@@ -30,6 +30,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.files import Files
 from ssl_pipeline.data.lost_files import Others
+from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 
 FILE_NAME = "manifest.safetensors"
 FORMAT = 2
@@ -46,6 +47,7 @@ COLUMNS: dict[str, Any] = {
     "mode": np.uint8,  # which of the modes
     "traits": np.uint8,  # one bit for each of TRAITS
     "digest": np.int64,  # of its bytes (BLAKE2b); 0 where they were not all read
+    **VALUE_COLUMNS,
     **CACHE_COLUMNS,
 }
 RACY_NS = 2 * 10**9

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
@@ -21,12 +22,12 @@ from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
 from ssl_pipeline.data.prepare_shards import prepare_shards
 from ssl_pipeline.data.scan import Wanted, look
 from ssl_pipeline.data.sources.folder import Config, existing_folder
+from ssl_pipeline.data.value_range import settle, told_of
 from ssl_pipeline.data.verdicts import TOLD, say, show_verdicts
 
 Kind = Literal["folder", "domain_folder", "table"]
 _READ_AS = {
-    "I;16": "rescaled from 16 bits", "I;16B": "rescaled from 16 bits", "I": "rescaled from 32 bits",
-    "F": "rescaled from floats", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
+    "I;16": "16 bits", "I;16B": "16 bits", "I": "32-bit integers", "F": "floats", "RGB;16": "the upper 8 of 16 bits are read", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
 }  # fmt: skip
 
 
@@ -128,6 +129,12 @@ class Report:
             count = int((rows["traits"] >> bit & 1).sum())
             if count:
                 remarks.append(f"{name}: {count} ({treated[name]})")
+        value_range = settle("auto", manifest.files.select(torch.from_numpy(self._good.nonzero()[0])))
+        if value_range is not None:
+            deep = int((rows["kind"] > 0).sum())
+            remarks.append(
+                f"more than 8 bits: {deep} images, of which {told_of(value_range)}; data.range=auto takes that for all"
+            )
         if self.alike:
             repeats = sum(len(group) - 1 for group in self.alike)
             remarks.append(

@@ -30,6 +30,8 @@ from ssl_pipeline.data.lost_files import Others, refuse_lost_folders
 from ssl_pipeline.data.manifest import Manifest, load, place_of
 from ssl_pipeline.data.scan import look
 from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
+from ssl_pipeline.data.value_range import Range, RangeKey, measured, settle
 
 _NOT_KNOWN: dict[str, int] = {"bytes": -1, "width": 0, "height": 0, **dict.fromkeys(CACHE_COLUMNS, 0), "shard": -1}
 _log = logging.getLogger("ssl_pipeline")
@@ -44,12 +46,16 @@ class PreparedConfig(SourceConfig, ABC):
             are left out, one found later is replaced by its neighbour. More stop the run, with a list.
         prepared: where ``ssl-pipeline prepare --output`` was told to write; null is this user's cache.
         cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
+        range: which stored values are black and white in images of more than 8 bits, for all files alike: ``[0, 4095]``; ``dtype``,
+            the whole range of the stored type; ``percentiles``, the medians of the files' first and 99th; ``auto``, of whole
+            numbers the bits that hold all of them, of floats [0, 1] or as far as they go. Stage two takes stage one's.
     """
 
     channels: Literal[1, 3] = 3
     bad_files: Limit = parse_limit("1%")
     prepared: str | None = None
     cache: bool = False
+    range: RangeKey = "auto"
 
     @property
     def base(self) -> Path | None:
@@ -84,6 +90,14 @@ class ImageFiles:
         """The faults by paths below the root."""
         return {file.removeprefix(f"{self.root}/"): fault for file, fault in self.faults.items()}
 
+    def value_range(self, key: RangeKey) -> Range | None:
+        """Which stored values are black and white in all files; where nobody has looked at them, in a few of them."""
+        if isinstance(key, tuple):
+            return key
+        if self.files.column("kind") is not None:
+            return settle(key, self.files)
+        return settle(key, measured(self.root, self.files))
+
     def refuse_lost_folders(self, levels: int) -> None:
         """Refuses a class that lost all its files; see :func:`~ssl_pipeline.data.lost_files.refuse_lost_folders`."""
         used = [self.folders[number] for number in _column(self.files, "folder").unique().tolist()]
@@ -103,6 +117,7 @@ class ImageFiles:
         bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), dict(self.faults))
         skipped = list(self.relative_faults)
         files, cache = self._cached(config) if config.cache else (self.files, None)
+        known.setdefault("value_range", self.value_range(config.range))
         return FileSource(
             name, self.root, files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known
         )
@@ -120,7 +135,9 @@ class ImageFiles:
         cache = Cache(folder, self.cache_side)  # from here on nothing in it is deleted
         shards = _column(self.files, "shard")
         there = torch.isin(shards, torch.tensor(list(shards_in(folder)), dtype=shards.dtype))
-        lacking = int((~there).sum())
+        kinds = self.files.column("kind")
+        shallow = torch.ones_like(there) if kinds is None else kinds == 0  # the cache holds 8 bits
+        lacking = int((~there & shallow).sum())
         if lacking:
             _log.warning(
                 "%d of %d images in %s are not in its cache, and are decoded anew each time: `%s` adds those below it.",
@@ -251,8 +268,10 @@ class Named:
         }
         _leave_out(faults, len(there), limit)
         rows = self.rows[kept]
+        # The range of values is that of all files or, where some are not known, of a few that are looked at.
+        known = _NOT_KNOWN | (dict.fromkeys(VALUE_COLUMNS, 0) if bool((rows >= 0).all()) else {})
         columns = {
             name: torch.where(rows < 0, default, _column(self.manifest.files, name)[rows.clamp_min(0)])
-            for name, default in _NOT_KNOWN.items()
+            for name, default in known.items()
         }
         return kept, ImageFiles(self.root, Files(*pack(names), columns), faults, self.place, self.manifest.cache_side)

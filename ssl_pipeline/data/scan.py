@@ -22,6 +22,7 @@ from ssl_pipeline.data.decode import GREY, DecodeError, Header, check_header, de
 from ssl_pipeline.data.files import Files, pack
 from ssl_pipeline.data.lost_files import Others
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
+from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.walk import ENDINGS, ending_of, images_without_ending, walk
 from ssl_pipeline.track.progress import console
 
@@ -62,7 +63,7 @@ class _Listing:
 
     def manifest(self) -> Manifest:
         """As it stands."""
-        columns = {name: torch.from_numpy(np.ascontiguousarray(self.rows[name])) for name in stored.COLUMNS}
+        columns = {name: torch.from_numpy(self.rows[name].copy()) for name in stored.COLUMNS}
         return Manifest(
             self.root, Files(*pack(self.names), columns), Files.of(self.folders),
             torch.tensor(self.folder_mtimes, dtype=torch.int64), tuple(self.faults), tuple(self.modes), self.others,
@@ -157,7 +158,7 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
     level = PIXELS if wanted.pixels or wanted.cache_side else HEADER
     due = (rows["checked"] < level) | wanted.recheck
     if wanted.cache_side:
-        due |= (rows["shard"] < 0) & (rows["fault"] == 0)
+        due |= (rows["shard"] < 0) & (rows["fault"] == 0) & (rows["kind"] == 0)
     places = due.nonzero()[0].tolist()
     began = saved = time.monotonic()
     with ExitStack() as stack:
@@ -216,13 +217,16 @@ def _find(path: Path, level: int, cache_side: int) -> _Found:
         image = decode_bytes(data, path, channels, cache_side or 1)
     except DecodeError as error:
         return _Found(header, error.fault, digest)
-    return _Found(header, "", digest, limited(image, cache_side) if cache_side else None)
+    keeps = cache_side and not header.values.kind  # the cache holds 8 bits
+    return _Found(header, "", digest, limited(image, cache_side) if keeps else None)
 
 
 def _enter(listing: _Listing, place: int, found: _Found, level: int, writer: CacheWriter | None) -> None:
     row = listing.rows[place]
     if found.header is not None:
         row["width"], row["height"] = found.header.width, found.header.height
+        for name in VALUE_COLUMNS:
+            row[name] = getattr(found.header.values, name)
         row["mode"] = listing.modes.setdefault(found.header.mode, len(listing.modes))
         row["traits"] = sum(1 << bit for bit, name in enumerate(TRAITS) if name in found.header.traits)
     changed = row["digest"] and found.digest and row["digest"] != found.digest

@@ -33,6 +33,7 @@ class Indexed(ABC):
         licence: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
+        value_range: the stored values that are black and white, where images have more than 8 bits; None where none has.
         pixels: uint8 of shape (N, C, H, W) where all images have one size and are in memory; None where files are decoded.
         bad_files: bears images that can't be decoded, which neighbours then replace; None bears none.
     """
@@ -47,6 +48,7 @@ class Indexed(ABC):
     licence: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = None
     pixels: Tensor | None = None
     bad_files: BadFiles | None = None
 
@@ -67,7 +69,7 @@ class Indexed(ABC):
 
     @abstractmethod
     def open_image(self, index: int) -> Image.Image:
-        """One decoded image, in mode ``L`` or ``RGB``."""
+        """One decoded image, in mode ``L`` or ``RGB``; in mode ``F``, in [0, 1], if it has more than 8 bits."""
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """Heights and widths of samples before they are decoded, int64 of shape (B,); None where only decoding tells."""

@@ -60,6 +60,7 @@ class Stream(ABC):
         licence: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
+        value_range: the stored values that are black and white, where images have more than 8 bits; None where none has.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Stream(ABC):
     licence: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = None
 
     @abstractmethod
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:

@@ -126,7 +126,7 @@ def open_split(config: EncoderConfig, split: Split) -> Indexed:
 
     While training its neighbour would take its place; here the neighbour's features would stand under its name.
     """
-    source = config.data.open(split)
+    source = config.scaled_data.open(split)
     if source is None:
         raise ConfigError(f"`split`: this data has no `{split}`; `train` is always there.")
     source.bad_files = None
@@ -135,7 +135,7 @@ def open_split(config: EncoderConfig, split: Split) -> Indexed:
 
 def open_every(config: EncoderConfig) -> dict[Split, Indexed]:
     """All images by their splits; likewise."""
-    sources = config.data.open_every()
+    sources = config.scaled_data.open_every()
     for source in sources.values():
         source.bad_files = None
     return sources

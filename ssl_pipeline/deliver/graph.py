@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.deliver.parts import Parts, example
 from ssl_pipeline.downstream.dense import whole_images
@@ -82,6 +83,7 @@ def metadata(parts: Parts, raw: bool) -> dict[str, str]:
         "gives": parts.gives,
         "classes": card.classes,
         "channels": blueprint.channels,
+        "range": blueprint.range,
         "size": blueprint.size,
         "mean": blueprint.mean,
         "std": blueprint.std,
@@ -195,6 +197,7 @@ class Exported:
     Attributes:
         classes: names, in the order of the logits.
         channels: how images must be decoded.
+        value_range: likewise, of more than 8 bits.
         gives: what a prediction is; see :class:`DownstreamConfig`.
         preprocessing: what is done to images before the graph; None where the graph does it.
         run: images to logits.
@@ -202,6 +205,7 @@ class Exported:
 
     classes: tuple[str, ...]
     channels: int
+    value_range: tuple[float, float] | None
     gives: str
     preprocessing: Preprocessing | None
     run: Callable[[Tensor], Tensor]
@@ -213,7 +217,8 @@ class Exported:
             return self.run(whole_images(images, self.preprocessing))
         if self.preprocessing is not None:
             return self.run(self.preprocessing.of_files(images))
-        pixels = [torch.from_numpy(np.array(image)) for image in images]
+        mode = "L" if self.channels == 1 else "RGB"
+        pixels = [torch.from_numpy(np.array(as_8_bit(image, mode))) for image in images]
         shaped = [p[None, None] if p.ndim == 2 else p.permute(2, 0, 1)[None] for p in pixels]
         return torch.cat([self.run(image.contiguous()) for image in shaped])
 
@@ -262,7 +267,8 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
     outside = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]), resize)
     inside = known["preprocessing"] == "inside"
     gives = known.get("gives", "classes")  # the first files of this schema held classifiers alone
-    return Exported(tuple(known["classes"]), known["channels"], gives, None if inside else outside, run)
+    value_range = None if known.get("range") is None else (known["range"][0], known["range"][1])
+    return Exported(tuple(known["classes"]), known["channels"], value_range, gives, None if inside else outside, run)
 
 
 def _need_onnx(package: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
-from ssl_pipeline.data.decode import decode
+from ssl_pipeline.data.decode import as_8_bit, decode
 from ssl_pipeline.data.source import Indexed, Split
 from ssl_pipeline.deliver.embed import open_split
 from ssl_pipeline.evaluate.classes import class_name
@@ -79,7 +79,7 @@ def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[N
         query = source.open_image(number)
         row = features[number : number + 1]
     else:
-        query = decode(Path(str(config.image)).expanduser(), source.channels)
+        query = decode(Path(str(config.image)).expanduser(), source.channels, value_range=source.value_range)
         with torch.no_grad():
             images = opened.preprocessing.of_files([query]).to(opened.share.device)
             row = opened.encoder.features(images).float().cpu()
@@ -119,7 +119,7 @@ def draw(query: Image.Image, found: list[Neighbour], source: Indexed, path: Path
         axes.axis("off")
         if place < len(tiles):
             image, title = tiles[place]
-            axes.imshow(image.convert("RGB"), interpolation="nearest")
+            axes.imshow(as_8_bit(image, "RGB"), interpolation="nearest")
             axes.set_title(title, fontsize=9, fontweight="bold" if place == 0 else "normal", parse_math=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 

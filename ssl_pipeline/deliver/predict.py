@@ -39,6 +39,10 @@ class Predictor(Protocol):
         """How images must be decoded: 1 for grey, 3 for RGB."""
 
     @property
+    def value_range(self) -> tuple[float, float] | None:
+        """Likewise, of more than 8 bits: the stored values that are black and white."""
+
+    @property
     def gives(self) -> str:
         """What a prediction is; see :class:`DownstreamConfig`."""
 
@@ -104,7 +108,7 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
         images, faults = list[Image.Image](), dict[int, str]()
         for place, file in enumerate(part):
             try:
-                images.append(decode(file, model.channels))
+                images.append(decode(file, model.channels, value_range=model.value_range))
             except DecodeError as error:
                 faults[place] = error.fault
         predictions = iter(zip(model.predict(images), images, strict=True) if images else ())

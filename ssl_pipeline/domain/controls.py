@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.source import ArraySource, Indexed
 from ssl_pipeline.draws import derive_seed
 
@@ -67,7 +68,8 @@ class _StandIn(Indexed):
 
     def open_image(self, index: int) -> Image.Image:
         """The changed image."""
-        image = pil_to_tensor(self._images.open_image(index))
+        opened = as_8_bit(self._images.open_image(index), "L" if self._images.channels == 1 else "RGB")
+        image = pil_to_tensor(opened)
         changed: Image.Image = to_pil_image(_changed(self._how, int(self._numbers[index]), image))
         return changed
 

@@ -16,6 +16,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluate.together import from_all
 from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.views.geometry import as_float, stack_views
 from ssl_pipeline.views.policy import ViewsConfig
 
 
@@ -86,6 +87,6 @@ class DenseTask(DownstreamTask):
 
 def whole_images(images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
     """Decoded images, resized to a square without regard to their shape and normalised: float32 of shape (B, C, size, size)."""
-    views = torch.stack([whole_view(image, preprocessing.size) for image in images]).float() / 255
+    views = as_float(stack_views([whole_view(image, preprocessing.size) for image in images], len(preprocessing.mean)))
     mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return (views - mean) / std

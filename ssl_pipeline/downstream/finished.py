@@ -43,6 +43,11 @@ class Model:
         return self.card.blueprint.channels
 
     @property
+    def value_range(self) -> tuple[float, float] | None:
+        """Likewise, of more than 8 bits: the stored values that were black and white in training."""
+        return self.card.blueprint.range
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Their names, in the order of the predictions."""
         assert self.card.classes is not None

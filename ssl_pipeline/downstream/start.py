@@ -58,7 +58,7 @@ def new_encoder(
     expected = weights_input(backbone, pool.channels, pool.mean, pool.std)
     blueprint = Blueprint(
         backbone=backbone, neck=neck, channels=pool.channels, size=size, mean=expected.mean, std=expected.std,
-        resize=expected.resize_at(size),
+        resize=expected.resize_at(size), range=pool.value_range,
     )  # fmt: skip
     encoder, notes = blueprint.build()
     return blueprint.without_weights(), encoder, [*expected.notes(size), *notes]

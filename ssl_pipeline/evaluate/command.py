@@ -114,7 +114,7 @@ class Evaluation:
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measures an encoder's features on a data set."""
-    opened_train, opened_test = config.data.open("train"), config.data.open(config.split)
+    opened_train, opened_test = config.scaled_data.open("train"), config.scaled_data.open(config.split)
     assert opened_train is not None
     what, notes = _settle(config, opened_train, opened_test)
     train, test = _at_most(opened_train, config.images, config.seed), None

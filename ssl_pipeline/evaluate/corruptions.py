@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.model.resize import Resize
@@ -123,7 +124,8 @@ class Corrupted(Indexed):
 
     def open_image(self, index: int) -> Image.Image:
         """The square, resized, then corrupted."""
-        square = self._square(self._source.open_image(index))
+        mode = "L" if self.channels == 1 else "RGB"
+        square = self._square(as_8_bit(self._source.open_image(index), mode))
         corrupt, strengths = CORRUPTIONS[self._corruption]
         key = derive_seed(self._seed, "corruption", self._corruption, self._strength, index)
         return corrupt(square, strengths[self._strength - 1], np.random.Generator(np.random.Philox(key)))

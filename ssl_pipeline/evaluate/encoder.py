@@ -19,6 +19,7 @@ from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read
 from ssl_pipeline.model.backbone import BackboneConfig, is_network
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.model.value_range import at_range_of
 from ssl_pipeline.model.weights import WEIGHTS_FILES, load_strictly
 from ssl_pipeline.model.weights_input import weights_input
 
@@ -44,6 +45,11 @@ class EncoderConfig(Strict):
     neck: NeckConfig
     size: int | None = Field(None, ge=8)
     seed: int = Field(0, ge=0)
+
+    @property
+    def scaled_data(self) -> SourceConfig:
+        """The data, at the range of values that the encoder was pretrained at."""
+        return at_range_of(self.data, self.encoder)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.loader import open_or_neighbour
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.evaluate.classes import one_of_each_class
@@ -144,7 +145,7 @@ def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
 
 def _framed(source: Indexed, sample: int, size: int, colour: str) -> Image.Image:
     tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), colour)
-    image = open_or_neighbour(source, sample).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    image = as_8_bit(open_or_neighbour(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
     tile.paste(image, (_EDGE, _EDGE))
     return tile
 

@@ -60,6 +60,7 @@ class Blueprint(Strict):
         mean: per channel, of values in [0, 1].
         std: per channel.
         resize: how evaluation brings an image to its size; null takes the largest central square, bilinear.
+        range: the stored values that were black and white in images of more than 8 bits; None if there were none.
     """
 
     backbone: BackboneConfig
@@ -69,6 +70,7 @@ class Blueprint(Strict):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: Resize | None = None
+    range: tuple[float, float] | None = None
 
     def build(self) -> tuple[Encoder, list[str]]:
         """The encoder, with official weights if the blueprint names some, and notes for the log."""

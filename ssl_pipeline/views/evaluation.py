@@ -113,7 +113,7 @@ def resize_and_crop_image(image: Image.Image, size: int, resize: Resize, fill: t
     """One decoded image, by Pillow.
 
     Args:
-        image: of mode ``L`` or ``RGB``.
+        image: of mode ``L`` or ``RGB``, or grey in [0, 1] of mode ``F``.
         size: the network's height and width.
         resize: how.
         fill: the color of a border, in [0, 1], a value a channel.
@@ -123,14 +123,17 @@ def resize_and_crop_image(image: Image.Image, size: int, resize: Resize, fill: t
     resized = image.resize((int(widths), int(heights)), Image.Resampling[resize.interpolation.upper()])
     if top >= 0 and left >= 0:
         return resized.crop((left, top, left + size, top + size))
-    border = resize.crop_mode == "border"
-    color = tuple(round(255 * value) if border else 0 for value in fill)
-    canvas = Image.new(image.mode, (size, size), color if len(color) > 1 else color[0])
+    color = fill if resize.crop_mode == "border" else (0.0,) * len(fill)
+    paint: float | tuple[int, ...] = sum(color) / len(color)
+    if image.mode != "F":
+        paint = tuple(round(255 * value) for value in color)
+        paint = paint if len(paint) > 1 else paint[0]
+    canvas = Image.new(image.mode, (size, size), paint)
     canvas.paste(resized, (-left, -top))
     return canvas
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """uint8 (C, H, W) of a decoded image."""
+    """(C, H, W) of a decoded image: uint8, or float32 where it has more than 8 bits."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

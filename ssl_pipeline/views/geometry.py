@@ -188,7 +188,7 @@ def resize_boxes_on_cpu(pixels: Tensor, boxes: Tensor, size: int, mirrored: Tens
 
 
 def resize_box_of_file(image: Image.Image, box: Tensor, size: int, mirrored: bool = False) -> Tensor:
-    """The same for one decoded file: uint8 of shape (C, size, size).
+    """The same for one decoded file: of shape (C, size, size), uint8, or float32 if it has more than 8 bits.
 
     A box of an image that was decoded at a fraction of its size may lie between pixels: then Pillow resizes it, which takes
     three times as long as torch's kernel for bytes.
@@ -212,9 +212,25 @@ def _resize_between_pixels(image: Image.Image, box: Tensor, size: int, mirrored:
 
 
 def _resize_bytes(part: Tensor, size: int, mirrored: bool) -> Tensor:
-    """uint8 (C, h, w) to (C, size, size)."""
+    """uint8 or float32 (C, h, w) to (C, size, size)."""
     resized = F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
     return resized.flip(2) if mirrored else resized
+
+
+def stack_views(views: list[Tensor], channels: int) -> Tensor:
+    """Views of one size, each (C, S, S), as a batch.
+
+    Returns:
+        uint8 of shape (B, C, S, S) if all are; otherwise float32 in [0, 1], in which grey views fill all ``channels``.
+    """
+    if all(view.dtype == torch.uint8 for view in views):
+        return torch.stack(views)
+    return torch.stack([as_float(view).expand(channels, -1, -1) for view in views])
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Images in [0, 1]: bytes are divided by 255, floats are in it."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def cache_parts(images: Tensor) -> list[slice]:

@@ -33,6 +33,7 @@ from ssl_pipeline.views.geometry import (
     resize_box_of_file,
     resize_boxes,
     resize_boxes_on_cpu,
+    stack_views,
 )
 
 
@@ -177,7 +178,7 @@ class Views:
         seed: int,
         styles: Tensor | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._channels = config, seed, len(mean)
         self._policies = config.each()
         self._appearances = [Appearance(policy, mean, std, styles) for policy in self._policies]
 
@@ -231,7 +232,7 @@ class Views:
             sizes: heights and widths of the whole images, which the boxes are drawn in; None if none is shrunk.
 
         Returns:
-            One uint8 tensor of shape (B, C, S, S) per view.
+            One tensor of shape (B, C, S, S) per view: uint8, or float32 in [0, 1] where an image has more than 8 bits.
         """
         shown = torch.tensor([[image.height, image.width] for image in images])
         heights, widths = shown.unbind(1) if sizes is None else sizes
@@ -242,7 +243,9 @@ class Views:
             boxes = crop_boxes(draws, heights, widths, policy.crop) * scale
             flips = draws.happens("flip", policy.flip).tolist()
             views = zip(images, boxes, flips, strict=True)
-            crops.append(torch.stack([resize_box_of_file(i, box, policy.size, flip) for i, box, flip in views]))
+            crops.append(
+                stack_views([resize_box_of_file(i, box, policy.size, flip) for i, box, flip in views], self._channels)
+            )
         return crops
 
     def bytes_of(self, samples: int, channels: int) -> int:

@@ -69,6 +69,7 @@ class Planted:
 
     classes = ("dark", "bright")
     channels = 3
+    value_range = None
 
     def __init__(self, gives: str) -> None:
         self.gives = gives

@@ -100,7 +100,7 @@ def test_the_report_of_a_zoo_is_exact(zoo: Path, tmp_path: Path, capsys: pytest.
     assert (report.classes, report.empty) == (["cat", "dog"], ["fox"])
     told = capsys.readouterr().out
     for text in (
-        "usable", "26", "cat/text.jpg: it is no image", "1 I;16 (rescaled from 16 bits)", "1 F (rescaled from floats)",
+        "usable", "26", "cat/text.jpg: it is no image", "1 I;16 (16 bits)", "1 F (floats)",
         "1 CMYK (to RGB)", "2 P (by its palette)", "animated: 1 (the first frame is taken)", "rotated: 1", "transparent: 1",
         "labels disagree: 1 images lie in several classes", "without a usable image: fox", "ignored: 1 files",
     ):  # fmt: skip

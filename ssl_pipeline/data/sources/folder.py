@@ -51,18 +51,29 @@ class Config(PreparedConfig):
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
         """
-        return self._open(split)
+        return self._at_one_range(self._open(split))
 
     def open_pool(self) -> FileSource | None:
         """All images but those of the test, be it a folder or a share."""
-        return self._open("pool")
+        return self._at_one_range(self._open("pool"))
+
+    def _at_one_range(self, source: FileSource | None) -> FileSource | None:
+        """A split whose stored values mean what they do in the training folder."""
+        if source is not None:
+            train = _scan(self.folders()["train"], "data.path", self.bad_files, self.base)
+            source.value_range = train.images.value_range(self.range)
+        return source
 
     def open_every(self) -> dict[Split, Indexed]:
         """All images by their splits; folders without classes have those alone that are folders."""
         folders = self.folders()
         if _scan(folders["train"], "data.path", self.bad_files, self.base).classes is not None:
             return super().open_every()
-        return {split: self._own(split, place).source(self) for split, place in folders.items()}
+        return {
+            split: source
+            for split, place in folders.items()
+            if (source := self._at_one_range(self._own(split, place).source(self))) is not None
+        }
 
     def _own(self, split: Split, place: Path) -> _Scan:
         key = "data.test_path" if split == "test" and self.test_path else "data.path"

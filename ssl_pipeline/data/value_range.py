@@ -1,0 +1,130 @@
+"""Images of more than 8 bits: which stored numbers are black and white, for a whole data set alike.
+
+A scale for each file would show two scans of one tissue at two brightnesses, and a single value of 1.001 would turn a float image black.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from ssl_pipeline.data.files import Files
+
+Range = tuple[float, float]
+KINDS = ("8 bits", "16 bits", "32-bit integers", "floats")
+SHALLOW, SIXTEEN, INTEGERS, FLOATS = range(4)
+COLUMNS: dict[str, Any] = {
+    "kind": np.uint8,  # which of KINDS
+    "low": np.float64,  # the least stored value, and so on; 0 in images of 8 bits
+    "high": np.float64,
+    "low_percentile": np.float64,  # the first
+    "high_percentile": np.float64,  # the 99th
+}
+_OF_DTYPE: dict[int, Range] = {SIXTEEN: (0.0, 65535.0), INTEGERS: (-(2.0**31), 2.0**31 - 1), FLOATS: (0.0, 1.0)}
+_LOOKED_AT = 64
+
+
+def _parse(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        if len(value) != 2 or not all(isinstance(v, int | float) for v in value) or not value[0] < value[1]:
+            raise ValueError(
+                f"write the value that is black and the one that is white, as [0,4095]; got {list(value)}."
+            )
+        return tuple(map(float, value))
+    return value
+
+
+RangeKey = Annotated[Literal["auto", "dtype", "percentiles"] | Range, BeforeValidator(_parse)]
+
+
+def kind_of(mode: str) -> int:
+    """Which of :data:`KINDS` an image of one of Pillow's modes is."""
+    return SIXTEEN if mode.startswith("I;16") else INTEGERS if mode.startswith("I") else FLOATS * (mode == "F")
+
+
+@dataclass(frozen=True)
+class Values:
+    """What an image stores; see :data:`COLUMNS`."""
+
+    kind: int = SHALLOW
+    low: float = 0.0
+    high: float = 0.0
+    low_percentile: float = 0.0
+    high_percentile: float = 0.0
+
+
+def measure(image: Image.Image) -> Values:
+    """The values of a decoded image; infinities and what is no number do not count."""
+    kind = kind_of(image.mode)
+    values = np.asarray(image).astype(np.float64).ravel() if kind else np.empty(0)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return Values(kind)
+    return Values(kind, float(values.min()), float(values.max()), *map(float, np.percentile(values, (1, 99))))
+
+
+def settle(key: RangeKey, files: Files) -> Range | None:
+    """The values that are black and white in all files; None where none has more than 8 bits.
+
+    ``auto`` takes for whole numbers from 0 on the least number of bits that holds them all, ``[0, 4095]`` for 12 bits in 16; for floats
+    in [0, 1] that; and otherwise the least and the greatest value of all.
+
+    Args:
+        key: as the user gives it.
+        files: with :data:`COLUMNS`.
+    """
+    columns = {name: files.column(name) for name in COLUMNS}
+    kinds = columns["kind"]
+    if kinds is None or not bool((kinds > 0).any()):
+        return None
+    if isinstance(key, tuple):
+        return key
+    deep = kinds > 0
+    low, high, low_percentile, high_percentile = (
+        column[deep] for name, column in columns.items() if name != "kind" and column is not None
+    )
+    kind = int(kinds.max())
+    if key == "dtype":
+        return _OF_DTYPE[kind]
+    if key == "percentiles":
+        return _apart(float(low_percentile.median()), float(high_percentile.median()))
+    least, greatest = float(low.min()), float(high.max())
+    if least < 0:
+        return _apart(least, greatest)
+    if kind == FLOATS:
+        return 0.0, max(1.0, greatest)
+    return 0.0, float(2 ** max(8, int(greatest).bit_length()) - 1)
+
+
+def _apart(low: float, high: float) -> Range:
+    return (low, high) if low < high else (low, low + 1.0)
+
+
+def measured(root: Path, files: Sequence[str]) -> Files:
+    """Some files spread over many, with their values: for sources that nobody has looked through."""
+    places = sorted({i * len(files) // _LOOKED_AT for i in range(_LOOKED_AT)}) if files else []
+    found = []
+    for place in places:
+        try:
+            with Image.open(root / files[place]) as file:
+                if kind_of(file.mode):
+                    found.append(measure(file))
+        except MemoryError:
+            raise
+        except Exception:  # decoders answer damaged bytes with nearly any error; it is told when its turn comes
+            continue
+    columns: dict[str, Tensor] = {name: torch.tensor([getattr(one, name) for one in found]) for name in COLUMNS}
+    return Files(*Files.of([str(i) for i in range(len(found))]).packed(), columns)
+
+
+def told_of(value_range: Range) -> str:
+    """In words."""
+    return f"{value_range[0]:g} is black and {value_range[1]:g} white (`data.range`)"
