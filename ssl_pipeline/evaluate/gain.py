@@ -26,8 +26,9 @@ def untrained_figures(folder: Path) -> dict[str, float]:
 def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], images: int) -> str | None:
     """A sentence where pretraining has not raised the kNN accuracy beyond chance; None where it has, or nobody knows.
 
-    Chance is two standard errors of the difference of two shares, each of ``images`` images: sqrt((p(1 - p) + q(1 - q)) / n).
-    Both are measured on the same images, so that this is rather too wide than too narrow.
+    Chance is two standard errors of the difference of two shares, each of ``images`` images: sqrt((p(1 - p) + q(1 - q)) / n), with one
+    success and one failure added to each share (Agresti and Caffo 2000), so that 100 % of a few images is not certain. Both are
+    measured on the same images, so that this is rather too wide than too narrow.
 
     Args:
         untrained: the figures before the first step.
@@ -37,7 +38,8 @@ def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], ima
     before, after = untrained.get("eval/knn"), final.get("eval/knn")
     if before is None or after is None or images < 1:
         return None
-    noise = _ERRORS * ((before * (1 - before) + after * (1 - after)) / images) ** 0.5
+    spread = [share * (1 - share) for share in ((value * images + 1) / (images + 2) for value in (before, after))]
+    noise = _ERRORS * (sum(spread) / (images + 2)) ** 0.5
     if after - before > noise:
         return None
     found = f"kNN on dev was {100 * before:.1f} % before the first step and is {100 * after:.1f} % now"

@@ -118,7 +118,7 @@ def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("before", "after", "images", "told"), [
         (0.5, 0.9, 100, None), (0.5, 0.55, 100, "moved nothing"), (0.5, 0.45, 100, "moved nothing"), (0.5, 0.5, 100, "moved nothing"),
-        (0.9, 0.5, 100, "worse"), (0.5, 0.55, 10_000, None), (0.0, 1.0, 1, None), (0.5, 0.6, 0, None), (None, 0.6, 10, None),
+        (0.9, 0.5, 100, "worse"), (0.5, 0.55, 10_000, None), (1.0, 1.0, 1, "moved nothing"), (0.5, 0.6, 0, None), (None, 0.6, 10, None),
     ],
 )  # fmt: skip
 def test_no_gain_beyond_chance_is_said(before: float | None, after: float, images: int, told: str | None) -> None:
