@@ -85,7 +85,7 @@ def verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         SystemExit: with code 2 and a sentence, where there is no such verb.
     """
-    if " ".join(words[:2]) in VERBS and len(words) > 1:
+    if " ".join(words[:2]) in VERBS:
         return " ".join(words[:2]), list(words[2:])
     verb, second = words[0], words[1] if len(words) > 1 else ""
     subverbs = [name.partition(" ")[2] for name in VERBS if name.startswith(f"{verb} ")]

@@ -16,8 +16,8 @@ _PAIRS = {"[": "]", "{": "}", "(": ")"}
 
 def quoted(text: str) -> str:
     """A text as one word of a list or a value, whatever is in it; :func:`read_value` reads it back."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'"{escaped}"'
 
 
 def listed(texts: list[str] | tuple[str, ...]) -> str:
@@ -35,7 +35,7 @@ def unquoted(text: str) -> str | None:
     ):
         return None
     # Backslashes mean themselves, but before a quote.
-    return re.sub(rf"(\\+)({quote}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], text[1:-1])
+    return re.sub(rf"(\\+)({quote}|\Z)", lambda found: found[1][: len(found[1]) // 2] + found[2], text[1:-1])
 
 
 def split_list(text: str) -> list[str]:

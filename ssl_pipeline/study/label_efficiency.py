@@ -288,7 +288,7 @@ def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> di
 def initialisations_of(words: Sequence[str]) -> list[str]:
     """The command's leading words that are no overrides, each an initialisation by its folder's name; after ``--`` all are common.
 
-    ``RUN seeds=3 -- data=folder`` is ``initialisations.run='RUN' seeds=3 common=['data=folder']``.
+    ``RUN seeds=3 -- data=folder`` is ``initialisations.run="RUN" seeds=3 common=["data=folder"]``.
     """
     words = list(words)
     common = words[words.index("--") + 1 :] if "--" in words else []

@@ -14,7 +14,7 @@ import pytest
 from ssl_pipeline import cli
 from tests.pictures import colour_folder
 
-NAME = "x~ it's #1, [日本] {ä} (a=b) & 100% $X^$; !"
+NAME = "x~ it's #1, [b] 日本 :x: {ä} (a=b) & 100% $X^$; !"
 TINY = [
     "tracking=off", "tracking.pictures=false", "backbone.width=4", "workers=0", "views.size=16",
 ]  # fmt: skip
@@ -80,7 +80,7 @@ def test_all_verbs_in_folders_of_any_name(shell: Shell) -> None:
     shell("export", model, "--to", "safetensors", f"--output=~/out {NAME}")
     assert (Path.home() / f"out {NAME}" / "card.json").is_file()
     shell("report", run, model, f"--output={NAME}.html")
-    shell("temperature", run)
+    assert f"wrote {run}/temperature.svg" in shell("temperature", run)
     shell(
         "study",
         run,
