@@ -47,6 +47,7 @@ from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.value_range import at_range_of
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.track.jsonl import seconds_before
 from ssl_pipeline.track.progress import console, duration, one_voice, print_table
 from ssl_pipeline.track.redaction import redact
 from ssl_pipeline.track.run import Resume, Run, open_run, versions
@@ -254,6 +255,7 @@ def finetune(config: FinetuneConfig) -> Result:
             first = run is not None and seed == config.seed  # by rule the first seed's model, not the best one's
             if run is not None and first:  # before anything is measured, which must not lose it
                 save(run.path, task, model_card(config, blueprint, pool, {}))
+            curves.say(f"seed {seed}, measuring on {len(held_out):,} images of {config.split}")
             figures = finite(measure(task, across, held_out, around))
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
@@ -361,7 +363,8 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
         unit = ", in %" if config.downstream.in_percent else ""
         title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
         print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))
-        console().print(f"{duration(time.monotonic() - began)}; wrote", end=" ")
+        seconds = seconds_before(result.folder) + time.monotonic() - began
+        console().print(f"{duration(seconds)}; wrote", end=" ")
         console().print(f"{result.folder / 'model.safetensors'}, card.json and results.json")
 
 

@@ -54,6 +54,7 @@ from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.model.weights_input import weights_input
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.alerts import open_alerts
+from ssl_pipeline.track.jsonl import seconds_before
 from ssl_pipeline.track.progress import Progress, one_voice
 from ssl_pipeline.track.redaction import redact
 from ssl_pipeline.track.run import Resume, Run, open_run, versions
@@ -305,7 +306,13 @@ def pretrain(config: PretrainConfig) -> Path:
     with (
         run or nullcontext(),
         place.checkpoints,
-        Progress(total, start, enabled=run is not None, mode=config.tracking.terminal) as progress,
+        Progress(
+            total,
+            start,
+            run is not None,
+            config.tracking.terminal,
+            seconds_before=seconds_before(run.path) if run else 0.0,
+        ) as progress,  # fmt: skip
         # A run that starts again from nothing also measures step 0 again.
         open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
         stoppable(run.path if run else None),
@@ -325,11 +332,15 @@ def pretrain(config: PretrainConfig) -> Path:
 
         looked_at = numbered(train)
         evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share)
-        untrained = {} if start else evaluation(encoder)
+        measure = progress.announcing("measuring the backbone", evaluation)
+        untrained = {} if start else measure(encoder)
         if not start and isinstance(train, Indexed):
-            task.prime(lambda forward: extract(task, looked_at, preprocessing, share, forward=forward))
+            read = progress.announcing("reading all images for the task's memory", extract)
+            task.prime(lambda forward: read(task, looked_at, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in untrained.items()})
         gallery = Gallery(trackers)
+        if trackers.draws:
+            progress.say("  drawing pictures of views and features")
         gallery.views(start, looked_at, config.views, config.seed)
         gallery.evaluation(start, evaluation, must=True)
 
@@ -340,13 +351,12 @@ def pretrain(config: PretrainConfig) -> Path:
         watch = Watch(encoder, evaluation, place.best, gallery, card, total, hand_over, share.processes == 1)
         alerts = open_alerts("pretrain", encoder.width, progress, trackers, place.folder if run and start else None)
         fit(
-            task, batches, config.optim, optimizer, accelerator, place.checkpoints, place.resume, watch,
-            config.evaluate_every.on(batches.clock(0)) or total, (trackers.log, progress.update, alerts), config.log_every, "pretrain",
-            config.batch.micro,
+            task, batches, config.optim, optimizer, accelerator, place.checkpoints, place.resume,
+            progress.announcing("measuring the backbone", watch), config.evaluate_every.on(batches.clock(0)) or total,
+            (trackers.log, progress.update, alerts), progress.moved, config.log_every, "pretrain", config.batch.micro,
         )  # fmt: skip
-        final = (
-            watch.latest if watch.done == total else watch.look(total)
-        )  # a run that was at its end before took no step
+        # A run that was at its end before took no step.
+        final = watch.latest if watch.done == total else watch.look(total)
         if run is not None:
             write_card(place.folder, card(final))
             trackers.made(place.folder)

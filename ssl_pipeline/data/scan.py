@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -27,6 +28,7 @@ from ssl_pipeline.data.walk import ENDINGS, ending_of, images_without_ending, wa
 from ssl_pipeline.track.progress import console
 
 _CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
+_MANY = 5_000  # files that take some seconds to look at: said before, where no bar shows it
 _CHANGED = "its bytes have changed while its size and time have not: it is damaged (restore it), or changed on purpose"
 _log = logging.getLogger("ssl_pipeline")
 
@@ -160,6 +162,10 @@ def _check(listing: _Listing, place: Path | None, wanted: Wanted) -> None:
     if wanted.cache_side:
         due |= (rows["shard"] < 0) & (rows["fault"] == 0) & (rows["kind"] == 0)
     places = due.nonzero()[0].tolist()
+    if len(places) >= _MANY and not console().is_terminal and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(
+            f"looking at {len(places):,} files of {listing.root}; what is found is kept for the next time\n"
+        )
     began = saved = time.monotonic()
     with ExitStack() as stack:
         if place is not None:

@@ -300,7 +300,7 @@ def run_kept_loop(
         fit(
             task, batches, training.optim, optimizer, around.accelerator, checkpoints, resume,
             evaluate=best.evaluate if best is not None else None, evaluate_every=evaluate_every,
-            listeners=(hear,) if hear is not None else (),
+            listeners=(hear.figures,) if hear is not None else (), moved=hear.moved if hear is not None else lambda _: None,
             log_every=curves.log_every(total) if curves is not None else total, prefix="finetune",
         )  # fmt: skip
     if best is not None:

@@ -45,6 +45,7 @@ def fit(
     evaluate: Evaluation | None = None,
     evaluate_every: int = 0,
     listeners: tuple[Listener, ...] = (),
+    moved: Callable[[int], None] = lambda _: None,
     log_every: int = 1,
     prefix: str = "train",
     micro: int | None = None,
@@ -62,6 +63,7 @@ def fit(
         evaluate: figures of the task as it is, given the clock; called on all processes.
         evaluate_every: steps between two evaluations; 0 for never. The last step is always evaluated then.
         listeners: hear the figures, on the main process.
+        moved: hears how many steps are done, before the first one and at each.
         log_every: steps between two logs.
         prefix: group of the step's own figures.
         micro: samples that a process embeds at once; None for its whole share of the batch.
@@ -80,11 +82,13 @@ def fit(
         training.begin()
         pace.begin()
     pace.ask()
+    moved(start)
     # Closed here: an exception that a notebook keeps would keep the workers, too.
     with closing(own(batches.from_step(start - offset), start, batches.workers)) as steps:
         for batch in steps:
             pace.come(len(batch.index) * accelerator.num_processes)
             done, step = batch.clock.taken + 1, training.step(batch)
+            moved(done)
             figures: dict[str, float] = {}
             if done % log_every == 0 or done == total:
                 figures |= _of_step(step, training, pace, batches, accelerator, prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pipeline.track.names import TRAINING_STEP
-from ssl_pipeline.track.run import write_text_atomic
+from ssl_pipeline.track.run import earlier_starts, write_text_atomic
 
 FILE_NAME = "metrics.jsonl"
 _NO_NUMBERS = ("nan", "inf", "-inf")  # what JSON can't hold as numbers, and is written as strings
@@ -82,3 +83,13 @@ def _read(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def seconds_before(folder: Path) -> float:
+    """What a run's earlier starts took, by its log; the last start is the one that goes on."""
+    *earlier, last = [
+        datetime.datetime.fromisoformat(start["started"]).timestamp() for start in earlier_starts(folder)
+    ] or [0.0]
+    times = [line["time"] for line in read_metrics(folder)] if earlier and (folder / FILE_NAME).exists() else []
+    spans = zip(earlier, [*earlier, last][1:], strict=True)
+    return sum(max([time - began for time in times if began <= time < ended], default=0.0) for began, ended in spans)

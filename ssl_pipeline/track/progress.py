@@ -8,22 +8,27 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, ParamSpec, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Mode = Literal["auto", "rich", "plain", "quiet"]
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_UNSAID = 5.0  # what took no longer the last time is not announced
 _SHOWN = {
     "loss": "loss {:.3f}", "lr": "lr {:.2g}", "tau": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
     "epoch": "epoch {:.1f}", "data_wait": "wait {:.0%}", "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
     "validation_accuracy": "validation {:.1%}",
 }  # fmt: skip
+_NO_TIME_LEFT = "-:-- left"
 _WAITS_LONG, _WAITS_OFTEN = 0.2, 3
 _OF_EVALUATION = ("knn", "effective_rank")
 _console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder may be named [b] or :x:
@@ -74,28 +79,32 @@ class Progress:
         enabled: whether this process speaks.
         mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
         title: what this is the progress of, where a run has several.
+        seconds_before: what earlier starts of the run took.
     """
 
     def __init__(
-        self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto", title: str = ""
-    ) -> None:
+        self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto", title: str = "",
+        seconds_before: float = 0.0,
+    ) -> None:  # fmt: skip
         self._total, self._done, self._title = total_steps, start_step, title
         self._enabled = enabled and mode != "quiet"
         self._terminal = mode == "rich" or (mode == "auto" and _console.is_terminal)
-        self._began, self._start_step = time.monotonic(), start_step
+        self._began = time.monotonic() - seconds_before
         self._tau = "τ" if _console.encoding.startswith("utf") else "tau"
         self._latest: dict[str, float] = {}
         self._first: tuple[int, float] | None = (
             None  # step and time of the first update: what came before is no training
         )
         self._waits = 0
+        self._took: dict[str, float] = {}
         self._last_line, self._said = -math.inf, start_step
         titles = [TextColumn("{task.description}", markup=False)] if title else []
         self._bar = Bar(
-            *titles, MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
+            *titles, MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}", markup=False),
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}", markup=False),
             console=_console, disable=not (self._enabled and self._terminal), transient=True,
         )  # fmt: skip
-        self._row = self._bar.add_task(title, total=total_steps, completed=start_step, figures="")
+        self._row = self._bar.add_task(title, total=total_steps, completed=start_step, figures="", left=_NO_TIME_LEFT)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -113,11 +122,11 @@ class Progress:
             _console.print(text.encode(encoding, "replace").decode(encoding), markup=False)
 
     def say_end(self, figures: Mapping[str, float], before: Mapping[str, float]) -> None:
-        """The run's figures, time and speed, as a table, beside the figures of before the first step."""
+        """The run's figures beside those of before the first step, its steps and its time, earlier starts included, as a table."""
         if not self._enabled:
             return
         seconds = time.monotonic() - self._began
-        rows = [["steps", f"{self._done - self._start_step:,}"], ["time, evaluations included", duration(seconds)]]
+        rows = [["steps", f"{self._done:,}"], ["time, evaluations included", duration(seconds)]]
         rows += [["loss, last logged", f"{self._latest['loss']:.4g}"]] if "loss" in self._latest else []
         rows = [[name, "", value] for name, value in rows]
         for name, value in figures.items():
@@ -125,8 +134,37 @@ class Progress:
             rows.append([name.rpartition("/")[2].replace("_", " "), untrained, f"{value:.4g}"])
         print_table("pretrained", ["figure", "untrained", "now"], rows)
 
+    def announcing(self, what: str, work: Callable[P, T]) -> Callable[P, T]:
+        """The same work without steps, which says what it is before it starts, unless the last time took a few seconds at most."""
+
+        def announced(*words: P.args, **named: P.kwargs) -> T:
+            with self._announced(what):
+                return work(*words, **named)
+
+        return announced
+
+    @contextmanager
+    def _announced(self, what: str) -> Iterator[None]:
+        took = self._took.get(what)
+        if took is None or took > _SECONDS_UNSAID:
+            self.say(f"  {what}" + ("" if took is None else f", about {duration(took)}"))
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._took[what] = time.monotonic() - began
+
+    def moved(self, step: int) -> None:
+        """``step`` steps are done; called at each of them, and before the first, from which the time left is counted."""
+        now, self._done = time.monotonic(), step
+        self._first = self._first or (step, now)
+        self._bar.update(self._row, completed=step, left=self._left() or _NO_TIME_LEFT)
+        since = max(self._last_line, self._first[1])
+        if not self._terminal and now - since >= _SECONDS_BETWEEN_LINES:
+            self._say_step()
+
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """``step`` steps are done."""
+        """``step`` steps are done, of which there are figures."""
         self._done = step
         self._first = self._first or (step, time.monotonic())
         for name, value in figures.items():
@@ -135,7 +173,7 @@ class Progress:
                 self._latest[figure] = value
                 if figure == "data_wait":
                     self._watch_wait(value)
-        self._bar.update(self._row, completed=step, figures=self._line())
+        self._bar.update(self._row, completed=step, figures=self._line(), left=self._left() or _NO_TIME_LEFT)
         due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
         if due and not self._terminal:
             self._say_step()

@@ -194,7 +194,7 @@ def _settle(
 ) -> None:
     """Looks what is there, and writes what the run is."""
     run.resumed = _occupied(run.path)
-    start, earlier = _start(data), _earlier_starts(run.path)
+    start, earlier = _start(data), earlier_starts(run.path)
     if run.resumed:
         if resume == "no":
             raise ConfigError(
@@ -271,7 +271,8 @@ def _start(data: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What ``run.json`` has noted of each start of a run; empty where it can't be read."""
     try:
         starts: list[dict[str, Any]] = json.loads((path / "run.json").read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.track.names import TRAINING_STEP
@@ -12,6 +13,18 @@ from ssl_pipeline.track.progress import Mode, Progress
 from ssl_pipeline.track.tracker import Trackers
 
 _POINTS = 50  # of a loop
+
+
+class Hearing(NamedTuple):
+    """What hears a loop.
+
+    Attributes:
+        figures: is given the steps done, and figures.
+        moved: is given the steps done, at each of them.
+    """
+
+    figures: Callable[[int, Mapping[str, float]], None]
+    moved: Callable[[int], None]
 
 
 class TrainingCurves:
@@ -33,8 +46,8 @@ class TrainingCurves:
         self._before = before  # steps of the loops that are over
 
     @contextmanager
-    def loop(self, seed: int, name: str, total: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-        """What hears the figures of one loop.
+    def loop(self, seed: int, name: str, total: int, done: int) -> Iterator[Hearing]:
+        """What hears one loop.
 
         Args:
             seed: of the training.
@@ -53,8 +66,12 @@ class TrainingCurves:
                 own = {name: value for name, value in figures.items() if name.startswith("finetune/")}
                 self._trackers.log(seed, {TRAINING_STEP: before + step, **own})
 
-            yield hear
+            yield Hearing(hear, progress.moved)
         self._before = before + total
+
+    def say(self, text: str) -> None:
+        """One line, of what is done between two loops."""
+        Progress(0, enabled=self._speaks, mode=self._mode).say(text)
 
     @staticmethod
     def log_every(total: int) -> int:

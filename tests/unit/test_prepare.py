@@ -256,6 +256,16 @@ def test_where_nothing_can_be_written_a_start_still_works(tmp_path: Path) -> Non
     assert list(look(tmp_path, Path("/dev/null/x")).files) == ["000.jpg", "001.jpg", "002.jpg"]
 
 
+def test_many_files_are_announced_where_no_bar_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "photos", 3)
+    monkeypatch.setattr("ssl_pipeline.data.scan._MANY", 3)
+    for told in ("looking at 3 files of ", ""):
+        opened(aged(tmp_path / "photos"))
+        assert capsys.readouterr().err[: len(told) or None] == told
+
+
 def opened(root: Path, **keys: Any) -> FileSource:
     for looked in (prepared.look_at, sources_folder._scan, sources_folder._held_out):
         looked.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import math
@@ -19,12 +20,15 @@ from typing import Any
 import pytest
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
+from ssl_pipeline.config.command import load
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.track.jsonl import JsonlLog, read_metrics, seconds_before
 from ssl_pipeline.track.progress import Progress, print_table
 from ssl_pipeline.track.redaction import redact, redact_command
 from ssl_pipeline.track.run import Run, open_run, versions, write_json, write_text_atomic
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from ssl_pipeline.track.wandb import open_wandb
+from tests.runs import tiny_pretrain
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -617,6 +621,71 @@ def test_a_stopped_run_says_where(capsys: pytest.CaptureFixture[str]) -> None:
         progress.update(1, {})
         progress.update(2, {"train/loss": math.nan})
     assert capsys.readouterr().out.splitlines()[-1] == "step 2/100  loss nan  0:00 left"
+
+
+def test_a_run_moves_and_has_a_time_left_whenever_its_figures_come(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("ssl_pipeline.track.progress.time.monotonic", lambda: now)
+    with Progress(100, mode="plain") as progress:
+        progress.moved(0)
+        for step in range(1, 6):
+            now = 4.0 * step
+            progress.moved(step)
+        progress.update(5, {"train/loss": 2.0})
+    assert capsys.readouterr().out.splitlines() == ["step 3/100  6:28 left", "step 5/100  loss 2.000  6:20 left"]
+
+
+def test_what_takes_long_without_steps_is_said_before_it_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("ssl_pipeline.track.progress.time.monotonic", lambda: now)
+    said = list[str]()
+
+    def work(seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        said.append(capsys.readouterr().out)
+        return seconds
+
+    with Progress(0, mode="plain") as progress:
+        measure = progress.announcing("measuring", work)
+        assert [measure(seconds) for seconds in (3, 7, 70, 1)] == [3, 7, 70, 1]
+    assert said == ["  measuring\n", "", "  measuring, about 0:07\n", "  measuring, about 1:10\n"]
+
+
+def test_the_end_counts_all_starts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began = [datetime.datetime(2026, 1, day, tzinfo=datetime.UTC) for day in (1, 2, 3)]
+    starts = [{"started": at.isoformat(timespec="seconds")} for at in began]
+    (tmp_path / "run.json").write_text(json.dumps({"starts": starts}))
+    assert seconds_before(tmp_path) == 0
+    times = [began[0].timestamp() + 40, began[0].timestamp() + 100, began[1].timestamp() + 30, began[2].timestamp() + 9]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, "time": t}) + "\n" for t in times))
+    assert seconds_before(tmp_path) == 130
+    with Progress(40, start_step=30, mode="plain", seconds_before=130) as progress:
+        progress.update(40, {})
+        progress.say_end({}, {})
+    shown = [
+        re.findall(r"[\w:]+", line)[-1]
+        for line in capsys.readouterr().out.splitlines()
+        if "steps" in line or "time" in line
+    ]
+    assert shown == ["40", "2:10"]
+
+
+def test_no_tracking_draws_no_pictures() -> None:
+    assert not load("pretrain", PretrainConfig, ["tracking=off"]).tracking.pictures
+    assert load("pretrain", PretrainConfig, ["tracking=off", "tracking.pictures=true"]).tracking.pictures
+    assert load("pretrain", PretrainConfig, ["tracking=tensorboard"]).tracking.pictures
+
+
+def test_each_step_is_heard_of_whatever_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = list[int]()
+    monkeypatch.setattr(Progress, "moved", lambda self, step: heard.append(step))
+    pretrain(tiny_pretrain(tmp_path / "run", "log_every=100"))
+    assert heard == [0, 1, 2, 3, 4]
 
 
 def test_a_wide_table_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
