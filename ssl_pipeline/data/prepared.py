@@ -172,6 +172,9 @@ def look_at(root: Path, base: Path | None, limit: BadFilesLimit, depth: int = 0)
     faults = {str(root / files[i]): manifest.faults[int(codes[i])] for i in bad.tolist()}
     _leave_out(faults, len(files), limit)
     kept = files.select((codes == 0).nonzero()[:, 0]) if faults else files
+    if "RGB;16" in manifest.modes:
+        cut = int((_column(kept, "mode") == manifest.modes.index("RGB;16")).sum())
+        _log.warning("%s: %d images hold colours of 16 bits, of which Pillow reads the upper 8", root, cut)
     return ImageFiles(root, kept, faults, place, manifest.cache_side, folders, manifest.others)
 
 

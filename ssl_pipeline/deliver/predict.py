@@ -39,10 +39,6 @@ class Predictor(Protocol):
         """How images must be decoded: 1 for grey, 3 for RGB."""
 
     @property
-    def value_range(self) -> tuple[float, float] | None:
-        """Likewise, of more than 8 bits: the stored values that are black and white."""
-
-    @property
     def gives(self) -> str:
         """What a prediction is; see :class:`DownstreamConfig`."""
 
@@ -103,12 +99,14 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
         ``file`` with what the answers say of it; or with ``error``, where the file is no image.
     """
     answers = answers or open_answers(model.gives, model.classes)
+    # What predicts need not know it: then an image of more than 8 bits is scaled by itself.
+    value_range = getattr(model, "value_range", None)
     coming = iter(files)
     while part := list(islice(coming, _CHUNK_OF_MAPS if answers.reads_maps else _CHUNK)):
         images, faults = list[Image.Image](), dict[int, str]()
         for place, file in enumerate(part):
             try:
-                images.append(decode(file, model.channels, value_range=model.value_range))
+                images.append(decode(file, model.channels, value_range=value_range))
             except DecodeError as error:
                 faults[place] = error.fault
         predictions = iter(zip(model.predict(images), images, strict=True) if images else ())

@@ -238,7 +238,9 @@ def test_images_of_more_bands_are_refused_by_name(tmp_path: Path, bands: int, dt
         opened(tmp_path)
 
 
-def test_colours_of_16_bits_say_that_8_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_colours_of_16_bits_say_that_8_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     for i in range(3):
         png_of_16_bits(tmp_path / f"{i}.png")
     header = check_header(tmp_path / "0.png")
@@ -246,6 +248,8 @@ def test_colours_of_16_bits_say_that_8_are_read(tmp_path: Path, capsys: pytest.C
     assert header.mode == "RGB;16"
     prepare(str(tmp_path))
     assert "3 RGB;16 (the upper 8 of 16 bits are read)" in capsys.readouterr().out
+    opened(tmp_path)
+    assert "3 images hold colours of 16 bits" in caplog.text
 
 
 def test_arrays_of_any_number_of_channels_have_no_range() -> None:
