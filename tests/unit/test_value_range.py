@@ -25,13 +25,14 @@ from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.data.sources import folder, table
 from ssl_pipeline.deliver.embed import EmbedConfig, open_every
 from ssl_pipeline.deliver.predict import open_predictor, predict
+from ssl_pipeline.downstream.finished import Model
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.model.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.views.policy import Views, ViewsConfig
 
 CPU = torch.device("cpu")
-DRAWS = np.random.default_rng(0)
+DRAWS = np.random.default_rng(0)  # no test depends on which values are drawn
 
 
 def images(root: Path, make: Callable[[int], np.ndarray], ending: str = "tif", count: int = 6) -> Path:
@@ -185,18 +186,20 @@ def test_what_an_encoder_was_pretrained_at_holds_in_stage_two_and_after(tmp_path
     assert {source.value_range for source in open_every(embed).values()} == {(0.0, 4095.0)}
     two = [*words, f"data.path={dark}", f"encoder={run}", "regime=frozen", f"output={tmp_path / 'two'}"]
     model = open_predictor(finetune(load("finetune", FinetuneConfig, two)).folder)
+    assert isinstance(model, Model)
     assert model.value_range == (0, 4095)
-    seen = list[float]()
+    whole, seen = model, list[float]()
 
     class Watched:
-        gives, classes, channels, value_range = model.gives, model.classes, model.channels, model.value_range
+        gives, classes, channels, value_range = whole.gives, whole.classes, whole.channels, whole.value_range
 
         def predict(self, images: list[Image.Image]) -> Any:
             seen.extend(float(np.asarray(image).max()) for image in images)
-            return model.predict(images)
+            return whole.predict(images)
 
     list(predict(Watched(), [dark / "a" / "0.png"]))
-    assert seen == [pytest.approx(250 / 4095)]
+    with Image.open(dark / "a" / "0.png") as stored:
+        assert seen == [pytest.approx(np.asarray(stored).max() / 4095)]
 
 
 def png_of_16_bits(path: Path) -> None:
