@@ -11,12 +11,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import Share
+from ssl_pipeline.engine.group import NEVER, watch_group
+from ssl_pipeline.engine.lost import leave_group
 from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
 
 T = TypeVar("T")
@@ -41,9 +44,12 @@ def start_accelerator() -> Accelerator:
         precision = "bf16"
     # Buffers are not sent at every step: a memory is the same everywhere, and statistics are agreed on where they are read.
     kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds()))
+    of_group = int(os.environ.get("WORLD_SIZE", "1"))
+    if cpu and of_group > 1 and not is_initialized():
+        watch_group(leave_group)
+    patience = InitProcessGroupKwargs(timeout=NEVER if cpu else timedelta(seconds=timeout_seconds()))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs, patience])
-    asked = max(int(os.environ.get("WORLD_SIZE", "1")), _processes_asked_of_launcher())
+    asked = max(of_group, _processes_asked_of_launcher())
     if asked != accelerator.num_processes:
         raise ConfigError(
             f"{asked} processes were asked for, and {accelerator.num_processes} came as one group: on a CPU use "

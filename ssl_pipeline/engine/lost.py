@@ -54,10 +54,9 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
     if _OF_WORKERS.search(text):
         what = f"a worker that decodes files {_of_worker('timed out' in text)}{when}"
     else:
-        silent = _silent_processes()
-        who = f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
-        hangs = f"has not answered within {timeout_seconds():g} s ({VARIABLE})"
-        what = f"{who} {hangs if _TIMED_OUT.search(text) else 'was killed, or left by a mistake of its own'}{when}"
+        what = (
+            f"{_who()} {_hangs() if _TIMED_OUT.search(text) else 'was killed, or left by a mistake of its own'}{when}"
+        )
     return _lost(what)
 
 
@@ -123,6 +122,24 @@ def leaving_together() -> Iterator[None]:
         _fail()
         raise
     _leave_together(0)
+
+
+def leave_group() -> None:
+    """Ends this process from a thread beside one that waits in vain: says for whom, and leaves."""
+    with contextlib.suppress(SystemExit):
+        leave(_lost(f"{_who()} {_hangs()}"))
+    for process in multiprocessing.active_children():
+        process.kill()
+    _exit(LOST)
+
+
+def _who() -> str:
+    silent = _silent_processes()
+    return f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
+
+
+def _hangs() -> str:
+    return f"has not answered within {timeout_seconds():g} s ({VARIABLE})"
 
 
 def _lost(what: str) -> LostProcessError:

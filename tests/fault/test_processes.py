@@ -9,6 +9,8 @@ import subprocess
 import time
 from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import cast
 
 import pytest
 from PIL import Image
@@ -19,10 +21,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.engine.group import waits_in_torch
 from ssl_pipeline.engine.lost import LostProcessError, explain
 from ssl_pipeline.evaluate.online import OnlineEvaluation
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.track.jsonl import read_metrics
 from tests.fault.launched import launched
 from tests.runs import ROOT, TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
@@ -53,6 +57,24 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     resumed = tiny_pretrain(tmp_path / "run", "steps=100000", "checkpoint_every=1 steps", "resume=auto")
     assert resumed.resume == "auto"
     assert list((run.folder / "checkpoints").glob("step-*.pt"))
+
+
+def test_a_group_that_was_stopped_as_one_goes_on(tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", SSL_PIPELINE_TIMEOUT="6")
+    run.wait_for_steps(3)
+    ranks = run.ranks()
+    for process in ranks:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1)  # the others wait for it now
+    done = len(read_metrics(run.folder))
+    time.sleep(8)
+    for process in reversed(ranks):
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+    run.wait_for_steps(done + 5)
+    run.launch.send_signal(signal.SIGTERM)
+    code, log = run.leave(60)
+    assert code == 75, log
 
 
 @pytest.mark.slow
@@ -207,6 +229,18 @@ def test_patience_leaves_out_the_time_in_which_the_process_was_stopped() -> None
     assert patience.over
     patience.restart()
     assert not patience.over
+
+
+@pytest.mark.parametrize(
+    ("room", "waits"),
+    [
+        ("torch.distributed.distributed_c10d", True), ("torch.autograd.graph", True), ("accelerate.state", True),
+        ("torch.utils.data.dataloader", False), ("ssl_pipeline.data.scan", False), ("threading", False), ("torchvision.io", False),
+    ],
+)  # fmt: skip
+def test_a_thread_that_computes_nothing_waits_for_others_in_torch_alone(room: str, waits: bool) -> None:
+    assert waits_in_torch(cast(FrameType, SimpleNamespace(f_globals={"__name__": room}))) == waits
+    assert not waits_in_torch(None)
 
 
 def test_an_error_about_something_else_is_left_alone() -> None:
