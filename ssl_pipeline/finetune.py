@@ -17,6 +17,7 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.domain.across import Across, split_domains
 from ssl_pipeline.domain.method import MethodConfig
@@ -44,7 +45,6 @@ from ssl_pipeline.model.artifact import Blueprint, Card, finite, save, write_car
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.value_range import at_range_of
 from ssl_pipeline.model.weights import digest
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.track.jsonl import seconds_before

@@ -13,13 +13,13 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Room, Strict
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read
 from ssl_pipeline.model.backbone import BackboneConfig, is_network
 from ssl_pipeline.model.encoder import Encoder
 from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.value_range import at_range_of
 from ssl_pipeline.model.weights import WEIGHTS_FILES, load_strictly
 from ssl_pipeline.model.weights_input import weights_input
 
