@@ -68,7 +68,8 @@ def page(card: Card, name: str) -> str:
         if model
         else "embed FOLDER data=folder data.path=photos output=features.npz"
     )
-    lines += ["## Use", "", "```bash", "pip install ssl-pipeline", f"ssl-pipeline {verb}", "```", ""]
+    lines += ["## Use", "", "In a clone of ssl_pipeline:", "", "```bash", "pip install -e ."]
+    lines += [f"ssl-pipeline {verb}", "```", ""]
     lines += [
         "The weights are safetensors under the library's own names after `backbone.trunk.`; `card.json` says the rest.",
         "",

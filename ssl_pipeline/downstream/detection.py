@@ -89,6 +89,7 @@ class Detection(DenseTask):
     """See :class:`Config`."""
 
     head: FasterRCNNHead | OneStageHead
+    _freezes_norms = False  # until the encoder is there to be looked at
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
         super().__init__(encoder)

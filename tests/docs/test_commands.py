@@ -180,7 +180,8 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert (place / "runs" / "photos" / "encoder.safetensors").is_file()
     assert (place / "runs" / "scratch" / "results.json").is_file()
     assert len(told["predict"].splitlines()) == 3  # a head, and one line a photo
-    assert {path.name for path in (place / "runs" / "model" / "exports").iterdir()} >= {"model.onnx"}
+    exported = {path.name for path in (place / "runs" / "model" / "exports").iterdir()}
+    assert exported >= {"model_preprocessing.onnx", "encoder_torchvision.safetensors"}
 
 
 def two_runs(place: Path, patch: pytest.MonkeyPatch) -> None:

@@ -243,7 +243,7 @@ def test_timm_features_are_its_own(name: str, neck: str) -> None:
 def test_timm_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     for name in ("timm/resnet10t", "resnet10t"):
-        with pytest.raises(ConfigError, match=r"pip install 'ssl-pipeline\[timm\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[timm\]'"):
             build_backbone(BackboneConfig(name=name), 3, SIZE)
 
 

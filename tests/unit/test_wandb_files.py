@@ -95,5 +95,5 @@ def test_the_dashboard_tells_what_is_wrong(tmp_path: Path, project: str, told: s
 @of_workspaces
 def test_the_dashboard_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    with pytest.raises(ConfigError, match=r"ssl-pipeline\[dashboard\]"):
+    with pytest.raises(ConfigError, match=r"\.\[dashboard\]"):
         dashboard.build("team", "project")
