@@ -90,6 +90,7 @@ def seconds_before(folder: Path) -> float:
     *earlier, last = [
         datetime.datetime.fromisoformat(start["started"]).timestamp() for start in earlier_starts(folder)
     ] or [0.0]
-    times = [line["time"] for line in read_metrics(folder)] if earlier and (folder / FILE_NAME).exists() else []
+    lines = read_metrics(folder) if earlier and (folder / FILE_NAME).exists() else []
+    times = [line["time"] for line in lines if "time" in line]
     spans = zip(earlier, [*earlier, last][1:], strict=True)
     return sum(max([time - began for time in times if began <= time < ended], default=0.0) for began, ended in spans)

@@ -172,7 +172,7 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
             pretrain(config("batch.size=8", "checkpoint_every=3 steps"))
     run = pretrain(config("batch.size=16", "checkpoint_every=3 steps", "resume=changed"))
     lines = [line for line in read_metrics(run) if "pretrain/lr" in line]
-    count = len(config().data.open("train") or ())
+    count = len(config().data.open_pool() or ())
     steps = 3 + (count - 24) // 16 + count // 16
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert len(set(given[0])) == len(given[0]) == 24 + (count - 24) // 16 * 16
