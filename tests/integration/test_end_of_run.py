@@ -49,7 +49,7 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     command = json.loads((run / "run.json").read_text())["starts"][0]["command"]
     assert shlex.split(command) == ["ssl-pipeline", "pretrain", *words]
     said = capsys.readouterr().out
-    size = load("pretrain", PretrainConfig, [*words, "resume=auto"]).data.open("train")
+    size = load("pretrain", PretrainConfig, [*words, "resume=auto"]).data.open_pool()
     assert size is not None
     assert f"batch.size={len(size)} instead of 256" in " ".join(said.split())
     assert OmegaConf.load(run / "config.yaml").batch.size == len(size)
