@@ -59,7 +59,14 @@ def runs(nowhere: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("runs")
     tracked = ["tracking=tensorboard", "tracking.name=auto", "tracking.group=pair", "tracking.pictures=true"]
     one = pretrain(tiny_pretrain(folder / "one", *tracked, "steps=4", "evaluate_every=2 steps"))
-    short = ["regime=end_to_end", "regime.length=3 steps", "regime.least_steps=0", "regime.batch=20", "seeds=2"]
+    short = [
+        "regime=end_to_end",
+        "regime.length=3 steps",
+        "regime.least_steps=0",
+        "regime.batch=20",
+        "seeds=2",
+        "labels.validation=0.2",
+    ]
     mirrored = ["tracking=auto", "tracking.mirrors=[tensorboard]", "tracking.pictures=true"]
     two = finetune(tiny_finetune(one, folder / "two", *mirrored, *short)).folder
     wandb.teardown()  # as at a process's end: its service writes the last lines a moment after `finish`
