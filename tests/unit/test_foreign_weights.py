@@ -83,9 +83,9 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         opened(None, "backbone.name=vit_b_16", "size=60")
 
 
-def test_leading_words_are_quoted_for_hydra(tmp_path: Path) -> None:
+def test_leading_words_are_quoted(tmp_path: Path) -> None:
     assert leading_words(["data=folder", "x"], ["encoder"]) == ["data=folder", "x"]
     assert leading_words(["--help"], ["encoder"]) == ["--help"]
     words = leading_words(["a run, of 'mine' (1)", "photo=1", "size=32"], ["encoder", "image"])
-    assert words == [r"encoder='a run, of \'mine\' (1)'", "photo=1", "size=32"]
+    assert words == ["encoder=\"a run, of 'mine' (1)\"", "photo=1", "size=32"]
     assert load("evaluate", EvaluateConfig, [words[0]]).encoder == "a run, of 'mine' (1)"
