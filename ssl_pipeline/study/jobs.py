@@ -42,9 +42,9 @@ def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str
     for place in range(processes):
         devices.put(place)
     with ProcessPoolExecutor(processes, context, _begin, (devices,)) as pool:
-        with _deaf_to_interrupts():
-            coming = [pool.submit(_run, piece) for piece in work]
         try:
+            with _deaf_to_interrupts():
+                coming = [pool.submit(_run, piece) for piece in work]
             for done in as_completed(coming):
                 yield done.result()
         except BrokenProcessPool:
@@ -64,12 +64,24 @@ def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started in here never hear a terminal's Ctrl-C: it is the study's, which ends them."""
+    """Processes started in here never hear a terminal's Ctrl-C: it is the study's, which ends them.
+
+    The mask is what they inherit. It does not keep the study itself from being interrupted amid a start, which would leave a
+    child without the rest of its message: the kernel hands the signal to any thread of ours, and Python's handler runs in the
+    main one whatever its mask. So the handler waits too.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _begin(devices: Any) -> None:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ssl_pipeline.engine import signals
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.study import jobs
 from tests.fault.launched import launched
 from tests.fault.test_signals import send_at
 from tests.integration.test_study import artifact
@@ -71,6 +73,29 @@ def test_a_study_leaves_its_workers_silent(tmp_path: Path) -> None:
     assert code == 130, said
     assert len(said.splitlines()) == 1, said
     assert shlex.split(said.split("`")[1]) == words
+
+
+def test_an_interrupt_amid_the_start_of_workers_waits_for_its_end() -> None:
+    """Whichever thread the kernel hands it to: the mask of the main one does not hold Python's handler back."""
+    leave = threading.Event()
+    other = threading.Thread(target=leave.wait)
+    other.start()
+    steps: list[str] = []
+
+    def start() -> None:
+        with jobs._deaf_to_interrupts():
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.1)
+            steps.append("started whole")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        leave.set()
+        other.join()
+    assert steps == ["started whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_two_processes_are_saved_under_a_launcher(tmp_path: Path) -> None:
