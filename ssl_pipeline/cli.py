@@ -47,7 +47,6 @@ VERBS = {
     "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "report": ("ssl_pipeline.report.command", "one page that shows what runs learned: curves, images, tables"),
     "dashboard": ("ssl_pipeline.track.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),
-    "bench": ("ssl_pipeline.bench.command", "the measurements that README quotes"),
 }
 
 

@@ -9,7 +9,6 @@ import argparse
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,27 +156,7 @@ def dashboard() -> Parser:
     return parser
 
 
-def bench() -> Parser:
-    """Of ``ssl-pipeline bench``."""
-    parser = Parser(
-        prog="ssl-pipeline bench",
-        description="The measurements that README and docs quote, each repeated by one command.",
-    )
-    parser.add_argument("name", choices=measurements())
-    parser.add_argument("--json", type=path, help="also write the figures as one flat object")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating repetitions; medians are reported")
-    return parser
-
-
-def measurements() -> list[str]:
-    """The modules of the room ``bench`` that define ``measure``."""
-    room = find_spec("ssl_pipeline.bench")
-    assert room is not None
-    files = [file for place in room.submodule_search_locations or () for file in Path(place).glob("*.py")]
-    return sorted(file.stem for file in files if "\ndef measure(" in file.read_text(encoding="utf-8"))
-
-
 PARSERS: dict[str, Callable[[], Parser]] = {
     "prepare": prepare, "predict": predict, "export": export, "report": report, "temperature": temperature,
-    "dashboard": dashboard, "bench": bench,
+    "dashboard": dashboard,
 }  # fmt: skip

@@ -14,7 +14,7 @@ LEVELS = [
     {"model", "losses"},
     {"pretext", "downstream", "domain", "evaluate", "data", "views", "engine", "track"},
     {"pretrain", "finetune"},
-    {"study", "deliver", "report", "bench"},
+    {"study", "deliver", "report"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -22,7 +22,7 @@ ONLY_IN = {
     "hydra": {"config"},
     "wandb": {"track"},
     "wandb_workspaces": {"track"},
-    "accelerate": {"engine", "track", "pretrain", "finetune", "downstream/regime.py", "bench"},
+    "accelerate": {"engine", "track", "pretrain", "finetune", "downstream/regime.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -233,7 +233,7 @@ RUN_HERE = {
 }
 # What stands in blocks elsewhere, and the test that runs it.
 RUN_ELSEWHERE: dict[str, str] = {
-    "bash launch/quickstart.sh": "ssl_pipeline/bench/quickstart.py",
+    "bash launch/quickstart.sh": "tests/benchmarks/quickstart.py",
     "bash launch/test.sh": ".ci/run",
     "accelerate launch": "tests/distributed/test_processes.py",
     "ssl-pipeline prepare": "tests/unit/test_prepare.py",

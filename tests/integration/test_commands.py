@@ -31,7 +31,7 @@ def told(*words):
             code = left.code
     return [code or 0, out.getvalue()]
 
-needed = {"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b", "bench": "knn"}
+needed = {"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b"}
 found = {"--help": {verb: told(*verb.split(), "--help") for verb in cli.VERBS}}
 found["imported"] = sorted({"torch", "lightly", "numpy", "matplotlib", "wandb"} & sys.modules.keys())
 from ssl_pipeline.config.command import load

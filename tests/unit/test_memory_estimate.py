@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_pipeline.bench import scale
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.engine import memory
 from ssl_pipeline.engine.memory import Memory, check_memory, kept_bytes, step_bytes
+from tests.benchmarks import scale
 from tests.runs import command
 from tests.tasks import tiny_batch, tiny_task
 
@@ -50,7 +50,7 @@ def test_a_step_takes_what_was_estimated() -> None:
     shapes = [(view.shape[1], view.shape[2], view.shape[3]) for view in batch.views]
     estimated = step_bytes(task, shapes, 64, None, "sgd")
     assert estimated is not None
-    words = f"from ssl_pipeline.bench import scale; scale.print_memory({64}, {16})"
+    words = f"from tests.benchmarks import scale; scale.print_memory({64}, {16})"
     done = command(sys.executable, "-c", words, MALLOC_MMAP_THRESHOLD_="65536")
     measured = float(done.stdout.split()[1]) * 2**20
     estimated -= (

@@ -24,6 +24,7 @@ from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.schedules import Clock
+from tests.benchmarks.command import run
 
 _STEPS, _WARM_UP = 3, 1
 _BETWEEN = 100  # steps between two checkpoints
@@ -83,3 +84,7 @@ def _step(task: simclr.SimCLR, batch: Batch, optimizer: Optimizer) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -33,6 +33,7 @@ from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.track.run import open_run
 from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from ssl_pipeline.views.policy import Views
+from tests.benchmarks.command import run
 
 _STEPS, _FEW_STEPS = 20, 2
 _IMPORTS = 2.0  # seconds for a mirror to start in its thread: that is no step's cost
@@ -165,3 +166,7 @@ def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
             found.append((between - began, time.perf_counter() - between))
     of_views, of_evaluations = zip(*found[1:], strict=True)
     return statistics.median(of_views), statistics.median(of_evaluations)
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -27,7 +27,6 @@ from lightly.transforms.simclr_transform import SimCLRTransform
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssl_pipeline.bench.clock import now
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import Files, pack
@@ -39,6 +38,8 @@ from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.views.config import BlurConfig, JitterConfig
 from ssl_pipeline.views.geometry import CropConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
+from tests.benchmarks.clock import now
+from tests.benchmarks.command import run
 
 _PHOTOS, _DISTINCT, _WIDTH, _HEIGHT, _SIZE, _BATCH = 32, 8, 4000, 3000, 224, 8
 # About equally long each: to start and end two workers takes 0.1 s, which is 7 % of a side of 1.6 s and 2 % of one of 6 s.
@@ -202,8 +203,17 @@ def _open_million(root: Path, prepared: Path) -> tuple[FileSource, StepBatches]:
     return source, StepBatches(source, _views(32), _START_BATCH, 0, share, 1, workers=1, with_labels=True)
 
 
+_CHILD = """
+import sys
+from pathlib import Path
+from tests.benchmarks import data
+from tests.benchmarks.command import run
+data._report_start(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
 def _process(root: Path, prepared: Path) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "ssl_pipeline.bench.data", str(root), str(prepared)]
+    words = [sys.executable, "-c", _CHILD, str(root), str(prepared)]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -231,4 +241,4 @@ def _private(process: psutil.Process) -> int:
 
 
 if __name__ == "__main__":
-    _report_start(Path(sys.argv[1]), Path(sys.argv[2]))
+    run(measure, __doc__)

@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_pipeline.bench.clock import now
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.checkpoint import Checkpoints
@@ -39,6 +38,8 @@ from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
 from ssl_pipeline.views.config import BlurConfig, JitterConfig
 from ssl_pipeline.views.geometry import CropConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
+from tests.benchmarks.clock import now
+from tests.benchmarks.command import run
 
 _SIZE, _WAITING, _WORKERS = 32, 4, 2
 _OPTIM = OptimConfig(name="sgd")
@@ -196,3 +197,7 @@ class _LightlyLoop:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -25,6 +25,7 @@ from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.schedules import Clock
+from tests.benchmarks.command import run
 
 _WIDTH, _TEMPERATURE, _IMAGES = 128, 0.1, 128
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -110,7 +111,7 @@ def _seconds(name: str, rows: int) -> float:
 
 def _peak(name: str, rows: int) -> float:
     """MiB above the inputs, in a process of its own."""
-    words = [sys.executable, "-c", f"from ssl_pipeline.bench.loss import print_peak; print_peak({name!r}, {rows})"]
+    words = [sys.executable, "-c", f"from tests.benchmarks.loss import print_peak; print_peak({name!r}, {rows})"]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
@@ -181,3 +182,7 @@ def _error(loss: Callable[[Tensor, Tensor, float], Tensor], pair: list[Tensor], 
     exact = torch.autograd.grad(two_view_info_nce(exact_first, exact_second, temperature), [exact_first, exact_second])
     found, truth = torch.cat(rounded).double(), torch.cat(exact)
     return float((found - truth).norm() / truth.norm())
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from ssl_pipeline.views.config import BlurConfig, JitterConfig
 from ssl_pipeline.views.geometry import CropConfig
 from ssl_pipeline.views.policy import Views, ViewsConfig
+from tests.benchmarks.command import run
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CASES = ((32, 32, 256), (224, 256, 32))  # pixels of a view, pixels of an image, images
@@ -117,3 +118,7 @@ def _kornia(pixels: Tensor, size: int) -> Side:
         augmentation.Normalize(torch.tensor(_MEAN), torch.tensor(_STD)),
     )
     return lambda: [transform(pixels.float() / 255) for _ in range(2)]
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

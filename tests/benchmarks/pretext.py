@@ -34,6 +34,7 @@ from ssl_pipeline.model.teacher import MomentumConfig
 from ssl_pipeline.pretext._projected import through
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.views.policy import Views
+from tests.benchmarks.command import run
 
 HIDDEN, WIDTH, QUEUE, PROTOTYPES = 512, 128, 2048, 256
 _MOMENTUM = MomentumConfig(start=0.99)
@@ -266,3 +267,7 @@ _LIGHTLY: dict[str, Callable[[Encoder], Task]] = {
     "swav": _SwAV,
     "dino": _DINO,
 }
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

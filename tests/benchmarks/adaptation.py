@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ssl_pipeline.bench.clock import now
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
 from ssl_pipeline.data.paired import PairedBatches
@@ -24,6 +23,8 @@ from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluate.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, starting_point
 from ssl_pipeline.views.policy import Views
+from tests.benchmarks.clock import now
+from tests.benchmarks.command import run
 
 _METHODS = (
     "source_only", "adabn", "coral", "dann", "mmd", "mcc", "information_maximisation", "shot_im", "exemplar_memory", "dance",
@@ -106,3 +107,7 @@ def _side(name: str, share: Share) -> Side:
 def _domain(pool: Indexed, number: int) -> Indexed:
     assert pool.domains is not None
     return pool.select((pool.domains == number).nonzero()[:, 0])
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -27,8 +27,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from ssl_pipeline.bench.loss import resident_kib
-from ssl_pipeline.bench.plan import all_gather_bytes, all_reduce_bytes
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import ArraySource
@@ -40,6 +38,8 @@ from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.schedules import Clock
+from tests.benchmarks.command import run
+from tests.benchmarks.loss import resident_kib
 
 _OWN, _SIZE, _WIDTH, _STEPS = 32, 32, 128, 8
 _MEMORY = ((64, 16), (256, 16), (64, 64), (256, 64))  # images of a step, channels of the first stage
@@ -77,6 +77,16 @@ def measure(rounds: int) -> dict[str, float]:
     return figures
 
 
+def all_reduce_bytes(payload: float, processes: int) -> float:
+    """Bytes a process sends in a ring: 2 · (n - 1) ÷ n of the payload."""
+    return 2 * (processes - 1) / processes * payload
+
+
+def all_gather_bytes(own: float, processes: int) -> float:
+    """Bytes a process sends in a ring: its own rows, and those of n - 2 others that it passes on."""
+    return (processes - 1) * own
+
+
 def _group(processes: int, rounds: int) -> dict[str, float]:
     """One group's figures, by its first process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +97,7 @@ def _group(processes: int, rounds: int) -> dict[str, float]:
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=localhost:0",
         ]
-        words = [sys.executable, "-m", *launcher, "-m", "ssl_pipeline.bench.scale", str(out), str(rounds)]
+        words = [sys.executable, "-m", *launcher, "-m", "tests.benchmarks.scale", str(out), str(rounds)]
         done = subprocess.run(
             words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
@@ -181,7 +191,7 @@ def _loopback_bytes() -> int:
 
 def _child(call: str) -> list[float]:
     """The numbers that a call of this module's prints, in a process of its own."""
-    words = [sys.executable, "-c", f"from ssl_pipeline.bench import scale; scale.{call}"]
+    words = [sys.executable, "-c", f"from tests.benchmarks import scale; scale.{call}"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -227,4 +237,7 @@ def _kept_bytes(width: int) -> float:
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), int(sys.argv[2]))
+    if "RANK" in os.environ:
+        _work(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        run(measure, __doc__)

@@ -16,6 +16,7 @@ import psutil
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.evaluate.interval import paired_difference
+from tests.benchmarks.command import run
 
 _GIB = 2**30
 
@@ -26,7 +27,7 @@ def measure(rounds: int) -> dict[str, float]:
     script = Path(__file__).parents[2] / "launch" / "quickstart.sh"
     if not script.is_file():
         raise ConfigError(
-            "`bench quickstart` needs a source tree: there is no launch/quickstart.sh beside the package."
+            "the quickstart benchmark needs a source tree: there is no launch/quickstart.sh beside the package."
         )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -66,3 +67,7 @@ def _resident(pid: int) -> int:
         except psutil.NoSuchProcess:  # it ended between the two calls
             continue
     return total
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -32,6 +32,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
+from tests.benchmarks.command import run
 
 _STEPS, _SAVES, _LOOKS, _KILLS_OF_A_RUN = 40, 5, 8, 5
 _OF_TIME = ("time", "system/images_per_s", "system/data_wait")  # what no two runs have in common
@@ -232,3 +233,7 @@ def _write_pictures(root: Path, count: int = 40) -> None:
             Image.fromarray((np.array(colour) + noise).astype(np.uint8)).save(root / name / f"{number}.png")
     file = root / "red" / "7.png"
     file.write_bytes(file.read_bytes()[:-400])
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

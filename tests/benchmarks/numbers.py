@@ -18,6 +18,7 @@ from ssl_pipeline.engine.numbers import gradient_check
 from ssl_pipeline.model.artifact import Blueprint
 from ssl_pipeline.model.backbone import BackboneConfig
 from ssl_pipeline.model.neck import NeckConfig
+from tests.benchmarks.command import run
 
 _IMAGES, _SIZE, _LOOKS = 64, 32, 5
 
@@ -66,3 +67,7 @@ def _milliseconds(work: Callable[[], torch.Tensor]) -> float:
     began = time.perf_counter()
     work().item()  # waits for the device
     return 1000 * (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

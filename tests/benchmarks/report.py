@@ -13,11 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from ssl_pipeline.bench.chromium import Chromium, find_chromium
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from tests.benchmarks.command import run
+from tests.chromium import Chromium, find_chromium
 
 _PANELS = (
     "curves", "stage-two", "temperature", "collapse", "map", "neighbours", "views", "settings", "system",
@@ -29,7 +30,7 @@ def measure(rounds: int) -> dict[str, float]:
     binary = find_chromium()
     if binary is None:
         raise ConfigError(
-            "`bench report` needs Chromium, and none is installed: on Debian, `apt-get install chromium`."
+            "the report benchmark needs Chromium, and none is installed: on Debian, `apt-get install chromium`."
         )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -71,3 +72,7 @@ def _build(root: Path) -> float:
     if done.returncode:
         raise ConfigError(f"the report could not be made: {done.stderr.strip()}")
     return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.bench.loss import resident_kib
 from ssl_pipeline.evaluate.knn import knn_predict
 from ssl_pipeline.evaluate.sweep import choose, sweep
+from tests.benchmarks.command import run
+from tests.benchmarks.loss import resident_kib
 
 _QUERIES, _BANK, _WIDTH, _CLASSES, _K = 10_000, 60_000, 512, 10, 20
 _RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -85,7 +86,7 @@ def _sweep() -> float:
 
 
 def _peak(name: str) -> float:
-    words = [sys.executable, "-c", f"from ssl_pipeline.bench.knn import print_peak; print_peak({name!r})"]
+    words = [sys.executable, "-c", f"from tests.benchmarks.knn import print_peak; print_peak({name!r})"]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
@@ -98,3 +99,7 @@ def print_peak(name: str) -> None:
         file.write("5")
     knn(*rows)
     sys.stdout.write(f"{(resident_kib('VmHWM') - before) / 1024:.1f}\n")
+
+
+if __name__ == "__main__":
+    run(measure, __doc__)

@@ -1,1 +1,0 @@
-"""The measurements that README quotes, one command each."""
