@@ -7,6 +7,6 @@ environment dev
 
 echo "== ruff";  ruff check . && ruff format --check .
 echo "== mypy";  mypy
-echo "== docs";  python -m website
+echo "== docs";  python -m docs.site
 echo "== pytest"
 python -m pytest -q "$@"

@@ -19,12 +19,12 @@ from accelerate.commands.launch import launch_command_parser
 from torch import nn
 from torchvision.models import resnet18
 
+from docs.site.commands import Command, all_commands, commands_of
+from docs.site.verbs import configured_verbs
 from ssl_pipeline.cli import VERBS
 from tests.pictures import colour_folder
 from tests.runs import ROOT
 from tests.shapes import box_folder, mask_folder, number_table
-from website.commands import Command, all_commands, commands_of
-from website.verbs import configured_verbs
 
 SHELL = {"cd", "find", "ls", "cat", "export", "pre-commit", "git", "source"}
 CONFIGURED = {verb.name for verb in configured_verbs()}

@@ -11,13 +11,13 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from docs.site import messages, pictures, reference, stage, tasks
+from docs.site.__main__ import build
+from docs.site.docstrings import attributes, prose
+from docs.site.verbs import configured_verbs
 from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.config.resolve import module_of, names
 from tests.runs import ROOT
-from website import messages, pictures, reference, stage, tasks
-from website.__main__ import build
-from website.docstrings import attributes, prose
-from website.verbs import configured_verbs
 
 PACKAGE = ROOT / "ssl_pipeline"
 

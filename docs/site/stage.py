@@ -12,9 +12,9 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
-from website import messages, reference, tasks
-from website.notebook import as_markdown
-from website.verbs import ROOT
+from docs.site import messages, reference, tasks
+from docs.site.notebook import as_markdown
+from docs.site.verbs import ROOT
 
 # Sections and the pages that open them, in order; a page of `docs` that stands nowhere goes to Guides.
 SECTIONS: dict[str, list[str]] = {
@@ -64,8 +64,11 @@ def gather(folder: Path) -> None:
         target = folder / "docs" / asset.relative_to(ROOT / "docs")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(asset, target)
-    shutil.copyfile(ROOT / "website" / "site.css", folder / "docs" / "site.css")
-    _write(folder / "zensical.toml", (ROOT / "website" / "zensical.toml").read_text().replace("nav = []", _nav(pages)))
+    shutil.copyfile(ROOT / "docs" / "site" / "site.css", folder / "docs" / "site.css")
+    _write(
+        folder / "zensical.toml",
+        (ROOT / "docs" / "site" / "zensical.toml").read_text().replace("nav = []", _nav(pages)),
+    )
 
 
 def _written() -> dict[PurePosixPath, str]:

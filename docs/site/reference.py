@@ -14,6 +14,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.site.docstrings import attributes, prose
+from docs.site.verbs import Verb, configured_verbs
 from ssl_pipeline.cli import VERBS
 from ssl_pipeline.config.base import ConfigError, Room
 from ssl_pipeline.config.compose import choices, compose, config_root
@@ -21,8 +23,6 @@ from ssl_pipeline.config.resolve import module_of, names
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.schedules import DurationValue
 from ssl_pipeline.views.policy import ViewChanges
-from website.docstrings import attributes, prose
-from website.verbs import Verb, configured_verbs
 
 # Models that are one value in YAML.
 ONE_VALUE: dict[type, str] = {DurationValue: "duration", BadFilesLimit: "share or number"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from website.verbs import ROOT
+from docs.site.verbs import ROOT
 
 GAP = "…"  # stands for what a message fills in
 _ERRORS = re.compile(r"\w*Error$")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+from docs.site.docstrings import prose
+from docs.site.reference import component_table
 from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.config.resolve import module_of, names
-from website.docstrings import prose
-from website.reference import component_table
 
 # Page titles where the module's name is not how people write it.
 TITLES = {

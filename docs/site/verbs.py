@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ssl_pipeline.cli import VERBS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _CALL = re.compile(r"run_command\(\s*\"(?P<config>\w+)\", (?P<schema>\w+),")
 
 

@@ -1,4 +1,4 @@
-"""``python -m website.pictures``: the glossary's drawings, by the code that they explain; the same bytes each time."""
+"""``python -m docs.site.pictures``: the glossary's drawings, by the code that they explain; the same bytes each time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
+from docs.site.verbs import ROOT
 from ssl_pipeline.losses.temperature import softmax
 from ssl_pipeline.schedules import warmup_cosine
-from website.verbs import ROOT
 
 INK, BLUE, ORANGE = "#333333", "#4477aa", "#ee7733"
 

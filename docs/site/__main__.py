@@ -1,4 +1,4 @@
-"""``python -m website``: builds the site into ``build/site``; a warning is an error."""
+"""``python -m docs.site``: builds the site into ``build/site``; a warning is an error."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from website.stage import gather
-from website.verbs import ROOT
+from docs.site.stage import gather
+from docs.site.verbs import ROOT
 
 # The generator's way to let search work from a file, fetched from the network: nothing here is.
 _SHIM = re.compile(r"<script[^>]+src=\"https://[^\"]*iframe-worker[^\"]*\"[^>]*></script>")
@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m website", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.site", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "site", help="a folder, emptied first")
     site = build(parser.parse_args().output)
     sys.stdout.write(f"wrote {site}\n")
