@@ -20,7 +20,7 @@ VERBS = {
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
     "evaluate": (
-        "ssl_pipeline.evaluate.command",
+        "ssl_pipeline.evaluation.command",
         "how good are an encoder's features? kNN, probe, few labels, corruptions",
     ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
@@ -36,17 +36,17 @@ VERBS = {
         "ssl_pipeline.study.open_set",
         "how well are classes that were never taught found? over draws of the known ones",
     ),
-    "predict": ("ssl_pipeline.deliver.predict", "classes and probabilities for image files"),
-    "embed": ("ssl_pipeline.deliver.embed", "a data set's features as Parquet or npz, with ids"),
-    "neighbours": ("ssl_pipeline.deliver.neighbours", "the images most alike to one, as a list and a picture"),
+    "predict": ("ssl_pipeline.export.predict", "classes and probabilities for image files"),
+    "embed": ("ssl_pipeline.export.embed", "a data set's features as Parquet or npz, with ids"),
+    "neighbours": ("ssl_pipeline.export.neighbours", "the images most alike to one, as a list and a picture"),
     "export": (
-        "ssl_pipeline.deliver.export",
+        "ssl_pipeline.export.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
     ),
-    "views": ("ssl_pipeline.views.picture", "a picture of the random views of a data set"),
+    "views": ("ssl_pipeline.report.plot_views", "a picture of the random views of a data set"),
     "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "report": ("ssl_pipeline.report.command", "one page that shows what runs learned: curves, images, tables"),
-    "dashboard": ("ssl_pipeline.track.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),
+    "dashboard": ("ssl_pipeline.logging.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),
 }
 
 

@@ -31,29 +31,29 @@ from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.downstream.vector import targets_of
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import from_main, on_device, on_main, share_of, start_accelerator
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.signals import listen, stoppable
-from ssl_pipeline.evaluate.confusion import confusion_matrix
-from ssl_pipeline.evaluate.features import extract_readable
-from ssl_pipeline.evaluate.pictures import Gallery
-from ssl_pipeline.evaluate.result import Result, finished_seeds
-from ssl_pipeline.model.artifact import Blueprint, Card, finite, save, write_card
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import digest
+from ssl_pipeline.evaluation.features import extract_readable
+from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.result import Result, finished_seeds
+from ssl_pipeline.logging.jsonl import seconds_before
+from ssl_pipeline.logging.progress import console, duration, one_voice, print_table
+from ssl_pipeline.logging.redaction import redact
+from ssl_pipeline.logging.run import Resume, Run, open_run, versions
+from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.logging.training import TrainingCurves, trained_steps
+from ssl_pipeline.metrics.confusion import confusion_matrix
+from ssl_pipeline.models.artifact import Blueprint, Card, finite, save, write_card
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.weights import digest
+from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.track.jsonl import seconds_before
-from ssl_pipeline.track.progress import console, duration, one_voice, print_table
-from ssl_pipeline.track.redaction import redact
-from ssl_pipeline.track.run import Resume, Run, open_run, versions
-from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
-from ssl_pipeline.track.training import TrainingCurves, trained_steps
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")
 

@@ -21,7 +21,6 @@ from ssl_pipeline.data.source import Indexed, SourceConfig
 from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training, told_of_splits
 from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.data.value_range import told_of
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
 from ssl_pipeline.engine.distributed import (
@@ -41,25 +40,26 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.signals import listen, stoppable
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.evaluate.best import BestEncoder
-from ssl_pipeline.evaluate.features import extract
-from ssl_pipeline.evaluate.gain import untrained_figures, without_gain
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.evaluate.pictures import Gallery
-from ssl_pipeline.evaluate.watch import Watch
-from ssl_pipeline.model.artifact import Blueprint, Card, save, write_card
-from ssl_pipeline.model.backbone import Backbone, BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights_input import weights_input
+from ssl_pipeline.evaluation.alerts import open_alerts
+from ssl_pipeline.evaluation.best import BestEncoder
+from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.gain import untrained_figures, without_gain
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.watch import Watch
+from ssl_pipeline.logging.jsonl import seconds_before
+from ssl_pipeline.logging.progress import Progress, one_voice
+from ssl_pipeline.logging.redaction import redact
+from ssl_pipeline.logging.run import Resume, Run, open_run, versions
+from ssl_pipeline.logging.tracker import TrackingConfig, open_trackers
+from ssl_pipeline.models.artifact import Blueprint, Card, save, write_card
+from ssl_pipeline.models.backbone import Backbone, BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.weights_input import weights_input
+from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.track.alerts import open_alerts
-from ssl_pipeline.track.jsonl import seconds_before
-from ssl_pipeline.track.progress import Progress, one_voice
-from ssl_pipeline.track.redaction import redact
-from ssl_pipeline.track.run import Resume, Run, open_run, versions
-from ssl_pipeline.track.tracker import TrackingConfig, open_trackers
-from ssl_pipeline.views.policy import ViewsConfig
+from ssl_pipeline.transforms.policy import ViewsConfig
 
 
 class BatchConfig(Strict):

@@ -11,9 +11,9 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.schedules import Clock
 from tests.runs import small_pretext

@@ -22,9 +22,9 @@ from torch import Tensor
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, StepBatches, open_readable
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.draws import Draws
-from ssl_pipeline.views.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.rng import Draws
+from ssl_pipeline.transforms.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views
+from ssl_pipeline.transforms.policy import Views
 
 Kind = TypeVar("Kind", bound="Annotations")
 

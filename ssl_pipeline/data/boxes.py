@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.annotated import Annotations, place_of_views
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 
 class Boxes(Annotations):

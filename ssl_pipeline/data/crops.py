@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 NEIGHBOURS = 64  # that are tried in the place of a file that can't be decoded
 

@@ -28,9 +28,9 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
 from ssl_pipeline.data.workers import read_items
-from ssl_pipeline.draws import derive_seed, hash_bits, permutation
+from ssl_pipeline.rng import derive_seed, hash_bits, permutation
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 _log = logging.getLogger("ssl_pipeline")
 

@@ -20,12 +20,12 @@ from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.workers import read_items
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.resize import Resize
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
-from ssl_pipeline.views.geometry import as_float, central_boxes, resize_box_of_file, resize_boxes, stack_views
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
+from ssl_pipeline.transforms.geometry import as_float, central_boxes, resize_box_of_file, resize_boxes, stack_views
+from ssl_pipeline.transforms.policy import Views
 
 
 @dataclass(frozen=True)

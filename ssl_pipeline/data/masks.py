@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import Annotations, place_of_views
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
 T = TypeVar("T")

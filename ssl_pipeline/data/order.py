@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ssl_pipeline.draws import permutation
+from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import Clock
 
 

@@ -11,8 +11,8 @@ import torch
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.rng import derive_seed
+from ssl_pipeline.transforms.policy import Views
 
 
 class PairedBatches(StepBatches):

@@ -18,7 +18,7 @@ from ssl_pipeline.data.columns import number_names, numbers_of, text_of
 from ssl_pipeline.data.decode import DecodeError, Encoded
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Sample, Stream
-from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

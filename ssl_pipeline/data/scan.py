@@ -25,7 +25,7 @@ from ssl_pipeline.data.lost_files import Others
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.walk import ENDINGS, ending_of, images_without_ending, walk
-from ssl_pipeline.track.progress import console
+from ssl_pipeline.logging.progress import console
 
 _CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
 _MANY = 5_000  # files that take some seconds to look at: said before, where no bar shows it

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.bad_files import BadFiles
-from ssl_pipeline.views.config import ViewConfig
+from ssl_pipeline.transforms.config import ViewConfig
 
 Split = Literal["train", "dev", "test"]
 Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from

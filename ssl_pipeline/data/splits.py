@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.source import Indexed, Part, Split
-from ssl_pipeline.draws import Name, permutation
+from ssl_pipeline.rng import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),

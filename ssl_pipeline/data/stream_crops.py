@@ -15,8 +15,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, Encoded
 from ssl_pipeline.data.stream import Sample, Stream
-from ssl_pipeline.draws import derive_seed
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.rng import derive_seed
+from ssl_pipeline.transforms.policy import Views
 
 Read = TypeVar("Read")
 

@@ -7,8 +7,8 @@ import torch
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream, numbered
-from ssl_pipeline.draws import permutation
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.rng import permutation
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
 def views_of(

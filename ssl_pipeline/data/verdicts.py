@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ssl_pipeline.track.progress import console, print_table
+from ssl_pipeline.logging.progress import console, print_table
 
 BAD_FILES = "bad_files.txt"
 TOLD = 20

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.source import ArraySource, Indexed
-from ssl_pipeline.draws import derive_seed
+from ssl_pipeline.rng import derive_seed
 
 Control = Literal["no_shift", "noise", "shuffled"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssl_pipeline.draws import permutation
-from ssl_pipeline.evaluate.probe import fit_linear
+from ssl_pipeline.metrics.linear_probe import fit_linear
+from ssl_pipeline.rng import permutation
 
 _MOST = 1000
 _DECAY = 1e-3

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.evaluate.average_precision import average_precision
+from ssl_pipeline.metrics.average_precision import average_precision
 
 SCORES = ("msp", "max_logit", "energy", "knn")
 

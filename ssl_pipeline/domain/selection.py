@@ -10,8 +10,8 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.draws import permutation
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.rng import permutation
 
 _MOST = 4000
 

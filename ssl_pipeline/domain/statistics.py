@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.draws import permutation
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.norms import batch_norms
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.norms import batch_norms
+from ssl_pipeline.rng import permutation
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def estimate_statistics(
 ) -> None:
     """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
 
-    An encoder that keeps its statistics (:class:`ssl_pipeline.model.encoder.Encoder`) keeps them here too.
+    An encoder that keeps its statistics (:class:`ssl_pipeline.models.encoder.Encoder`) keeps them here too.
 
     Every process reads all images, so that all get the same statistics.
 

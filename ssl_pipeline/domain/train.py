@@ -10,10 +10,10 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, run_kept_loop, solve_head
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.optim import build_optimizer
-from ssl_pipeline.evaluate.features import extract
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.rng import derive_seed
+from ssl_pipeline.transforms.policy import Views
 
 
 def train_across(

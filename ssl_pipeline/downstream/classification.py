@@ -20,9 +20,9 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.evaluate.probe import fit_linear
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import CosineHead, LinearHead
+from ssl_pipeline.metrics.linear_probe import fit_linear
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import CosineHead, LinearHead
 
 
 class Config(VectorConfig):

@@ -26,8 +26,8 @@ from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import gather_rows
-from ssl_pipeline.model.teacher import Teacher
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.models.teacher import Teacher
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
 class ConsistencyConfig(Strict):

@@ -14,10 +14,10 @@ from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluate.together import from_all
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.views.geometry import as_float, stack_views
-from ssl_pipeline.views.policy import ViewsConfig
+from ssl_pipeline.evaluation.together import from_all
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.transforms.geometry import as_float, stack_views
+from ssl_pipeline.transforms.policy import ViewsConfig
 
 
 class DenseConfig(DownstreamConfig):

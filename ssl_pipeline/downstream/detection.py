@@ -25,10 +25,10 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.model.detector import FasterRCNNHead
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.norms import batch_norms, have_statistics
-from ssl_pipeline.model.retinanet import OneStageHead
+from ssl_pipeline.models.detector import FasterRCNNHead
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.norms import batch_norms, have_statistics
+from ssl_pipeline.models.retinanet import OneStageHead
 
 
 class Config(DenseConfig):

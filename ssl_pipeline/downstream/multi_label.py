@@ -22,9 +22,9 @@ from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_labels, known_mean
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.evaluate.average_precision import average_precision
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import LinearHead
+from ssl_pipeline.metrics.average_precision import average_precision
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import LinearHead
 
 
 class Config(VectorConfig):

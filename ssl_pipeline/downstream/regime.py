@@ -34,10 +34,10 @@ from ssl_pipeline.engine.distributed import check_same_start, from_main
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.model.bottleneck import estimate_bottleneck
+from ssl_pipeline.logging.training import TrainingCurves
+from ssl_pipeline.models.bottleneck import estimate_bottleneck
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
-from ssl_pipeline.track.training import TrainingCurves
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 
 class TrainingConfig(Strict):

@@ -24,8 +24,8 @@ from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_ridge, known_mean
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import LinearHead
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import LinearHead
 
 
 class Config(VectorConfig):

@@ -21,8 +21,8 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.classification import check_labels
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import NeighbourHead
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import NeighbourHead
 
 
 class Config(VectorConfig):

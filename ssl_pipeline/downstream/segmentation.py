@@ -20,8 +20,8 @@ from ssl_pipeline.data.masks import IGNORE, Masks
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.model.dense_head import DeepLab, SkipHead
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.dense_head import DeepLab, SkipHead
+from ssl_pipeline.models.encoder import Encoder
 
 
 class Config(DenseConfig):

@@ -1,6 +1,6 @@
 """Heads for numbers, solved on fixed features: ridge regression, and one logistic regression a label.
 
-As in :mod:`ssl_pipeline.evaluate.probe`, features are standardised for the fit and the result is folded back. A target of
+As in :mod:`ssl_pipeline.metrics.linear_probe`, features are standardised for the fit and the result is folded back. A target of
 NaN is not known and counts for nothing.
 """
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.model.artifact import Blueprint, load_encoder
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights_input import weights_input
+from ssl_pipeline.models.artifact import Blueprint, load_encoder
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.weights_input import weights_input
 
 
 def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blueprint, Encoder]:

@@ -16,9 +16,9 @@ from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.layers import head_layer, layer_of
-from ssl_pipeline.views.policy import ViewsConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.layers import head_layer, layer_of
+from ssl_pipeline.transforms.policy import ViewsConfig
 
 
 class DownstreamTask(Task, ABC):

@@ -13,9 +13,9 @@ from ssl_pipeline.data.annotated import Numbers, annotations_of
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluate.features import extract_readable
-from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.evaluation.features import extract_readable
+from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
+from ssl_pipeline.models.encoder import Encoder
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.training import Step, Training
+from ssl_pipeline.logging.names import full_name
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.track.names import full_name
 
 
 class Listener(Protocol):

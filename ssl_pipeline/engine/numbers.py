@@ -20,7 +20,7 @@ from ssl_pipeline.config.base import Strict, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.signals import received
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.model.norms import running_statistics
+from ssl_pipeline.models.norms import running_statistics
 
 FILE_NAME = "nonfinite.json"
 _TOLD = 5

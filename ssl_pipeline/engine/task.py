@@ -14,7 +14,7 @@ from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.schedules import Clock
 
 Embeddings = dict[str, Tensor]

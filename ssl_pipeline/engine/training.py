@@ -16,7 +16,6 @@ from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.lanes import StreamBatches
 from ssl_pipeline.data.loader import StepBatches
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import agree_on_buffers, check_all_learn, from_every
 from ssl_pipeline.engine.lost import explain
@@ -34,6 +33,7 @@ from ssl_pipeline.engine.optim import OptimConfig, set_rate
 from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.engine.two_pass import two_pass
+from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Clock
 
 

@@ -15,8 +15,8 @@ from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.gather import gather_rows
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import projection_head
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import projection_head
 
 
 class ProjectedConfig(PretextConfig):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext._projected import ProjectedConfig, WholeBatch
 
 

@@ -20,9 +20,9 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import precise
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import prediction_head
-from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import prediction_head
+from ssl_pipeline.models.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
 
 

@@ -16,7 +16,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.losses.gather import gather_rows
 from ssl_pipeline.losses.info_nce import unit_rows
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import dcl
 from ssl_pipeline.pretext._projected import ContrastiveConfig
 

@@ -25,9 +25,9 @@ from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.temperature import TemperatureConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import PrototypeHead, distillation_head
-from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import PrototypeHead, distillation_head
+from ssl_pipeline.models.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import through
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 

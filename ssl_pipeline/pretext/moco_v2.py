@@ -23,17 +23,17 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream, known_length
-from ssl_pipeline.draws import permutation
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.norms import norms_with_statistics
-from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.norms import norms_with_statistics
+from ssl_pipeline.models.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.rng import permutation
 
 
 class Config(ContrastiveConfig):

@@ -22,9 +22,9 @@ from ssl_pipeline.losses.gather import gather_ids, gather_rows
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import prediction_head
-from ssl_pipeline.model.teacher import MomentumConfig, Teacher
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import prediction_head
+from ssl_pipeline.models.teacher import MomentumConfig, Teacher
 from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
 
 

@@ -25,8 +25,8 @@ from ssl_pipeline.losses.gather import gather_ids, gather_rows
 from ssl_pipeline.losses.info_nce import info_nce, unit_rows
 from ssl_pipeline.losses.memory import Queue
 from ssl_pipeline.losses.temperature import temperature_figures
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import prediction_head
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import prediction_head
 from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through, with_predictions
 
 

@@ -19,7 +19,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import precise
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 
 
 class Config(PretextConfig):

@@ -22,7 +22,7 @@ from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
 
 

@@ -20,7 +20,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import Stream
 from ssl_pipeline.losses.info_nce import two_view_info_nce
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.pretext._projected import ContrastiveConfig
 

@@ -25,8 +25,8 @@ from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import world
 from ssl_pipeline.losses.info_nce import precise
 from ssl_pipeline.losses.memory import Queue
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import PrototypeHead
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import PrototypeHead
 from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
 from ssl_pipeline.schedules import Clock, Duration, parse_duration
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import check_folder_of, leave
+from ssl_pipeline.logging.progress import console
+from ssl_pipeline.logging.run import write_text_atomic
 from ssl_pipeline.report.look import Look, look
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
-from ssl_pipeline.track.progress import console
-from ssl_pipeline.track.run import write_text_atomic
 
 _ENDINGS = (".html", ".htm")
 _NAME = "report.html"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
+from ssl_pipeline.metrics.interval import Interval, interval, paired_difference
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.stage_two import Table, first_seed, in_percent, measured_rows, seeds_of, shown, spoken
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.report.comparison import study_comparison
 from ssl_pipeline.report.curves import first_and_last
 from ssl_pipeline.report.read import RunRecord

@@ -13,7 +13,8 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from ssl_pipeline.config.compose import as_yaml
-from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.logging.run import versions
+from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, first_and_last, last
@@ -22,7 +23,6 @@ from ssl_pipeline.report.overview import overview, title
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.spread import label_efficiency, spectra
 from ssl_pipeline.report.summary import duration, summary
-from ssl_pipeline.track.run import versions
 
 _PANELS = {
     "curves": "Curves", "stage-two": "Stage two", "temperature": "Temperature", "collapse": "Collapse", "map": "Map",

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.config.compose import read_yaml
-from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.track.lock import is_held
+from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
+from ssl_pipeline.logging.lock import is_held
 
 Stage = Literal["pretrain", "finetune", "study"]
 State = Literal["finished", "running", "stopped"]

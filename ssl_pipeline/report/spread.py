@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.report.comparison import condition
 from ssl_pipeline.report.look import Look
 from ssl_pipeline.report.read import RunRecord

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from ssl_pipeline.evaluate import collapse
-from ssl_pipeline.evaluate.interval import Interval, interval
+from ssl_pipeline.metrics import collapse
+from ssl_pipeline.metrics.interval import Interval, interval
 from ssl_pipeline.report.comparison import Comparison, study_comparison
 from ssl_pipeline.report.curves import first_and_last, last
 from ssl_pipeline.report.read import RunRecord

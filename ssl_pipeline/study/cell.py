@@ -21,16 +21,16 @@ from ssl_pipeline.downstream.regime import Surroundings, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.downstream.vector import Rows, VectorConfig, VectorTask, targets_of
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
-from ssl_pipeline.evaluate.features import extract_readable
-from ssl_pipeline.evaluate.knn import knn_accuracy
+from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point, unlabelled_images
-from ssl_pipeline.model.artifact import Blueprint, save
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.logging.run import write_json
+from ssl_pipeline.metrics.knn import knn_accuracy
+from ssl_pipeline.models.artifact import Blueprint, save
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.study.grid import Cell
-from ssl_pipeline.track.run import write_json
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.evaluate.interval import Interval, interval, paired_difference
+from ssl_pipeline.logging.progress import console, print_table
+from ssl_pipeline.logging.run import Resume, open_run, write_json
+from ssl_pipeline.metrics.interval import Interval, interval, paired_difference
 from ssl_pipeline.study.domain_map import draw, spots
 from ssl_pipeline.study.trained import (
     VERDICTS,
@@ -24,8 +26,6 @@ from ssl_pipeline.study.trained import (
     verdicts,
     write_domain_json,
 )
-from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, write_json
 
 _DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)

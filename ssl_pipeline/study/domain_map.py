@@ -14,7 +14,7 @@ from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.finished import load_model
-from ssl_pipeline.evaluate.features import extract_readable
+from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.report.planes import principal_plane
 

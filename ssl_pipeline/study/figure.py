@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_pipeline.evaluate.interval import interval
+from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.study.verdict import Condition, Findings, named
 
 # Okabe and Ito's colours, told apart by people with any kind of colour vision; marks and dashes say the same in black and white.

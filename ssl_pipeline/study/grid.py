@@ -15,7 +15,7 @@ from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.track.tracker import TrackingConfig
+from ssl_pipeline.logging.tracker import TrackingConfig
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
 # They decide no figure: the weights have a digest.

@@ -23,17 +23,17 @@ from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.downstream.labels import draw, draw_index
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.evaluate.interval import interval
 from ssl_pipeline.finetune import check, starting_point
-from ssl_pipeline.model.weights import is_file_name
+from ssl_pipeline.logging.progress import console, print_table
+from ssl_pipeline.logging.run import Run, open_run, versions, write_json
+from ssl_pipeline.logging.tracker import open_trackers
+from ssl_pipeline.metrics.interval import interval
+from ssl_pipeline.models.weights import is_file_name
 from ssl_pipeline.study.cell import Reading, Training, reads_features
 from ssl_pipeline.study.figure import draw as draw_figure
 from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of_weights, slug
 from ssl_pipeline.study.jobs import settle, work_off
 from ssl_pipeline.study.verdict import Findings
-from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Run, open_run, versions, write_json
-from ssl_pipeline.track.tracker import open_trackers
 
 SCHEMA = 1
 _FEATURES_FORM = 2  # of the files of features: another number, and those of an older version are taken anew

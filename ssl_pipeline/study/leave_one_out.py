@@ -11,10 +11,10 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, Strict, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.evaluate.interval import interval, paired_difference
+from ssl_pipeline.logging.progress import console, print_table
+from ssl_pipeline.logging.run import Resume, open_run, write_json
+from ssl_pipeline.metrics.interval import interval, paired_difference
 from ssl_pipeline.study.trained import Figures, check_places, checked, heading, trained, verdicts, write_domain_json
-from ssl_pipeline.track.progress import console, print_table
-from ssl_pipeline.track.run import Resume, open_run, write_json
 
 Cells = dict[str, dict[str, list[Figures]]]
 

@@ -17,11 +17,11 @@ from ssl_pipeline.data.lanes import training_batches
 from ssl_pipeline.data.loader import Share
 from ssl_pipeline.data.stream import known_length, open_training
 from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
+from ssl_pipeline.logging.progress import console
 from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_figures
-from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.track.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.track.progress import console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

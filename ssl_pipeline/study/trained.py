@@ -13,11 +13,11 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.across import split_domains
-from ssl_pipeline.evaluate.interval import LEVEL, Interval, holm
 from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.logging.progress import console
+from ssl_pipeline.logging.run import write_json
+from ssl_pipeline.metrics.interval import LEVEL, Interval, holm
 from ssl_pipeline.study.grid import changes, digest_of_weights, settings_of
-from ssl_pipeline.track.progress import console
-from ssl_pipeline.track.run import write_json
 
 Figures = dict[str, float]
 _OPENED: dict[tuple[str, str], tuple[Indexed, Indexed | None]] = {}

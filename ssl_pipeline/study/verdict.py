@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ssl_pipeline.evaluate.interval import LEVEL, Interval, holm, interval, paired_difference
+from ssl_pipeline.metrics.interval import LEVEL, Interval, holm, interval, paired_difference
 from ssl_pipeline.study.grid import StudyConfig
 
 Row = dict[str, Any]

@@ -20,9 +20,9 @@ from ssl_pipeline.domain.method import Method
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
 from ssl_pipeline.engine.optim import build_optimizer
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, starting_point
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

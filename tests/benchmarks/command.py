@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.config.command import leave
-from ssl_pipeline.track.progress import print_table
+from ssl_pipeline.logging.progress import print_table
 
 
 def run(measure: Callable[[int], dict[str, float]], description: str | None) -> None:

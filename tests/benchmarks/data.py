@@ -35,9 +35,9 @@ from ssl_pipeline.data.manifest import Manifest, place_of
 from ssl_pipeline.data.scan import Wanted, look
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
-from ssl_pipeline.views.config import BlurConfig, JitterConfig
-from ssl_pipeline.views.geometry import CropConfig
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
+from ssl_pipeline.transforms.geometry import CropConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

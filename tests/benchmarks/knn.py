@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.evaluate.knn import knn_predict
-from ssl_pipeline.evaluate.sweep import choose, sweep
+from ssl_pipeline.metrics.knn import knn_predict
+from ssl_pipeline.metrics.sgd_probe import choose, sweep
 from tests.benchmarks.command import run
 from tests.benchmarks.loss import resident_kib
 

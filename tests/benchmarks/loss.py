@@ -20,9 +20,9 @@ from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.losses.info_nce import two_view_info_nce, unit_rows
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.schedules import Clock
 from tests.benchmarks.command import run

@@ -15,9 +15,9 @@ from torch.nn.utils import get_total_norm
 
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.numbers import gradient_check
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from tests.benchmarks.command import run
 
 _IMAGES, _SIZE, _LOOKS = 64, 32, 5

@@ -22,18 +22,18 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import Preprocessing, StepBatches
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.draws import derive_seed
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.teacher import MomentumConfig
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.teacher import MomentumConfig
 from ssl_pipeline.pretext._projected import through
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.rng import derive_seed
+from ssl_pipeline.transforms.policy import Views
 from tests.benchmarks.command import run
 
 HIDDEN, WIDTH, QUEUE, PROTOTYPES = 512, 128, 2048, 256

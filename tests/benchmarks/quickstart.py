@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.evaluate.interval import paired_difference
+from ssl_pipeline.metrics.interval import paired_difference
 from tests.benchmarks.command import run
 
 _GIB = 2**30

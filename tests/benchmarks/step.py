@@ -29,15 +29,15 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLog
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.track.jsonl import FILE_NAME, JsonlLog
-from ssl_pipeline.views.config import BlurConfig, JitterConfig
-from ssl_pipeline.views.geometry import CropConfig
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
+from ssl_pipeline.transforms.geometry import CropConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

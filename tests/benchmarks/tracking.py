@@ -26,13 +26,13 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.engine.distributed import share_of, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.evaluate.pictures import Gallery
-from ssl_pipeline.model.artifact import Blueprint
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.logging.run import open_run
+from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.models.artifact import Blueprint
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.track.run import open_run
-from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.benchmarks.command import run
 
 _STEPS, _FEW_STEPS = 20, 2

@@ -9,20 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "ssl_pipeline"
 LEVELS = [
-    {"draws", "config"},
+    {"rng", "config"},
     {"schedules"},
-    {"model", "losses"},
-    {"pretext", "downstream", "domain", "evaluate", "data", "views", "engine", "track"},
+    {"models", "losses"},
+    {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "transforms", "engine", "logging"},
     {"pretrain", "finetune"},
-    {"study", "deliver", "report"},
+    {"study", "export", "report"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ONLY_IN = {
     "hydra": {"config"},
-    "wandb": {"track"},
-    "wandb_workspaces": {"track"},
-    "accelerate": {"engine", "track", "pretrain", "finetune", "downstream/regime.py"},
+    "wandb": {"logging"},
+    "wandb_workspaces": {"logging"},
+    "accelerate": {"engine", "logging", "pretrain", "finetune", "downstream/regime.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

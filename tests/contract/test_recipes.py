@@ -21,9 +21,9 @@ from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.sources.torchvision import DATASETS
 from ssl_pipeline.data.sources.torchvision import Config as Torchvision
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import ROOT, SMALL_HEADS
 
 OWN = {"quickstart_pretrain", "quickstart_study"}  # measured here: docs/results/quickstart.md

@@ -20,11 +20,11 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.lost import leaving_together
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.runs import TINY, small_pretext
 from tests.tasks import as_group_norm
 

@@ -23,11 +23,11 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import is_sharded
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.distributed.every_task import OPTIONS, distance
 from tests.tasks import tiny_config
 

@@ -13,7 +13,7 @@ import torch
 
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.evaluate import features
+from ssl_pipeline.evaluation import features
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import main
 

@@ -12,9 +12,9 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import TINY, command, tiny_pretrain
 from tests.unit.test_loader import photos, views
 

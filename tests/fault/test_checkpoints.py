@@ -16,9 +16,9 @@ import torch
 from ssl_pipeline.engine import checkpoint
 from ssl_pipeline.engine.checkpoint import CheckpointError, Checkpoints
 from ssl_pipeline.finetune import finetune
+from ssl_pipeline.logging.lock import is_held
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.lock import is_held
 from tests.integration.test_study import artifact
 from tests.runs import TINY, ssl_pipeline, tiny_finetune, tiny_pretrain
 from tests.unit.test_loader import photos

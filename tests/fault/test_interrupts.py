@@ -147,7 +147,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path, monkeypa
     def interrupts(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("ssl_pipeline.evaluate.online.OnlineEvaluation.__call__", interrupts)
+    monkeypatch.setattr("ssl_pipeline.evaluation.online.OnlineEvaluation.__call__", interrupts)
     with pytest.raises(StoppedByHand, match="stopped by Ctrl-C: go on by"):
         pretrain(tiny_pretrain(tmp_path / "run"))
     monkeypatch.setattr("ssl_pipeline.pretrain.open_training", interrupts)

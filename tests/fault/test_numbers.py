@@ -17,11 +17,11 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.numbers import NonFiniteError, Statistics, gradient_check
 from ssl_pipeline.engine.task import StepOutput
+from ssl_pipeline.evaluation.alerts import LossSpikes
 from ssl_pipeline.finetune import finetune
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.alerts import LossSpikes
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import TINY, command, tiny_finetune, tiny_pretrain
 
 EACH = ["checkpoint_every=1 steps", "optim.warmup=0 steps"]

@@ -23,10 +23,10 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.engine.group import waits_in_torch
 from ssl_pipeline.engine.lost import LostProcessError, explain
-from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.fault.launched import launched
 from tests.runs import ROOT, TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos

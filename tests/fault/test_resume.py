@@ -14,10 +14,10 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.loader import StepBatches
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.jsonl import read_metrics
+from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.pictures import colour_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 

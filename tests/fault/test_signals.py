@@ -17,11 +17,11 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine import signals
 from ssl_pipeline.engine.launcher import command_line
 from ssl_pipeline.engine.signals import StoppedError
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.model.encoder import Encoder
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.jsonl import read_metrics
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.fault.launched import launched
 from tests.runs import TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.evaluate.features import extract
+from ssl_pipeline.evaluation.features import extract
 
 
 def main() -> None:

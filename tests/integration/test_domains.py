@@ -23,7 +23,7 @@ from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.regime import Best
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.schedules import Clock

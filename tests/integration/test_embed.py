@@ -19,13 +19,13 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.deliver import embed, neighbours
-from ssl_pipeline.deliver.embed import EmbedConfig
-from ssl_pipeline.deliver.neighbours import NeighboursConfig, find
-from ssl_pipeline.evaluate.encoder import leading_words
-from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.evaluation.encoder import leading_words
+from ssl_pipeline.export import embed, neighbours
+from ssl_pipeline.export.embed import EmbedConfig
+from ssl_pipeline.export.neighbours import NeighboursConfig, find
+from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import colour_folder
 
 

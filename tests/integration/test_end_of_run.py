@@ -17,14 +17,14 @@ from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine import memory
-from ssl_pipeline.evaluate.gain import without_gain
-from ssl_pipeline.evaluate.online import OnlineEvaluation
+from ssl_pipeline.evaluation.gain import without_gain
+from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import load_encoder, read
+from ssl_pipeline.logging.jsonl import read_metrics
+from ssl_pipeline.models.artifact import load_encoder, read
 from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.summary import summary
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.pictures import colour_folder
 from tests.runs import TINY, tiny_finetune, tiny_pretrain
 

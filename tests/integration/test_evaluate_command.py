@@ -13,11 +13,11 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.evaluate.command import EvaluateConfig, Evaluation, evaluate, main
-from ssl_pipeline.evaluate.encoder import leading_words
-from ssl_pipeline.model.artifact import Blueprint, Card, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.evaluation.command import EvaluateConfig, Evaluation, evaluate, main
+from ssl_pipeline.evaluation.encoder import leading_words
+from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import colour_folder
 
 

@@ -28,14 +28,14 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.data.decode import decode
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.deliver import hub
-from ssl_pipeline.deliver.export import default_name, export, main
-from ssl_pipeline.deliver.parts import Part, Parts, open_parts
-from ssl_pipeline.deliver.predict import image_files, open_predictor, predict
-from ssl_pipeline.deliver.predict import main as predict_main
 from ssl_pipeline.downstream.finished import Model, load_model
+from ssl_pipeline.export import hub
+from ssl_pipeline.export.export import default_name, export, main
+from ssl_pipeline.export.parts import Part, Parts, open_parts
+from ssl_pipeline.export.predict import image_files, open_predictor, predict
+from ssl_pipeline.export.predict import main as predict_main
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.models.artifact import load_encoder
 from tests.pictures import colour_folder
 
 
@@ -346,7 +346,7 @@ def test_a_network_that_fixes_its_batch_is_refused(
 def test_a_graph_that_computes_something_else_is_removed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_pipeline.deliver.graph._onnx_run", lambda session, images: torch.zeros(len(images), 3))
+    monkeypatch.setattr("ssl_pipeline.export.graph._onnx_run", lambda session, images: torch.zeros(len(images), 3))
     with pytest.raises(ConfigError, match="computes other values than the model"):
         export(open_parts(small), "onnx", tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

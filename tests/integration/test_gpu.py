@@ -10,12 +10,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.draws import Draws
 from ssl_pipeline.finetune import finetune
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.rng import Draws
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import tiny_finetune, tiny_pretrain
 
 pytestmark = [

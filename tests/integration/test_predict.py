@@ -18,17 +18,17 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.deliver.answers import Boxes, Mask, open_answers, palette
-from ssl_pipeline.deliver.coco import coco_results
-from ssl_pipeline.deliver.export import export
-from ssl_pipeline.deliver.parts import open_parts
-from ssl_pipeline.deliver.predict import main, open_predictor, predict
 from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.model.artifact import Blueprint, Card, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.export.answers import Boxes, Mask, open_answers, palette
+from ssl_pipeline.export.coco import coco_results
+from ssl_pipeline.export.export import export
+from ssl_pipeline.export.parts import open_parts
+from ssl_pipeline.export.predict import main, open_predictor, predict
+from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 
 SMALL: dict[str, dict[str, Any]] = {
     "regression": {}, "multi_label": {}, "segmentation": {},

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.finetune import finetune
+from ssl_pipeline.logging.lock import FolderLock
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
-from ssl_pipeline.track.lock import FolderLock
 from tests.chromium import Chromium, find_chromium
 from tests.report_runs import write_pretrain, write_study
 from tests.runs import tiny_finetune, tiny_pretrain

@@ -25,9 +25,9 @@ from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.stream import Sample, Stream
 from ssl_pipeline.data.stream_crops import read_stream_crops
 from ssl_pipeline.engine.checkpoint import Checkpoints
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import same_bytes, tiny_pretrain
 from tests.shards import png, write_shards, write_tar
 from tests.unit.test_loader import photos

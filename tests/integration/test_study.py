@@ -16,16 +16,16 @@ from torchvision.models import ResNet18_Weights
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import Blueprint, Card, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.logging.jsonl import read_metrics
+from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.study.cell import Desk
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initialisations_of, study
 from ssl_pipeline.study.verdict import Findings
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.report_page import Page, blind, payload
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]

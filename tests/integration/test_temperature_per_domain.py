@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.jsonl import read_metrics
 from tests.runs import tiny_pretrain
 
 

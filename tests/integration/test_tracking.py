@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.evaluate.pictures import Gallery
+from ssl_pipeline.evaluation.pictures import Gallery
 from ssl_pipeline.finetune import finetune
-from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.logging.background import Background
+from ssl_pipeline.logging.jsonl import JsonlLog, read_metrics
+from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
+from ssl_pipeline.logging.run import Run, open_run
+from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.track.background import Background
-from ssl_pipeline.track.jsonl import JsonlLog, read_metrics
-from ssl_pipeline.track.names import GROUPS, TRAINING_STEP
-from ssl_pipeline.track.run import Run, open_run
-from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
 from tests.runs import tiny_finetune, tiny_pretrain
 from tests.wandb_file import history, records
 
@@ -269,7 +269,7 @@ def test_a_mirror_that_hangs_costs_one_warning(
 def test_neither_dead_mirrors_nor_pictures_move_a_weight(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ssl_pipeline.track.tracker._open_wandb", lambda *_: 1 / 0)
+    monkeypatch.setattr("ssl_pipeline.logging.tracker._open_wandb", lambda *_: 1 / 0)
     words = ["tracking=auto", "tracking.pictures=false", "steps=4", "evaluate_every=2 steps"]
     broken = pretrain(tiny_pretrain(tmp_path / "a", *words))
     first, second = load_encoder(runs[0])[0].state_dict(), load_encoder(broken)[0].state_dict()

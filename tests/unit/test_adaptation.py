@@ -37,13 +37,13 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.head import CosineHead
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.norms import batch_norms
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.head import CosineHead
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 
 SHARE = Share(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))

@@ -11,10 +11,10 @@ from torch import nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, read, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, read, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
 
 
 def blueprint(

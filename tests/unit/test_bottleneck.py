@@ -17,11 +17,11 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.regime import Surroundings, train
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.transforms.policy import Views
 
 SHARE = Share(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))

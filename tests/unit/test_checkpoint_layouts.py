@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.evaluate.command import EvaluateConfig
-from ssl_pipeline.evaluate.encoder import open_encoder
-from ssl_pipeline.model.backbone import BackboneConfig, build_backbone
-from ssl_pipeline.model.small_resnet import SmallResNet
+from ssl_pipeline.evaluation.command import EvaluateConfig
+from ssl_pipeline.evaluation.encoder import open_encoder
+from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
+from ssl_pipeline.models.small_resnet import SmallResNet
 
 State = Mapping[str, Tensor]
 Layout = Callable[[State, State], Any]

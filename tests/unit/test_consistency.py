@@ -27,11 +27,11 @@ from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index, w
 from ssl_pipeline.downstream.regime import Surroundings, train
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.finetune import FinetuneConfig, check, finetune, unlabelled_images
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.runs import tiny_finetune
 
 SHARE = Share(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.evaluate.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
+from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 
 
 def photos(channels: int, count: int = 3) -> ArraySource:

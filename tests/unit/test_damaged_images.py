@@ -22,12 +22,12 @@ from ssl_pipeline.downstream.dense import DenseTask
 from ssl_pipeline.downstream.labels import Labelled
 from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.evaluate.corruptions import Corrupted
-from ssl_pipeline.evaluate.features import extract_readable
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.evaluation.corruptions import Corrupted
+from ssl_pipeline.evaluation.features import extract_readable
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.cell import _of
 from tests.unit.test_loader import photos
 

@@ -26,13 +26,13 @@ from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.data.sources import coco
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.finished import load_model
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import load_encoder
-from ssl_pipeline.model.norms import batch_norms
+from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import same_bytes
 from tests.shapes import box_folder, scene
 from tests.unit.test_downstream_vector import encoder

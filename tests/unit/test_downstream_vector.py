@@ -27,14 +27,14 @@ from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.encoder import Encoder
-from ssl_pipeline.model.head import LinearHead, NeighbourHead
-from ssl_pipeline.model.layers import head_layer, layer_of
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.head import LinearHead, NeighbourHead
+from ssl_pipeline.models.layers import head_layer, layer_of
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import same_bytes
 from tests.shapes import number_table, scene

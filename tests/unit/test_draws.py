@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_pipeline.draws import Draws, derive_seed, hash_bits, permutation
+from ssl_pipeline.rng import Draws, derive_seed, hash_bits, permutation
 
 
 def test_hash_is_splitmix64() -> None:

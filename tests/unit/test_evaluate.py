@@ -11,15 +11,15 @@ from sklearn.linear_model import LogisticRegression
 
 from ssl_pipeline.data.loader import Preprocessing, Share
 from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.evaluate import collapse
-from ssl_pipeline.evaluate.interval import holm, interval, paired_difference
-from ssl_pipeline.evaluate.knn import knn_accuracy, knn_predict
-from ssl_pipeline.evaluate.online import OnlineEvaluation
-from ssl_pipeline.evaluate.probe import fit_linear
-from ssl_pipeline.model.artifact import Blueprint, finite
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.metrics import collapse
+from ssl_pipeline.metrics.interval import holm, interval, paired_difference
+from ssl_pipeline.metrics.knn import knn_accuracy, knn_predict
+from ssl_pipeline.metrics.linear_probe import fit_linear
+from ssl_pipeline.models.artifact import Blueprint, finite
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
 def blobs(seed: int = 0, count: int = 60, classes: int = 3, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ def test_a_texture_takes_the_background_alone_and_is_each_images_own() -> None:
 
 def test_edges_of_a_flat_image_are_nothing() -> None:
     from ssl_pipeline.data.sources.fashion_domains import _edges
-    from ssl_pipeline.draws import Draws
+    from ssl_pipeline.rng import Draws
 
     step = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
     step[..., 3:] = 100

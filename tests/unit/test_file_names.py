@@ -17,10 +17,10 @@ from PIL import Image
 from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.sources import domain_folder, folder
-from ssl_pipeline.deliver.answers import open_answers
-from ssl_pipeline.deliver.embed import Embedded, write_npz, write_parquet
-from ssl_pipeline.deliver.predict import _write
-from ssl_pipeline.track.progress import console
+from ssl_pipeline.export.answers import open_answers
+from ssl_pipeline.export.embed import Embedded, write_npz, write_parquet
+from ssl_pipeline.export.predict import _write
+from ssl_pipeline.logging.progress import console
 
 NAME = os.fsdecode(b"caf\xe9.png")
 

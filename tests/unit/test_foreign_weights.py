@@ -13,8 +13,8 @@ from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.evaluate.command import EvaluateConfig
-from ssl_pipeline.evaluate.encoder import Opened, leading_words, open_encoder
+from ssl_pipeline.evaluation.command import EvaluateConfig
+from ssl_pipeline.evaluation.encoder import Opened, leading_words, open_encoder
 
 Names = Callable[[models.ResNet], dict[str, Tensor]]
 

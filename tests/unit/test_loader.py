@@ -21,8 +21,8 @@ from ssl_pipeline.data.file_source import FileSource
 from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
-from ssl_pipeline.views.geometry import reductions
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.geometry import reductions
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 CPU = torch.device("cpu")
 

@@ -13,14 +13,14 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.model.backbone import Backbone, BackboneConfig, build_backbone
-from ssl_pipeline.model.bottleneck import BottleneckConfig, build_bottleneck
-from ssl_pipeline.model.dense_head import DeepLab, SkipHead
-from ssl_pipeline.model.encoder import Encoder, build_encoder
-from ssl_pipeline.model.families import anatomy_of, cut_classifier
-from ssl_pipeline.model.head import CosineHead, LinearHead, prediction_head, projection_head
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights import load_strictly
+from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
+from ssl_pipeline.models.dense_head import DeepLab, SkipHead
+from ssl_pipeline.models.encoder import Encoder, build_encoder
+from ssl_pipeline.models.families import anatomy_of, cut_classifier
+from ssl_pipeline.models.head import CosineHead, LinearHead, prediction_head, projection_head
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.weights import load_strictly
 
 SIZE = 64
 FAST = {"resnet18": "fc", "mobilenet_v3_small": "classifier"}  # where the library's classifier is

@@ -25,10 +25,10 @@ from ssl_pipeline.domain.open_set import (
     threshold,
 )
 from ssl_pipeline.downstream import classification
-from ssl_pipeline.evaluate.features import extract
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 
 # Few different values, so that many are equal.
 VALUES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=30).map(torch.tensor)

@@ -16,18 +16,18 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.draws import permutation
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.training import Training
-from ssl_pipeline.model.teacher import MomentumConfig
+from ssl_pipeline.models.teacher import MomentumConfig
 from ssl_pipeline.pretext.dino import DINO
 from ssl_pipeline.pretext.instance_discrimination import InstanceDiscrimination
 from ssl_pipeline.pretext.moco_v2 import MoCoV2
 from ssl_pipeline.pretext.moco_v3 import MoCoV3
 from ssl_pipeline.pretext.nnclr import NNCLR
 from ssl_pipeline.pretext.swav import SwAV
+from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import Clock
 from tests.tasks import tiny_batch, tiny_task
 

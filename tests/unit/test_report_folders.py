@@ -24,7 +24,7 @@ from tests.report_runs import write_finetune, write_pretrain, write_study
 def held(folder: Path) -> Iterator[None]:
     """Another process is in the folder, as a run would be."""
     code = (
-        "import sys; from pathlib import Path; from ssl_pipeline.track.lock import FolderLock;"
+        "import sys; from pathlib import Path; from ssl_pipeline.logging.lock import FolderLock;"
         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -21,11 +21,11 @@ from ssl_pipeline.data.masks import Masks
 from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
-from ssl_pipeline.evaluate.result import Result
+from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.dense_head import DeepLab
+from ssl_pipeline.models.dense_head import DeepLab
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.runs import same_bytes
 from tests.shapes import NAMES, scene
 from tests.shapes import mask_folder as write_folder
@@ -142,7 +142,7 @@ def test_every_tap_of_deeplab_sees_the_map(side: int, rates: tuple[int, int, int
 
 
 def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Path, tmp_path: Path) -> None:
-    from ssl_pipeline.model.artifact import load_encoder
+    from ssl_pipeline.models.artifact import load_encoder
 
     result = run(
         folder,

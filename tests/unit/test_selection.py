@@ -26,14 +26,14 @@ from ssl_pipeline.downstream.probe import choose_decay
 from ssl_pipeline.downstream.regime import Best, Surroundings, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.vector import Rows, VectorConfig
-from ssl_pipeline.evaluate.features import extract
-from ssl_pipeline.evaluate.probe import fit_linear
+from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import Blueprint
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
+from ssl_pipeline.metrics.linear_probe import fit_linear
+from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import Clock
-from ssl_pipeline.views.policy import Views
+from ssl_pipeline.transforms.policy import Views
 from tests.runs import same_bytes
 
 SHARE = Share(0, 1, torch.device("cpu"))

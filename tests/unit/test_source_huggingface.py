@@ -22,7 +22,7 @@ from ssl_pipeline.data.lanes import StreamBatches, sample_id
 from ssl_pipeline.data.loader import Share, StepBatches
 from ssl_pipeline.data.rows import Rows, RowStream, encoded
 from ssl_pipeline.data.sources import huggingface
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.shards import png
 from tests.unit.test_loader import photos
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_pipeline.draws import permutation
-from ssl_pipeline.evaluate.knn import _greatest, knn_predict, neighbours
-from ssl_pipeline.evaluate.sweep import Probes, choose, sweep
+from ssl_pipeline.metrics.knn import _greatest, knn_predict, neighbours
+from ssl_pipeline.metrics.sgd_probe import Probes, choose, sweep
+from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import warmup_cosine
 
 
@@ -67,7 +67,7 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch:
     queries, _ = blobs(11, seed=1)
     cosines = F.cosine_similarity(queries[:, None], bank[None], dim=2)
     value, index = cosines.topk(6, dim=1)
-    monkeypatch.setattr("ssl_pipeline.evaluate.knn._SIMILARITIES", 4 * len(bank))
+    monkeypatch.setattr("ssl_pipeline.metrics.knn._SIMILARITIES", 4 * len(bank))
     parts = list(neighbours(queries, bank, 6))
     assert [len(part) for part, _ in parts] == [4, 4, 3]
     assert torch.equal(torch.cat([found for _, found in parts]), index)
@@ -80,7 +80,7 @@ def test_the_greatest_are_topks_with_blocks_or_without(k: int, count: int, block
     similarity = torch.randperm(4 * count, generator=torch.Generator().manual_seed(seed)).float().reshape(4, count)
     k = min(k, count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ssl_pipeline.evaluate.knn._BLOCK", block)
+        patch.setattr("ssl_pipeline.metrics.knn._BLOCK", block)
         value, index = _greatest(similarity, k)
     expected = similarity.topk(k, dim=1)
     assert torch.equal(value, expected.values)

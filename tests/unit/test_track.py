@@ -21,13 +21,13 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.logging.jsonl import JsonlLog, read_metrics, seconds_before
+from ssl_pipeline.logging.progress import Progress, print_table
+from ssl_pipeline.logging.redaction import redact, redact_command
+from ssl_pipeline.logging.run import Run, open_run, versions, write_json, write_text_atomic
+from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.logging.wandb import open_wandb
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.track.jsonl import JsonlLog, read_metrics, seconds_before
-from ssl_pipeline.track.progress import Progress, print_table
-from ssl_pipeline.track.redaction import redact, redact_command
-from ssl_pipeline.track.run import Run, open_run, versions, write_json, write_text_atomic
-from ssl_pipeline.track.tracker import Trackers, TrackingConfig, open_trackers
-from ssl_pipeline.track.wandb import open_wandb
 from tests.runs import tiny_pretrain
 
 CONFIG: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_a_kill_between_the_two_files_of_a_start(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("ssl_pipeline.track.run.write_text_atomic", dies)
+            patched.setattr("ssl_pipeline.logging.run.write_text_atomic", dies)
             with pytest.raises(KeyboardInterrupt):
                 opened(seed, resume)
 
@@ -141,8 +141,8 @@ def test_other_threads_and_versions_are_said(
     run_in(tmp_path / "a").close()
     run_in(tmp_path / "a", "auto").close()
     assert not caplog.text
-    monkeypatch.setattr("ssl_pipeline.track.run.torch.get_num_threads", lambda: 3)
-    monkeypatch.setattr("ssl_pipeline.track.run.versions", lambda: versions() | {"torch": "9.9"})
+    monkeypatch.setattr("ssl_pipeline.logging.run.torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("ssl_pipeline.logging.run.versions", lambda: versions() | {"torch": "9.9"})
     run_in(tmp_path / "a", "auto").close()
     assert "threads was 1 and is now 3: from here on the last bits may differ" in caplog.text
     assert "torch was" in caplog.text
@@ -153,7 +153,7 @@ def test_a_fork_does_not_inherit_the_lock(tmp_path: Path) -> None:
     """A run that was killed lets the next one in at once, though a worker of its outlives it."""
     run_in(tmp_path / "a").close()
     hold = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom ssl_pipeline.track.lock import FolderLock\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom ssl_pipeline.logging.lock import FolderLock\n"
         "lock = FolderLock(Path(sys.argv[1]))\nif os.fork() == 0:\n    time.sleep(60)\nprint('held', flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen(
@@ -464,7 +464,7 @@ def test_wandbs_environment_holds_where_the_configuration_has_its_default(
 def test_wandb_disabled_is_tracking_off(text: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setenv("WANDB_DISABLED", text)
-    monkeypatch.setattr("ssl_pipeline.track.tracker.Background", lambda name, *_: opened.append(name))
+    monkeypatch.setattr("ssl_pipeline.logging.tracker.Background", lambda name, *_: opened.append(name))
     with run_in(tmp_path / "a") as run:
         trackers = open_trackers(run, "pretrain", CONFIG, TrackingConfig(name="wandb"), 0)
         trackers._mirrors.clear()
@@ -485,7 +485,7 @@ def test_off_does_not_touch_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "ssl_pipeline.track.wandb", ModuleType("empty"))
+    monkeypatch.setitem(sys.modules, "ssl_pipeline.logging.wandb", ModuleType("empty"))
     with run_in(tmp_path / "a") as run:
         track(run, OFF)
         assert not (run.path / "wandb_id").exists()
@@ -548,7 +548,7 @@ def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureF
 
 def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
     script = (
-        "from ssl_pipeline.track.progress import Progress\n"
+        "from ssl_pipeline.logging.progress import Progress\n"
         "with Progress(2) as bar:\n"
         "    bar.update(1, {'pretrain/loss': 4.0, 'eval/knn': 0.5})\n"
         "    bar.say('above the bar')\n"
@@ -570,7 +570,7 @@ def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
 def test_other_processes_tell_errors_alone() -> None:
     script = (
         "import logging, sys, warnings\n"
-        "from ssl_pipeline.track.progress import one_voice\n"
+        "from ssl_pipeline.logging.progress import one_voice\n"
         "one_voice(sys.argv[1] == 'main')\n"
         "warnings.warn('a library warns')\n"
         "logging.getLogger('a.library').warning('and logs')\n"
@@ -627,7 +627,7 @@ def test_a_run_moves_and_has_a_time_left_whenever_its_figures_come(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("ssl_pipeline.track.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("ssl_pipeline.logging.progress.time.monotonic", lambda: now)
     with Progress(100, mode="plain") as progress:
         progress.moved(0)
         for step in range(1, 6):
@@ -641,7 +641,7 @@ def test_what_takes_long_without_steps_is_said_before_it_starts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("ssl_pipeline.track.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("ssl_pipeline.logging.progress.time.monotonic", lambda: now)
     said = list[str]()
 
     def work(seconds: float) -> float:

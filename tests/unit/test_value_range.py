@@ -23,13 +23,13 @@ from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.prepare import prepare
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.data.sources import folder, table
-from ssl_pipeline.deliver.embed import EmbedConfig, open_every
-from ssl_pipeline.deliver.predict import open_predictor, predict
 from ssl_pipeline.downstream.finished import Model
+from ssl_pipeline.export.embed import EmbedConfig, open_every
+from ssl_pipeline.export.predict import open_predictor, predict
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.model.artifact import load_encoder
+from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 CPU = torch.device("cpu")
 DRAWS = np.random.default_rng(0)  # no test depends on which values are drawn

@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.draws import Draws
-from ssl_pipeline.views import photometry
-from ssl_pipeline.views.appearance import Appearance
-from ssl_pipeline.views.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
-from ssl_pipeline.views.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.rng import Draws
+from ssl_pipeline.transforms import photometry
+from ssl_pipeline.transforms.appearance import Appearance
+from ssl_pipeline.transforms.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
+from ssl_pipeline.transforms.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 SEED = torch.Generator().manual_seed(0)
 PHOTOS = torch.rand(5, 3, 24, 24, generator=SEED)

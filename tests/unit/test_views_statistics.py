@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.draws import Draws
-from ssl_pipeline.views import geometry, photometry
-from ssl_pipeline.views.appearance import Appearance
-from ssl_pipeline.views.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig
-from ssl_pipeline.views.geometry import CropConfig, resize_matrix
-from ssl_pipeline.views.policy import Views, ViewsConfig
+from ssl_pipeline.rng import Draws
+from ssl_pipeline.transforms import geometry, photometry
+from ssl_pipeline.transforms.appearance import Appearance
+from ssl_pipeline.transforms.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig
+from ssl_pipeline.transforms.geometry import CropConfig, resize_matrix
+from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 SIMCLR = ViewsConfig(
     size=16,

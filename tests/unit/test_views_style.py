@@ -15,9 +15,9 @@ from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.styles import views_of
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.views.config import RestyleConfig
-from ssl_pipeline.views.policy import LocalConfig, Views, ViewsConfig
-from ssl_pipeline.views.style import restyle
+from ssl_pipeline.transforms.config import RestyleConfig
+from ssl_pipeline.transforms.policy import LocalConfig, Views, ViewsConfig
+from ssl_pipeline.transforms.style import restyle
 
 NEUTRAL = (0.0,) * 3, (1.0,) * 3
 SEED = torch.Generator().manual_seed(0)

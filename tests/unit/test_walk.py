@@ -14,7 +14,7 @@ from ssl_pipeline.data.prepared import look_at
 from ssl_pipeline.data.sources import domain_folder, folder
 from ssl_pipeline.data.verdicts import warn_once
 from ssl_pipeline.data.walk import ENDINGS, images_in
-from ssl_pipeline.deliver.predict import image_files
+from ssl_pipeline.export.predict import image_files
 
 
 def picture(path: Path, form: str = "png") -> Path:

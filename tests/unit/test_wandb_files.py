@@ -15,8 +15,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
 from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.logging import dashboard
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.track import dashboard
 
 ROOT = Path(__file__).parents[2]
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

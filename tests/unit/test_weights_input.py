@@ -23,14 +23,14 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import ArraySource
 from ssl_pipeline.downstream.start import new_encoder
-from ssl_pipeline.evaluate.command import EvaluateConfig
-from ssl_pipeline.evaluate.corruptions import Corrupted
-from ssl_pipeline.evaluate.encoder import open_encoder
-from ssl_pipeline.model.artifact import Blueprint, Card, load_encoder, save
-from ssl_pipeline.model.backbone import BackboneConfig
-from ssl_pipeline.model.neck import NeckConfig
-from ssl_pipeline.model.weights_input import IMAGENET, WeightsInput, published_input, weights_input
-from ssl_pipeline.views.evaluation import as_tensor, resize_and_crop_image
+from ssl_pipeline.evaluation.command import EvaluateConfig
+from ssl_pipeline.evaluation.corruptions import Corrupted
+from ssl_pipeline.evaluation.encoder import open_encoder
+from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, save
+from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.weights_input import IMAGENET, WeightsInput, published_input, weights_input
+from ssl_pipeline.transforms.evaluation import as_tensor, resize_and_crop_image
 
 timms: Any = timm.data
 DAISY = 985

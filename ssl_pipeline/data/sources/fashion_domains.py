@@ -20,8 +20,8 @@ from ssl_pipeline.data import embedded
 from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
 from ssl_pipeline.data.splits import hold_out
-from ssl_pipeline.draws import Draws, permutation
-from ssl_pipeline.views.config import ViewConfig
+from ssl_pipeline.rng import Draws, permutation
+from ssl_pipeline.transforms.config import ViewConfig
 
 _WAVES = 3
 _LICENCE = "MIT; the domains are synthetic, made by a rule"

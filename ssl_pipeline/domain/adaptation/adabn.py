@@ -10,7 +10,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.model.norms import batch_norms
+from ssl_pipeline.models.norms import batch_norms
 
 
 class Config(MethodConfig):

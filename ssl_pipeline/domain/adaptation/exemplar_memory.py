@@ -15,7 +15,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import unit_rows
 from ssl_pipeline.losses.memory import Bank
-from ssl_pipeline.views.style import restyle
+from ssl_pipeline.transforms.style import restyle
 
 
 class Config(JointConfig):

@@ -12,7 +12,7 @@ from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.model.teacher import Teacher
+from ssl_pipeline.models.teacher import Teacher
 from ssl_pipeline.schedules import Duration, DurationValue, parse_duration
 
 

@@ -1,0 +1,155 @@
+"""What an evaluation saw, as pictures: which images lie near one another. Drawn by Pillow alone, in a tenth of a second."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ssl_pipeline.data.decode import as_8_bit
+from ssl_pipeline.data.loader import open_or_neighbour
+from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.tracker import Trackers
+from ssl_pipeline.metrics.classes import one_of_each_class
+from ssl_pipeline.metrics.knn import neighbours
+from ssl_pipeline.report.plot_views import views_picture
+from ssl_pipeline.transforms.policy import ViewsConfig
+
+_log = logging.getLogger("ssl_pipeline")
+_MOST_OF_THE_TIME = 0.005
+_MAP, _THUMBNAIL, _TILE, _EDGE = 800, 28, 64, 3
+_QUERIES, _NEIGHBOURS = 8, 7
+_OTHER_CLASS, _SAME_CLASS, _NO_CLASS = "#d55e00", "#009e73", "#999999"  # told apart by the colour-blind, too
+_CLASSES = (
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#444444", "#8c564b", "#b3b3b3",
+)  # fmt: skip
+
+
+class Gallery:
+    """Draws into a run's ``media/``: at the start and the end, and at evaluations as long as that costs next to nothing.
+
+    A picture that can't be drawn ends the drawing with one warning, and the run goes on.
+
+    Args:
+        trackers: hear of the pictures.
+        clock: gives seconds, for what drawing costs.
+    """
+
+    def __init__(self, trackers: Trackers, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._trackers, self._clock, self._draws = trackers, clock, trackers.draws
+        self._began, self._spent = clock(), 0.0
+
+    def views(self, step: int, source: Indexed, config: ViewsConfig, seed: int) -> None:
+        """Some images with their random views."""
+        self._draw(step, {"views": partial(views_picture, source, config, seed)})
+
+    def evaluation(self, step: int, evaluation: OnlineEvaluation, must: bool) -> None:
+        """Neighbours and map of the images that an evaluation has just looked at.
+
+        Args:
+            step: steps done.
+            evaluation: after it was called.
+            must: drawn whatever was spent before; otherwise only while pictures took less than 0.5 % of the time.
+        """
+        affordable = self._spent <= _MOST_OF_THE_TIME * (self._clock() - self._began)
+        if evaluation.seen is not None and (must or affordable):
+            makers = {"neighbours": neighbour_strips, "embedding_map": embedding_map}
+            self._draw(step, {name: partial(make, *evaluation.seen) for name, make in makers.items()})
+
+    def confusion(self, step: int, matrix: Tensor, classes: tuple[str, ...]) -> None:
+        """A confusion matrix."""
+        self._draw(step, {"confusion": partial(confusion_picture, matrix, classes)})
+
+    def _draw(self, step: int, makers: Mapping[str, Callable[[], Image.Image]]) -> None:
+        if not self._draws:
+            return
+        began = self._clock()
+        try:
+            self._trackers.pictures(step, {name: make() for name, make in makers.items()})
+        except Exception as error:  # a run is worth more than a picture of it
+            self._draws = False
+            _log.warning("no more pictures are drawn: %s failed (%s)", " or ".join(makers), error)
+        self._spent += self._clock() - began
+
+
+def neighbour_strips(source: Indexed, index: Tensor, features: Tensor) -> Image.Image:
+    """Rows of an image and those nearest to it by cosine; a frame is green where the class is the same, red where not.
+
+    Args:
+        source: images.
+        index: numbers of some, int64 of shape (N,).
+        features: theirs, shape (N, D).
+    """
+    count = min(_NEIGHBOURS, len(index) - 1)
+    queries = one_of_each_class(source, index)[:_QUERIES]
+    _, places = next(neighbours(features[queries], features, count + 1))
+    cell, gap = _TILE + 2 * _EDGE + 2, 8
+    picture = Image.new("RGB", (cell * (count + 1) + gap, cell * len(queries)), "white")
+    for row, query in enumerate(queries):
+        wanted = _label(source, index, query)
+        picture.paste(_framed(source, int(index[query]), _TILE, _NO_CLASS), (0, row * cell))
+        for column, place in enumerate([place for place in places[row].tolist() if place != query][:count]):
+            label = _label(source, index, place)
+            colour = _NO_CLASS if label is None else _SAME_CLASS if label == wanted else _OTHER_CLASS
+            tile = _framed(source, int(index[place]), _TILE, colour)
+            picture.paste(tile, (gap + (column + 1) * cell, row * cell))
+    return picture
+
+
+def embedding_map(source: Indexed, index: Tensor, features: Tensor) -> Image.Image:
+    """The images at their features' first two principal components; the colour of a frame is the class."""
+    unit = F.normalize(features.double(), dim=1)
+    u, s, _ = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
+    plane = F.pad(u * s, (0, 2))[:, :2]  # two columns also of features of width 1
+    low, high = plane.min(0).values, plane.max(0).values
+    room = _MAP - _THUMBNAIL - 2 * _EDGE
+    spots = ((plane - low) / (high - low).clamp_min(1e-12) * room).round().long().tolist()
+    picture = Image.new("RGB", (_MAP, _MAP), "white")
+    for place, (x, y) in enumerate(spots):
+        label = _label(source, index, place)
+        colour = _NO_CLASS if label is None else _CLASSES[label % len(_CLASSES)]
+        picture.paste(_framed(source, int(index[place]), _THUMBNAIL, colour), (x, room - y))
+    return picture
+
+
+def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
+    """A confusion matrix, int64 of shape (true, told): the darker a cell, the greater its share of the true class."""
+    cell = max(4, min(48, 960 // len(classes)))
+    ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left, top = 8 + max(int(ruler.textlength(name)) for name in classes), 20
+    picture = Image.new("RGB", (max(360, left + cell * len(classes)), cell * len(classes) + top), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, 4), f"rows: true class, columns: told class, same order; {int(matrix.sum())} images", "black")
+    shares = (matrix / matrix.sum(1, keepdim=True).clamp_min(1)).tolist()
+    for row, name in enumerate(classes):
+        y = top + row * cell
+        if cell >= 12:
+            draw.text((4, y + cell // 2 - 6), name, "black")
+        for column, share in enumerate(shares[row]):
+            x = left + column * cell
+            shade = tuple(round(255 - share * (255 - full)) for full in (0, 114, 178))
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
+            if cell >= 32 and share > 0:
+                draw.text(
+                    (x + 4, y + cell // 2 - 7), str(int(matrix[row, column])), "white" if share > 0.5 else "black"
+                )
+    return picture
+
+
+def _framed(source: Indexed, sample: int, size: int, colour: str) -> Image.Image:
+    tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), colour)
+    image = as_8_bit(open_or_neighbour(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
+    tile.paste(image, (_EDGE, _EDGE))
+    return tile
+
+
+def _label(source: Indexed, index: Tensor, place: int) -> int | None:
+    label = -1 if source.labels is None else int(source.labels[index[place]])
+    return None if label < 0 else label

@@ -1,0 +1,148 @@
+"""``ssl-pipeline neighbours ENCODER IMAGE data=…``: which images does the encoder find most alike? A list and a picture."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.decode import as_8_bit, decode
+from ssl_pipeline.data.source import Indexed, Split
+from ssl_pipeline.evaluation.encoder import EncoderConfig, leading_words, open_encoder
+from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.export.embed import open_split
+from ssl_pipeline.logging.progress import console
+from ssl_pipeline.metrics.classes import class_name
+from ssl_pipeline.metrics.knn import neighbours
+
+_ENDINGS = (".png", ".jpg", ".pdf", ".svg")
+_COLUMNS = 10
+
+
+class NeighboursConfig(EncoderConfig):
+    """Of which image, among which.
+
+    Attributes:
+        image: an image file, or the number of an image of the split, which is then left out of its own neighbours.
+        split: the images that are searched.
+        k: how many neighbours.
+        output: the picture.
+    """
+
+    image: str | int | None = None
+    split: Split = "train"
+    k: int = Field(8, ge=1)
+    output: str = "neighbours.png"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image that was found.
+
+    Attributes:
+        index: its number in the split.
+        name: its path, or what its source calls it.
+        label: its class, where known.
+        similarity: cosine of the features, from −1 to 1.
+    """
+
+    index: int
+    name: str
+    label: str | None
+    similarity: float
+
+
+def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[Neighbour]]:
+    """The query as it was decoded, and its neighbours, most similar first.
+
+    Raises:
+        ConfigError: more neighbours than there are images, or no such image.
+        DecodeError: the query is no image.
+    """
+    if config.image is None:
+        raise ConfigError(
+            "`image` is required: neighbours ENCODER IMAGE, a file or the number of an image of the split."
+        )
+    opened = open_encoder(config, source.channels, source.mean, source.std)
+    number = _number(config.image, source)
+    bank = len(source) - (number is not None)
+    if config.k > bank:
+        raise ConfigError(f"`k` is {config.k}, and there are only {bank} images to find: lower it.")
+    features = extract(opened.encoder, source, opened.preprocessing, opened.share)
+    if number is not None:
+        query = source.open_image(number)
+        row = features[number : number + 1]
+    else:
+        query = decode(Path(str(config.image)).expanduser(), source.channels, value_range=source.value_range)
+        with torch.no_grad():
+            images = opened.preprocessing.of_files([query]).to(opened.share.device)
+            row = opened.encoder.features(images).float().cpu()
+    ((similarity, index),) = neighbours(row, features, config.k + (number is not None))
+    found = [
+        Neighbour(i, source.describe(i), class_name(source, i), value)
+        for i, value in zip(index[0].tolist(), similarity[0].tolist(), strict=True)
+        if i != number
+    ]
+    return query, found[: config.k]
+
+
+def _number(image: str | int, source: Indexed) -> int | None:
+    """The query's number in the source; None where it is a file."""
+    text = str(image)
+    if not text.isdecimal() or Path(text).exists():
+        return None
+    if int(text) >= len(source):
+        raise ConfigError(
+            f"`image`: {source.name} has {len(source)} images, numbered from 0, and none has number {text}."
+        )
+    return int(text)
+
+
+def draw(query: Image.Image, found: list[Neighbour], source: Indexed, path: Path) -> None:
+    """Saves the strip: the query first, then its neighbours with their similarity and class."""
+    from matplotlib.figure import Figure
+
+    tiles = [(query, "query")]
+    for neighbour in found:
+        label = f"\n{neighbour.label}" if neighbour.label is not None else ""
+        tiles.append((source.open_image(neighbour.index), f"{neighbour.similarity:.3f}{label}"))
+    columns = min(len(tiles), _COLUMNS)
+    rows = -(-len(tiles) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
+    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if place < len(tiles):
+            image, title = tiles[place]
+            axes.imshow(as_8_bit(image, "RGB"), interpolation="nearest")
+            axes.set_title(title, fontsize=9, fontweight="bold" if place == 0 else "normal", parse_math=False)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def find_and_tell(config: NeighboursConfig) -> None:
+    """Finds the images of a data set that an encoder holds most alike to one."""
+    path = Path(config.output).expanduser()
+    if path.suffix.lower() not in _ENDINGS:
+        raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in {', '.join(_ENDINGS)}.")
+    check_folder_of(path, "`output`")
+    source = open_split(config, config.split)
+    query, found = find(config, source)
+    for neighbour in found:
+        label = f"  {neighbour.label}" if neighbour.label is not None else ""
+        console().print(f"{neighbour.similarity:.4f}  {neighbour.name}{label}", markup=False)
+    draw(query, found, source, path)
+    console().print(f"wrote {path}", markup=False)
+
+
+def main() -> None:
+    """The command line."""
+    run_command("neighbours", NeighboursConfig, find_and_tell, leading_words(sys.argv[1:], ["encoder", "image"]))
+
+
+if __name__ == "__main__":
+    main()

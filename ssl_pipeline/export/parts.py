@@ -1,0 +1,104 @@
+"""What can leave the house: an encoder, or a whole model, with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.task import DownstreamTask
+from ssl_pipeline.logging.redaction import redact
+from ssl_pipeline.models.artifact import Card, load_encoder
+from ssl_pipeline.models.encoder import Encoder
+
+Part = Literal["model", "encoder"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is exported, in evaluation mode.
+
+    Attributes:
+        encoder: the encoder.
+        task: encoder and head; None where the encoder alone is wanted.
+        card: of what is exported; places on this machine are left out of it.
+        gives: what a model's prediction is; see :class:`DownstreamConfig`.
+    """
+
+    encoder: Encoder
+    task: DownstreamTask | None
+    card: Card
+    gives: str = "features"
+
+    @property
+    def module(self) -> nn.Module:
+        """All of it."""
+        return self.encoder if self.task is None else self.task
+
+    @property
+    def output(self) -> str:
+        """What it gives."""
+        return {"features": "features", "values": "values"}.get(self.gives, "logits")
+
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether it reads whole images, resized to a square, and not their central square."""
+        return self.gives == "mask"
+
+    def run(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) to features (B, D), logits (B, classes) or (B, classes, H, W), or values (B, K)."""
+        return self.encoder.features(images) if self.task is None else self.task.predict(images)
+
+
+def open_parts(path: str | Path, part: Part | None = None) -> Parts:
+    """Opens what is to be exported.
+
+    Args:
+        path: a run's folder, or the ``.safetensors`` in it.
+        part: ``encoder`` takes the encoder out of a model; by default all that is there.
+
+    Raises:
+        ConfigError: it is not there, or not whole, or a model is asked of an encoder.
+    """
+    place = Path(path).expanduser()
+    folder = place if place.is_dir() else place.parent
+    has_model = (folder / "model.safetensors").exists() and place.name != "encoder.safetensors"
+    if not has_model:
+        if part == "model":
+            raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
+        encoder, card = load_encoder(place)
+        return Parts(encoder.eval(), None, _public(card))
+    model = load_model(place)
+    encoder = model.task.encoder
+    assert isinstance(encoder, Encoder)
+    if part == "encoder":
+        card = model.card.model_copy(update={"kind": "encoder", "classes": None})
+        return Parts(encoder, None, _public(card))
+    return Parts(encoder, model.task, _public(model.card), model.gives)
+
+
+def _public(card: Card) -> Card:
+    """The card without secrets and without places on this machine: a path keeps its last name."""
+    blueprint = card.blueprint.without_weights()
+    told = {"config": _without_places(redact(card.config)), "data": _without_places(card.data)}
+    return card.model_copy(update={**told, "blueprint": blueprint})
+
+
+def _without_places(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_places(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_places(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith(("/", "~", "./", "../")) else tree
+
+
+def example(card: Card, count: int = 2, seed: int = 0) -> Tensor:
+    """Normalised noise in the shape of the images, to trace and to compare with."""
+    blueprint = card.blueprint
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, blueprint.channels, blueprint.size, blueprint.size, generator=generator)

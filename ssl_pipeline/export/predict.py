@@ -1,0 +1,177 @@
+"""``ssl-pipeline predict MODEL IMAGES…``: what a model says of raw image files: classes, labels, numbers, masks or boxes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from ssl_pipeline.config import options as parsers
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.command import leave
+from ssl_pipeline.data.decode import DecodeError, decode
+from ssl_pipeline.data.walk import images_in
+from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.export.answers import Answers, open_answers
+from ssl_pipeline.export.coco import CocoNumbers, coco_results
+from ssl_pipeline.export.graph import load_onnx, load_torch_export
+
+_CHUNK = 64
+_CHUNK_OF_MAPS = 8
+
+
+class Predictor(Protocol):
+    """What predicts: a model of ours, or a graph that was made of one."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the predictions."""
+
+    @property
+    def channels(self) -> int:
+        """How images must be decoded: 1 for grey, 3 for RGB."""
+
+    @property
+    def gives(self) -> str:
+        """What a prediction is; see :class:`DownstreamConfig`."""
+
+    def predict(self, images: list[Image.Image]) -> Any:
+        """Predictions, one entry an image."""
+
+
+def open_predictor(path: str | Path) -> Predictor:
+    """A stage-two run's folder, a ``.safetensors`` of it, a ``.pt2`` or a ``.onnx``.
+
+    Raises:
+        ConfigError: it is not there, damaged, or of another kind.
+    """
+    file = parsers.path(str(path))
+    readers = {".onnx": load_onnx, ".pt2": load_torch_export}
+    if file.suffix in readers and not file.is_dir():
+        if not file.is_file():
+            raise ConfigError(f"there is no file {str(path)!r}.")
+        return readers[file.suffix](file)
+    return load_model(file)
+
+
+def image_files(paths: Iterable[str]) -> Iterator[Path]:
+    """The files that are meant: files as they are, folders with all images in and below them, ``-`` the lines of the input.
+
+    A path on the command line that is not there is an error at once; one that comes by the input is an image that can't be read.
+
+    Raises:
+        ConfigError: a path is not there, or a folder holds no image.
+    """
+    return chain.from_iterable([_from_input() if path == "-" else _meant(parsers.path(path)) for path in paths])
+
+
+def _meant(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ConfigError(f"there is no file or folder {str(path)!r}.")
+    if not path.is_dir():
+        return [path]
+    found = images_in(path)
+    if not found:
+        raise ConfigError(f"{str(path)!r} holds no image that Pillow reads (hidden files do not count).")
+    return found
+
+
+def _from_input() -> Iterator[Path]:
+    return (parsers.path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+
+
+def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = None) -> Iterator[dict[str, Any]]:
+    """Predicts file by file.
+
+    Args:
+        model: what predicts.
+        files: image files, perhaps without an end: a few are read at a time.
+        answers: makes rows of predictions; by default those of the model's kind.
+
+    Yields:
+        ``file`` with what the answers say of it; or with ``error``, where the file is no image.
+    """
+    answers = answers or open_answers(model.gives, model.classes)
+    # What predicts need not know it: then an image of more than 8 bits is scaled by itself.
+    value_range = getattr(model, "value_range", None)
+    coming = iter(files)
+    while part := list(islice(coming, _CHUNK_OF_MAPS if answers.reads_maps else _CHUNK)):
+        images, faults = list[Image.Image](), dict[int, str]()
+        for place, file in enumerate(part):
+            try:
+                images.append(decode(file, model.channels, value_range=value_range))
+            except DecodeError as error:
+                faults[place] = error.fault
+        predictions = iter(zip(model.predict(images), images, strict=True) if images else ())
+        for place, file in enumerate(part):
+            if place in faults:
+                yield {"file": str(file), "error": faults[place]}
+            else:
+                yield {"file": str(file), **answers.row(file, *next(predictions))}
+
+
+def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers: CocoNumbers | None) -> int:
+    """Writes rows as they come; returns how many files were no images.
+
+    A name that is no text, because its bytes are no UTF-8, comes out as these bytes; in JSON, which must be text, escaped (Python
+    reads it back as ``os.fsdecode`` gives it).
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        table.writerow(["file", *answers.columns, "error"])
+    faults, found = 0, list[dict[str, Any]]()
+    for row in rows:
+        faults += "error" in row
+        if form == "jsonl":
+            sys.stdout.write(_json(row) + "\n")
+        elif form == "coco":
+            found.append(row)
+        elif form == "csv":
+            lines = [[""] * len(answers.columns)] if "error" in row else answers.cells(row)
+            table.writerows([row["file"], *line, row.get("error", "")] for line in lines)
+        else:
+            sys.stdout.write(f"{row['file']}  {row.get('error') or answers.text(row)}\n")
+    if numbers is not None:
+        sys.stdout.write(json.dumps(coco_results(found, numbers)) + "\n")
+    return faults
+
+
+def _json(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text) else json.dumps(row)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = parsers.predict().parse_args(arguments)
+    try:
+        if options.top < 1:
+            raise ConfigError("--top must be 1 or more.")
+        if (options.format == "coco") != (options.annotations is not None):
+            raise ConfigError("--format coco and --annotations FILE go together.")
+        model = open_predictor(options.model)
+        if options.format == "coco" and model.gives != "boxes":
+            raise ConfigError(f"--format coco is for boxes, and this model gives {model.gives}: take csv or jsonl.")
+        numbers = CocoNumbers(options.annotations) if options.annotations is not None else None
+        # COCO's precision is measured over all scores: those below a threshold count, too.
+        options.threshold = 0.0 if options.threshold is None and numbers is not None else options.threshold
+        answers = open_answers(model.gives, model.classes, options.top, options.threshold, options.masks)
+        rows = predict(model, image_files(options.images), answers)
+        faults = _write(rows, options.format, answers, numbers)
+    except UserError as error:
+        leave(error)
+    if faults:
+        leave(ConfigError(f"{faults} file(s) could not be read as images; all others were predicted."))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The W&B mirror. wandb is imported here and nowhere else, and only when it is wanted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl_pipeline.config.base import first_line
+from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
+from ssl_pipeline.logging.run import write_text_atomic
+
+if TYPE_CHECKING:
+    import wandb
+
+    from ssl_pipeline.logging.tracker import TrackingConfig
+
+_log = logging.getLogger("ssl_pipeline")
+_IDENTITY = "wandb_id"
+_TAKEN: set[str] = set()  # identities of this process's runs: WANDB_RUN_ID is one run's
+
+
+class WandbMirror:
+    """One W&B run; figures keep our own step, since W&B drops steps that go back.
+
+    Args:
+        run: W&B's.
+        stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed, those of its trainings by
+            ``finetune/step``, or ``study``, whose figures come by the number of labelled images.
+        identity: of the run's folder.
+    """
+
+    def __init__(self, run: wandb.Run, stage: str, identity: str) -> None:
+        self._run, self._identity = run, identity
+        self._axis = {"finetune": "seed", "study": "labels"}.get(stage, "step")
+        for axis in (self._axis, TRAINING_STEP):
+            run.define_metric(axis)
+        for group in GROUPS:
+            run.define_metric(f"{group}/*", step_metric=TRAINING_STEP if group == "finetune" else self._axis)
+
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """The figures after ``step`` steps."""
+        self._run.log({**figures, self._axis: step})
+
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        """One image a name: far from the 50 a step and 108 a list beyond which W&B drops some."""
+        import wandb
+
+        self._run.log({name: wandb.Image(str(file)) for name, file in files.items()} | {self._axis: step})
+
+    def alert(self, title: str, text: str) -> None:
+        """An alert, which W&B sends on by mail or Slack; its titles have less than 64 characters."""
+        self._run.alert(title[:63], text)
+
+    def made(self, folder: Path) -> None:
+        """Logs the encoder as an artifact, named by the run's identity."""
+        self._run.log_artifact(_artifact(folder, self._identity))
+
+    def used(self, folder: Path) -> None:
+        """Links the run to the artifact of the stage-one run that made the encoder.
+
+        W&B knows an artifact by its name and contents: the same files under the same name are the same version. Offline
+        `use_artifact` refuses, since it would have to ask the server; the record that it writes for a new artifact is sent by
+        `wandb sync` all the same, so that record is written.
+        """
+        name = _made_by(folder)
+        if name is None:
+            return
+        self._run.config.update({"stage_one": {"wandb_id": name, "artifact": f"encoder-{name}"}})  # type: ignore[no-untyped-call]
+        artifact = _artifact(folder, name)
+        try:
+            if self._run.settings._offline:
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            else:
+                self._run.use_artifact(artifact)
+        except Exception as error:  # another version of W&B may have no such record; the figures are worth more
+            _log.warning("W&B can't link this run to its encoder's (%s)", first_line(error))
+
+    def finish(self, failed: bool) -> None:
+        """Waits for what is under way, but not for ever; W&B shows a run that failed as such."""
+        self._run.finish(exit_code=int(failed))
+
+
+def _artifact(folder: Path, identity: str) -> wandb.Artifact:
+    import wandb
+
+    artifact = wandb.Artifact(f"encoder-{identity}", type="encoder")
+    for name in ("encoder.safetensors", "card.json"):
+        # Copied to W&B's cache: the run's files may be overwritten or moved before they are sent.
+        artifact.add_file(str(folder / name), name=name)
+    return artifact
+
+
+def _made_by(folder: Path) -> str | None:
+    """The identity of the run that wrote an encoder into its folder, or into one below it; None without W&B."""
+    found = [place / _IDENTITY for place in (folder, folder.parent) if (place / _IDENTITY).is_file()]
+    return found[0].read_text(encoding="utf-8").strip() if found else None
+
+
+def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> WandbMirror:
+    """Starts or continues the W&B run of a run's folder.
+
+    W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) is obeyed. Otherwise: online when W&B finds a key and its server
+    answers in time, offline when not. Where a key comes from and which server it is for is W&B's affair alone: neither
+    is read from our configuration. Names and groups that the configuration leaves at their defaults are taken from W&B's
+    environment variables.
+
+    Args:
+        folder: the run's; W&B writes into its ``wandb/``.
+        stage: W&B's job type.
+        config: what W&B shall keep of the configuration, without secrets.
+        tracking: project, entity, group, tags, and how long to wait.
+    """
+    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    default = type(tracking).model_fields["project"].default
+    arguments = {
+        "id": _identity(folder), "resume": "allow", "dir": folder, "name": os.environ.get("WANDB_NAME") or folder.name,
+        "job_type": os.environ.get("WANDB_JOB_TYPE") or stage, "notes": os.environ.get("WANDB_NOTES"),
+        "project": (os.environ.get("WANDB_PROJECT") if tracking.project == default else None) or tracking.project,
+        "entity": tracking.entity or os.environ.get("WANDB_ENTITY"),
+        "group": tracking.group or os.environ.get("WANDB_RUN_GROUP"), "tags": list(tracking.tags) or tags, "config": config,
+    }  # fmt: skip
+    try:
+        return _start(folder, stage, arguments, _mode(tracking), tracking)
+    except Exception as error:
+        _forget_failed_start()
+        mirror = _start(folder, stage, arguments, "offline", tracking)
+        _log.warning("W&B can't go online (%s): it logs offline, send that later by `wandb sync`", first_line(error))
+        return mirror
+
+
+def _identity(folder: Path) -> str:
+    """One identity a folder, so that a continued run is the same W&B run; ``WANDB_RUN_ID`` gives it to the first new folder."""
+    file = folder / _IDENTITY
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip()
+    wanted = os.environ.get("WANDB_RUN_ID", "").strip()
+    identity = wanted if wanted and wanted not in _TAKEN else uuid.uuid4().hex[:12]
+    _TAKEN.add(identity)
+    write_text_atomic(file, identity)
+    return identity
+
+
+def _mode(tracking: TrackingConfig) -> str:
+    import wandb
+
+    chosen = os.environ.get("WANDB_MODE") or wandb.setup(_settings(tracking)).settings.mode
+    if chosen != "online":
+        return str(chosen)
+    if wandb.login(prompt=False, verify=False):  # finds a key in all places that W&B knows, and asks nobody
+        return "online"
+    if os.environ.get("WANDB_MODE"):
+        _log.warning("WANDB_MODE is online, but W&B finds no key (see `wandb login`): it logs offline")
+    return "offline"
+
+
+def _start(
+    folder: Path, stage: str, arguments: dict[str, Any], mode: str, tracking: TrackingConfig
+) -> WandbMirror:  # fmt: skip
+    import wandb
+
+    run = wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking))  # type: ignore[arg-type]
+    # The agent of a sweep chooses its runs' identities itself: what it chose is what is continued.
+    if mode != "disabled" and run.id != arguments["id"]:
+        write_text_atomic(folder / _IDENTITY, run.id)
+    return WandbMirror(run, stage, run.id if mode != "disabled" else arguments["id"])
+
+
+def _settings(tracking: TrackingConfig) -> wandb.Settings:
+    """Quiet, and nothing sent but figures, configuration and the load of the machine: no code, command or host name."""
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "init_timeout": tracking.init_timeout, "finish_timeout": tracking.finish_timeout, "silent": True, "quiet": True,
+        "console": "off", "disable_code": True, "save_code": False, "disable_git": True, "disable_job_creation": True,
+        "x_disable_meta": True, "host": "",
+    }  # fmt: skip
+    # Settings come and go between versions of W&B, and an unknown one is an error.
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+
+
+def _forget_failed_start() -> None:
+    """Ends W&B's service, which holds a failed start's identity as in use; not if another run of this process needs it."""
+    import wandb
+
+    if wandb.run is None:
+        wandb.teardown()

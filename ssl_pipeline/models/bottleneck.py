@@ -1,0 +1,64 @@
+"""The bottleneck: an output much narrower than the input, like a bottle's neck. Part of stage two, off by default."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.config.base import Strict
+from ssl_pipeline.models.norms import batch_norms
+
+
+class BottleneckConfig(Strict):
+    """A narrow layer between features and head.
+
+    Attributes:
+        width: 256 is customary where 1,024 or 2,048 features come in; null for none.
+        norm: after the linear layer.
+        activation: after the norm.
+    """
+
+    short_for: ClassVar[str | None] = "width"
+    width: int | None = Field(None, ge=1)
+    norm: Literal["batch", "layer", "none"] = "batch"
+    activation: Literal["none", "relu", "gelu"] = "none"
+
+
+def build_bottleneck(config: BottleneckConfig, in_width: int) -> tuple[nn.Module, int]:
+    """The bottleneck and what it leaves: (B, in_width) to (B, width); the identity without a width."""
+    if config.width is None:
+        return nn.Identity(), in_width
+    layers: list[nn.Module] = [nn.Linear(in_width, config.width)]
+    if config.norm != "none":
+        layers.append(nn.BatchNorm1d(config.width) if config.norm == "batch" else nn.LayerNorm(config.width))
+    if config.activation != "none":
+        layers.append(nn.ReLU() if config.activation == "relu" else nn.GELU())
+    return nn.Sequential(*layers), config.width
+
+
+@torch.no_grad()
+def estimate_bottleneck(bottleneck: nn.Module, features: Tensor) -> None:
+    """Sets the running mean and variance of a bottleneck's BatchNorm to those of all its inputs; without a BatchNorm, nothing.
+
+    A fresh BatchNorm has mean 0 and variance 1, whatever comes in. A head that is fitted behind it reads features of another
+    scale than training, which normalizes by the batch, will give it.
+
+    Args:
+        bottleneck: of :func:`build_bottleneck`, with any weights.
+        features: what it reads, shape (N, in_width).
+    """
+    was_training = bottleneck.training
+    bottleneck.eval()
+    rows, norms = features, batch_norms(bottleneck)
+    for layer in bottleneck.children():
+        if layer in norms:
+            mean, variance = layer.running_mean, layer.running_var
+            assert isinstance(mean, Tensor)
+            assert isinstance(variance, Tensor)
+            mean.copy_(rows.double().mean(0))
+            variance.copy_(rows.double().var(0, correction=min(1, len(rows) - 1)))  # of N − 1, as torch's own estimate
+        rows = layer(rows)
+    bottleneck.train(was_training)

@@ -1,0 +1,297 @@
+"""Trunks by timm, an optional extra: named ``timm/NAME``, or by a name that torchvision does not have."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchvision import models
+from torchvision.models import list_models
+
+from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.models.families import Anatomy, Level, sum_stem_kernels
+from ssl_pipeline.models.weights import holds_channels, is_file_name, load_trunk, network_weights
+
+if TYPE_CHECKING:
+    from ssl_pipeline.models.backbone import BackboneConfig
+
+
+def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[nn.Module, Anatomy, list[str]]:
+    """Builds a trunk by timm without its classifier.
+
+    Args:
+        config: which one.
+        channels: of the images.
+        image_size: in pixels; a transformer is bound to it.
+
+    Returns:
+        The trunk, its anatomy, and notes for the log.
+
+    Raises:
+        ConfigError: timm is absent or has no such network, or the weights or the size do not fit.
+    """
+    name = _known(config)
+    if config.stem == "small":
+        raise ConfigError(
+            "`backbone.stem=small` is for torchvision's ResNets, VGGs, EfficientNets and MobileNets; "
+            "timm has models with small stems of its own."
+        )
+    path = config.weights if config.weights is not None and is_file_name(config.weights) else None
+    official = config.weights is not None and path is None
+    if config.weights is not None and official:
+        name = _with_tag(name, config.weights)
+    # A file is read into the network it was written for; its stem is fitted to the images after that.
+    trunk = _create(name, official, image_size, channels if path is None else 3)
+    notes = list[str]()
+    if path is not None:
+        state, notes = network_weights(trunk, config)
+        if channels != 3 and holds_channels(trunk, state, channels):
+            sum_stem_kernels(trunk, channels)
+        prefixes = trunk.default_cfg["classifier"]
+        prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
+        notes += load_trunk(trunk, state, tuple(f"{p}." for p in prefixes), f"`backbone.weights` {path}")
+        if channels != 3 and not holds_channels(trunk, state, channels):
+            sum_stem_kernels(trunk, channels)
+            notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
+    return trunk, _anatomy(trunk), notes
+
+
+def is_timms(name: str) -> bool:
+    """Whether timm is there and has a network of that name; a pretrained tag may follow it."""
+    if importlib.util.find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name.split(".")[0]))
+
+
+def _known(config: BackboneConfig) -> str:
+    """The network's name in timm; an error with the nearest names if it has none."""
+    name = config.name.removeprefix("timm/")
+    elsewhere = difflib.get_close_matches(name, [*list_models(module=models), "small_resnet"], n=3)
+    hint = f" torchvision's nearest: {', '.join(elsewhere)}." if elsewhere and name == config.name else ""
+    if importlib.util.find_spec("timm") is None:
+        fault = "needs timm" if name != config.name else "is not torchvision's, and others need timm"
+        raise ConfigError(
+            f"`backbone.name`: {config.name!r} {fault}: pip install -e '.[timm]' in the project's folder.{hint}"
+        )
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        nearest = f" timm's nearest: {close}." if close else ""
+        where = "neither torchvision nor timm has" if name == config.name else "timm has no"
+        raise ConfigError(
+            f"`backbone.name`: {where} {name!r}.{hint}{nearest} "
+            "Take a name from torchvision's or timm's list of models."
+        )
+    return name
+
+
+def _tags(name: str) -> list[str]:
+    """Pretrained tags of a network, timm's default first."""
+    import timm
+
+    architecture = name.split(".")[0]
+    default: Any = timm.get_pretrained_cfg(architecture)
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
+    return sorted(tags, key=lambda tag: default is None or tag != default.tag)
+
+
+def _with_tag(name: str, tag: str) -> str:
+    """A network's name with a pretrained tag, as timm writes it.
+
+    Raises:
+        ConfigError: timm has no such tag of it; names those that it has.
+    """
+    known = _tags(name)
+    architecture, _, named = name.partition(".")
+    if not known:
+        raise ConfigError(
+            f"`backbone.weights`: timm has no pretrained weights of {architecture!r}: give a file, or null."
+        )
+    wanted = (named or known[0]) if tag == "DEFAULT" else tag
+    if wanted not in known:
+        raise ConfigError(
+            f"`backbone.weights`: timm's {architecture} has no pretrained tag {wanted!r}. Known: {', '.join(known)} (the first one is "
+            "DEFAULT); or give a file (.safetensors, .pth)."
+        )
+    return f"{architecture}.{wanted}"
+
+
+def pretrained_tags(config: BackboneConfig) -> list[str]:
+    """The tags that ``backbone.weights`` may name for one of timm's networks, the default first.
+
+    Raises:
+        ConfigError: timm is absent or has no such network.
+    """
+    return _tags(_known(config))
+
+
+def pretrained_cfg(config: BackboneConfig, tag: str) -> dict[str, Any]:
+    """What timm publishes beside pretrained weights.
+
+    Args:
+        config: the network.
+        tag: of the weights, or ``DEFAULT``.
+
+    Raises:
+        ConfigError: timm is absent, or has no such network or tag.
+    """
+    name = _with_tag(_known(config), tag)
+    import timm
+
+    registered: Any = timm.get_pretrained_cfg(name)
+    found: dict[str, Any] = registered.to_dict()
+    return found
+
+
+def data_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    """``input_size``, ``mean``, ``std``, ``crop_pct``, ``crop_mode`` and ``interpolation``, timm's defaults filled in."""
+    import timm.data
+
+    library: Any = timm.data
+    found: dict[str, Any] = library.resolve_data_config({}, pretrained_cfg=cfg)
+    return found
+
+
+def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
+    import timm
+
+    options: dict[str, Any] = {"pretrained": official, "in_chans": channels, "num_classes": 0}
+    try:
+        try:
+            trunk: Any = timm.create_model(name, img_size=image_size, **options)
+        except TypeError:  # a convolutional network has no img_size
+            trunk = timm.create_model(name, **options)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"`backbone.name`: timm could not make {name}: {error} On a machine without a network copy the weights there "
+            "and give `backbone.weights=FILE`."
+        ) from error
+    embedding: Any = getattr(trunk, "patch_embed", None)
+    # Of other embeddings, the patches overlap, or are as large as all strides together.
+    side = embedding.patch_size[0] if hasattr(embedding, "grid_size") else 1
+    if image_size % side:
+        raise ConfigError(
+            f"an image size of {image_size} px is no multiple of {name}'s patches of {side} px: "
+            f"take {max(image_size // side, 1) * side}."
+        )
+    if not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(
+            f"`backbone.name`: timm's {name} gives no feature maps; take one that has forward_intermediates."
+        )
+    return trunk
+
+
+def _anatomy(trunk: Any) -> Anatomy:
+    """Levels as ``feature_info`` declares them, the last one being what the library itself would pool."""
+    info = list(trunk.feature_info)
+    last = Level((), int(trunk.num_features), int(info[-1]["reduction"]))
+    ends = {int(f["reduction"]): i for i, f in enumerate(info) if f["reduction"] < last.stride}
+    taps = tuple(ends[stride] for stride in sorted(ends))[-3:]
+    levels = {
+        f"c{5 - len(taps) + n}": Level((), int(info[i]["num_chs"]), int(info[i]["reduction"]))
+        for n, i in enumerate(taps)
+    }
+    norms = {name: _norm(trunk, name, last.width) for name in ("head.norm", "fc_norm")}
+    norm = next((name for name, module in norms.items() if module is not None), None)
+    return Anatomy(
+        {**levels, "c5": last},
+        (),
+        final_norm=norm,
+        norm_reads_rows=norm is not None and not type(norms[norm]).__name__.endswith("2d"),
+        token=getattr(trunk, "cls_token", None) is not None,
+        taps=taps,
+        layers=_layers(trunk),
+    )
+
+
+def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
+    """Parameter names by layer, as timm groups them for its own layer-wise rates; without such groups a child is a layer."""
+    if not hasattr(trunk, "group_matcher"):
+        return tuple((name,) for name, _ in trunk.named_children())
+    from timm.models import group_parameters
+
+    # timm's groups are of a network with its head, and a trunk has none: this one stands for it.
+    names, head = [name for name, _ in trunk.named_parameters()], "a head, which no group of the trunk matches"
+    whole: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in (*names, head)))
+    found = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)
+    layers = [list[str]() for _ in range(found[head])]
+    for name in names:
+        if found[name] < len(layers):
+            layers[found[name]].append(name)
+    return tuple(map(tuple, layers))
+
+
+def _norm(trunk: nn.Module, name: str, width: int) -> nn.Module | None:
+    """The trunk's norm of that name, if it is one of pooled features of that width."""
+    found: Any = trunk
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if tuple(getattr(found, "normalized_shape", ())) == (width,) else None
+
+
+def try_out(name: str, backbone: nn.Module, widths: dict[str, int], channels: int, image_size: int) -> frozenset[str]:
+    """Follows the shapes of images through a backbone, on the meta device, where nothing is computed.
+
+    timm has some thousand networks. Some give other maps than they declare, some take no images of this size, and some have
+    parameters for the classifier alone.
+
+    Args:
+        name: of the network, for people.
+        backbone: images to maps by level.
+        widths: their channels, as declared.
+        channels: of the images.
+        image_size: in pixels.
+
+    Returns:
+        Names of the parameters that no map depends on.
+
+    Raises:
+        ConfigError: the backbone does not give the maps that it declares.
+    """
+    parameters = {key: value.detach().to("meta").requires_grad_() for key, value in backbone.named_parameters()}
+    state = parameters | {key: buffer.to("meta") for key, buffer in backbone.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            images = torch.empty(2, channels, image_size, image_size, device="meta")
+            maps: dict[str, Tensor] = functional_call(backbone, state, (images,))
+        wrong = [key for key, width in widths.items() if maps[key].ndim != 4 or maps[key].shape[:2] != (2, width)]
+        problem = f"its level {wrong[0]} is not what it declares" if wrong else ""
+    except Exception as error:  # whatever timm's code raises
+        problem = first_line(error)
+    if problem:
+        own: Any = getattr(backbone.trunk, "default_cfg", {}).get("input_size", ())
+        raise ConfigError(
+            f"`backbone.name`: {name} gives no feature maps of images of {image_size} px ({problem}). Its own size is "
+            f"{own[-1] if own else 'not known'} px. Where that does not help, take a network of another family."
+        )
+    with torch.enable_grad():
+        total = torch.stack([part.sum() for part in maps.values()]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None)
+
+
+def timm_maps(trunk: Any, anatomy: Anatomy, images: Tensor) -> dict[str, Tensor]:
+    """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level, and ``token`` where there is one."""
+    if not anatomy.taps:
+        last, taps = trunk.forward_features(images), []
+    else:
+        last, taps = trunk.forward_intermediates(images, indices=list(anatomy.taps), output_fmt="NCHW")
+    maps = dict(zip(anatomy.levels, taps, strict=False))
+    stride = anatomy.levels["c5"].stride
+    if last.ndim == 3:
+        grid = getattr(trunk.patch_embed, "grid_size", None) or tuple(side // stride for side in images.shape[2:])
+        tokens = last[:, getattr(trunk, "num_prefix_tokens", last.shape[1] - math.prod(grid)) :]
+        maps["c5"] = tokens.transpose(1, 2).unflatten(2, grid)
+        return {**maps, "token": last[:, 0]} if anatomy.token else maps
+    channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+    maps["c5"] = torch.permute(last, (0, 3, 1, 2)) if channels_last else last
+    return maps

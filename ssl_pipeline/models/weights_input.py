@@ -1,0 +1,182 @@
+"""The images that weights expect: mean, std, size and resize, as torchvision, timm or a card of ours publish them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchvision import models
+from torchvision.models import get_model_weights, list_models
+
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.models.artifact import read_card
+from ssl_pipeline.models.resize import Resize
+from ssl_pipeline.models.timm_trunks import data_config, pretrained_cfg, pretrained_tags
+from ssl_pipeline.models.weights import is_file_name, official_entry
+
+if TYPE_CHECKING:
+    from ssl_pipeline.models.backbone import BackboneConfig
+
+
+@dataclass(frozen=True)
+class WeightsInput:
+    """The images that weights expect.
+
+    Attributes:
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        size: height and width in pixels; None where it is not known, or not square.
+        resize: how evaluation brings an image to that size; None where it is not known.
+        origin: whose configuration this is, for the log; empty where it is the data's own.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int | None = None
+    resize: Resize | None = None
+    origin: str = ""
+
+    def resize_at(self, size: int) -> Resize | None:
+        """The published resize, which goes with the published size alone."""
+        return self.resize if size == self.size else None
+
+    def for_channels(self, channels: int) -> WeightsInput:
+        """For other images than RGB: the mean of the three means and of the three stds in each channel."""
+        if channels == len(self.mean):
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels)
+
+    def notes(self, size: int, evaluated: bool = True) -> list[str]:
+        """Lines for the log.
+
+        Args:
+            size: of the images in pixels.
+            evaluated: whether the weights are measured, or a start whose own evaluation takes the central square.
+        """
+        if not self.origin:
+            return []
+        line = f"backbone: mean {_numbers(self.mean)} and std {_numbers(self.std)}, {self.origin}"
+        resize = self.resize_at(size) if evaluated else None
+        if resize is not None:
+            return [f"{line}; {resize.describe(size)}"]
+        if evaluated and self.size is not None:
+            return [
+                f"{line}; these weights were made for {self.size} px (size={self.size}): at {size} px the largest central square is resized"
+            ]
+        return [line]
+
+
+IMAGENET = WeightsInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), origin="ImageNet's, as nothing else is known")
+
+
+def weights_input(
+    config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> WeightsInput:
+    """The images that an encoder will expect: those of its weights, or of the data where it has none.
+
+    Args:
+        config: the network and its weights.
+        channels: of the images.
+        mean: of the data, per channel, where it is known.
+        std: likewise.
+
+    Raises:
+        ConfigError: there are no such weights.
+    """
+    if config.weights is None and mean is not None and std is not None:
+        return WeightsInput(mean, std)
+    found = published_input(config) if config.weights is not None else None
+    return (found or IMAGENET).for_channels(channels)
+
+
+def published_input(config: BackboneConfig) -> WeightsInput | None:
+    """What the publisher of weights says of their images; None where nobody does, as for most files.
+
+    Of a file it is known where a card of ours or a ``config.json`` of the Hugging Face Hub lies in its folder, where it has the name that
+    torchvision publishes it under, where ``backbone.name`` has a pretrained tag of timm's (``timm/NAME.TAG``), or where timm has
+    only one for that network.
+
+    Raises:
+        ConfigError: there are no such weights.
+    """
+    assert config.weights is not None
+    if not is_file_name(config.weights):
+        return _of_tag(config, config.weights) if config.is_timm else _of_torchvision(config.name, config.weights)
+    path = Path(config.weights).expanduser()
+    ours = _of_our_card(path)
+    if ours is not None:
+        return ours
+    return _of_timms_file(config, path) if config.is_timm else _of_torchvisions_file(config.name, path)
+
+
+def _of_torchvision(name: str, weights: str) -> WeightsInput:
+    entry = official_entry(name, weights)
+    transforms = entry.transforms()
+    (size,), (resize_size,) = transforms.crop_size, transforms.resize_size
+    resize = Resize(resize_size=resize_size, interpolation=transforms.interpolation.value)
+    return WeightsInput(tuple(transforms.mean), tuple(transforms.std), size, resize, f"{entry.name}'s own")
+
+
+def _of_torchvisions_file(name: str, path: Path) -> WeightsInput | None:
+    """Of a file that was copied from torchvision's server, which has its digest in its name."""
+    if name not in list_models(module=models):
+        return None
+    for entry in get_model_weights(name):
+        if path.name == entry.url.rsplit("/", 1)[-1]:
+            return _of_torchvision(name, entry.name)
+    return None
+
+
+def _of_tag(config: BackboneConfig, tag: str) -> WeightsInput:
+    cfg = pretrained_cfg(config, tag)
+    return _of_timm(cfg, f"{cfg['tag']}'s own")
+
+
+def _of_timm(cfg: dict[str, Any], origin: str) -> WeightsInput:
+    """Of a configuration as timm publishes it."""
+    found = data_config(cfg)
+    _, height, width = found["input_size"]
+    size = height if height == width else None
+    resize = None
+    if size is not None:
+        resize = Resize(
+            resize_size=int(size / found["crop_pct"]),
+            interpolation=found["interpolation"],
+            crop_mode=found["crop_mode"],
+        )
+    return WeightsInput(tuple(found["mean"]), tuple(found["std"]), size, resize, origin)
+
+
+def _of_timms_file(config: BackboneConfig, path: Path) -> WeightsInput | None:
+    hub = path.parent / "config.json"
+    if hub.is_file():
+        try:
+            tree = json.loads(hub.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"`backbone.weights`: {str(hub)!r} can't be read ({error}): mend or remove it."
+            ) from error
+        if isinstance(tree, dict) and isinstance(tree.get("pretrained_cfg"), dict):
+            return _of_timm(tree["pretrained_cfg"], f"as {hub} has them")
+    tags = pretrained_tags(config)
+    tag = tags[0] if len(tags) == 1 else config.name.partition(".")[2]
+    return _of_timm(pretrained_cfg(config, tag), f"those of timm's tag {tag!r}") if tag else None
+
+
+def _of_our_card(path: Path) -> WeightsInput | None:
+    """Of an encoder or a model that this pipeline wrote."""
+    card = path.parent / "card.json"
+    if path.name not in ("encoder.safetensors", "model.safetensors") or not card.is_file():
+        return None
+    blueprint = read_card(card, "encoder" if path.name.startswith("encoder") else "model").blueprint
+    origin = f"as {card} has them"
+    return WeightsInput(blueprint.mean, blueprint.std, blueprint.size, blueprint.resize, origin)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    """One number where all channels have the same."""
+    shown = [f"{value:.3g}" for value in values]
+    return shown[0] if len(set(shown)) == 1 else f"({', '.join(shown)})"
