@@ -43,7 +43,7 @@ VERBS = {
         "ssl_pipeline.export.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
     ),
-    "views": ("ssl_pipeline.report.plot_views", "a picture of the random views of a data set"),
+    "views": ("ssl_pipeline.evaluation.plot_views", "a picture of the random views of a data set"),
     "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
     "report": ("ssl_pipeline.report.command", "one page that shows what runs learned: curves, images, tables"),
     "dashboard": ("ssl_pipeline.logging.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),

@@ -16,10 +16,10 @@ from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.loader import open_or_neighbour
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.tracker import Trackers
 from ssl_pipeline.metrics.classes import one_of_each_class
 from ssl_pipeline.metrics.knn import neighbours
-from ssl_pipeline.report.plot_views import views_picture
 from ssl_pipeline.transforms.policy import ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")

@@ -23,12 +23,12 @@ from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour
 from ssl_pipeline.data.source import Indexed
 from ssl_pipeline.data.stream import numbered, open_training
 from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.plot_views import columns_of, tile
 from ssl_pipeline.metrics.classes import class_name, one_of_each_class
 from ssl_pipeline.metrics.knn import neighbours
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.report.planes import planes
-from ssl_pipeline.report.plot_views import columns_of, tile
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.rng import permutation
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
+from ssl_pipeline.evaluation.plot_views import PictureConfig, columns_of, draw
 from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
-from ssl_pipeline.report.plot_views import PictureConfig, columns_of, draw
 from ssl_pipeline.transforms.config import BlurConfig, ViewConfig
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import tiny_pretrain
