@@ -14,39 +14,45 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
+from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.domain.across import Across, split_domains
+from ssl_pipeline.data.source import IndexedDataset, SourceConfig
+from ssl_pipeline.domain.across import DomainSplit, split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.consistency import ConsistencyConfig, Unlabelled
+from ssl_pipeline.downstream.consistency import ConsistencyConfig, UnlabeledImages
 from ssl_pipeline.downstream.finished import Model, load_model
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw, told_of, without_labels
-from ssl_pipeline.downstream.regime import Keeping, RegimeConfig, Surroundings, train
+from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, describe_labels, draw, unlabeled_pool
+from ssl_pipeline.downstream.regime import CheckpointConfig, RegimeConfig, TrainContext, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.downstream.vector import targets_of
-from ssl_pipeline.engine.distributed import from_main, on_device, on_main, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import (
+    broadcast_from_main,
+    dist_info,
+    move_to_device,
+    run_on_main,
+    start_accelerator,
+)
 from ssl_pipeline.engine.launcher import save_with_launcher
-from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.memory import check_memory, processes_here
-from ssl_pipeline.engine.signals import listen, stoppable
+from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.logging.jsonl import seconds_before
-from ssl_pipeline.logging.progress import console, duration, one_voice, print_table
+from ssl_pipeline.logging.progress import console, duration, print_table, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
-from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.training import TrainingCurves, trained_steps
 from ssl_pipeline.metrics.confusion import confusion_matrix
-from ssl_pipeline.models.artifact import Blueprint, Card, finite, save, write_card
+from ssl_pipeline.models.artifact import Card, EncoderSpec, finite, save, write_card
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -58,7 +64,7 @@ from ssl_pipeline.transforms.policy import Views, ViewsConfig
 _log = logging.getLogger("ssl_pipeline")
 
 
-class FinetuneConfig(Strict):
+class FinetuneConfig(FrozenModel):
     """Everything that stage two is told; each field's model says what its keys mean.
 
     Attributes:
@@ -88,13 +94,13 @@ class FinetuneConfig(Strict):
     encoder: str | None = None
     initialisation: Literal["pretrained", "random"] = "pretrained"
     size: int | None = Field(None, ge=8)
-    data: Annotated[SourceConfig, Room("data.sources")]
+    data: Annotated[SourceConfig, ComponentOf("data.sources")]
     views: ViewsConfig
     backbone: BackboneConfig
     neck: NeckConfig
-    downstream: Annotated[DownstreamConfig, Room("downstream")]
+    downstream: Annotated[DownstreamConfig, ComponentOf("downstream")]
     regime: RegimeConfig
-    domain: Annotated[MethodConfig | None, Room("domain")] = None
+    domain: Annotated[MethodConfig | None, ComponentOf("domain")] = None
     labels: LabelsConfig
     unlabelled: ConsistencyConfig | None = None
     tracking: TrackingConfig
@@ -113,7 +119,7 @@ class FinetuneConfig(Strict):
         return self.initialisation == "random" or self.regime.name == "scratch"
 
 
-def check(config: FinetuneConfig, pool: Indexed, held_out: Indexed | None) -> None:
+def check(config: FinetuneConfig, pool: IndexedDataset, held_out: IndexedDataset | None) -> None:
     """What can't go together, all of it at once, before anything is written.
 
     Raises:
@@ -163,8 +169,8 @@ def finished_model(config: FinetuneConfig) -> Model | None:
 
 
 def starting_point(
-    config: FinetuneConfig, pool: Indexed, model: Model | None = None
-) -> tuple[Blueprint, Encoder | None]:
+    config: FinetuneConfig, pool: IndexedDataset, model: Model | None = None
+) -> tuple[EncoderSpec, Encoder | None]:
     """What stage two starts from: an architecture and, unless it is to be random, its pretrained encoder."""
     if model is not None:
         check_channels(model.card.blueprint, "the model in `domain.model`", pool)
@@ -182,8 +188,8 @@ def starting_point(
 def finetune(config: FinetuneConfig) -> Result:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     accelerator = start_accelerator()
-    one_voice(accelerator.is_main_process)
-    share = share_of(accelerator)
+    silence_other_ranks(accelerator.is_main_process)
+    share = dist_info(accelerator)
     starts_from = config.encoder or (config.domain.starts_from if config.domain is not None else None)
     config = config.model_copy(update={"data": at_range_of(config.data, starts_from)})
     pool, held_out = config.data.open("train"), config.data.open(config.split)
@@ -198,13 +204,13 @@ def finetune(config: FinetuneConfig) -> Result:
     assert held_out is not None
     assert pool.classes is not None
     if accelerator.is_main_process and config.tracking.terminal != "quiet":
-        console().print(f"finetune: {told_of(pool, held_out, config.split)}", markup=False)
+        console().print(f"finetune: {describe_labels(pool, held_out, config.split)}", markup=False)
     blueprint, pretrained = starting_point(config, pool, model)
     preprocessing = Preprocessing.of(blueprint)
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
-    labelled = {seed: labelled_images(config, pool, across, seed) for seed in seeds}
+    labelled = {seed: draw_labeled(config, pool, across, seed) for seed in seeds}
 
     if share.device.type == "cpu" and config.regime.trains_all and model is None:
         task = build_task(config, blueprint, pretrained, len(pool.classes), config.seed, share)
@@ -223,8 +229,8 @@ def finetune(config: FinetuneConfig) -> Result:
     result = Result(folder, config.split)
     with (
         run or nullcontext(),
-        open_trackers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
-        stoppable(run.path if run else None),
+        open_loggers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
+        handle_signals(run.path if run else None),
     ):
         result.selection.update(selection(config.labels, config.downstream, config.regime, labelled[config.seed]))
         if run is not None and config.labels.validation == "auto" and config.tracking.terminal != "quiet":
@@ -242,14 +248,14 @@ def finetune(config: FinetuneConfig) -> Result:
             task = (
                 build_task(config, blueprint, pretrained, len(pool.classes), seed, share)
                 if model is None
-                else on_device(copy.deepcopy(model.task), share)
+                else move_to_device(copy.deepcopy(model.task), share)
             )
             views = Views(policy, blueprint.mean, blueprint.std, seed)
             kept = folder / "checkpoints" / f"seed-{seed}"
-            keeping = Keeping(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
-            around = Surroundings(
+            keeping = CheckpointConfig(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
+            around = TrainContext(
                 labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
-                unlabelled=unlabelled_images(config, blueprint, pool, seed),
+                unlabelled=open_unlabeled(config, blueprint, pool, seed),
             )  # fmt: skip
             train_task(config, task, across, around)
             first = run is not None and seed == config.seed  # by rule the first seed's model, not the best one's
@@ -259,7 +265,7 @@ def finetune(config: FinetuneConfig) -> Result:
             figures = finite(measure(task, across, held_out, around))
             result.figures.append(figures)
             if seed == config.seed and across is None and isinstance(task, Classification):
-                tell_confusion(result, task, held_out, pool.classes, around, trackers)
+                log_confusion_matrix(result, task, held_out, pool.classes, around, trackers)
             if run is not None and first:
                 write_card(run.path, model_card(config, blueprint, pool, figures))
             trackers.log(seed, {f"{config.split}/{name}": value for name, value in figures.items()})
@@ -271,21 +277,25 @@ def finetune(config: FinetuneConfig) -> Result:
     return result
 
 
-def labelled_images(config: FinetuneConfig, pool: Indexed, across: Across | None, seed: int) -> Labelled:
+def draw_labeled(config: FinetuneConfig, pool: IndexedDataset, across: DomainSplit | None, seed: int) -> LabeledSplit:
     """The labelled images of a seed, and those of them that are held out."""
     if across is not None:
         return across.draw(config.labels, config.downstream, seed)
     return draw(config.labels, config.downstream, pool, seed)
 
 
-def unlabelled_images(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, seed: int) -> Unlabelled | None:
+def open_unlabeled(
+    config: FinetuneConfig, blueprint: EncoderSpec, pool: IndexedDataset, seed: int
+) -> UnlabeledImages | None:
     """What a seed learns from without labels; None where nothing is asked for."""
     if config.unlabelled is None:
         return None
     policy, _ = config.unlabelled.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     views = Views(policy, blueprint.mean, blueprint.std, derive_seed(seed, "unlabelled"))
     images = config.unlabelled.open(pool.channels)
-    return Unlabelled(config.unlabelled, images or without_labels(config.labels, config.downstream, pool, seed), views)
+    return UnlabeledImages(
+        config.unlabelled, images or unlabeled_pool(config.labels, config.downstream, pool, seed), views
+    )
 
 
 def open_folder(
@@ -296,7 +306,7 @@ def open_folder(
     Returns:
         Its open folder (None in all processes but the main one); its path; and the figures of the seeds that are done.
     """
-    run = on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
+    run = run_on_main(accelerator, lambda: open_run(config.output, "finetune", config.resume, dump(config), data=data))
     with run.closed_on_error() if run is not None else nullcontext():
         if run is not None and run.changes:  # seeds of two configurations make no mean
             _log.warning(
@@ -304,20 +314,20 @@ def open_folder(
             )
             shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         done = finished_seeds(run.path, seeds, config.split) if run is not None and not run.changes else {}
-        folder, finished = from_main(accelerator, (run.path if run else Path(), done))
+        folder, finished = broadcast_from_main(accelerator, (run.path if run else Path(), done))
     return run, folder, finished
 
 
 def build_task(
-    config: FinetuneConfig, blueprint: Blueprint, pretrained: Encoder | None, classes: int, seed: int, share: Share
+    config: FinetuneConfig, blueprint: EncoderSpec, pretrained: Encoder | None, classes: int, seed: int, share: DistInfo
 ) -> DownstreamTask:
     """A seed's task on this process's device, around a copy of the pretrained encoder or one of fresh weights."""
     torch.manual_seed(derive_seed(seed, "initialisation"))
     encoder = copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
-    return on_device(config.downstream.build(encoder, classes), share)
+    return move_to_device(config.downstream.build(encoder, classes), share)
 
 
-def train_task(config: FinetuneConfig, task: DownstreamTask, across: Across | None, around: Surroundings) -> None:
+def train_task(config: FinetuneConfig, task: DownstreamTask, across: DomainSplit | None, around: TrainContext) -> None:
     """Trains a task in place, by its regime or by a method across domains."""
     if across is None:
         train(config.regime, task, around)
@@ -326,7 +336,9 @@ def train_task(config: FinetuneConfig, task: DownstreamTask, across: Across | No
     train_across(across.method, config.regime, task, across.target, around)
 
 
-def measure(task: DownstreamTask, across: Across | None, held_out: Indexed, around: Surroundings) -> dict[str, float]:
+def measure(
+    task: DownstreamTask, across: DomainSplit | None, held_out: IndexedDataset, around: TrainContext
+) -> dict[str, float]:
     """The figures of a trained task on held-out images; of a method across domains on each domain."""
     if across is None:
         return task.evaluate(held_out, around.preprocessing, around.share)
@@ -334,19 +346,19 @@ def measure(task: DownstreamTask, across: Across | None, held_out: Indexed, arou
     return across.evaluate(task, around.labelled, around.preprocessing, around.share)
 
 
-def tell_confusion(
-    result: Result, task: Classification, held_out: Indexed, classes: tuple[str, ...], around: Surroundings, trackers: Trackers
+def log_confusion_matrix(
+    result: Result, task: Classification, held_out: IndexedDataset, classes: tuple[str, ...], around: TrainContext, trackers: LoggerCollection
 ) -> None:  # fmt: skip
     """Puts the confusion of a seed's classes into the result, keeps it for a run that is stopped, and draws it."""
     logits, read = extract_readable(task, held_out, around.preprocessing, around.share, forward=task.predict)
     matrix = confusion_matrix(logits.argmax(1), targets_of(held_out)[read], len(classes))
     result.confusion.update(classes=list(classes), matrix=matrix.tolist())
-    Gallery(trackers).confusion(around.seed, matrix, classes)
+    ImageLogger(trackers).confusion(around.seed, matrix, classes)
     if around.accelerator.is_main_process:
         result.keep_confusion()
 
 
-def model_card(config: FinetuneConfig, blueprint: Blueprint, pool: Indexed, figures: dict[str, float]) -> Card:
+def model_card(config: FinetuneConfig, blueprint: EncoderSpec, pool: IndexedDataset, figures: dict[str, float]) -> Card:
     """What a model is, and whether its encoder was pretrained: ``regime=scratch`` alone says that it was not."""
     settings = redact(dump(config)) | {"initialisation": "random" if config.starts_fresh else "pretrained"}
     return Card(
@@ -370,9 +382,9 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    listen()
+    install_signal_handlers()
     save_with_launcher()
-    with leaving_together():
+    with clean_distributed_exit():
         run_command("finetune", FinetuneConfig, finetune_and_tell)
 
 

@@ -13,46 +13,46 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Room, Strict, dump
+from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.data.lanes import StreamBatches, training_batches
-from ssl_pipeline.data.loader import Preprocessing, StepBatches
-from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.data.stream import Stream, amount, known_length, numbered, open_training, told_of_splits
-from ssl_pipeline.data.styles import views_of
-from ssl_pipeline.data.value_range import told_of
+from ssl_pipeline.data.lanes import StreamLoader, build_loader
+from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset, SourceConfig
+from ssl_pipeline.data.stream import StreamDataset, describe_size, describe_splits, known_length, open_training, preview
+from ssl_pipeline.data.styles import build_views
+from ssl_pipeline.data.value_range import describe_range
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
 from ssl_pipeline.engine.distributed import (
     batchnorm_notes,
+    broadcast_from_main,
     check_same_start,
-    from_main,
-    on_device,
-    on_main,
-    share_of,
+    dist_info,
+    move_to_device,
+    run_on_main,
     start_accelerator,
 )
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.launcher import save_with_launcher
-from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import check_shardable
-from ssl_pipeline.engine.signals import listen, stoppable
+from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluation.alerts import open_alerts
 from ssl_pipeline.evaluation.best import BestEncoder
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.gain import untrained_figures, without_gain
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import Gallery
-from ssl_pipeline.evaluation.watch import Watch
+from ssl_pipeline.evaluation.pictures import ImageLogger
+from ssl_pipeline.evaluation.watch import OnlineEvalCallback
 from ssl_pipeline.logging.jsonl import seconds_before
-from ssl_pipeline.logging.progress import Progress, one_voice
+from ssl_pipeline.logging.progress import Progress, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
-from ssl_pipeline.logging.tracker import TrackingConfig, open_trackers
-from ssl_pipeline.models.artifact import Blueprint, Card, save, write_card
+from ssl_pipeline.logging.tracker import TrackingConfig, open_loggers
+from ssl_pipeline.models.artifact import Card, EncoderSpec, save, write_card
 from ssl_pipeline.models.backbone import Backbone, BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -62,7 +62,7 @@ from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.policy import ViewsConfig
 
 
-class BatchConfig(Strict):
+class BatchConfig(FrozenModel):
     """The batch.
 
     Attributes:
@@ -76,7 +76,7 @@ class BatchConfig(Strict):
     micro: int | None = Field(None, ge=2)
 
 
-class PretrainConfig(Strict):
+class PretrainConfig(FrozenModel):
     """Everything that stage one is told; each field's model says what its keys mean.
 
     Attributes:
@@ -101,11 +101,11 @@ class PretrainConfig(Strict):
     """
 
     wins_over: ClassVar[Mapping[str, str]] = {"steps": "epochs"}
-    data: Annotated[SourceConfig, Room("data.sources")]
+    data: Annotated[SourceConfig, ComponentOf("data.sources")]
     views: ViewsConfig
     backbone: BackboneConfig
     neck: NeckConfig
-    pretext: Annotated[PretextConfig, Room("pretext")]
+    pretext: Annotated[PretextConfig, ComponentOf("pretext")]
     optim: OptimConfig
     tracking: TrackingConfig
     batch: BatchConfig
@@ -125,7 +125,9 @@ class PretrainConfig(Strict):
         return self.steps or self.epochs * ((samples or 0) // self.batch.size)
 
 
-def fit_batch(config: PretrainConfig, train: Indexed | Stream, processes: int) -> tuple[PretrainConfig, list[str]]:
+def fit_batch(
+    config: PretrainConfig, train: IndexedDataset | StreamDataset, processes: int
+) -> tuple[PretrainConfig, list[str]]:
     """A batch that the images are enough for: the largest one below that is shared evenly by processes and micro-batches.
 
     Returns:
@@ -144,7 +146,7 @@ def fit_batch(config: PretrainConfig, train: Indexed | Stream, processes: int) -
     return config.model_copy(update={"batch": BatchConfig(size=size, micro=micro)}), [note]
 
 
-def check(config: PretrainConfig, train: Indexed | Stream, processes: int) -> None:
+def check(config: PretrainConfig, train: IndexedDataset | StreamDataset, processes: int) -> None:
     """What can't go together, all of it at once, before anything is written.
 
     Raises:
@@ -193,7 +195,11 @@ def check_local_views(views: ViewsConfig, backbone: Backbone, name: str) -> None
 
 
 def build_task(
-    config: PretrainConfig, blueprint: Blueprint, views: ViewsConfig, train: Indexed | Stream, accelerator: Accelerator
+    config: PretrainConfig,
+    blueprint: EncoderSpec,
+    views: ViewsConfig,
+    train: IndexedDataset | StreamDataset,
+    accelerator: Accelerator,
 ) -> tuple[Encoder, Task, list[str]]:
     """The encoder, the pretext task around it on this process's device, and what is to be said of them."""
     torch.manual_seed(derive_seed(config.seed, "initialisation"))
@@ -201,15 +207,15 @@ def build_task(
     check_local_views(views, encoder.backbone, config.backbone.name)
     task = config.pretext.build(encoder, train)
     check_shardable(task, config.batch.micro, accelerator)
-    share = share_of(accelerator)
+    share = dist_info(accelerator)
     if share.device.type == "cpu":
         shapes, own = views.shapes(blueprint.channels), config.batch.size // share.processes
         check_memory(task, shapes, own, config.batch.micro, config.optim.name, processes_here(share.processes))
-    return encoder, on_device(task, share), [*notes, *batchnorm_notes(task, share)]
+    return encoder, move_to_device(task, share), [*notes, *batchnorm_notes(task, share)]
 
 
 @dataclass(frozen=True)
-class Place:
+class RunState:
     """Where a run is kept, and what of it is there already.
 
     Attributes:
@@ -229,9 +235,9 @@ class Place:
     start: int
 
 
-def open_place(
-    config: PretrainConfig, data: dict[str, str], batches: StepBatches | StreamBatches, accelerator: Accelerator
-) -> Place:
+def open_run_state(
+    config: PretrainConfig, data: dict[str, str], batches: IndexedLoader | StreamLoader, accelerator: Accelerator
+) -> RunState:
     """Makes or continues the run's folder, and sets the batches to where it goes on.
 
     Args:
@@ -247,13 +253,13 @@ def open_place(
         if state is not None:
             check_steps_left(state, batches, in_steps, "steps" if in_steps else "epochs")
 
-    run = on_main(
+    run = run_on_main(
         accelerator,
         lambda: open_run(config.output, "pretrain", config.resume, dump(config), data=data, check_change=check_change),
     )
     with run.closed_on_error() if run else nullcontext():
         every = config.checkpoint_every.on(batches.clock(0)) or None
-        folder = from_main(accelerator, run.path if run else Path())
+        folder = broadcast_from_main(accelerator, run.path if run else Path())
         checkpoints = Checkpoints(folder / "checkpoints", every, config.keep_checkpoints, main=run is not None)
         best = BestEncoder(folder / "best", "eval/knn", run is not None, comparable=not (run and run.changes))
         resume = checkpoints.load() if config.resume != "no" else None
@@ -261,29 +267,29 @@ def open_place(
         check_same_start(accelerator, start)
         if resume is not None:
             go_on(resume, batches, in_steps)
-    return Place(run, folder, checkpoints, best, resume, start)
+    return RunState(run, folder, checkpoints, best, resume, start)
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
-    one_voice(accelerator.is_main_process)
-    share = share_of(accelerator)
+    silence_other_ranks(accelerator.is_main_process)
+    share = dist_info(accelerator)
 
     train, dev = open_training(config.data), config.data.open("dev")
     config, notes = fit_batch(config, train, share.processes)
     check(config, train, share.processes)
     views_config, of_views = config.views.for_channels(train.channels)
     notes += of_views
-    if isinstance(train, Indexed):
+    if isinstance(train, IndexedDataset):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
     expected = weights_input(config.backbone, train.channels, train.mean, train.std)
     mean, std = expected.mean, expected.std
     notes += expected.notes(config.views.size, evaluated=False)
-    views = views_of(train, views_config, mean, std, config.seed)
+    views = build_views(train, views_config, mean, std, config.seed)
     preprocessing = Preprocessing(config.views.size, mean, std)
 
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=config.backbone,
         neck=config.neck,
         channels=train.channels,
@@ -295,13 +301,13 @@ def pretrain(config: PretrainConfig) -> Path:
     encoder, task, more_notes = build_task(config, blueprint, views_config, train, accelerator)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
     length = config.total_steps(known_length(train))
-    batches = training_batches(
+    batches = build_loader(
         train, views, config.batch.size, config.seed, share, length, config.workers, with_labels=task.reads_labels
     )
 
     data = {"train": train.fingerprint()} | ({} if dev is None else {"dev": dev.fingerprint()})
     card = partial(encoder_card, config, blueprint, train, data["train"])
-    place = open_place(config, data, batches, accelerator)
+    place = open_run_state(config, data, batches, accelerator)
     run, start, total = place.run, place.start, batches.total_steps + batches.offset
     with (
         run or nullcontext(),
@@ -314,13 +320,15 @@ def pretrain(config: PretrainConfig) -> Path:
             seconds_before=seconds_before(run.path) if run else 0.0,
         ) as progress,  # fmt: skip
         # A run that starts again from nothing also measures step 0 again.
-        open_trackers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
-        stoppable(run.path if run else None),
+        open_loggers(run, "pretrain", dump(config), config.tracking, start or -1) as trackers,
+        handle_signals(run.path if run else None),
     ):
-        progress.say(f"pretrain: {config.pretext.name} with {config.backbone.name} on {amount(train)} of {train.name}")
-        notes += [] if train.value_range is None else [f"of more than 8 bits {told_of(train.value_range)}"]
+        progress.say(
+            f"pretrain: {config.pretext.name} with {config.backbone.name} on {describe_size(train)} of {train.name}"
+        )
+        notes += [] if train.value_range is None else [f"of more than 8 bits {describe_range(train.value_range)}"]
         notes += [
-            told_of_splits(config.data, train, dev),
+            describe_splits(config.data, train, dev),
             *more_notes,
             f"{share.processes} process(es) on {share.device}",
             f"run folder {place.folder}",
@@ -330,15 +338,15 @@ def pretrain(config: PretrainConfig) -> Path:
         for note in notes:
             progress.say(f"  {note}")
 
-        looked_at = numbered(train)
+        looked_at = preview(train)
         evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share)
         measure = progress.announcing("measuring the backbone", evaluation)
         untrained = {} if start else measure(encoder)
-        if not start and isinstance(train, Indexed):
+        if not start and isinstance(train, IndexedDataset):
             read = progress.announcing("reading all images for the task's memory", extract)
             task.prime(lambda forward: read(task, looked_at, preprocessing, share, forward=forward))
         trackers.log(start, {f"untrained/{name.removeprefix('eval/')}": value for name, value in untrained.items()})
-        gallery = Gallery(trackers)
+        gallery = ImageLogger(trackers)
         if trackers.draws:
             progress.say("  drawing pictures of views and features")
         gallery.views(start, looked_at, config.views, config.seed)
@@ -348,7 +356,9 @@ def pretrain(config: PretrainConfig) -> Path:
             if run is not None:
                 progress.say(f"wrote {save(place.folder, encoder, card({}))} and card.json")
 
-        watch = Watch(encoder, evaluation, place.best, gallery, card, total, hand_over, share.processes == 1)
+        watch = OnlineEvalCallback(
+            encoder, evaluation, place.best, gallery, card, total, hand_over, share.processes == 1
+        )
         alerts = open_alerts("pretrain", encoder.width, progress, trackers, place.folder if run and start else None)
         fit(
             task, batches, config.optim, optimizer, accelerator, place.checkpoints, place.resume,
@@ -369,7 +379,11 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def encoder_card(
-    config: PretrainConfig, blueprint: Blueprint, train: Indexed | Stream, fingerprint: str, figures: dict[str, float]
+    config: PretrainConfig,
+    blueprint: EncoderSpec,
+    train: IndexedDataset | StreamDataset,
+    fingerprint: str,
+    figures: dict[str, float],
 ) -> Card:
     """What an encoder is."""
     return Card(
@@ -380,9 +394,9 @@ def encoder_card(
 
 def main() -> None:
     """The command line."""
-    listen()
+    install_signal_handlers()
     save_with_launcher()
-    with leaving_together():
+    with clean_distributed_exit():
         run_command("pretrain", PretrainConfig, pretrain)
 
 

@@ -80,7 +80,7 @@ def _unit(bits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draws:
+class NamedRNG:
     """The named draws of a batch of samples.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import FrozenModel
 
 _UNITS: dict[str, Literal["epochs", "steps", "%"]] = {
     "epoch": "epochs", "epochs": "epochs", "ep": "epochs", "step": "steps", "steps": "steps", "%": "%",
@@ -20,7 +20,7 @@ _UNITS: dict[str, Literal["epochs", "steps", "%"]] = {
 
 
 @dataclass(frozen=True)
-class Clock:
+class TrainProgress:
     """Where a run is.
 
     Attributes:
@@ -46,7 +46,7 @@ class Clock:
         return self.step // self.steps_per_epoch
 
 
-class DurationValue(Strict):
+class DurationValue(FrozenModel):
     """A length of training time: a number and its unit."""
 
     one_value: ClassVar[bool] = True
@@ -57,7 +57,7 @@ class DurationValue(Strict):
         """In optimizer steps, rounded to the nearest; ``total`` is what a share is a share of."""
         return round(self.value * {"epochs": steps_per_epoch, "steps": 1, "%": total / 100}[self.unit])
 
-    def on(self, clock: Clock) -> int:
+    def on(self, clock: TrainProgress) -> int:
         """In optimizer steps of a run."""
         return self.steps(clock.steps_per_epoch, clock.total)
 
@@ -111,7 +111,7 @@ def warmup_cosine(step: int, total: int, warmup: int, start_factor: float, end_f
     return end_factor + (1.0 - end_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class WarmupCosine(Strict):
+class WarmupCosine(FrozenModel):
     """Warm-up, then cosine decay.
 
     Attributes:
@@ -124,6 +124,6 @@ class WarmupCosine(Strict):
     start_factor: float = Field(0.0, ge=0, le=1)
     end_factor: float = Field(0.0, ge=0, le=1)
 
-    def factor(self, clock: Clock) -> float:
+    def factor(self, clock: TrainProgress) -> float:
         """The factor at a step; see :func:`warmup_cosine`."""
         return warmup_cosine(clock.step, clock.total, self.warmup.on(clock), self.start_factor, self.end_factor)

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from ssl_pipeline.report.look import Look
+from ssl_pipeline.report.look import RunImages
 
 
 class Page(HTMLParser):
@@ -39,8 +39,8 @@ class Page(HTMLParser):
         return {str(attributes["id"]) for _, attributes in self.tags if "id" in attributes}
 
 
-def blind(_: Any) -> Look:
-    return Look()
+def blind(_: Any) -> RunImages:
+    return RunImages()
 
 
 def payload(text: str) -> dict[str, Any]:

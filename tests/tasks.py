@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.runs import small_pretext
 
 
@@ -31,8 +31,8 @@ def tiny_task(name: str, overrides: Sequence[str] = (), samples: int = 8, seed: 
     config = tiny_config(name, overrides)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (samples, 1, 12, 12), generator=generator, dtype=torch.uint8)
-    source = ArraySource("random", pixels, torch.arange(samples) % 2, ("a", "b"))
-    blueprint = Blueprint(
+    source = ArrayDataset("random", pixels, torch.arange(samples) % 2, ("a", "b"))
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
     )
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def tiny_batch(task: Task, views: int, samples: int, step: int, local: int = 0) 
     images: list[Tensor] = [torch.randn(samples, 1, 12, 12, generator=generator) for _ in range(views)]
     images += [torch.randn(samples, 1, 8, 8, generator=generator) for _ in range(local)]
     labels = torch.arange(samples) % 2 if task.reads_labels else None
-    return Batch(Clock(step, 10, 1), torch.arange(samples), images, labels)
+    return Batch(TrainProgress(step, 10, 1), torch.arange(samples), images, labels)
 
 
 def as_group_norm(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from docs.site.docstrings import attributes, prose
 from docs.site.verbs import Verb, configured_verbs
 from ssl_pipeline.cli import VERBS
-from ssl_pipeline.config.base import ConfigError, Room
+from ssl_pipeline.config.base import ComponentOf, ConfigError
 from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import module_of, names
 from ssl_pipeline.data.bad_files import BadFilesLimit
@@ -103,7 +103,7 @@ def groups() -> dict[str, tuple[Verb, FieldInfo]]:
 
 def room_of(field: FieldInfo) -> str | None:
     """The room whose modules are a group's components."""
-    return next((mark.package for mark in field.metadata if isinstance(mark, Room)), None)
+    return next((mark.package for mark in field.metadata if isinstance(mark, ComponentOf)), None)
 
 
 def component_table(group: str, room: str, name: str) -> str:

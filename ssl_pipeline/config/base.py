@@ -59,7 +59,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class Strict(BaseModel):
+class FrozenModel(BaseModel):
     """A frozen model that refuses keys it does not know.
 
     Attributes:
@@ -80,7 +80,7 @@ class Strict(BaseModel):
         return {cls.short_for: value} if plain else value
 
 
-class ComponentConfig(Strict):
+class ComponentConfig(FrozenModel):
     """The configuration of one component of a room; its ``name`` is the module that holds it.
 
     Attributes:
@@ -91,7 +91,7 @@ class ComponentConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Room:
+class ComponentOf:
     """Marks a field of a stage's schema whose model is chosen by ``name`` among the modules of a package.
 
     Attributes:

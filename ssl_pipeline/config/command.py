@@ -71,13 +71,13 @@ def run_command(
         with typed_as(["ssl-pipeline", *verb.split(), *sys.argv[1:]]):
             run(config)
     except UserError as error:
-        leave(error, f"ssl-pipeline {verb} --help")
+        exit_with_error(error, f"ssl-pipeline {verb} --help")
     except KeyboardInterrupt as stop:
-        leave(stopped_by_hand(stop, verb, resumes="resume" in schema.model_fields))
+        exit_with_error(stopped_by_hand(stop, verb, resumes="resume" in schema.model_fields))
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's, of `~photos` where nobody is called photos
             raise
-        leave(
+        exit_with_error(
             ConfigError(
                 "a path starts with `~` and no user's name: write `~/NAME` below the home folder, and `./~NAME` for a file of that name."
             )
@@ -134,7 +134,7 @@ def check_folder_of(file: Path, key: str) -> None:
         raise ConfigError(f"{key}: there is no folder {str(file.parent)!r}: make it, or name another file.")
 
 
-def leave(error: UserError, hint: str = "") -> NoReturn:
+def exit_with_error(error: UserError, hint: str = "") -> NoReturn:
     """Tells a mistake once (not once a process, if all know it) and leaves with its exit code."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not error.everywhere:

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.config.resolve import config_class, rooms
 from ssl_pipeline.config.words import members
 
@@ -98,6 +98,6 @@ def _below(key: str, annotation: Any) -> Iterator[tuple[str, Any]]:
                 yield from _below(f"{key}.{name}", field.annotation)
 
 
-def is_model(kind: Any) -> TypeGuard[type[Strict]]:
+def is_model(kind: Any) -> TypeGuard[type[FrozenModel]]:
     """Whether a type is a model with keys of its own."""
-    return isinstance(kind, type) and issubclass(kind, Strict)
+    return isinstance(kind, type) and issubclass(kind, FrozenModel)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ssl_pipeline.config.base import ComponentConfig, ConfigError, Room
+from ssl_pipeline.config.base import ComponentConfig, ComponentOf, ConfigError
 
 Stage = TypeVar("Stage", bound=BaseModel)
 
@@ -23,7 +23,7 @@ def resolve(schema: type[Stage], tree: Mapping[str, Any]) -> Stage:
     """Validates a composed configuration; components are found by the name they carry.
 
     Args:
-        schema: the stage's model. A field annotated with :class:`Room` is validated by ``<room>.<name>.Config``.
+        schema: the stage's model. A field annotated with :class:`ComponentOf` is validated by ``<room>.<name>.Config``.
         tree: plain values, as composed from YAML and overrides.
 
     Returns:
@@ -128,7 +128,7 @@ def rooms(schema: type[BaseModel]) -> dict[str, str]:
         name: mark.package
         for name, field in schema.model_fields.items()
         for mark in field.metadata
-        if isinstance(mark, Room)
+        if isinstance(mark, ComponentOf)
     }
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, StepBatches, open_readable
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.data.loader import IndexedLoader, Preprocessing, open_readable
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views
 from ssl_pipeline.transforms.policy import Views
 
@@ -65,7 +65,7 @@ class Annotations(ABC):
         """One sample's annotation in its image's own pixels."""
 
 
-class Numbers(Annotations):
+class NumericTargets(Annotations):
     """Numbers beside every image: several labels of 0 and 1, or values to predict.
 
     Args:
@@ -79,9 +79,9 @@ class Numbers(Annotations):
     def __len__(self) -> int:
         return len(self.values)
 
-    def select(self, index: Tensor) -> Numbers:
+    def select(self, index: Tensor) -> NumericTargets:
         """Those of the samples of an int64 index."""
-        return Numbers(self.values[index], self.names)
+        return NumericTargets(self.values[index], self.names)
 
     def digest(self) -> bytes:
         """Of the values."""
@@ -97,7 +97,7 @@ class Numbers(Annotations):
         return self.values[index]
 
 
-class Annotated(Indexed):
+class AnnotatedDataset(IndexedDataset):
     """A source's images with annotations beside them. It has no labels, so stage one reads it like any images.
 
     Args:
@@ -105,7 +105,7 @@ class Annotated(Indexed):
         annotations: one per image.
     """
 
-    def __init__(self, images: Indexed, annotations: Annotations) -> None:
+    def __init__(self, images: IndexedDataset, annotations: Annotations) -> None:
         assert len(images) == len(annotations)
         self.images, self.annotations = images, annotations
         self.name, self.channels, self.pixels, self.licence = (
@@ -142,20 +142,20 @@ class Annotated(Indexed):
         digest.update(self.annotations.digest())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> Annotated:
+    def select(self, index: Tensor) -> AnnotatedDataset:
         """The samples of an int64 index."""
-        return Annotated(self.images.select(index), self.annotations.select(index))
+        return AnnotatedDataset(self.images.select(index), self.annotations.select(index))
 
 
-def annotations_of(source: Indexed, kind: type[Kind]) -> Kind | None:
+def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:
     """A source's annotations of a kind; None if it has none of that kind."""
-    if isinstance(source, Annotated) and isinstance(source.annotations, kind):
+    if isinstance(source, AnnotatedDataset) and isinstance(source.annotations, kind):
         return source.annotations
     return None
 
 
-class AnnotatedBatches(StepBatches):
-    """The training batches of an annotated source; see :class:`StepBatches`."""
+class AnnotatedLoader(IndexedLoader):
+    """The training batches of an annotated source; see :class:`IndexedLoader`."""
 
     def from_step(self, start: int) -> Iterator[Batch]:
         """The batches from a step to the run's end, each with its ``target``; masks are read a few steps ahead."""
@@ -173,7 +173,7 @@ class AnnotatedBatches(StepBatches):
     def _target(self, step: int, index: Tensor | None = None) -> Any:
         """The annotations of a step's samples, or of those that have taken the place of some."""
         source = self.source
-        assert isinstance(source, Annotated)
+        assert isinstance(source, AnnotatedDataset)
         index = self.samples(step) if index is None else index
         return source.annotations.of_views(index, self.views, self.clock(step).epoch)
 
@@ -199,13 +199,13 @@ def place_of_views(index: Tensor, views: Views, epoch: int, sizes: Tensor) -> tu
     Returns:
         int64 of shape (B, 4): top, left, height, width; and which are mirrored, bool of shape (B,).
     """
-    draws = Draws(index, views.seed, "views", epoch, 0)
+    draws = NamedRNG(index, views.seed, "views", epoch, 0)
     heights, widths = sizes[index].unbind(1)
     return crop_boxes(draws, heights, widths, views.config.crop), draws.happens("flip", views.config.flip)
 
 
 def read_whole(
-    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 16
+    source: IndexedDataset, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 16
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Reads whole images, once and in order: a dense task must not lose what a central square would cut off.
 

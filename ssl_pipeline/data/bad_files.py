@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 
 TOLD = 10
 _log = logging.getLogger("ssl_pipeline")
 
 
-class BadFilesLimit(Strict):
+class BadFilesLimit(FrozenModel):
     """How many damaged files a run bears: a number, or a share of all files."""
 
     one_value: ClassVar[bool] = True

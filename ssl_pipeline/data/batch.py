@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Batch:
             in its first dimension, or a list with one entry a sample; None otherwise.
     """
 
-    clock: Clock
+    clock: TrainProgress
     index: Tensor
     views: list[Tensor]
     label: Tensor | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
-from ssl_pipeline.data.masks import tell
+from ssl_pipeline.data.masks import report_bad_masks
 from ssl_pipeline.data.verdicts import listed
 
 Categories = tuple[tuple[int, str], ...]  # numbers, which may have gaps, and names; their order is that of the classes
@@ -56,7 +56,7 @@ def check_images(rows: Sequence[dict[str, Any]], path: Path) -> None:
         and not (isinstance(row[key], float) and row[key].is_integer())
         and not _is_whole(row[key])
     ]
-    tell(problems)
+    report_bad_masks(problems)
     for key, mend in (
         ("id", "number them anew"),
         ("file_name", "join their entries, or a test image may be trained on"),

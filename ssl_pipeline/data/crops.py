@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.transforms.policy import Views
 
 NEIGHBOURS = 64  # that are tried in the place of a file that can't be decoded
@@ -29,7 +29,7 @@ class Crops:
     faults: dict[int, DecodeError]
 
 
-def read_crops(source: Indexed, views: Views, index: Tensor, epoch: int) -> Crops:
+def read_crops(source: IndexedDataset, views: Views, index: Tensor, epoch: int) -> Crops:
     """Decodes files, each once for all its views and as small as they allow, and crops them.
 
     Raises:

@@ -15,7 +15,7 @@ from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.value_range import Values, kind_of, measure
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
-GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
+GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
 _READ = "Grey of up to 32 bits and colours of 8 bits are read: write the bands that matter as such files"
 _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
@@ -122,7 +122,7 @@ def _load(
     return _to_8_bit(image, mode, file.format)
 
 
-class Encoded:
+class EncodedImage:
     """An image in memory whose header is read and whose pixels are not yet: what they may be shrunk by depends on its size.
 
     Args:

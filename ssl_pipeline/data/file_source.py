@@ -17,14 +17,14 @@ from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
-from ssl_pipeline.data.files import Files
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.value_range import Range
 
 _log = logging.getLogger("ssl_pipeline")
 
 
-class FileSource(Indexed):
+class FileDataset(IndexedDataset):
     """Image files of any sizes, decoded when they are wanted.
 
     Args:
@@ -58,7 +58,7 @@ class FileSource(Indexed):
         bad_files: BadFiles | None = None,
         value_range: Range | None = None,
     ) -> None:
-        self.name, self.root, self.files, self.channels = name, root, Files.of(files), channels
+        self.name, self.root, self.files, self.channels = name, root, FileTable.of(files), channels
         self.labels, self.classes, self.skipped, self.cache = labels, classes, list(skipped), cache
         self.bad_files = bad_files or BadFiles(parse_limit("1%"), len(self.files))
         self.domains, self.domain_names, self.value_range = domains, domain_names, value_range
@@ -152,11 +152,11 @@ class FileSource(Indexed):
                 f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
             ) from error
 
-    def select(self, index: Tensor) -> FileSource:
+    def select(self, index: Tensor) -> FileDataset:
         """The chosen files."""
         labels = None if self.labels is None else self.labels[index]
         domains = None if self.domains is None else self.domains[index]
-        chosen = FileSource(
+        chosen = FileDataset(
             self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped, domains,
             self.domain_names, cache=self.cache, bad_files=self.bad_files, value_range=self.value_range,
         )  # fmt: skip

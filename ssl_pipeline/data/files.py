@@ -25,7 +25,7 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-class Files(Sequence[str]):
+class FileTable(Sequence[str]):
     """Relative posix paths, and what is known of each file; a selection shares the arrays of the whole.
 
     Args:
@@ -41,7 +41,7 @@ class Files(Sequence[str]):
         self._blob, self._ends, self._columns, self._rows = blob, ends, dict(columns or {}), rows
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Files:
+    def of(cls, names: Sequence[str]) -> FileTable:
         """Names alone."""
         return names if isinstance(names, cls) else cls(*pack(names))
 
@@ -99,14 +99,14 @@ class Files(Sequence[str]):
         column = self._columns.get(name)
         return None if column is None else column[index if self._rows is None else self._rows[index]].long()
 
-    def select(self, index: Tensor) -> Files:
+    def select(self, index: Tensor) -> FileTable:
         """Some of the chosen files, by their places."""
-        return Files(self._blob, self._ends, self._columns, index if self._rows is None else self._rows[index])
+        return FileTable(self._blob, self._ends, self._columns, index if self._rows is None else self._rows[index])
 
-    def with_column(self, name: str, numbers: Tensor) -> Files:
+    def with_column(self, name: str, numbers: Tensor) -> FileTable:
         """The same files with other numbers of a kind that is known, one a chosen file."""
         column = numbers
         if self._rows is not None:
             column = self._columns[name].clone()
             column[self._rows] = numbers
-        return Files(self._blob, self._ends, {**self._columns, name: column}, self._rows)
+        return FileTable(self._blob, self._ends, {**self._columns, name: column}, self._rows)

@@ -22,14 +22,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Share, StepBatches, default_workers
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
 from ssl_pipeline.data.order import step_at
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
 from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.rng import derive_seed, hash_bits, permutation
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views
 
 _log = logging.getLogger("ssl_pipeline")
@@ -54,7 +54,7 @@ def lanes_of_process(shards: int, processes: int) -> int:
 
 
 def samples_of_lane(
-    stream: Stream, seed: int, epoch: int, lane: int, lanes: int, block: int, start: int = 0
+    stream: StreamDataset, seed: int, epoch: int, lane: int, lanes: int, block: int, start: int = 0
 ) -> Iterator[tuple[int, Sample]]:
     """A lane's samples without an end, each with its id.
 
@@ -93,7 +93,7 @@ def samples_of_lane(
             )
 
 
-def _from(stream: Stream, order: list[int], start: int) -> tuple[Iterator[tuple[int, Sample]], int]:
+def _from(stream: StreamDataset, order: list[int], start: int) -> tuple[Iterator[tuple[int, Sample]], int]:
     """The samples of shards in an order, from a place on; and how far that lies behind their end, 0 if it does not."""
     for number, shard in enumerate(order):
         size = stream.size(shard) if start else 0
@@ -105,8 +105,8 @@ def _from(stream: Stream, order: list[int], start: int) -> tuple[Iterator[tuple[
     return iter(()), start
 
 
-class StreamBatches:
-    """The training batches of a run on a stream; to the loop the same as ``StepBatches``.
+class StreamLoader:
+    """The training batches of a run on a stream; to the loop the same as ``IndexedLoader``.
 
     Args:
         source: the stream.
@@ -124,11 +124,11 @@ class StreamBatches:
 
     def __init__(
         self,
-        source: Stream,
+        source: StreamDataset,
         views: Views,
         batch_size: int,
         seed: int,
-        share: Share,
+        share: DistInfo,
         total_steps: int,
         workers: int | None = None,
         with_labels: bool = False,
@@ -149,9 +149,9 @@ class StreamBatches:
         self.workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
         self.unreadable, self._untold = 0, 0
 
-    def clock(self, step: int) -> Clock:
+    def clock(self, step: int) -> TrainProgress:
         """The clock of a step."""
-        return Clock(step, self.total_steps, self.steps_per_epoch, self.offset)
+        return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
 
     def position(self, step: int) -> dict[str, Any]:
         """How far the run has come before a step: the epoch, its samples given to all processes, and those of each lane."""
@@ -159,7 +159,7 @@ class StreamBatches:
         return {"epoch": self.clock(step).epoch, "samples": sum(lanes) * self.share.processes, "lanes": lanes}
 
     def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
-        """Continues a run in the middle of an epoch, as :meth:`StepBatches.go_on` does; each lane goes on where it was.
+        """Continues a run in the middle of an epoch, as :meth:`IndexedLoader.go_on` does; each lane goes on where it was.
 
         With another number of processes the shards are dealt otherwise, and lanes go on from as many samples as they would have given.
         """
@@ -233,25 +233,25 @@ class StreamBatches:
         self._untold += len(faults)
 
 
-def training_batches(
-    source: Indexed | Stream,
+def build_loader(
+    source: IndexedDataset | StreamDataset,
     views: Views,
     batch_size: int,
     seed: int,
-    share: Share,
+    share: DistInfo,
     total_steps: int,
     workers: int | None = None,
     with_labels: bool = False,
-) -> StepBatches | StreamBatches:
-    """The batches of numbered samples or of a stream; see :class:`StepBatches` and :class:`StreamBatches`."""
+) -> IndexedLoader | StreamLoader:
+    """The batches of numbered samples or of a stream; see :class:`IndexedLoader` and :class:`StreamLoader`."""
     settings = (views, batch_size, seed, share, total_steps, workers, with_labels)
-    return StreamBatches(source, *settings) if isinstance(source, Stream) else StepBatches(source, *settings)
+    return StreamLoader(source, *settings) if isinstance(source, StreamDataset) else IndexedLoader(source, *settings)
 
 
 class _Steps(IterableDataset[StreamCrops | UserError]):
     """The steps of a run that a worker makes: an error is returned, because the loader would wrap it in a traceback."""
 
-    def __init__(self, batches: StreamBatches, start: int) -> None:
+    def __init__(self, batches: StreamLoader, start: int) -> None:
         self._batches, self._start = batches, start
 
     def __iter__(self) -> Iterator[StreamCrops | UserError]:

@@ -18,18 +18,18 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.workers import read_items
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.resize import Resize
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
 from ssl_pipeline.transforms.geometry import as_float, central_boxes, resize_box_of_file, resize_boxes, stack_views
 from ssl_pipeline.transforms.policy import Views
 
 
 @dataclass(frozen=True)
-class Share:
+class DistInfo:
     """This process's share of the work, and the device it is done on."""
 
     rank: int
@@ -43,7 +43,7 @@ class _Steps(Dataset[Crops | UserError]):
     An error is returned rather than raised: the loader would wrap it in a traceback.
     """
 
-    def __init__(self, batches: StepBatches) -> None:
+    def __init__(self, batches: IndexedLoader) -> None:
         self._batches = batches
 
     def __getitem__(self, step: int) -> Crops | UserError:
@@ -54,7 +54,7 @@ class _Steps(Dataset[Crops | UserError]):
             return error
 
 
-class StepBatches:
+class IndexedLoader:
     """The training batches of a run.
 
     Args:
@@ -68,17 +68,17 @@ class StepBatches:
         with_labels: whether batches carry labels; stage one's don't, except for tasks that say so.
 
     Attributes:
-        offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.Clock`.
+        offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.
         replaced: the samples of the batch that was given last, where neighbours have taken the place of some; None otherwise.
     """
 
     def __init__(
         self,
-        source: Indexed,
+        source: IndexedDataset,
         views: Views,
         batch_size: int,
         seed: int,
-        share: Share,
+        share: DistInfo,
         total_steps: int,
         workers: int | None = None,
         with_labels: bool = False,
@@ -94,9 +94,9 @@ class StepBatches:
         self._known_bad = len(self._faults)
         self._told = set(self._faults)
 
-    def clock(self, step: int) -> Clock:
+    def clock(self, step: int) -> TrainProgress:
         """The clock of a step."""
-        return Clock(step, self.total_steps, self.steps_per_epoch, self.offset)
+        return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
 
     def position(self, step: int) -> dict[str, Any]:
         """How far the run has come before a step: the epoch, and how many of its samples were given to all processes."""
@@ -204,13 +204,13 @@ class StepBatches:
             yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
 
 
-def default_workers(share: Share) -> int:
+def default_workers(share: DistInfo) -> int:
     """The cores of this machine, shared by the processes on it; more than sixteen wait for one another's memory."""
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
     return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
 
 
-def note_bad(source: Indexed, sample: int, error: DecodeError) -> None:
+def note_bad(source: IndexedDataset, sample: int, error: DecodeError) -> None:
     """Counts a sample that was replaced.
 
     Raises:
@@ -239,7 +239,7 @@ class Preprocessing:
     resize: Resize | None = None
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> Preprocessing:
+    def of(cls, blueprint: EncoderSpec) -> Preprocessing:
         """What an encoder's card says of its images."""
         return cls(blueprint.size, blueprint.mean, blueprint.std, blueprint.resize)
 
@@ -265,7 +265,7 @@ class Preprocessing:
         return self._normalise(as_float(stack_views(views, len(self.mean))))
 
 
-def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
+def open_or_replace(source: IndexedDataset, index: int) -> Image.Image:
     """A decoded image; of one that can't be decoded its neighbour, of the same class, which is counted.
 
     Raises:
@@ -281,7 +281,7 @@ def open_or_neighbour(source: Indexed, index: int) -> Image.Image:
     raise last
 
 
-def open_readable(source: Indexed, index: int) -> Image.Image | None:
+def open_readable(source: IndexedDataset, index: int) -> Image.Image | None:
     """A decoded image; None for one that can't be decoded, which is counted.
 
     Figures and probes leave such an image out: a neighbour would be measured against another image's target.
@@ -298,7 +298,7 @@ def open_readable(source: Indexed, index: int) -> Image.Image | None:
 
 
 def read_readable(
-    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 256
+    source: IndexedDataset, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reads samples once, in order, without randomness; those that can't be decoded are left out.
 
@@ -325,7 +325,11 @@ def read_readable(
 
 
 def read_in_order(
-    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: Tensor | None = None, chunk: int = 256
+    source: IndexedDataset,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    index: Tensor | None = None,
+    chunk: int = 256,
 ) -> Iterator[Tensor]:
     """Reads samples once, in order, without randomness.
 
@@ -345,5 +349,5 @@ def read_in_order(
             if source.pixels is not None:
                 yield preprocessing.of_pixels(source.pixels[part].to(device))
             else:
-                images = list(pool.map(lambda i: open_or_neighbour(source, i), part.tolist()))
+                images = list(pool.map(lambda i: open_or_replace(source, i), part.tolist()))
                 yield preprocessing.of_files(images).to(device)

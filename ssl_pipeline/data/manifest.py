@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
-from ssl_pipeline.data.files import Files
+from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.lost_files import Others
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 
@@ -78,8 +78,8 @@ class Manifest:
     """
 
     root: Path
-    files: Files
-    folders: Files
+    files: FileTable
+    folders: FileTable
     folder_mtimes: torch.Tensor
     faults: tuple[str, ...]
     modes: tuple[str, ...]
@@ -142,7 +142,7 @@ def load(place: Path, root: Path) -> Manifest | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (it is no dict)
         columns = {name: tensors[name] for name in COLUMNS}
         return Manifest(
-            root, Files(tensors["names"], tensors["ends"], columns), Files(tensors["folder_names"], tensors["folder_ends"]),
+            root, FileTable(tensors["names"], tensors["ends"], columns), FileTable(tensors["folder_names"], tensors["folder_ends"]),
             tensors["folder_mtimes"], tuple(told["faults"]), tuple(told["modes"]),
             tuple(Others(*one) for one in told["others"]),
             told["began"], told["whole"], told["cache_side"],

@@ -142,11 +142,11 @@ def for_all(paths: Sequence[Path], look: Callable[[Path], T]) -> list[T]:
 
     with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(careful, paths))
-    tell([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
+    report_bad_masks([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
     return [one for one in found if not isinstance(one, ConfigError)]
 
 
-def tell(problems: Sequence[str], most: int = 10) -> None:
+def report_bad_masks(problems: Sequence[str], most: int = 10) -> None:
     """Raises a ConfigError if there are any problems; of many the first are told."""
     if problems:
         more = [f"… and {len(problems) - most} more"] if len(problems) > most else []

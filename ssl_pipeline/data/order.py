@@ -7,7 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 @lru_cache(maxsize=2)
@@ -30,7 +30,7 @@ def step_at(epoch: int, given: int, samples: int, batch_size: int) -> int:
 
 
 def samples_of_step(
-    clock: Clock, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1, shift: int = 0
+    clock: TrainProgress, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1, shift: int = 0
 ) -> Tensor:
     """The samples of a step that belong to a process.
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Share, StepBatches
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.policy import Views
 
 
-class PairedBatches(StepBatches):
+class PairedLoader(IndexedLoader):
     """Labelled samples, then the target's, with label −1 and numbered in the target's own source.
 
     Each side has epochs of its own length and an order of its own; time is counted in the labelled side's epochs. Where one side
@@ -30,26 +30,26 @@ class PairedBatches(StepBatches):
         seed: of the run.
         share: this process's.
         total_steps: the run's length.
-        workers: as for :class:`StepBatches`; shared by the two sides.
+        workers: as for :class:`IndexedLoader`; shared by the two sides.
         target_size: samples of the target in a step; as many as labelled ones by default.
     """
 
     def __init__(
         self,
-        source: Indexed,
-        target: Indexed,
+        source: IndexedDataset,
+        target: IndexedDataset,
         views: Views,
         target_views: Views,
         size: int,
         seed: int,
-        share: Share,
+        share: DistInfo,
         total_steps: int,
         workers: int | None = None,
         target_size: int | None = None,
     ) -> None:
         super().__init__(source, views, size, seed, share, total_steps, workers, with_labels=True)
         other = derive_seed(seed, "target")
-        self.target = StepBatches(target, target_views, target_size or size, other, share, total_steps, workers)
+        self.target = IndexedLoader(target, target_views, target_size or size, other, share, total_steps, workers)
 
     def position(self, step: int) -> dict[str, Any]:
         """How far each side has come."""

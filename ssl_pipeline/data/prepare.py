@@ -16,14 +16,14 @@ import torch
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.lost_files import causes, total
 from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
 from ssl_pipeline.data.prepare_shards import prepare_shards
-from ssl_pipeline.data.scan import Wanted, look
+from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources.folder import Config, existing_folder
-from ssl_pipeline.data.value_range import settle, told_of
-from ssl_pipeline.data.verdicts import TOLD, say, show_verdicts
+from ssl_pipeline.data.value_range import describe_range, settle
+from ssl_pipeline.data.verdicts import TOLD, log_bad_files, print_bad_files
 
 Kind = Literal["folder", "domain_folder", "table"]
 _READ_AS = {
@@ -52,7 +52,7 @@ def prepare(
     usable = 0
     for root in _roots(path, kind):
         place = made_place(root, output)
-        manifest = look(root, place, Wanted(True, cache_side, recheck))
+        manifest = scan_images(root, place, Wanted(True, cache_side, recheck))
         report = Report(manifest, kind)
         report.show(place)
         usable += report.usable
@@ -133,7 +133,7 @@ class Report:
         if value_range is not None:
             deep = int((rows["kind"] > 0).sum())
             remarks.append(
-                f"more than 8 bits: {deep} images, of which {told_of(value_range)}; data.range=auto takes that for all"
+                f"more than 8 bits: {deep} images, of which {describe_range(value_range)}; data.range=auto takes that for all"
             )
         if self.alike:
             repeats = sum(len(group) - 1 for group in self.alike)
@@ -165,10 +165,10 @@ class Report:
 
     def show(self, place: Path) -> None:
         """Prints it, and writes the whole list of bad files beside the manifest."""
-        show_verdicts(str(self._manifest.root), self.usable, self.bad, place)
+        print_bad_files(str(self._manifest.root), self.usable, self.bad, place)
         for remark in self.remarks():
-            say(remark)
-        say(f"wrote {place}")
+            log_bad_files(remark)
+        log_bad_files(f"wrote {place}")
 
 
 def _first(folder: str, levels: int) -> str:
@@ -196,7 +196,7 @@ def main() -> None:
         else:
             prepare(options.folder, options.output, options.cache, options.recheck, options.data)
     except UserError as error:
-        leave(error, "ssl-pipeline prepare --help")
+        exit_with_error(error, "ssl-pipeline prepare --help")
     where = (
         ["data.path=TABLE", f"data.root={options.folder}"]
         if options.data == "table"
@@ -204,7 +204,7 @@ def main() -> None:
     )
     then = [f"data.prepared={options.output}"] if options.output and not shards else []
     cached = ["data.cache=true"] if options.cache else []
-    say(f"train: {shlex.join(['ssl-pipeline', 'pretrain', f'data={options.data}', *where, *then, *cached])}")
+    log_bad_files(f"train: {shlex.join(['ssl-pipeline', 'pretrain', f'data={options.data}', *where, *then, *cached])}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.manifest import made_place
 from ssl_pipeline.data.scan import counting_bar
 from ssl_pipeline.data.sources.webdataset import Config
-from ssl_pipeline.data.verdicts import say, show_verdicts
+from ssl_pipeline.data.verdicts import log_bad_files, print_bad_files
 
 
 def prepare_shards(path: str, output: str | None = None) -> int:
@@ -37,9 +37,9 @@ def prepare_shards(path: str, output: str | None = None) -> int:
         for count, faults in pool.map(stream.examine, range(len(stream.shards))):
             usable, bad = usable + count, bad | faults
             bar.advance(row)
-    show_verdicts(stream.name, usable, bad, place)
-    say(f"archives: {len(stream.shards)}, with {usable} usable images: data.length={usable}")
-    say(f"wrote {place}")
+    print_bad_files(stream.name, usable, bad, place)
+    log_bad_files(f"archives: {len(stream.shards)}, with {usable} usable images: data.length={usable}")
+    log_bad_files(f"wrote {place}")
     if usable < 2:
         raise ConfigError(f"{path!r} holds {usable} usable images, and at least two are needed.")
     return usable

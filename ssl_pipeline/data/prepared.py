@@ -1,7 +1,7 @@
 """What sources of files have in common: the manifest and the cache of decoded images that a look at a folder has left.
 
-A source that takes a folder as it is looks at it (:func:`look_at`), and a later start finds what the first has found. One
-that is told its files' names (a table) looks them up where somebody has looked already (:func:`look_up`); a folder that it may
+A source that takes a folder as it is looks at it (:func:`scan_folder`), and a later start finds what the first has found. One
+that is told its files' names (a table) looks them up where somebody has looked already (:func:`lookup_index`); a folder that it may
 use a corner of is not read through for it.
 """
 
@@ -24,11 +24,11 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, cache_folder, shards_in
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.files import Files, pack
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.files import FileTable, pack
 from ssl_pipeline.data.lost_files import Others, refuse_lost_folders
 from ssl_pipeline.data.manifest import Manifest, load, place_of
-from ssl_pipeline.data.scan import look
+from ssl_pipeline.data.scan import scan_images
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import Range, RangeKey, measured, settle
@@ -78,7 +78,7 @@ class ImageFiles:
     """
 
     root: Path
-    files: Files
+    files: FileTable
     faults: Mapping[str, str]
     place: Path
     cache_side: int = 0
@@ -103,13 +103,13 @@ class ImageFiles:
         used = [self.folders[number] for number in _column(self.files, "folder").unique().tolist()]
         refuse_lost_folders(str(self.root), self.folders, used, self.others, self.relative_faults, levels)
 
-    def source(self, config: PreparedConfig, name: str, **known: Any) -> FileSource:
+    def source(self, config: PreparedConfig, name: str, **known: Any) -> FileDataset:
         """As a source.
 
         Args:
             config: the source's.
             name: for messages.
-            known: labels, domains and their names, as :class:`~ssl_pipeline.data.file_source.FileSource` has them.
+            known: labels, domains and their names, as :class:`~ssl_pipeline.data.file_source.FileDataset` has them.
 
         Raises:
             ConfigError: the cache is wanted, and there is none.
@@ -118,11 +118,11 @@ class ImageFiles:
         skipped = list(self.relative_faults)
         files, cache = self._cached(config) if config.cache else (self.files, None)
         known.setdefault("value_range", self.value_range(config.range))
-        return FileSource(
+        return FileDataset(
             name, self.root, files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known
         )
 
-    def _cached(self, config: PreparedConfig) -> tuple[Files, Cache]:
+    def _cached(self, config: PreparedConfig) -> tuple[FileTable, Cache]:
         kind = [] if config.name == "folder" else ["--data", config.name]
         place = ["--output", config.prepared] if config.prepared else []
         words = ["ssl-pipeline", "prepare", str(self.root), *kind, "--cache", str(self.cache_side or 256), *place]
@@ -148,7 +148,7 @@ class ImageFiles:
 
 
 @lru_cache(maxsize=8)
-def look_at(root: Path, base: Path | None, limit: BadFilesLimit, depth: int = 0) -> ImageFiles:
+def scan_folder(root: Path, base: Path | None, limit: BadFilesLimit, depth: int = 0) -> ImageFiles:
     """All images in a folder, looked at once in the process's life and kept for the next.
 
     Args:
@@ -161,7 +161,7 @@ def look_at(root: Path, base: Path | None, limit: BadFilesLimit, depth: int = 0)
         ConfigError: there are more bad files, or a folder can't be listed.
     """
     place = place_of(root, base)
-    manifest = look(root, place)
+    manifest = scan_images(root, place)
     folders = tuple(manifest.folders)
     files = manifest.files
     if depth:
@@ -178,7 +178,7 @@ def look_at(root: Path, base: Path | None, limit: BadFilesLimit, depth: int = 0)
     return ImageFiles(root, kept, faults, place, manifest.cache_side, folders, manifest.others)
 
 
-def _column(files: Files, name: str) -> Tensor:
+def _column(files: FileTable, name: str) -> Tensor:
     column = files.column(name)
     assert column is not None  # of a manifest
     return column
@@ -192,7 +192,7 @@ def _leave_out(faults: Mapping[str, str], count: int, limit: BadFilesLimit) -> N
         _log.warning("left out %d files of %d that are no images, such as %s: %s", len(faults), count, file, fault)
 
 
-def look_up(root: Path, names: Sequence[str | None], base: Path | None) -> Named:
+def lookup_index(root: Path, names: Sequence[str | None], base: Path | None) -> Named:
     """What the manifest of a folder says of some files; where nobody has looked at the folder, nothing.
 
     A manifest that is there is brought up to date as a folder's own is.
@@ -213,7 +213,7 @@ def look_up(root: Path, names: Sequence[str | None], base: Path | None) -> Named
                 f"--data table --output {shlex.quote(str(base))}`, or leave the key out."
             )
         return Named(root, names, place, None, torch.full((len(names),), -1))
-    manifest = look(root, place)
+    manifest = scan_images(root, place)
     row_of = {name: row for row, name in enumerate(manifest.files)}
     rows = [-1 if name is None else row_of.get(plain(name, root), -1) for name in names]
     return Named(root, names, place, manifest, torch.tensor(rows, dtype=torch.int64))
@@ -263,7 +263,7 @@ class Named:
         names = [name for place in kept if (name := self.names[place]) is not None]
         assert len(names) == len(kept)  # without a name no file is there
         if self.manifest is None:
-            return kept, ImageFiles(self.root, Files.of(names), {}, self.place)
+            return kept, ImageFiles(self.root, FileTable.of(names), {}, self.place)
         faults = {
             str(self.root / str(self.names[place])): self.manifest.faults[code]
             for place, code in zip(there, codes, strict=True)
@@ -277,4 +277,6 @@ class Named:
             name: torch.where(rows < 0, default, _column(self.manifest.files, name)[rows.clamp_min(0)])
             for name, default in known.items()
         }
-        return kept, ImageFiles(self.root, Files(*pack(names), columns), faults, self.place, self.manifest.cache_side)
+        return kept, ImageFiles(
+            self.root, FileTable(*pack(names), columns), faults, self.place, self.manifest.cache_side
+        )

@@ -15,9 +15,9 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, class_names, refuse_several
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
-from ssl_pipeline.data.decode import DecodeError, Encoded
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.decode import DecodeError, EncodedImage
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def encoded(cell: Any, name: str) -> bytes:
         raise DecodeError(Path(name), f"its file {path!r} can't be opened ({error.strerror or error})") from error
 
 
-class Rows(Indexed):
+class HFDataset(IndexedDataset):
     """Numbered rows; images are decoded when they are wanted.
 
     Args:
@@ -79,7 +79,7 @@ class Rows(Indexed):
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
         self._index = torch.arange(len(rows)) if index is None else index
-        self._opened: dict[int, Encoded] = {}
+        self._opened: dict[int, EncodedImage] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -92,9 +92,9 @@ class Rows(Indexed):
         """
         return self._open(index).decode(self.channels, 1)
 
-    def _open(self, index: int) -> Encoded:
+    def _open(self, index: int) -> EncodedImage:
         cell = self._rows[int(self._index[index])][self._image]
-        return Encoded(encoded(cell, self.describe(index)), Path(self.describe(index)))
+        return EncodedImage(encoded(cell, self.describe(index)), Path(self.describe(index)))
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Of the images' headers, 1 by 1 where one can't be read; the rows are kept, because they are wanted next."""
@@ -128,10 +128,10 @@ class Rows(Indexed):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> Rows:
+    def select(self, index: Tensor) -> HFDataset:
         """The chosen rows; nothing is copied."""
         labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
-        chosen = Rows(
+        chosen = HFDataset(
             self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
             self.licence, self._index[index],
         )  # fmt: skip
@@ -156,7 +156,7 @@ def _marks(rows: Dataset, image: str) -> Tensor:
     return torch.tensor(marks, dtype=torch.int64)
 
 
-class RowStream(Stream):
+class HFIterableDataset(StreamDataset):
     """Rows of shards, read from front to back.
 
     Args:

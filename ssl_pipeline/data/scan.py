@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssl_pipeline.data import manifest as stored
 from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
-from ssl_pipeline.data.decode import GREY, DecodeError, Header, check_header, decode_bytes, explain
-from ssl_pipeline.data.files import Files, pack
+from ssl_pipeline.data.decode import GRAYSCALE_MODES, DecodeError, Header, check_header, decode_bytes, explain
+from ssl_pipeline.data.files import FileTable, pack
 from ssl_pipeline.data.lost_files import Others
 from ssl_pipeline.data.manifest import HEADER, PIXELS, RACY_NS, TRAITS, UNCHECKED, Manifest
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
@@ -67,13 +67,13 @@ class _Listing:
         """As it stands."""
         columns = {name: torch.from_numpy(self.rows[name].copy()) for name in stored.COLUMNS}
         return Manifest(
-            self.root, Files(*pack(self.names), columns), Files.of(self.folders),
+            self.root, FileTable(*pack(self.names), columns), FileTable.of(self.folders),
             torch.tensor(self.folder_mtimes, dtype=torch.int64), tuple(self.faults), tuple(self.modes), self.others,
             self.began, bool((self.rows["checked"] > UNCHECKED).all()), self.cache_side,
         )  # fmt: skip
 
 
-def look(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
+def scan_images(root: Path, place: Path, wanted: Wanted | None = None) -> Manifest:
     """The manifest of a folder, made anew only where the folder has changed or more is wanted than is known.
 
     Args:
@@ -217,7 +217,7 @@ def _find(path: Path, level: int, cache_side: int) -> _Found:
     except OSError as error:
         return _Found(header, explain(path, error))
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
-    channels = 1 if header.mode.split(";")[0] in GREY else 3
+    channels = 1 if header.mode.split(";")[0] in GRAYSCALE_MODES else 3
     try:
         # Without a cache a JPEG is decoded at an eighth of its size, which reads it to its end in a third of the time.
         image = decode_bytes(data, path, channels, cache_side or 1)

@@ -19,7 +19,7 @@ Split = Literal["train", "dev", "test"]
 Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from
 
 
-class Indexed(ABC):
+class IndexedDataset(ABC):
     """Samples numbered from 0.
 
     Attributes:
@@ -97,11 +97,11 @@ class Indexed(ABC):
         """A digest that changes when the samples or labels do."""
 
     @abstractmethod
-    def select(self, index: Tensor) -> Indexed:
+    def select(self, index: Tensor) -> IndexedDataset:
         """The samples of an int64 index, numbered anew from 0."""
 
 
-class ArraySource(Indexed):
+class ArrayDataset(IndexedDataset):
     """Equal-sized images in memory.
 
     Args:
@@ -150,11 +150,11 @@ class ArraySource(Indexed):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> ArraySource:
+    def select(self, index: Tensor) -> ArrayDataset:
         """A copy of the chosen samples."""
         labels = None if self.labels is None else self.labels[index]
         domains = None if self.domains is None else self.domains[index]
-        return ArraySource(
+        return ArrayDataset(
             self.name, self._pixels[index], labels, self.classes, self.licence, self.mean, self.std, domains,
             self.domain_names,
         )  # fmt: skip
@@ -177,20 +177,20 @@ class SourceConfig(ComponentConfig, ABC):
     """The base of every source's ``Config``."""
 
     @abstractmethod
-    def open(self, split: Split) -> Indexed | None:
+    def open(self, split: Split) -> IndexedDataset | None:
         """A split; None where this data has none (``dev`` and ``test`` without labels).
 
         ``dev`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
         """
 
-    def open_pool(self) -> Indexed | None:
+    def open_pool(self) -> IndexedDataset | None:
         """What stage one learns from: ``train`` and, where ``dev`` was drawn from the training images, ``dev`` too.
 
         Stage one reads no labels, so images that only serve choices need not be kept from it; test images are.
         """
         return self.open("train")
 
-    def open_every(self) -> dict[Split, Indexed]:
+    def open_every(self) -> dict[Split, IndexedDataset]:
         """All images by their splits, those without labels too."""
         splits: tuple[Split, ...] = ("train", "dev", "test")
         return {split: source for split in splits if (source := self.open(split)) is not None}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import Indexed, Part, Split
+from ssl_pipeline.data.source import IndexedDataset, Part, Split
 from ssl_pipeline.rng import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:
     return {int(c): part for c, part in zip(classes, by_class.split(sizes.tolist()), strict=True) if c >= 0}
 
 
-def hold_out(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
+def stratified_split(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
     """Holds samples out, of each class in proportion to its size, to within one sample.
 
     A rank counts from its middle, so that of a very small class nothing is held out rather than everything.
@@ -118,7 +118,7 @@ def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
     return part
 
 
-def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[Part, Tensor]:
+def split_three(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[Part, Tensor]:
     """Shares the samples of one pool out among the splits, the same way for every seed.
 
     Args:
@@ -139,12 +139,12 @@ def share_out(labels: Tensor, test: float | None, dev: float | None, *name: Name
         if share is not None:
             pool = index["train"]
             count = max(1, round(share * int((labels[pool] >= 0).sum())))
-            rest, held_out = hold_out(labels[pool], count, *name, split)
+            rest, held_out = stratified_split(labels[pool], count, *name, split)
             index["train"], index[split] = pool[rest], pool[held_out]
     return index
 
 
-Source = TypeVar("Source", bound=Indexed)
+Source = TypeVar("Source", bound=IndexedDataset)
 
 
 def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
@@ -154,7 +154,7 @@ def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
 
     Args:
         pool: the samples of ``shares["pool"]``, changed in place.
-        shares: as :func:`share_out` gives them.
+        shares: as :func:`split_three` gives them.
     """
     if pool.labels is not None:
         pool.labels = pool.labels.masked_fill(~torch.isin(shares["pool"], shares["train"]), -1)

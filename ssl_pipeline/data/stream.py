@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.decode import GREY, decode_bytes
-from ssl_pipeline.data.source import Indexed, SourceConfig
+from ssl_pipeline.data.decode import GRAYSCALE_MODES, decode_bytes
+from ssl_pipeline.data.source import IndexedDataset, SourceConfig
 
 LOOKED_AT = 64  # images that say whether all are grey
 
@@ -42,7 +42,7 @@ class Sample:
     domain: str | None = None
 
 
-class Stream(ABC):
+class StreamDataset(ABC):
     """Shards of samples, read from front to back.
 
     There is no ``len``: a task that keeps a row per image can't take it.
@@ -92,19 +92,19 @@ class Stream(ABC):
     def fingerprint(self) -> str:
         """A digest that changes when the shards do, as far as can be told without reading them."""
 
-    def head(self, count: int) -> Handful:
+    def head(self, count: int) -> InMemoryDataset:
         """The first samples, as they lie, held in memory: something to look at while training runs.
 
         Where training leaves out what can't be decoded, a neighbour takes its place here.
         """
         every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        held = Handful(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
         if self.skip_unreadable:
             held.bad_files = BadFiles(parse_limit("100%"), len(held))
         return held
 
 
-class Handful(Indexed):
+class InMemoryDataset(IndexedDataset):
     """A few encoded images in memory.
 
     Args:
@@ -144,9 +144,9 @@ class Handful(Indexed):
             digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> Handful:
+    def select(self, index: Tensor) -> InMemoryDataset:
         """The chosen samples."""
-        chosen = Handful(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
+        chosen = InMemoryDataset(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
         chosen.bad_files = self.bad_files
         return chosen
 
@@ -155,7 +155,7 @@ class StreamConfig(SourceConfig, ABC):
     """The base of sources whose training images may be a stream."""
 
     @abstractmethod
-    def stream(self) -> Stream | None:
+    def stream(self) -> StreamDataset | None:
         """The training images; None where they are numbered, and ``open`` gives them."""
 
     def refuse_numbers(self) -> ConfigError:
@@ -166,22 +166,22 @@ class StreamConfig(SourceConfig, ABC):
         )
 
 
-def open_training(config: SourceConfig) -> Indexed | Stream:
+def open_training(config: SourceConfig) -> IndexedDataset | StreamDataset:
     """What stage one learns from."""
     source = (config.stream() if isinstance(config, StreamConfig) else None) or config.open_pool()
     assert source is not None
     return source
 
 
-def told_of_splits(config: SourceConfig, learned: Indexed | Stream, dev: Indexed | None) -> str:
+def describe_splits(config: SourceConfig, learned: IndexedDataset | StreamDataset, dev: IndexedDataset | None) -> str:
     """How many images stage one learns from and which are kept from it, in a line."""
-    told = f"learned from: {amount(learned)}"
+    told = f"learned from: {describe_size(learned)}"
     if dev is None:
         return f"{told}; there is no `dev`, so choices rest on no labels"
-    train = config.open("train") if isinstance(learned, Indexed) else None
-    shared = train is not None and isinstance(learned, Indexed) and len(train) < len(learned)
+    train = config.open("train") if isinstance(learned, IndexedDataset) else None
+    shared = train is not None and isinstance(learned, IndexedDataset) and len(train) < len(learned)
     told += f"; for choices (`dev`): {len(dev)}" + (" of these, by their labels" if shared else ", held out")
-    if isinstance(learned, Stream):
+    if isinstance(learned, StreamDataset):
         return told
     try:
         test = config.open("test")
@@ -190,21 +190,21 @@ def told_of_splits(config: SourceConfig, learned: Indexed | Stream, dev: Indexed
     return f"{told}; held out for `test`: {'none' if test is None else len(test)}"
 
 
-def known_length(source: Indexed | Stream) -> int | None:
+def known_length(source: IndexedDataset | StreamDataset) -> int | None:
     """How many samples there are; None where a stream does not know."""
-    return source.length if isinstance(source, Stream) else len(source)
+    return source.length if isinstance(source, StreamDataset) else len(source)
 
 
-def amount(source: Indexed | Stream) -> str:
+def describe_size(source: IndexedDataset | StreamDataset) -> str:
     """How much there is, in words."""
-    if isinstance(source, Indexed):
+    if isinstance(source, IndexedDataset):
         return f"{len(source)} images"
     return f"{source.length or 'uncounted'} images in {len(source.shards)} shard(s)"
 
 
-def numbered(source: Indexed | Stream, count: int = 1024) -> Indexed:
+def preview(source: IndexedDataset | StreamDataset, count: int = 1024) -> IndexedDataset:
     """What figures are taken of while training runs: the whole source, or the first images of a stream."""
-    return source.head(count) if isinstance(source, Stream) else source
+    return source.head(count) if isinstance(source, StreamDataset) else source
 
 
 def channels_of(samples: Sequence[Sample]) -> int:
@@ -217,7 +217,7 @@ def channels_of(samples: Sequence[Sample]) -> int:
     for sample in samples:
         # Decoders answer damaged bytes with nearly any error; training tells it when the image's turn comes.
         with suppress(Exception), Image.open(BytesIO(sample.data)) as image:
-            found.add(1 if image.mode.split(";")[0] in GREY else 3)
+            found.add(1 if image.mode.split(";")[0] in GRAYSCALE_MODES else 3)
     if not found:
         raise ConfigError(
             f"{samples[0].name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."

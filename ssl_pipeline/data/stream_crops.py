@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.decode import DecodeError, Encoded
-from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.decode import DecodeError, EncodedImage
+from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.policy import Views
 
@@ -52,7 +52,7 @@ class _Image:
 
 
 def read_stream_crops(
-    source: Stream, views: Views, drawn: list[tuple[int, Sample]], epoch: int, with_labels: bool
+    source: StreamDataset, views: Views, drawn: list[tuple[int, Sample]], epoch: int, with_labels: bool
 ) -> StreamCrops:
     """Decodes samples, each once for all its views and as small as they allow, and crops them.
 
@@ -73,7 +73,7 @@ def read_stream_crops(
                 raise
             return None
 
-    opened = [borne(partial(Encoded, sample.data, Path(sample.name))) for _, sample in drawn]
+    opened = [borne(partial(EncodedImage, sample.data, Path(sample.name))) for _, sample in drawn]
     sizes = torch.tensor([(1, 1) if one is None else (one.height, one.width) for one in opened])
     ids = torch.tensor([number for number, _ in drawn])
     factors = views.reductions((sizes[:, 0], sizes[:, 1]), ids, epoch)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream, numbered
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset, preview
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
-def views_of(
-    source: Indexed | Stream, config: ViewsConfig, mean: tuple[float, ...], std: tuple[float, ...], seed: int
+def build_views(
+    source: IndexedDataset | StreamDataset,
+    config: ViewsConfig,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int,
 ) -> Views:
     """The views of a source's images; where they are restyled, in styles of the same source, drawn by the seed.
 
@@ -26,7 +30,7 @@ def views_of(
     count = max((view.restyle.styles for view in config.each() if view.restyle.probability > 0), default=0)
     if not count:
         return Views(config, mean, std, seed)
-    lenders = numbered(source)
+    lenders = preview(source)
     index = permutation(len(lenders), seed, "styles")[:count].sort().values
     plain = Preprocessing(config.size, (0.0,) * lenders.channels, (1.0,) * lenders.channels)
     styles = torch.cat(list(read_in_order(lenders, plain, torch.device("cpu"), index)))

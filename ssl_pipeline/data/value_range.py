@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from ssl_pipeline.data.files import Files
+from ssl_pipeline.data.files import FileTable
 
 Range = tuple[float, float]
 KINDS = ("8 bits", "16 bits", "32-bit integers", "floats")
@@ -71,7 +71,7 @@ def measure(image: Image.Image) -> Values:
     return Values(kind, float(values.min()), float(values.max()), *map(float, np.percentile(values, (1, 99))))
 
 
-def settle(key: RangeKey, files: Files) -> Range | None:
+def settle(key: RangeKey, files: FileTable) -> Range | None:
     """The values that are black and white in all files; None where none has more than 8 bits.
 
     ``auto`` takes for whole numbers from 0 on the least number of bits that holds them all, ``[0, 4095]`` for 12 bits in 16; for floats
@@ -108,7 +108,7 @@ def _apart(low: float, high: float) -> Range:
     return (low, high) if low < high else (low, low + 1.0)
 
 
-def measured(root: Path, files: Sequence[str]) -> Files:
+def measured(root: Path, files: Sequence[str]) -> FileTable:
     """Some files spread over many, with their values: for sources that nobody has looked through."""
     places = sorted({i * len(files) // _LOOKED_AT for i in range(_LOOKED_AT)}) if files else []
     found = []
@@ -122,9 +122,9 @@ def measured(root: Path, files: Sequence[str]) -> Files:
         except Exception:  # decoders answer damaged bytes with nearly any error; it is told when its turn comes
             continue
     columns: dict[str, Tensor] = {name: torch.tensor([getattr(one, name) for one in found]) for name in COLUMNS}
-    return Files(*Files.of([str(i) for i in range(len(found))]).packed(), columns)
+    return FileTable(*FileTable.of([str(i) for i in range(len(found))]).packed(), columns)
 
 
-def told_of(value_range: Range) -> str:
+def describe_range(value_range: Range) -> str:
     """In words."""
     return f"{value_range[0]:g} is black and {value_range[1]:g} white (`data.range`)"

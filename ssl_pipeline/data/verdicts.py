@@ -35,18 +35,18 @@ def verdicts(usable: int, bad: Mapping[str, str]) -> list[tuple[str, int]]:
     return [("usable", usable), *kinds.most_common()]
 
 
-def show_verdicts(title: str, usable: int, bad: Mapping[str, str], place: Path) -> None:
+def print_bad_files(title: str, usable: int, bad: Mapping[str, str], place: Path) -> None:
     """Prints the verdicts and the first bad files, and writes the whole list to a folder."""
     told = "".join(f"{file}\t{fault}\n" for file, fault in bad.items())
     (place / BAD_FILES).write_bytes(os.fsencode(told))
     print_table(title, ["verdict", "files"], [[verdict, str(count)] for verdict, count in verdicts(usable, bad)])
     for file, fault in list(bad.items())[:TOLD]:
-        say(f"  {file}: {fault}")
+        log_bad_files(f"  {file}: {fault}")
     if len(bad) > TOLD:
-        say(f"  … and {len(bad) - TOLD} more, in {place / BAD_FILES}")
+        log_bad_files(f"  … and {len(bad) - TOLD} more, in {place / BAD_FILES}")
 
 
-def say(text: str) -> None:
+def log_bad_files(text: str) -> None:
     """Prints a line."""
     encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
     console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)

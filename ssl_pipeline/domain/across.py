@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.splits import draw_labels, hold_out
-from ssl_pipeline.domain.controls import stand_in
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.splits import draw_labels, stratified_split
+from ssl_pipeline.domain.controls import make_control
 from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.domain.method import MethodConfig
-from ssl_pipeline.domain.open_set import open_set_figures
-from ssl_pipeline.domain.selection import unlabelled_figures
+from ssl_pipeline.domain.open_set import open_set_metrics
+from ssl_pipeline.domain.selection import unlabeled_metrics
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_folds, draw_index
+from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_folds, draw_index
 from ssl_pipeline.downstream.task import DownstreamConfig
 
 
 @dataclass(frozen=True)
-class Across:
+class DomainSplit:
     """The sides of a run.
 
     Attributes:
@@ -36,32 +36,32 @@ class Across:
     """
 
     method: MethodConfig
-    source: Indexed
-    target: Indexed
-    measured: dict[str, Indexed]
+    source: IndexedDataset
+    target: IndexedDataset
+    measured: dict[str, IndexedDataset]
     targets: tuple[str, ...]
-    unknown: Indexed | None
-    _pool: Indexed
+    unknown: IndexedDataset | None
+    _pool: IndexedDataset
     _taught: Tensor
     _hidden: Tensor
     _known: Tensor
     _names: tuple[str, ...]
 
-    def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> Labelled:
+    def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> LabeledSplit:
         """What is learned from: of the source as many labels as are asked for, and with them ``target_labels`` of the target.
 
         Labels that choose, held out or by cross-validation, are the *source's* alone.
         """
         if self.method.starts_from is not None:
-            return Labelled(self.source, None)
+            return LabeledSplit(self.source, None)
         train, held_out = draw_index(labels, downstream, self.source, seed)
         folds = draw_folds(labels, downstream, self.source, (train, held_out), seed)
         learned = self.labelled(seed, train)
         if folds is not None:  # the target's images come after the source's
             folds = F.pad(folds, (0, len(learned) - len(train)), value=-1)
-        return Labelled(learned, None if held_out is None else self.source.select(held_out), folds)
+        return LabeledSplit(learned, None if held_out is None else self.source.select(held_out), folds)
 
-    def labelled(self, seed: int, taught: Tensor | None = None) -> Indexed:
+    def labelled(self, seed: int, taught: Tensor | None = None) -> IndexedDataset:
         """Images of the source, and with them ``target_labels`` of each class of the target, drawn by the seed.
 
         Args:
@@ -85,7 +85,7 @@ class Across:
 
     @torch.no_grad()
     def evaluate(
-        self, classifier: Classification, learned: Labelled, preprocessing: Preprocessing, share: Share
+        self, classifier: Classification, learned: LabeledSplit, preprocessing: Preprocessing, share: DistInfo
     ) -> dict[str, float]:
         """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
 
@@ -106,10 +106,10 @@ class Across:
         right = (predictions.argmax(1) == truth).float()
         classes = self.source.classes or ()
         figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
-        figures |= unlabelled_figures(classifier, self.target, learned.validation, preprocessing, share)
+        figures |= unlabeled_metrics(classifier, self.target, learned.validation, preprocessing, share)
         figures |= self._distance(features)
         if self.unknown is not None:
-            figures |= open_set_figures(
+            figures |= open_set_metrics(
                 classifier,
                 learned.train,
                 learned.validation,
@@ -131,8 +131,8 @@ class Across:
 
 
 def split_domains(
-    config: MethodConfig, pool: Indexed, held_out: Indexed | None, classes: tuple[str, ...] | None = None
-) -> Across:
+    config: MethodConfig, pool: IndexedDataset, held_out: IndexedDataset | None, classes: tuple[str, ...] | None = None
+) -> DomainSplit:
     """The sides of a run, of images of several domains.
 
     Args:
@@ -161,14 +161,14 @@ def split_domains(
         raise ConfigError(f"`domain.source`: no image of {', '.join(unlabelled)} has a label to learn from.")
     if config.control == "no_shift":
         labels = pool.labels[of_source]
-        rest, held = hold_out(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
+        rest, held = stratified_split(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
         of_source, of_target, targets = of_source[rest], of_source[held], sources
     taught = of_source[torch.isin(pool.labels[of_source], known)]
     source = _renumbered(pool.select(taught), known, names)
     target = pool.select(of_target)
     target.labels = target.classes = None
     if config.control in ("noise", "shuffled"):
-        target = stand_in(config.control, target)
+        target = make_control(config.control, target)
     hidden = of_target[torch.isin(pool.labels[of_target], known)]
     learned = _labels(source) if classes is None else torch.arange(len(classes))
     measured, unknown = _measured(
@@ -179,10 +179,10 @@ def split_domains(
             f"`domain.target`: {pool.name} has classes that the model in {config.starts_from!r} does not know. It knows "
             f"{', '.join(classes)}: leave the others out."
         )
-    return Across(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known, names)
+    return DomainSplit(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known, names)
 
 
-def _chosen(config: MethodConfig, pool: Indexed, has_source: bool) -> tuple[list[str], list[str]]:
+def _chosen(config: MethodConfig, pool: IndexedDataset, has_source: bool) -> tuple[list[str], list[str]]:
     """The names of targets and sources."""
     assert pool.domains is not None
     assert pool.domain_names is not None
@@ -210,7 +210,9 @@ def _chosen(config: MethodConfig, pool: Indexed, has_source: bool) -> tuple[list
     return list(config.target), sources
 
 
-def _known(config: MethodConfig, pool: Indexed, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
+def _known(
+    config: MethodConfig, pool: IndexedDataset, classes: tuple[str, ...] | None
+) -> tuple[Tensor, tuple[str, ...]]:
     """The numbers of the classes to learn, in the pool's numbering, and their names.
 
     A finished model's are in its own order; one that the pool lacks has a number that no image has.
@@ -238,13 +240,13 @@ def _known(config: MethodConfig, pool: Indexed, classes: tuple[str, ...] | None)
 
 def _measured(
     config: MethodConfig,
-    held_out: Indexed | None,
+    held_out: IndexedDataset | None,
     domains: list[str],
     targets: list[str],
     known: Tensor,
     names: tuple[str, ...],
     taught: Tensor,
-) -> tuple[dict[str, Indexed], Indexed | None]:
+) -> tuple[dict[str, IndexedDataset], IndexedDataset | None]:
     """Per domain the images to measure on, and the target's of unknown classes."""
     if held_out is None or held_out.labels is None or held_out.domains is None or held_out.domain_names is None:
         raise ConfigError(
@@ -280,7 +282,7 @@ def _measured(
     return measured, unknown if len(unknown) else None
 
 
-def _in(images: Indexed, names: list[str]) -> Tensor:
+def _in(images: IndexedDataset, names: list[str]) -> Tensor:
     """The images of some domains, a sorted int64 index."""
     assert images.domains is not None
     assert images.domain_names is not None
@@ -288,7 +290,7 @@ def _in(images: Indexed, names: list[str]) -> Tensor:
     return torch.isin(images.domains, torch.tensor(numbers, dtype=torch.int64)).nonzero()[:, 0]
 
 
-def _renumbered(images: Indexed, known: Tensor, names: tuple[str, ...]) -> Indexed:
+def _renumbered(images: IndexedDataset, known: Tensor, names: tuple[str, ...]) -> IndexedDataset:
     """The same images, their classes numbered from 0 in the order of the known ones; in place."""
     place = torch.empty(int(known.max()) + 1, dtype=torch.int64)
     place[known] = torch.arange(len(known))
@@ -296,6 +298,6 @@ def _renumbered(images: Indexed, known: Tensor, names: tuple[str, ...]) -> Index
     return images
 
 
-def _labels(images: Indexed) -> Tensor:
+def _labels(images: IndexedDataset) -> Tensor:
     assert images.labels is not None
     return images.labels

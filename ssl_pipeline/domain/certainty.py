@@ -14,7 +14,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 
-def information_maximisation(logits: Tensor) -> Tensor:
+def information_maximization(logits: Tensor) -> Tensor:
     r"""Each row certain, all rows together diverse (Liang et al. 2020, eq. 3); lowest at −log K.
 
     .. math:: \overline{H(p_i)} - H(\overline{p_i})

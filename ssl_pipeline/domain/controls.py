@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.source import ArraySource, Indexed
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset
 from ssl_pipeline.rng import derive_seed
 
 Control = Literal["no_shift", "noise", "shuffled"]
@@ -32,7 +32,7 @@ def _shuffled(image: Tensor, generator: torch.Generator) -> Tensor:
 _STAND_INS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"noise": _noise, "shuffled": _shuffled}
 
 
-def stand_in(name: Control, images: Indexed) -> Indexed:
+def make_control(name: Control, images: IndexedDataset) -> IndexedDataset:
     """As many images of the same sizes, the same at every call.
 
     Args:
@@ -42,7 +42,7 @@ def stand_in(name: Control, images: Indexed) -> Indexed:
     if images.pixels is None:
         return _StandIn(name, images)
     changed = [_changed(name, number, image) for number, image in enumerate(images.pixels)]
-    return ArraySource(
+    return ArrayDataset(
         images.name, torch.stack(changed), licence=images.licence, mean=images.mean, std=images.std, domains=images.domains,
         domain_names=images.domain_names,
     )  # fmt: skip
@@ -53,10 +53,10 @@ def _changed(name: str, number: int, image: Tensor) -> Tensor:
     return _STAND_INS[name](image, torch.Generator().manual_seed(derive_seed("control", name, number)))
 
 
-class _StandIn(Indexed):
-    """For images in files: see :func:`stand_in`."""
+class _StandIn(IndexedDataset):
+    """For images in files: see :func:`make_control`."""
 
-    def __init__(self, name: str, images: Indexed, numbers: Tensor | None = None) -> None:
+    def __init__(self, name: str, images: IndexedDataset, numbers: Tensor | None = None) -> None:
         self.name, self.channels, self.licence = images.name, images.channels, images.licence
         self.domains, self.domain_names, self.bad_files = images.domains, images.domain_names, images.bad_files
         self.mean, self.std = images.mean, images.std

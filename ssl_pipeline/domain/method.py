@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.controls import Control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
@@ -94,7 +94,7 @@ class MethodConfig(ComponentConfig, ABC):
         return problems
 
     @abstractmethod
-    def build(self, classifier: Classification, target: Indexed) -> Method:
+    def build(self, classifier: Classification, target: IndexedDataset) -> Method:
         """The task around a classifier; of ``target`` it may read all but labels, which were taken away."""
 
 
@@ -147,7 +147,9 @@ class Method(Task, ABC):
         own = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in known]
         return [*groups, {"params": own, "lr_factor": 1.0}] if own else groups
 
-    def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
+    def finish(
+        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+    ) -> None:
         """What follows the last step: statistics estimated anew, averaged weights put into place."""
         del labelled, target, preprocessing, share
 

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.metrics.average_precision import average_precision
 
 SCORES = ("msp", "max_logit", "energy", "knn")
 
 
-def neighbour_score(features: Tensor, taught: Tensor, k: int = 10) -> Tensor:
+def neighbor_score(features: Tensor, taught: Tensor, k: int = 10) -> Tensor:
     """Minus the distance to the k-th nearest training image, on unit rows (Sun et al. 2022).
 
     Args:
@@ -38,14 +38,14 @@ def scores(logits: Tensor, features: Tensor, taught: Tensor) -> dict[str, Tensor
     """Each score of N images, of shape (N,).
 
     Greatest softmax share (Hendrycks and Gimpel 2017), greatest logit (Hendrycks et al. 2022), minus the free energy
-    (Liu et al. 2020), and :func:`neighbour_score`.
+    (Liu et al. 2020), and :func:`neighbor_score`.
 
     Args:
         logits: shape (N, K).
         features: shape (N, D).
         taught: features of the training images, shape (M, D).
     """
-    found = logits.softmax(1).amax(1), logits.amax(1), logits.logsumexp(1), neighbour_score(features, taught)
+    found = logits.softmax(1).amax(1), logits.amax(1), logits.logsumexp(1), neighbor_score(features, taught)
     return dict(zip(SCORES, found, strict=True))
 
 
@@ -110,15 +110,15 @@ def hos(known_right: Tensor, label: Tensor, unknown_rejected: Tensor) -> float:
 
 
 @torch.no_grad()
-def open_set_figures(
+def open_set_metrics(
     classifier: Classification,
-    taught: Indexed,
-    held_back: Indexed | None,
-    known: dict[str, Indexed],
+    taught: IndexedDataset,
+    held_back: IndexedDataset | None,
+    known: dict[str, IndexedDataset],
     targets: tuple[str, ...],
-    unknown: Indexed,
+    unknown: IndexedDataset,
     preprocessing: Preprocessing,
-    share: Share,
+    share: DistInfo,
 ) -> dict[str, float]:
     """How well the target's unknown images are told from its known ones, per score.
 
@@ -137,7 +137,7 @@ def open_set_figures(
         share: this process's.
     """
 
-    def outputs(images: Indexed) -> tuple[Tensor, Tensor]:
+    def outputs(images: IndexedDataset) -> tuple[Tensor, Tensor]:
         return from_features(classifier.read(images, preprocessing, share).features)
 
     def from_features(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.evaluation.features import extract
@@ -29,8 +29,12 @@ def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> flo
 
 
 @torch.no_grad()
-def unlabelled_figures(
-    classifier: Classification, target: Indexed, validation: Indexed | None, preprocessing: Preprocessing, share: Share
+def unlabeled_metrics(
+    classifier: Classification,
+    target: IndexedDataset,
+    validation: IndexedDataset | None,
+    preprocessing: Preprocessing,
+    share: DistInfo,
 ) -> dict[str, float]:
     """``label_free/entropy`` (smaller is better), ``label_free/snd`` (larger is better), and ``source_validation`` where labels are held out.
 

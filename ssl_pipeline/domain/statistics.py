@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.data.loader import Preprocessing, Share, read_in_order
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing, read_in_order
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.rng import permutation
@@ -18,9 +18,9 @@ from ssl_pipeline.rng import permutation
 def estimate_statistics(
     network: nn.Module,
     forward: Callable[[Tensor], Tensor],
-    source: Indexed,
+    source: IndexedDataset,
     preprocessing: Preprocessing,
-    share: Share,
+    share: DistInfo,
 ) -> None:
     """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
 

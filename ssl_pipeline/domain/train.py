@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 
-from ssl_pipeline.data.loader import StepBatches
-from ssl_pipeline.data.paired import PairedBatches
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.paired import PairedLoader
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.regime import Best, RegimeConfig, Surroundings, TrainingConfig, run_kept_loop, solve_head
+from ssl_pipeline.downstream.regime import (
+    Best,
+    RegimeConfig,
+    TrainContext,
+    TrainingConfig,
+    fit_linear_probe,
+    fit_with_checkpoints,
+)
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.rng import derive_seed
@@ -17,7 +24,7 @@ from ssl_pipeline.transforms.policy import Views
 
 
 def train_across(
-    method: MethodConfig, regime: RegimeConfig, classifier: Classification, target: Indexed, around: Surroundings
+    method: MethodConfig, regime: RegimeConfig, classifier: Classification, target: IndexedDataset, around: TrainContext
 ) -> None:
     """Trains a classifier in place.
 
@@ -34,7 +41,7 @@ def train_across(
         classifier.look_at(labelled.train)
     regime.settle(classifier)
     if regime.probes and has_source:
-        solve_head(regime, classifier, around)
+        fit_linear_probe(regime, classifier, around)
     task = method.build(classifier, target).to(share.device)
     for phase in method.phases:
         if phase == "target":
@@ -51,8 +58,8 @@ def _run_phase(
     regime: RegimeConfig,
     training: TrainingConfig,
     task: Method,
-    target: Indexed,
-    around: Surroundings,
+    target: IndexedDataset,
+    around: TrainContext,
 ) -> None:
     share, labelled = around.share, around.labelled
     images = target if phase == "target" else labelled.train
@@ -65,14 +72,14 @@ def _run_phase(
     target_views = Views(
         around.views.config, preprocessing.mean, preprocessing.std, derive_seed(around.views.seed, "target")
     )
-    batches: StepBatches
+    batches: IndexedLoader
     if phase == "joint":
-        batches = PairedBatches(
+        batches = PairedLoader(
             images, target, around.views, target_views, size, around.seed, share, total, around.workers
         )
     else:
         views = target_views if phase == "target" else around.views
-        batches = StepBatches(
+        batches = IndexedLoader(
             images, views, size, around.seed, share, total, around.workers, with_labels=task.reads_labels
         )
     task.prime(lambda forward: extract(task, target, around.preprocessing, share, forward=forward))
@@ -80,4 +87,4 @@ def _run_phase(
     # The held-out labels also measure (``source_validation``): no probe is fitted to them, whichever step is kept.
     chooses = method.selects and labelled.validation is not None
     best = Best(task.classifier, around, starts_trained=regime.probes) if chooses else None
-    run_kept_loop(training, task, batches, optimizer, around, phase, best, max(1, total // 20) if best else 0)
+    fit_with_checkpoints(training, task, batches, optimizer, around, phase, best, max(1, total // 20) if best else 0)

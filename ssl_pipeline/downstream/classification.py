@@ -17,15 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, targets_of
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import CosineHead, LinearHead
 
 
-class Config(VectorConfig):
+class Config(PooledConfig):
     """Single-label classification by cross-entropy.
 
     Attributes:
@@ -44,16 +44,16 @@ class Config(VectorConfig):
         """The task on top of an encoder."""
         return Classification(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Labels must exist, and those to measure on must have been there to learn."""
         return check_labels("classification", source, held_out)
 
-    def strata(self, source: Indexed) -> Tensor | None:
+    def strata(self, source: IndexedDataset) -> Tensor | None:
         """The labels."""
         return source.labels
 
 
-def check_labels(task: str, source: Indexed, held_out: Indexed | None) -> list[str]:
+def check_labels(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:
     """What is wrong with the class labels of training and of the images to measure on, as sentences."""
     if source.labels is None or source.classes is None:
         reason = source.unlabeled_because or "put the images into one folder per class, or name another `data`."
@@ -80,7 +80,7 @@ def check_labels(task: str, source: Indexed, held_out: Indexed | None) -> list[s
     return problems
 
 
-class Classification(VectorTask):
+class Classification(PooledTask):
     """See :class:`Config`."""
 
     class_weight: Tensor
@@ -92,7 +92,7 @@ class Classification(VectorTask):
         self.head = (LinearHead if config.head == "linear" else CosineHead)(self.width, classes)
         self.register_buffer("class_weight", torch.ones(classes))
 
-    def look_at(self, train: Indexed) -> None:
+    def look_at(self, train: IndexedDataset) -> None:
         """Counts the classes, for balanced weights; a class without a label has none to weigh."""
         if self.balanced:
             counts = targets_of(train).bincount(minlength=self.classes).to(self.class_weight)

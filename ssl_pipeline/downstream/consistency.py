@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.prepared import look_at
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
-from ssl_pipeline.losses.gather import gather_rows
-from ssl_pipeline.models.teacher import Teacher
+from ssl_pipeline.losses.gather import all_gather_rows
+from ssl_pipeline.models.teacher import EMAModel
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
-class ConsistencyConfig(Strict):
+class ConsistencyConfig(FrozenModel):
     """How a classifier learns from images without labels while all of its layers are trained.
 
     Attributes:
@@ -50,7 +50,7 @@ class ConsistencyConfig(Strict):
     momentum: float = Field(0.98, ge=0, lt=1)
     views: ViewsConfig
 
-    def open(self, channels: int) -> Indexed | None:
+    def open(self, channels: int) -> IndexedDataset | None:
         """The images of ``path``; None without one.
 
         Raises:
@@ -64,14 +64,14 @@ class ConsistencyConfig(Strict):
                 f"`unlabelled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabelled.path=null."
             )
         config = folder.Config(name="folder", path=self.path, channels=channels)
-        found = look_at(folder.existing_folder(self.path, "unlabelled.path"), config.base, config.bad_files)
+        found = scan_folder(folder.existing_folder(self.path, "unlabelled.path"), config.base, config.bad_files)
         if len(found.files) < 2:
             raise ConfigError(
                 f"`unlabelled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
             )
         return found.source(config, self.path)
 
-    def check(self, task: str, regime: str, across_domains: bool, data: Indexed) -> list[str]:
+    def check(self, task: str, regime: str, across_domains: bool, data: IndexedDataset) -> list[str]:
         """What does not go together with it, as sentences.
 
         Args:
@@ -112,7 +112,7 @@ class ConsistencyConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Unlabelled:
+class UnlabeledImages:
     """Images without labels, and how they are learned from.
 
     Attributes:
@@ -122,7 +122,7 @@ class Unlabelled:
     """
 
     config: ConsistencyConfig
-    images: Indexed
+    images: IndexedDataset
     views: Views
 
 
@@ -145,7 +145,7 @@ class Consistency(Task):
     def __init__(self, config: ConsistencyConfig, classifier: Classification, labels: Tensor) -> None:
         super().__init__()
         self.config, self.classifier, self.encoder = config, classifier, classifier.encoder
-        self.teacher = Teacher(classifier)
+        self.teacher = EMAModel(classifier)
         shares = labels.bincount(minlength=classifier.classes) / len(labels)
         self.register_buffer("shares", shares.to(classifier.class_weight))
         self.register_buffer("mean", self.shares.clone())  # of the teacher's predictions
@@ -166,7 +166,7 @@ class Consistency(Task):
         supervised = self.classifier.supervised(logits[:labelled], label)
         with torch.no_grad():
             probabilities = embeddings["taught"].float().softmax(1)
-            self._seen = gather_rows(probabilities.mean(0, keepdim=True)).mean(0)
+            self._seen = all_gather_rows(probabilities.mean(0, keepdim=True)).mean(0)
             surest, name = F.normalize(probabilities * self.shares / self.mean.clamp_min(1e-6), p=1, dim=1).max(1)
             sure = (surest >= self.config.confidence).float()
         # A teacher's answer that is no number is never sure, and the loss would stay finite while the mean is spoiled.

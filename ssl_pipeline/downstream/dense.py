@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated, read_whole, to_device, whole_view
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.annotated import AnnotatedDataset, read_whole, to_device, whole_view
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluation.together import from_all
+from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.geometry import as_float, stack_views
 from ssl_pipeline.transforms.policy import ViewsConfig
@@ -61,17 +61,17 @@ class DenseTask(DownstreamTask):
         """Named figures of what was compared; the first one is what selection looks at, and larger is better."""
 
     @torch.no_grad()
-    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+    def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
         """The figures of all images, each exactly once on any number of processes; those that can't be read are left out.
 
         Raises:
             ConfigError: no image can be read.
         """
-        assert isinstance(source, Annotated)
+        assert isinstance(source, AnnotatedDataset)
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
         was_training = self.training
         self.eval()
-        compared = from_all(
+        compared = gather_parts(
             (
                 self.compare(prediction, to_device(source.annotations.whole(i), share.device))
                 for index, images in read_whole(source, preprocessing, share.device, own)

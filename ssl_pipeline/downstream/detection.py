@@ -21,14 +21,14 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.detector import FasterRCNNHead
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import batch_norms, have_statistics
-from ssl_pipeline.models.retinanet import OneStageHead
+from ssl_pipeline.models.retinanet import PyramidRetinaNetHead
 
 
 class Config(DenseConfig):
@@ -61,7 +61,7 @@ class Config(DenseConfig):
         """The task on top of an encoder."""
         return Detection(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Boxes to learn from and to measure on, of the same classes."""
         boxes = annotations_of(source, Boxes)
         measured = boxes if held_out is None else annotations_of(held_out, Boxes)
@@ -88,7 +88,7 @@ class Config(DenseConfig):
 class Detection(DenseTask):
     """See :class:`Config`."""
 
-    head: FasterRCNNHead | OneStageHead
+    head: FasterRCNNHead | PyramidRetinaNetHead
     _freezes_norms = False  # until the encoder is there to be looked at
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
@@ -97,7 +97,7 @@ class Detection(DenseTask):
         self._freezes_norms = config.batch_norm == "frozen" and have_statistics(encoder)
         self._freeze_norms()
         if config.head == "retinanet":
-            self.head = OneStageHead(
+            self.head = PyramidRetinaNetHead(
                 encoder.widths,
                 encoder.strides,
                 classes,
@@ -145,7 +145,7 @@ class Detection(DenseTask):
         found = self.head.detect(self.encoder.feature_maps(images), size)
         return [{**one, "boxes": one["boxes"] / size} for one in found]
 
-    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+    def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
         """The figures, and ``classes_measured`` where some classes have no box: how many have one."""
         figures, boxes = super().evaluate(source, preprocessing, share), annotations_of(source, Boxes)
         assert boxes is not None

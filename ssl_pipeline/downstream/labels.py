@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.splits import draw_labels, folds, hold_out
+from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.splits import draw_labels, folds, stratified_split
 from ssl_pipeline.data.verdicts import listed
 from ssl_pipeline.downstream.task import DownstreamConfig
 
@@ -21,7 +21,7 @@ LEAST_HELD_OUT = 200
 _FOLDS = 5
 
 
-class LabelsConfig(Strict):
+class LabelsConfig(FrozenModel):
     """How many labels stage two may read; all of them by default.
 
     Attributes:
@@ -59,7 +59,7 @@ class LabelsConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledSplit:
     """What a regime learns from.
 
     Attributes:
@@ -69,12 +69,12 @@ class Labelled:
             teach. None: nothing is chosen by cross-validation.
     """
 
-    train: Indexed
-    validation: Indexed | None
+    train: IndexedDataset
+    validation: IndexedDataset | None
     folds: Tensor | None = None
 
 
-def told_of(pool: Indexed, held_out: Indexed, split: str) -> str:
+def describe_labels(pool: IndexedDataset, held_out: IndexedDataset, split: str) -> str:
     """What stage two learns from and is measured on, in a line: a folder that is a class by mistake is seen in it."""
     names = pool.classes or ()
     what = "outputs" if pool.labels is None else "classes"
@@ -84,15 +84,19 @@ def told_of(pool: Indexed, held_out: Indexed, split: str) -> str:
     )
 
 
-def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Labelled:
+def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: IndexedDataset, seed: int) -> LabeledSplit:
     """Draws a seed's labels; see :func:`draw_index` and :func:`draw_folds`."""
     train, held_out = draw_index(labels, downstream, pool, seed)
     parts = draw_folds(labels, downstream, pool, (train, held_out), seed)
-    return Labelled(pool.select(train), None if held_out is None else pool.select(held_out), parts)
+    return LabeledSplit(pool.select(train), None if held_out is None else pool.select(held_out), parts)
 
 
 def draw_folds(
-    labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, drawn: tuple[Tensor, Tensor | None], seed: int
+    labels: LabelsConfig,
+    downstream: DownstreamConfig,
+    pool: IndexedDataset,
+    drawn: tuple[Tensor, Tensor | None],
+    seed: int,
 ) -> Tensor | None:
     """The parts of a cross-validation, each with its share of every class, where ``auto`` holds no label out.
 
@@ -104,7 +108,7 @@ def draw_folds(
         seed: of the draw.
 
     Returns:
-        See :class:`Labelled`; None also where no class has two labels.
+        See :class:`LabeledSplit`; None also where no class has two labels.
     """
     train, held_out = drawn
     if labels.validation != "auto" or held_out is not None or not downstream.selects:
@@ -114,7 +118,9 @@ def draw_folds(
     return folds(classes, _FOLDS, seed, "cross-validation")
 
 
-def without_labels(labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int) -> Indexed:
+def unlabeled_pool(
+    labels: LabelsConfig, downstream: DownstreamConfig, pool: IndexedDataset, seed: int
+) -> IndexedDataset:
     """All training images but those that a seed holds out for selection; their labels are taken away."""
     _, held_out = draw_index(labels, downstream, pool, seed)
     index = torch.arange(len(pool))
@@ -124,7 +130,7 @@ def without_labels(labels: LabelsConfig, downstream: DownstreamConfig, pool: Ind
 
 
 def draw_index(
-    labels: LabelsConfig, downstream: DownstreamConfig, pool: Indexed, seed: int
+    labels: LabelsConfig, downstream: DownstreamConfig, pool: IndexedDataset, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """Draws a seed's labels, evenly over the classes where an image has one, and holds some of them out for selection.
 
@@ -149,7 +155,7 @@ def draw_index(
     count = min(count, len(index) - len(strata[index].unique()))
     if count == 0:
         return index, None
-    rest, held_out = hold_out(strata[index], count, seed, "validation")
+    rest, held_out = stratified_split(strata[index], count, seed, "validation")
     for missing in set(strata[index].tolist()) - set(strata[index][rest].tolist()):
         back = held_out[strata[index][held_out] == missing][:1]
         rest, held_out = torch.cat([rest, back]).sort().values, held_out[held_out != back]

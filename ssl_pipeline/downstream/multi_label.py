@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score
 
-from ssl_pipeline.data.annotated import Numbers, annotations_of
+from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_labels, known_mean
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.average_precision import average_precision
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import LinearHead
 
 
-class Config(VectorConfig):
+class Config(PooledConfig):
     """Several labels of 0 and 1, each by its own binary cross-entropy; one that is not known counts for nothing."""
 
     gives = "labels"
@@ -37,10 +37,10 @@ class Config(VectorConfig):
         """The task on top of an encoder."""
         return MultiLabel(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Columns of 0 and 1, both of which occur in training."""
         problems = check_numbers("multi-label classification", source, held_out)
-        numbers = annotations_of(source, Numbers)
+        numbers = annotations_of(source, NumericTargets)
         if problems or numbers is None:
             return problems
         values = numbers.values
@@ -55,7 +55,7 @@ class Config(VectorConfig):
                 problems.append(
                     f"{source.name}: {name!r} is {found[0]:g} in every training image: leave the column out."
                 )
-        measured = None if held_out is None else annotations_of(held_out, Numbers)
+        measured = None if held_out is None else annotations_of(held_out, NumericTargets)
         if measured is not None and not bool(_vary(measured.values).any()):
             problems.append(
                 f"{source.name}: each label is the same in all images to measure on, and nothing can be measured: add "
@@ -64,7 +64,7 @@ class Config(VectorConfig):
         return problems
 
 
-class MultiLabel(VectorTask):
+class MultiLabel(PooledTask):
     """See :class:`Config`."""
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:

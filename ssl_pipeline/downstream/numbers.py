@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ssl_pipeline.data.annotated import Numbers, annotations_of
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.annotated import NumericTargets, annotations_of
+from ssl_pipeline.data.source import IndexedDataset
 
 
-def check_numbers(task: str, source: Indexed, held_out: Indexed | None) -> list[str]:
+def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:
     """What columns of numbers lack, in training and in what is measured on, as sentences."""
     problems = []
     for images in (source, held_out):
         if images is None:
             continue
-        numbers = annotations_of(images, Numbers)
+        numbers = annotations_of(images, NumericTargets)
         if numbers is None:
             return [
                 f"{task} needs numbers beside its images, and {images.name} has none: take data=table, and name their columns by "

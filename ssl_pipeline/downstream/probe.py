@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssl_pipeline.downstream.vector import Rows, VectorTask
+from ssl_pipeline.downstream.vector import PooledTask, Rows
 
 
 def choose_decay(
-    task: VectorTask, decays: Sequence[float], train: Rows, held_out: Rows | None, folds: Tensor | None
+    task: PooledTask, decays: Sequence[float], train: Rows, held_out: Rows | None, folds: Tensor | None
 ) -> float:
     """The weight decay whose head scores best on images that it was not fitted on; the largest of equals.
 
@@ -21,7 +21,7 @@ def choose_decay(
         decays: to choose from.
         train: what the head learns from, on its device.
         held_out: what a head is measured on where it is there; otherwise
-        folds: each training row's part of a cross-validation (:class:`ssl_pipeline.downstream.labels.Labelled`); the parts'
+        folds: each training row's part of a cross-validation (:class:`ssl_pipeline.downstream.labels.LabeledSplit`); the parts'
             predictions are scored together. With neither, the first decay.
     """
     if len(decays) == 1 or (held_out is None and folds is None):
@@ -41,7 +41,7 @@ def choose_decay(
 
 
 @torch.no_grad()
-def _predicted(task: VectorTask, decay: float, train: Rows, measured: Rows) -> Tensor:
+def _predicted(task: PooledTask, decay: float, train: Rows, measured: Rows) -> Tensor:
     """What a head that was fitted on some images makes of others, float32 on the CPU."""
     task.fit_head(train.features, train.targets, decay)
     return task.of_features(measured.features).float().cpu()

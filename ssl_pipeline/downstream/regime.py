@@ -18,29 +18,29 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch.optim import Optimizer
 
-from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
-from ssl_pipeline.data.paired import PairedBatches
+from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing
+from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.consistency import Consistency, Unlabelled
-from ssl_pipeline.downstream.labels import Labelled
+from ssl_pipeline.downstream.consistency import Consistency, UnlabeledImages
+from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.probe import choose_decay, first_figure
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import Rows, VectorTask, targets_of
+from ssl_pipeline.downstream.vector import PooledTask, Rows, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import go_on
-from ssl_pipeline.engine.distributed import check_same_start, from_main
+from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.logging.training import TrainingCurves
 from ssl_pipeline.models.bottleneck import estimate_bottleneck
-from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 from ssl_pipeline.transforms.policy import Views
 
 
-class TrainingConfig(Strict):
+class TrainingConfig(FrozenModel):
     """A training by the loop.
 
     Attributes:
@@ -96,7 +96,7 @@ class RegimeConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class Keeping:
+class CheckpointConfig:
     """The checkpoints of one training, which each of its loops has in a folder of its own.
 
     Attributes:
@@ -113,7 +113,7 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TrainContext:
     """What a regime trains with, the same for probe and training.
 
     Attributes:
@@ -130,20 +130,20 @@ class Surroundings:
         unlabelled: images that are learned from without labels while all layers are trained; None takes the labelled ones alone.
     """
 
-    labelled: Labelled
+    labelled: LabeledSplit
     views: Views
     preprocessing: Preprocessing
     seed: int
     accelerator: Accelerator
-    share: Share
+    share: DistInfo
     workers: int | None = None
-    keeping: Keeping | None = None
+    keeping: CheckpointConfig | None = None
     curves: TrainingCurves | None = None
     features: tuple[Rows, Rows | None] | None = None
-    unlabelled: Unlabelled | None = None
+    unlabelled: UnlabeledImages | None = None
 
 
-def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> None:
+def train(regime: RegimeConfig, task: DownstreamTask, around: TrainContext) -> None:
     """Trains a task in place by a regime; selection goes by labels that are held out of the training labels, or by none.
 
     A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
@@ -152,8 +152,8 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
     task.look_at(around.labelled.train)
     regime.settle(task)
     on_all_labels: Callable[[], None] | None = None
-    if regime.probes and isinstance(task, VectorTask):
-        on_all_labels = solve_head(regime, task, around)
+    if regime.probes and isinstance(task, PooledTask):
+        on_all_labels = fit_linear_probe(regime, task, around)
         if not regime.trains_all and on_all_labels is not None:
             on_all_labels()
     elif regime.probes:
@@ -170,7 +170,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: Surroundings) -> N
         _run_loop(regime, regime.batch, task, around, "all_layers", best)
 
 
-def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> Callable[[], None] | None:
+def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContext) -> Callable[[], None] | None:
     """The probe: fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
 
     A bottleneck has random weights, and gets the statistics that fit them and the features first.
@@ -193,7 +193,7 @@ def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> 
     )
     task.train(was_training)
     folds = None if labelled.folds is None else labelled.folds[train.index]
-    decay = from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
+    decay = broadcast_from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
 
     def fit_on(*parts: Rows) -> None:
         features, targets = (torch.cat([getattr(part, side) for part in parts]) for side in ("features", "targets"))
@@ -204,27 +204,27 @@ def solve_head(regime: RegimeConfig, task: VectorTask, around: Surroundings) -> 
 
 
 @torch.no_grad()
-def _behind_bottleneck(task: VectorTask, rows: Rows) -> Rows:
+def _behind_bottleneck(task: PooledTask, rows: Rows) -> Rows:
     return Rows(task.through_bottleneck(rows.features), rows.targets, rows.index)
 
 
 def _run_loop(
-    training: TrainingConfig, batch: int, task: DownstreamTask, around: Surroundings, name: str, best: Best
+    training: TrainingConfig, batch: int, task: DownstreamTask, around: TrainContext, name: str, best: Best
 ) -> None:
     labelled, share = around.labelled, around.share
     size, total = _steps(training, batch, around)
-    make = AnnotatedBatches if isinstance(labelled.train, Annotated) else StepBatches
+    make = AnnotatedLoader if isinstance(labelled.train, AnnotatedDataset) else IndexedLoader
     batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
     _run(training, task, batches, around, name, best)
 
 
 def _run_consistency(
-    regime: RegimeConfig, task: Classification, around: Surroundings, unlabelled: Unlabelled, best: Best
+    regime: RegimeConfig, task: Classification, around: TrainContext, unlabelled: UnlabeledImages, best: Best
 ) -> None:
     """All layers, from labelled images and as many times ``ratio`` others."""
     labelled, ratio = around.labelled, unlabelled.config.ratio
     size, total = _steps(regime, min(regime.batch, len(unlabelled.images) // ratio), around)
-    batches = PairedBatches(
+    batches = PairedLoader(
         labelled.train, unlabelled.images, around.views, unlabelled.views, size, around.seed, around.share, total, around.workers,
         ratio * size,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _run_consistency(
     _run(regime, learner, batches, around, "all_layers", best)
 
 
-def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[int, int]:
+def _steps(training: TrainingConfig, batch: int, around: TrainContext) -> tuple[int, int]:
     """Labelled samples of a step, as even as an epoch allows, and the number of steps.
 
     Raises:
@@ -248,21 +248,21 @@ def _steps(training: TrainingConfig, batch: int, around: Surroundings) -> tuple[
 
 
 def _run(
-    training: TrainingConfig, learner: Task, batches: StepBatches, around: Surroundings, name: str, best: Best
+    training: TrainingConfig, learner: Task, batches: IndexedLoader, around: TrainContext, name: str, best: Best
 ) -> None:
     """A loop that keeps the best weights where held-out labels tell them."""
     optimizer = build_optimizer(training.optim, learner, batches.batch_size)
     chooses = around.labelled.validation is not None
     every = max(batches.steps_per_epoch, batches.total_steps // 20) if chooses else 0
-    run_kept_loop(training, learner, batches, optimizer, around, name, best if chooses else None, every)
+    fit_with_checkpoints(training, learner, batches, optimizer, around, name, best if chooses else None, every)
 
 
-def run_kept_loop(
+def fit_with_checkpoints(
     training: TrainingConfig,
     task: Task,
-    batches: StepBatches,
+    batches: IndexedLoader,
     optimizer: Optimizer,
-    around: Surroundings,
+    around: TrainContext,
     name: str,
     best: Best | None,
     evaluate_every: int,
@@ -322,7 +322,7 @@ class Best:
     def __init__(
         self,
         task: DownstreamTask,
-        around: Surroundings,
+        around: TrainContext,
         starts_trained: bool = False,
         on_all_labels: Callable[[], None] | None = None,
     ) -> None:
@@ -335,7 +335,7 @@ class Best:
         if self._starts_trained:
             self._measure(is_start=True)
 
-    def evaluate(self, clock: Clock) -> Mapping[str, float]:
+    def evaluate(self, clock: TrainProgress) -> Mapping[str, float]:
         """The figures on held-out labels; keeps the weights if none before were better."""
         del clock
         figures = self._measure(is_start=False)

@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.data.annotated import Numbers, annotations_of
+from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_ridge, known_mean
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask, targets_of
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, targets_of
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import LinearHead
 
 
-class Config(VectorConfig):
+class Config(PooledConfig):
     """Regression of numbers, each standardised by its training values; one that is not known counts for nothing.
 
     Attributes:
@@ -44,17 +44,17 @@ class Config(VectorConfig):
         """The task on top of an encoder, for a number of values."""
         return Regression(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Columns of numbers that vary."""
         problems = check_numbers("regression", source, held_out)
-        numbers = annotations_of(source, Numbers)
+        numbers = annotations_of(source, NumericTargets)
         if problems or numbers is None:
             return problems
         for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True):
             if not _varies(column):
                 value = float(column[~column.isnan()][0])
                 problems.append(f"{source.name}: {name!r} is {value:g} in every training image: leave the column out.")
-        measured = None if held_out is None else annotations_of(held_out, Numbers)
+        measured = None if held_out is None else annotations_of(held_out, NumericTargets)
         if measured is not None and not any(map(_varies, measured.values.unbind(1))):
             problems.append(
                 f"{source.name}: each value is the same in all images to measure on, and R² needs different ones: add images."
@@ -62,7 +62,7 @@ class Config(VectorConfig):
         return problems
 
 
-class Regression(VectorTask):
+class Regression(PooledTask):
     """See :class:`Config`. The head predicts standardised values, ``predict`` the values themselves."""
 
     mean: Tensor
@@ -75,7 +75,7 @@ class Regression(VectorTask):
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("std", torch.ones(values))
 
-    def look_at(self, train: Indexed) -> None:
+    def look_at(self, train: IndexedDataset) -> None:
         """The training values' mean and standard deviation."""
         values = targets_of(train)
         mean = values.nanmean(0)

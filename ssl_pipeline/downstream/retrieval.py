@@ -17,15 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.classification import check_labels
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import NeighbourHead
+from ssl_pipeline.models.head import KNNHead
 
 
-class Config(VectorConfig):
+class Config(PooledConfig):
     """Retrieval by cosine similarity of features.
 
     Attributes:
@@ -45,7 +45,7 @@ class Config(VectorConfig):
         """The task on top of an encoder."""
         return Retrieval(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Labels must exist."""
         return check_labels("retrieval", source, held_out)
 
@@ -55,18 +55,18 @@ class Config(VectorConfig):
             return [f"retrieval trains nothing, and `regime.name` is {regime}: set regime=frozen."]
         return super().check_regime(regime)
 
-    def strata(self, source: Indexed) -> Tensor | None:
+    def strata(self, source: IndexedDataset) -> Tensor | None:
         """The labels."""
         return source.labels
 
 
-class Retrieval(VectorTask):
+class Retrieval(PooledTask):
     """See :class:`Config`."""
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
         super().__init__(config, encoder)
         self.recall_at = config.recall_at
-        self.head: NeighbourHead = NeighbourHead(self.width, classes, config.k, config.temperature)
+        self.head: KNNHead = KNNHead(self.width, classes, config.k, config.temperature)
 
     def embed(self, batch: Batch) -> Embeddings:
         """Features of the first view."""

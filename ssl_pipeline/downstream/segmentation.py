@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.masks import IGNORE, Masks
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.dense_head import DeepLab, SkipHead
@@ -42,7 +42,7 @@ class Config(DenseConfig):
         """The task on top of an encoder."""
         return Segmentation(self, encoder, classes)
 
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """Masks of two classes at least, and none to measure on that training lacks."""
         masks = annotations_of(source, Masks)
         measured = masks if held_out is None else annotations_of(held_out, Masks)
@@ -74,7 +74,7 @@ class Segmentation(DenseTask):
         self.head = SkipHead(encoder.widths, classes) if config.head == "fcn" else DeepLab(encoder.widths, classes)
         self.register_buffer("class_weight", torch.ones(classes))
 
-    def look_at(self, train: Indexed) -> None:
+    def look_at(self, train: IndexedDataset) -> None:
         """Counts the classes' pixels, for balanced weights."""
         masks = annotations_of(train, Masks)
         if self.balanced and masks is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssl_pipeline.downstream.labels import LEAST_HELD_OUT, SHARE_HELD_OUT, Labelled, LabelsConfig
+from ssl_pipeline.downstream.labels import LEAST_HELD_OUT, SHARE_HELD_OUT, LabeledSplit, LabelsConfig
 from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.downstream.vector import VectorConfig
+from ssl_pipeline.downstream.vector import PooledConfig
 
 
 def selection(
-    labels: LabelsConfig, downstream: DownstreamConfig, regime: RegimeConfig, labelled: Labelled
+    labels: LabelsConfig, downstream: DownstreamConfig, regime: RegimeConfig, labelled: LabeledSplit
 ) -> dict[str, Any]:
     """How many labels are learned from and held out, how many folds a cross-validation has, and why, for ``results.json``."""
     held_out = 0 if labelled.validation is None else len(labelled.validation)
@@ -38,12 +38,12 @@ def _sentence(labels: LabelsConfig, downstream: DownstreamConfig, regime: Regime
         return f"{taught} to choose by (labels.validation=auto: {LEAST_HELD_OUT} or more can tell settings apart)."
     share = f"{100 * SHARE_HELD_OUT:.0f} % of them would be fewer than {LEAST_HELD_OUT}, too few to choose by"
     clauses = [f"{taught} (labels.validation=auto: {share})."]
-    if regime.probes and isinstance(downstream, VectorConfig) and len(regime.decays) > 1:
+    if regime.probes and isinstance(downstream, PooledConfig) and len(regime.decays) > 1:
         clauses.append(
             f"The probe's weight decay is chosen by {parts}-fold cross-validation."
             if parts
             else f"The probe's weight decay is the first of regime.decays, {regime.decays[0]:g}: no class has two labels."
         )
-    if regime.trains_all or not isinstance(downstream, VectorConfig):
+    if regime.trains_all or not isinstance(downstream, PooledConfig):
         clauses.append("The last step is kept.")
     return " ".join(clauses)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.models.artifact import Blueprint, load_encoder
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.models.artifact import EncoderSpec, load_encoder
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights_input import weights_input
 
 
-def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blueprint, Encoder]:
+def pretrained_encoder(path: str, pool: IndexedDataset, size: int | None) -> tuple[EncoderSpec, Encoder]:
     """Stage one's encoder and its architecture.
 
     Args:
@@ -34,7 +34,7 @@ def pretrained_encoder(path: str, pool: Indexed, size: int | None) -> tuple[Blue
     return (blueprint if size is None else blueprint.at_size(size)), encoder
 
 
-def check_channels(blueprint: Blueprint, name: str, pool: Indexed) -> None:
+def check_channels(blueprint: EncoderSpec, name: str, pool: IndexedDataset) -> None:
     """Refuses images that a network can't read.
 
     Raises:
@@ -48,15 +48,15 @@ def check_channels(blueprint: Blueprint, name: str, pool: Indexed) -> None:
 
 
 def new_encoder(
-    backbone: BackboneConfig, neck: NeckConfig, pool: Indexed, size: int
-) -> tuple[Blueprint, Encoder, list[str]]:
+    backbone: BackboneConfig, neck: NeckConfig, pool: IndexedDataset, size: int
+) -> tuple[EncoderSpec, Encoder, list[str]]:
     """An encoder of published weights or with fresh ones, its architecture, and notes for the log.
 
     Raises:
         ConfigError: an unknown name, weights that do not fit, or a size that the network can't take.
     """
     expected = weights_input(backbone, pool.channels, pool.mean, pool.std)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=backbone, neck=neck, channels=pool.channels, size=size, mean=expected.mean, std=expected.std,
         resize=expected.resize_at(size), range=pool.value_range,
     )  # fmt: skip

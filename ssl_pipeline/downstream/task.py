@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.layers import head_layer, layer_of
@@ -50,10 +50,10 @@ class DownstreamTask(Task, ABC):
         return preprocessing.of_files(images)
 
     @abstractmethod
-    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+    def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
         """Named figures on a source; the first one is what selection looks at, and larger is better."""
 
-    def look_at(self, train: Indexed) -> None:
+    def look_at(self, train: IndexedDataset) -> None:
         """What must be known of the training labels before the first step: class weights, a value's mean."""
         del train
 
@@ -111,7 +111,7 @@ class DownstreamConfig(ComponentConfig, ABC):
         """The task on top of an encoder, for a number of classes or values."""
 
     @abstractmethod
-    def check(self, source: Indexed, held_out: Indexed | None = None) -> list[str]:
+    def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
         """What the training images, or those to measure on, lack for this task, as sentences."""
 
     def check_regime(self, regime: str) -> list[str]:
@@ -124,7 +124,7 @@ class DownstreamConfig(ComponentConfig, ABC):
         del views
         return []
 
-    def strata(self, source: Indexed) -> Tensor | None:
+    def strata(self, source: IndexedDataset) -> Tensor | None:
         """What label draws are even over: int64 of shape (N,), −1 where nothing is known; None: an image has no one class."""
         del source
         return None

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.data.annotated import Numbers, annotations_of
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.annotated import NumericTargets, annotations_of
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
@@ -41,7 +41,7 @@ class Rows:
         return Rows(self.features[chosen], self.targets[chosen], self.index[chosen.cpu()])
 
 
-class VectorTask(DownstreamTask):
+class PooledTask(DownstreamTask):
     """An encoder, perhaps a bottleneck, and a head; evaluation looks at an image's central square.
 
     Attributes:
@@ -51,7 +51,7 @@ class VectorTask(DownstreamTask):
 
     head_is_solved = True
 
-    def __init__(self, config: VectorConfig, encoder: Encoder) -> None:
+    def __init__(self, config: PooledConfig, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.bottleneck: nn.Module
@@ -89,16 +89,16 @@ class VectorTask(DownstreamTask):
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """Named figures of predictions (N, K); the first one is what selection looks at, and larger is better."""
 
-    def evaluate(self, source: Indexed, preprocessing: Preprocessing, share: Share) -> dict[str, float]:
+    def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
         """The figures of all predictions, each sample exactly once."""
         rows = self.read(source, preprocessing, share)
         return self.evaluate_features(rows.features, rows.targets)
 
     def read(
         self,
-        source: Indexed,
+        source: IndexedDataset,
         preprocessing: Preprocessing,
-        share: Share,
+        share: DistInfo,
         forward: Callable[[Tensor], Tensor] | None = None,
     ) -> Rows:
         """What the head reads of a source's images, or what ``forward`` makes of them; those that can't be decoded are left out."""
@@ -113,7 +113,7 @@ class VectorTask(DownstreamTask):
         return self.score(self.of_features(features.to(device)).float().cpu(), targets)
 
 
-class VectorConfig(DownstreamConfig):
+class PooledConfig(DownstreamConfig):
     """The base of the ``Config`` of tasks on a row of features.
 
     Attributes:
@@ -129,9 +129,9 @@ class VectorConfig(DownstreamConfig):
         return []
 
 
-def targets_of(source: Indexed) -> Tensor:
+def targets_of(source: IndexedDataset) -> Tensor:
     """What a head is to predict of a source that was checked: numbers (N, K), or class labels, int64 of shape (N,)."""
-    numbers = annotations_of(source, Numbers)
+    numbers = annotations_of(source, NumericTargets)
     if numbers is not None:
         return numbers.values
     assert source.labels is not None

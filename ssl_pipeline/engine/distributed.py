@@ -17,7 +17,7 @@ from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
-from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.group import NEVER, watch_group
 from ssl_pipeline.engine.lost import leave_group
 from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
@@ -89,12 +89,12 @@ def without_launcher(environment: Mapping[str, str]) -> str | None:
     )
 
 
-def share_of(accelerator: Accelerator) -> Share:
+def dist_info(accelerator: Accelerator) -> DistInfo:
     """This process's share of the work."""
-    return Share(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    return DistInfo(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
-def on_device(task: M, share: Share) -> M:
+def move_to_device(task: M, share: DistInfo) -> M:
     """A task on this process's device; on several GPUs its BatchNorms see the whole batch, unless it wants them not to."""
     if share.processes > 1 and share.device.type == "cuda" and getattr(task, "synchronizes_norms", True):
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
@@ -102,7 +102,7 @@ def on_device(task: M, share: Share) -> M:
     return moved
 
 
-def batchnorm_notes(task: nn.Module, share: Share) -> list[str]:
+def batchnorm_notes(task: nn.Module, share: DistInfo) -> list[str]:
     """What is to be said where processes do not share BatchNorm's statistics: SyncBatchNorm works on GPUs alone."""
     has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
     if share.processes == 1 or share.device.type != "cpu" or not has_norms:
@@ -128,14 +128,14 @@ def check_all_learn(task: nn.Module) -> None:
         )
 
 
-def agree_on_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Gives every process the main one's buffers: BatchNorm's statistics differ by the last step's shares."""
     if dist.is_available() and dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def from_main(accelerator: Accelerator, value: T) -> T:
+def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value, on every process."""
     if accelerator.num_processes == 1:
         return value
@@ -144,7 +144,7 @@ def from_main(accelerator: Accelerator, value: T) -> T:
     return box[0]
 
 
-def from_every(accelerator: Accelerator, value: T) -> list[T]:
+def all_gather_objects(accelerator: Accelerator, value: T) -> list[T]:
     """Each process's value, by rank, on every process."""
     values = [value] * accelerator.num_processes
     if accelerator.num_processes > 1:
@@ -158,7 +158,7 @@ def check_same_start(accelerator: Accelerator, done: int) -> None:
     Raises:
         ConfigError: they don't; on all of them.
     """
-    starts = from_every(accelerator, done)
+    starts = all_gather_objects(accelerator, done)
     if len(set(starts)) > 1:
         raise ConfigError(
             f"the processes read checkpoints of different steps ({', '.join(map(str, starts))}): they need one `output` that all "
@@ -166,7 +166,7 @@ def check_same_start(accelerator: Accelerator, done: int) -> None:
         )
 
 
-def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
+def run_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     """Makes something on the main process alone (None elsewhere); its mistake is every process's.
 
     Raises:
@@ -178,7 +178,7 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
             value = make()
         except UserError as error:
             problem = str(error)
-    problem = from_main(accelerator, problem)
+    problem = broadcast_from_main(accelerator, problem)
     if problem is not None:
         raise ConfigError(problem.split("\n"))
     return value

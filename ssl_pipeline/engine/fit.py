@@ -11,17 +11,17 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from ssl_pipeline.data.lanes import StreamBatches
-from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.lanes import StreamLoader
+from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import from_every
-from ssl_pipeline.engine.lost import own
+from ssl_pipeline.engine.distributed import all_gather_objects
+from ssl_pipeline.engine.lost import guard_dataloader
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.engine.training import Step, Training
+from ssl_pipeline.engine.training import Step, TrainState
 from ssl_pipeline.logging.names import full_name
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 class Listener(Protocol):
@@ -31,12 +31,12 @@ class Listener(Protocol):
         """``done`` steps are done."""
 
 
-Evaluation = Callable[[Clock], Mapping[str, float]]
+Evaluation = Callable[[TrainProgress], Mapping[str, float]]
 
 
 def fit(
     task: Task,
-    batches: StepBatches | StreamBatches,
+    batches: IndexedLoader | StreamLoader,
     optim: OptimConfig,
     optimizer: Optimizer,
     accelerator: Accelerator,
@@ -74,8 +74,8 @@ def fit(
         LostProcessError: another process, or a worker, was killed or hangs.
         ConfigError: the GPU's memory is not enough.
     """
-    training = Training(task, batches, optim, optimizer, accelerator, checkpoints, micro, resume)
-    offset, pace = batches.offset, Pace()
+    training = TrainState(task, batches, optim, optimizer, accelerator, checkpoints, micro, resume)
+    offset, pace = batches.offset, ThroughputMeter()
     start, total = training.done, batches.total_steps + offset
     if resume is not None and "cut_short" in resume and evaluate is not None:
         _tell(listeners, start, resume["cut_short"] | evaluate(batches.clock(start - 1 - offset)), accelerator)
@@ -84,7 +84,7 @@ def fit(
     pace.ask()
     moved(start)
     # Closed here: an exception that a notebook keeps would keep the workers, too.
-    with closing(own(batches.from_step(start - offset), start, batches.workers)) as steps:
+    with closing(guard_dataloader(batches.from_step(start - offset), start, batches.workers)) as steps:
         for batch in steps:
             pace.come(len(batch.index) * accelerator.num_processes)
             done, step = batch.clock.taken + 1, training.step(batch)
@@ -117,7 +117,7 @@ def fit(
             pace.ask()
 
 
-class Pace:
+class ThroughputMeter:
     """How fast the steps come, and for what share of the time their data was waited for."""
 
     def __init__(self) -> None:
@@ -145,9 +145,9 @@ class Pace:
 
 def _of_step(
     step: Step,
-    training: Training,
-    pace: Pace,
-    batches: StepBatches | StreamBatches,
+    training: TrainState,
+    pace: ThroughputMeter,
+    batches: IndexedLoader | StreamLoader,
     accelerator: Accelerator,
     prefix: str,
 ) -> dict[str, float]:
@@ -174,13 +174,13 @@ def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, floa
 
 
 def _over_processes(
-    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: StepBatches | StreamBatches
+    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: IndexedLoader | StreamLoader
 ) -> tuple[float, float]:
     """The mean loss and the mean share of time spent waiting for data; bad files are told where there are new ones."""
     mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.untold())))])
     mean_loss, mean_wait, new = accelerator.reduce(mine, reduction="mean").tolist()
     if new:
-        batches.learn(from_every(accelerator, batches.untold()))
+        batches.learn(all_gather_objects(accelerator, batches.untold()))
     return mean_loss, mean_wait
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.config.command import EXIT_CODES, LOST, leave
+from ssl_pipeline.config.command import EXIT_CODES, LOST, exit_with_error
 from ssl_pipeline.config.timeout import VARIABLE, timeout_seconds
 from ssl_pipeline.data.workers import free_shared_memory
 from ssl_pipeline.engine.signals import StoppedError, looping
@@ -60,7 +60,7 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
     return _lost(what)
 
 
-def own(batches: Iterator[T], step: int, workers: int) -> Generator[T]:
+def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator[T]:
     """A process's batches; what goes wrong with its data is known to it alone, so it has to tell it.
 
     Args:
@@ -93,7 +93,7 @@ def own(batches: Iterator[T], step: int, workers: int) -> Generator[T]:
 
 
 @contextlib.contextmanager
-def leaving_together() -> Iterator[None]:
+def clean_distributed_exit() -> Iterator[None]:
     """Around the whole command: a process of a group leaves it whole, or at once when something went wrong.
 
     A finished group waits for its last process. It leaves without the interpreter's own end: there torch's threads abort
@@ -103,7 +103,9 @@ def leaving_together() -> Iterator[None]:
     try:
         yield
     except SystemExit as left:
-        stopped = left.__context__  # what `leave` has told; all processes have it where a signal ended the loop
+        stopped = (
+            left.__context__
+        )  # what `exit_with_error` has told; all processes have it where a signal ended the loop
         if left.code in (0, None) or isinstance(stopped, StoppedError) or getattr(stopped, "together", False):
             # Under `launch/run` the code is written down already, and a launcher in between would report a failure.
             _leave_together(0 if EXIT_CODES in os.environ else int(left.code or 0))
@@ -115,7 +117,7 @@ def leaving_together() -> Iterator[None]:
             _fail()
             raise
         with contextlib.suppress(SystemExit):
-            leave(lost)
+            exit_with_error(lost)
         _leave_alone(1)
         raise SystemExit(1) from None
     except BaseException:
@@ -127,7 +129,7 @@ def leaving_together() -> Iterator[None]:
 def leave_group() -> None:
     """Ends this process from a thread beside one that waits in vain: says for whom, and leaves."""
     with contextlib.suppress(SystemExit):
-        leave(_lost(f"{_who()} {_hangs()}"))
+        exit_with_error(_lost(f"{_who()} {_hangs()}"))
     for process in multiprocessing.active_children():
         process.kill()
     _exit(LOST)

@@ -29,7 +29,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 _FEW, _MORE = 4, 8  # samples of the two forwards that are counted: their difference is what grows with the samples
 _STATE_BYTES = {"adamw": 12}
@@ -80,7 +80,7 @@ def kept_bytes(task: Task, views: Sequence[tuple[int, int, int]], samples: int, 
 
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         index = torch.zeros(samples, dtype=torch.int64)
-        batch = Batch(Clock(0, 10, 10), index, [torch.zeros(samples, *view) for view in views], index, index)
+        batch = Batch(TrainProgress(0, 10, 10), index, [torch.zeros(samples, *view) for view in views], index, index)
         if whole:
             module.embed(batch)
         else:

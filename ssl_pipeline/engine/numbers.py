@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from ssl_pipeline.config.base import Strict, UserError
+from ssl_pipeline.config.base import FrozenModel, UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.signals import received
+from ssl_pipeline.engine.signals import pending_signal
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.norms import running_statistics
 
@@ -26,7 +26,7 @@ FILE_NAME = "nonfinite.json"
 _TOLD = 5
 
 
-class NonFiniteConfig(Strict):
+class NonFiniteConfig(FrozenModel):
     """What is done at a step whose loss or gradient is not finite.
 
     Attributes:
@@ -44,7 +44,7 @@ class NonFiniteError(UserError):
     exit_code = 1
 
 
-class Statistics:
+class BatchNormSnapshot:
     """The norms' running statistics before a step: its forward pass moves them, and a bad step must not.
 
     Args:
@@ -68,7 +68,7 @@ class Statistics:
             torch._foreach_copy_(self._now, self._kept)
 
 
-class Agreed(NamedTuple):
+class StepStatus(NamedTuple):
     """What all processes know of a step after its exchange.
 
     Attributes:
@@ -83,7 +83,7 @@ class Agreed(NamedTuple):
 def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
     """A number that is finite only if all gradients are: on a CPU their sum, which does not overflow as a norm's squares do.
 
-    Of sharded gradients a process looks at its own shards there; ``agree`` brings the processes together.
+    Of sharded gradients a process looks at its own shards there; ``all_reduce_status`` brings the processes together.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients[0].is_cuda:  # a sum of each tensor would be a launch of each
@@ -92,7 +92,7 @@ def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack([gradient.sum() for gradient in own]).sum()
 
 
-def agree(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> Agreed:
+def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> StepStatus:
     """The one exchange that every step has, of two numbers a process; nothing at all is sent where there is one process.
 
     Args:
@@ -104,15 +104,15 @@ def agree(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> Agree
         check = check.full_tensor()
     watched = loss.detach().float() if check is None else loss.detach().float() + check.detach().float()
     if accelerator.num_processes == 1:
-        return Agreed(bool(torch.isfinite(watched)), received())
-    mine = torch.stack([(~torch.isfinite(watched)).float(), watched.new_tensor(float(received()))])
+        return StepStatus(bool(torch.isfinite(watched)), pending_signal())
+    mine = torch.stack([(~torch.isfinite(watched)).float(), watched.new_tensor(float(pending_signal()))])
     dist.all_reduce(mine, dist.ReduceOp.MAX)
     bad, signal = mine.tolist()
-    return Agreed(not bad, int(signal))
+    return StepStatus(not bad, int(signal))
 
 
 @dataclass
-class Finding:
+class NonFiniteReport:
     """What one process knows of a bad step.
 
     Attributes:
@@ -137,7 +137,7 @@ class Finding:
         return self.loss in ("nan", "inf", "-inf") or bool(self.samples)
 
 
-def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[Finding]:
+def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[NonFiniteReport]:
     """Looks for the cause of a bad step; called on all processes, once: it costs another step.
 
     Args:
@@ -150,7 +150,7 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
     Returns:
         One a process, the same on all.
     """
-    mine = Finding(
+    mine = NonFiniteReport(
         accelerator.process_index, str(float(loss.detach())), _bad_samples(task, batch), batch.index.tolist(), own=alone
     )
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
@@ -164,18 +164,18 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
     ]
     if accelerator.num_processes == 1:
         return [mine]
-    found: list[Finding] = [mine] * accelerator.num_processes
+    found: list[NonFiniteReport] = [mine] * accelerator.num_processes
     dist.all_gather_object(found, mine)
     return found
 
 
-def write(file: Path, step: int, findings: list[Finding]) -> None:
+def write(file: Path, step: int, findings: list[NonFiniteReport]) -> None:
     """Everything that is known of a bad step, as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"step": step, "processes": [asdict(f) for f in findings]}, indent=1), encoding="utf-8")
 
 
-def sentence(step: int, findings: list[Finding]) -> str:
+def sentence(step: int, findings: list[NonFiniteReport]) -> str:
     """What is wrong with a step, for people: who, what, and which samples."""
     # A loss that compares samples of all processes carries one's bad gradient to the others: it is the last thing to go by.
     guilty = [finding for finding in findings if finding.starts_it]
@@ -183,7 +183,7 @@ def sentence(step: int, findings: list[Finding]) -> str:
     return f"step {step} gives no finite number: " + "; ".join(_told(finding) for finding in guilty[:_TOLD]) + "."
 
 
-def _told(finding: Finding) -> str:
+def _told(finding: NonFiniteReport) -> str:
     gradients = f"the gradient of {finding.gradients[0]}" if finding.gradients else "a gradient"
     what = "" if finding.loss not in ("nan", "inf", "-inf") else f"a loss of {finding.loss}"
     numbers = finding.samples or finding.batch

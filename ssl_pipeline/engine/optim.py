@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from ssl_pipeline.engine.numbers import NonFiniteConfig
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.schedules import Clock, WarmupCosine
+from ssl_pipeline.schedules import TrainProgress, WarmupCosine
 
 
 class OptimConfig(WarmupCosine):
@@ -81,7 +81,7 @@ def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimiz
     return SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
-def set_rate(optimizer: Optimizer, config: OptimConfig, clock: Clock) -> float:
+def set_rate(optimizer: Optimizer, config: OptimConfig, clock: TrainProgress) -> float:
     """Gives every group its rate of the step; computed from the step, so that processes can't multiply it.
 
     Returns:

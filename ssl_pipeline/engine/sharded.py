@@ -92,7 +92,7 @@ def check_shardable(task: nn.Module, micro: int | None, accelerator: Accelerator
         raise ConfigError(problems)
 
 
-def to_train(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> tuple[Task, Optimizer]:
+def shard_for_training(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> tuple[Task, Optimizer]:
     """What the loop is to train: the task itself or, under FSDP2, a copy that will be sharded, with its own optimizer.
 
     Raises:
@@ -109,7 +109,7 @@ def to_train(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> tupl
 
 
 @torch.no_grad()
-def hand_back(trained: nn.Module, whole: nn.Module) -> None:
+def copy_full_params(trained: nn.Module, whole: nn.Module) -> None:
     """Gives the whole task what was learned; nothing to do where it is the one that is trained. All processes take part."""
     if trained is whole:
         return
@@ -118,7 +118,7 @@ def hand_back(trained: nn.Module, whole: nn.Module) -> None:
         own[key].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def gathered(tree: Any, keep: bool) -> Any:
+def full_state_dict(tree: Any, keep: bool) -> Any:
     """A state dict in its plain form; all processes take part.
 
     Args:
@@ -126,16 +126,16 @@ def gathered(tree: Any, keep: bool) -> Any:
         keep: whether this process needs the result: others drop each tensor.
     """
     if isinstance(tree, dict):
-        return {key: gathered(value, keep) for key, value in tree.items()}
+        return {key: full_state_dict(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [gathered(value, keep) for value in tree]
+        return [full_state_dict(value, keep) for value in tree]
     if not isinstance(tree, DTensor):
         return tree
     full = tree.full_tensor()
     return full.cpu() if keep else full.new_empty(0)
 
 
-def scattered(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """A plain optimizer state dict as the optimizer's parameters are shared out; itself where they are not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):

@@ -64,19 +64,19 @@ class CutShortError(StoppedError):
             self.exit_code = 128 + number
 
 
-def listen() -> None:
+def install_signal_handlers() -> None:
     """Notes SIGTERM, SIGUSR1 and Ctrl-C from now on; one that comes again later leaves at once."""
     for number in (*HEARD, signal.SIGINT):
         signal.signal(number, _note)
 
 
-def received() -> int:
+def pending_signal() -> int:
     """The number of the signal that this process was sent, 0 for none."""
     return _NONE if _first is None else _first[0]
 
 
 def overdue() -> int:
-    """Like ``received``, once an evaluation has to give way: some time after a batch system's signal, and at once after Ctrl-C."""
+    """Like ``pending_signal``, once an evaluation has to give way: some time after a batch system's signal, and at once after Ctrl-C."""
     if _first is None or (not _loops and _first[0] == signal.SIGINT):
         return _NONE
     number, since = _first
@@ -84,7 +84,7 @@ def overdue() -> int:
     return number if late else _NONE
 
 
-def forget() -> None:
+def reset_signals() -> None:
     """As if no signal had come."""
     global _first
     _first = None
@@ -102,7 +102,7 @@ def looping() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(folder: Path | None) -> Iterator[None]:
+def handle_signals(folder: Path | None) -> Iterator[None]:
     """Around a run's work: Ctrl-C is heard, and a signal that ends the run leaves a file ``requeue`` in its folder.
 
     Handlers are set where nobody has (in Python, such as in a notebook) and in the main thread alone, which may; they are put back.
@@ -119,7 +119,7 @@ def stoppable(folder: Path | None) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     ours = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
     if ours:
-        forget()
+        reset_signals()
         signal.signal(signal.SIGINT, _note_interrupt)
     try:
         yield
@@ -133,7 +133,7 @@ def stoppable(folder: Path | None) -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
-            forget()
+            reset_signals()
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 Embeddings = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ class Task(nn.Module, ABC):
         """Parameters with their own share of the learning rate: dicts of ``params`` (named) and ``lr_factor``."""
         return [{"params": [(n, p) for n, p in self.named_parameters() if p.requires_grad], "lr_factor": 1.0}]
 
-    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+    def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
         """Parameters that stay as they are in a step though the loss has a gradient for them.
 
         They take part in the backward pass, as several processes have to exchange the same gradients at every step. Then their
@@ -116,5 +116,5 @@ class PretextConfig(ComponentConfig, ABC):
     takes_local_views: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> Task:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> Task:
         """The task around an encoder, for a source (a memory needs to know how many samples there are: no stream does)."""

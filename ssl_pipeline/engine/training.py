@@ -14,27 +14,27 @@ from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.lanes import StreamBatches
-from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.lanes import StreamLoader
+from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import agree_on_buffers, check_all_learn, from_every
+from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_buffers, check_all_learn
 from ssl_pipeline.engine.lost import explain
 from ssl_pipeline.engine.numbers import (
     FILE_NAME,
+    BatchNormSnapshot,
     NonFiniteError,
-    Statistics,
-    agree,
+    all_reduce_status,
     find,
     gradient_check,
     sentence,
     write,
 )
 from ssl_pipeline.engine.optim import OptimConfig, set_rate
-from ssl_pipeline.engine.sharded import gathered, hand_back, scattered, to_train
+from ssl_pipeline.engine.sharded import copy_full_params, full_state_dict, shard_for_training, shard_state_dict
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 class Step(NamedTuple):
@@ -47,13 +47,13 @@ class Step(NamedTuple):
         signal: the number of the signal that a process was sent, 0 for none.
     """
 
-    clock: Clock
+    clock: TrainProgress
     output: StepOutput
     rate: float
     signal: int
 
 
-class Training:
+class TrainState:
     """A task and its optimizer on this group of processes; what a step needs, and what is saved, is all here.
 
     Args:
@@ -78,7 +78,7 @@ class Training:
     def __init__(
         self,
         task: Task,
-        batches: StepBatches | StreamBatches,
+        batches: IndexedLoader | StreamLoader,
         optim: OptimConfig,
         optimizer: Optimizer,
         accelerator: Accelerator,
@@ -93,12 +93,12 @@ class Training:
         if resume is not None:
             with _must_fit():
                 task.load_state_dict(resume["task"])
-        self._task, self._optimizer = to_train(task, optimizer, accelerator)
+        self._task, self._optimizer = shard_for_training(task, optimizer, accelerator)
         self._model, self._prepared = accelerator.prepare(self._task, self._optimizer)
         if resume is not None:
             self._take_on(resume)
         self.begin()
-        self._statistics = Statistics(self._task)
+        self._statistics = BatchNormSnapshot(self._task)
 
     def begin(self) -> None:
         """Training mode: at the start, and after whoever looked at the task."""
@@ -122,7 +122,7 @@ class Training:
                 check_all_learn(self._task)
             for parameter in self._task.frozen(batch.clock):
                 parameter.grad = None
-            agreed = agree(self._accelerator, output.loss, self._clip())
+            agreed = all_reduce_status(self._accelerator, output.loss, self._clip())
             if agreed.finite:
                 self._prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well
         except torch.cuda.OutOfMemoryError as error:
@@ -147,16 +147,16 @@ class Training:
 
     def bring_together(self) -> None:
         """Makes the task what all processes will look at, save or continue from; called on all of them."""
-        agree_on_buffers(self._task)
-        hand_back(self._task, self._whole)
+        broadcast_buffers(self._task)
+        copy_full_params(self._task, self._whole)
 
     def state(self, done: int) -> dict[str, Any]:
         """What a checkpoint keeps after ``done`` steps; called on all processes."""
         # A start from here does not find the bad files again.
-        self._batches.learn(from_every(self._accelerator, self._batches.untold()))
+        self._batches.learn(all_gather_objects(self._accelerator, self._batches.untold()))
         scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
         state = {"task": self._task.state_dict(), "optimizer": self._optimizer.state_dict()}
-        state = gathered(state, keep=self._accelerator.is_main_process)
+        state = full_state_dict(state, keep=self._accelerator.is_main_process)
         skipped = (self.skipped, self.skipped_by_scaler)
         position = self._batches.position(done - self._batches.offset)
         about = {"position": position, "rate": self._rate, "batches": self._batches.state_dict(), "skipped": skipped}
@@ -170,7 +170,7 @@ class Training:
         groups = self._optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         with _must_fit():
-            self._prepared.load_state_dict(scattered(resume["optimizer"], self._optimizer))
+            self._prepared.load_state_dict(shard_state_dict(resume["optimizer"], self._optimizer))
             for group, own_settings in zip(self._optimizer.param_groups, settings, strict=True):
                 group.update(own_settings)
         self._batches.load_state_dict(resume["batches"])
@@ -210,7 +210,7 @@ class Training:
         if self._optim.nonfinite.action == "stop" or self.skipped >= self._optim.nonfinite.limit:
             problem = self._examine(batch, loss)
             self._statistics.restore()
-            agree_on_buffers(self._task)
+            broadcast_buffers(self._task)
             if self._checkpoints is not None:
                 self._checkpoints.save(batch.clock.taken, self.state(batch.clock.taken))
                 self._checkpoints.wait()

@@ -9,7 +9,7 @@ from statistics import median
 
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.logging.progress import Progress
-from ssl_pipeline.logging.tracker import Trackers
+from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.collapse import verdict
 
 _WINDOW, _FEWEST = 50, 20
@@ -76,7 +76,7 @@ class Alerts:
             self._tell(done, "collapse", collapsed)
 
 
-def open_alerts(prefix: str, width: int, progress: Progress, trackers: Trackers, logged: Path | None) -> Alerts:
+def open_alerts(prefix: str, width: int, progress: Progress, trackers: LoggerCollection, logged: Path | None) -> Alerts:
     """Alerts that are told in the terminal and to the mirrors.
 
     Args:

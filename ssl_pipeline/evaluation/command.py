@@ -10,12 +10,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import check_folder_of, run_command
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.evaluation import protocol
-from ssl_pipeline.evaluation.encoder import EncoderConfig, Opened, leading_words, open_encoder
+from ssl_pipeline.evaluation.encoder import EncoderConfig, LoadedEncoder, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.protocol import Features, Figure
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.redaction import redact
@@ -29,7 +29,7 @@ What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
 _ALL: tuple[What, ...] = ("knn", "probe", "few_shot", "spread", "robustness")
 
 
-class KnnConfig(Strict):
+class KnnConfig(FrozenModel):
     """Neighbours.
 
     Attributes:
@@ -41,7 +41,7 @@ class KnnConfig(Strict):
     temperature: float = Field(0.1, gt=0)
 
 
-class ProbeConfig(Strict):
+class ProbeConfig(FrozenModel):
     """The linear probe.
 
     Attributes:
@@ -57,7 +57,7 @@ class ProbeConfig(Strict):
     validation: float = Field(0.2, gt=0, lt=1)
 
 
-class FewShotConfig(Strict):
+class FewShotConfig(FrozenModel):
     """Few labels.
 
     Attributes:
@@ -172,7 +172,9 @@ def _finite(figures: list[Figure], trials: dict[str, float], notes: list[str]) -
     )
 
 
-def _settle(config: EvaluateConfig, train: Indexed, test: Indexed | None) -> tuple[tuple[What, ...], list[str]]:
+def _settle(
+    config: EvaluateConfig, train: IndexedDataset, test: IndexedDataset | None
+) -> tuple[tuple[What, ...], list[str]]:
     """What can be measured; an error where something was asked for by name that can't."""
     labelled = train.labels is not None and bool((train.labels >= 0).any()) and test is not None
     if labelled and test is not None and test.labels is not None:
@@ -190,7 +192,7 @@ def _settle(config: EvaluateConfig, train: Indexed, test: Indexed | None) -> tup
     return config.what, []
 
 
-def _layers(config: EvaluateConfig, opened: Opened, probes: bool) -> list[str]:
+def _layers(config: EvaluateConfig, opened: LoadedEncoder, probes: bool) -> list[str]:
     known = protocol.layer_names(opened)
     if config.probe.layers is None or not probes:
         return known if probes else ["neck"]
@@ -202,16 +204,16 @@ def _layers(config: EvaluateConfig, opened: Opened, probes: bool) -> list[str]:
     return list(dict.fromkeys(["neck", *config.probe.layers]))
 
 
-def _at_most(source: Indexed, count: int | None, seed: int) -> Indexed:
+def _at_most(source: IndexedDataset, count: int | None, seed: int) -> IndexedDataset:
     if count is None or len(source) <= count:
         return source
     return source.select(permutation(len(source), seed, "evaluate", "images")[:count].sort().values)
 
 
-def _views(config: EvaluateConfig, opened: Opened, source: Indexed) -> Views:
+def _views(config: EvaluateConfig, opened: LoadedEncoder, source: IndexedDataset) -> Views:
     blueprint, local = opened.blueprint, config.views.local.model_copy(update={"count": 0})
     views = config.views.model_copy(update={"count": 2, "size": blueprint.size, "local": local})
-    return views_of(source, views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    return build_views(source, views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
 
 
 def evaluate_and_tell(config: EvaluateConfig) -> None:
@@ -242,7 +244,7 @@ def evaluate_and_tell(config: EvaluateConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    run_command("evaluate", EvaluateConfig, evaluate_and_tell, leading_words(sys.argv[1:], ["encoder"]))
+    run_command("evaluate", EvaluateConfig, evaluate_and_tell, describe_encoder(sys.argv[1:], ["encoder"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.evaluation import resize_and_crop_image
@@ -95,7 +95,7 @@ CORRUPTIONS: dict[str, tuple[_Corrupt, tuple[float, ...]]] = {
 }
 
 
-class Corrupted(Indexed):
+class Corrupted(IndexedDataset):
     """A source whose images are the central squares that an encoder sees, corrupted.
 
     Args:
@@ -109,7 +109,7 @@ class Corrupted(Indexed):
     """
 
     def __init__(
-        self, source: Indexed, size: int, name: str, strength: int, seed: int = 0, resize: Resize | None = None,
+        self, source: IndexedDataset, size: int, name: str, strength: int, seed: int = 0, resize: Resize | None = None,
         fill: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
         assert strength in STRENGTHS

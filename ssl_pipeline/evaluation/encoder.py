@@ -10,12 +10,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Room, Strict
+from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.words import quoted
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import SourceConfig
-from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, read
+from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, read
 from ssl_pipeline.models.backbone import BackboneConfig, is_network
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -26,7 +26,7 @@ from ssl_pipeline.rng import derive_seed
 _SIZE = 224
 
 
-class EncoderConfig(Strict):
+class EncoderConfig(FrozenModel):
     """Which encoder, and which images.
 
     Attributes:
@@ -40,7 +40,7 @@ class EncoderConfig(Strict):
     """
 
     encoder: str | None = None
-    data: Annotated[SourceConfig, Room("data.sources")]
+    data: Annotated[SourceConfig, ComponentOf("data.sources")]
     backbone: BackboneConfig
     neck: NeckConfig
     size: int | None = Field(None, ge=8)
@@ -53,7 +53,7 @@ class EncoderConfig(Strict):
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedEncoder:
     """An encoder in evaluation mode.
 
     Attributes:
@@ -65,9 +65,9 @@ class Opened:
     """
 
     encoder: Encoder
-    blueprint: Blueprint
+    blueprint: EncoderSpec
     card: Card | None
-    share: Share
+    share: DistInfo
     notes: list[str]
 
     @property
@@ -77,7 +77,7 @@ class Opened:
 
 
 def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] | None = None,
-                 std: tuple[float, ...] | None = None) -> Opened:  # fmt: skip
+                 std: tuple[float, ...] | None = None) -> LoadedEncoder:  # fmt: skip
     """Opens the encoder that a configuration means.
 
     Args:
@@ -95,7 +95,7 @@ def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] |
         backbone = config.backbone if config.encoder is None else _with_weights(config.backbone, config.encoder)
         expected = weights_input(backbone, channels, mean, std)
         size = config.size or expected.size or _SIZE
-        blueprint = Blueprint(
+        blueprint = EncoderSpec(
             backbone=backbone, neck=config.neck, channels=channels, size=size, mean=expected.mean, std=expected.std,
             resize=expected.resize_at(size),
         )  # fmt: skip
@@ -115,7 +115,7 @@ def open_encoder(config: EncoderConfig, channels: int, mean: tuple[float, ...] |
             f"`data.channels={blueprint.channels}` where the source has that key."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Opened(encoder.to(device).eval(), blueprint, card, Share(0, 1, device), notes)
+    return LoadedEncoder(encoder.to(device).eval(), blueprint, card, DistInfo(0, 1, device), notes)
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -154,7 +154,7 @@ def _ours(path: str) -> tuple[Encoder, Card]:
     return encoder, card
 
 
-def leading_words(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+def describe_encoder(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     """A command's leading words that are no overrides, as overrides of these keys: ``RUN data=…`` is ``encoder=RUN data=…``."""
     words, named = list(words), list[str]()
     for key in keys:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour, read_in_order, read_readable
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.evaluation.together import from_all
+from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace, read_in_order, read_readable
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.policy import Views
 
@@ -18,9 +18,9 @@ from ssl_pipeline.transforms.policy import Views
 @torch.no_grad()
 def extract(
     network: nn.Module,
-    source: Indexed,
+    source: IndexedDataset,
     preprocessing: Preprocessing,
-    share: Share,
+    share: DistInfo,
     index: Tensor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -49,7 +49,7 @@ def extract(
     network.eval()
     run = forward or network
     batches = read_in_order(source, preprocessing, share.device, part)
-    rows = from_all((run(images).float().cpu() for images in batches), share)
+    rows = gather_parts((run(images).float().cpu() for images in batches), share)
     network.train(was_training)
     return torch.cat(rows)
 
@@ -57,9 +57,9 @@ def extract(
 @torch.no_grad()
 def extract_readable(
     network: nn.Module,
-    source: Indexed,
+    source: IndexedDataset,
     preprocessing: Preprocessing,
-    share: Share,
+    share: DistInfo,
     index: Tensor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def extract_readable(
     network.eval()
     run = forward or network
     batches = read_readable(source, preprocessing, share.device, part)
-    rows = from_all(((run(images).float().cpu(), read) for read, images in batches), share)
+    rows = gather_parts(((run(images).float().cpu(), read) for read, images in batches), share)
     network.train(was_training)
     if not rows:
         raise ConfigError(f"{source.name}: none of its {len(index)} images can be read: replace the files.")
@@ -88,7 +88,7 @@ def extract_readable(
 
 @torch.no_grad()
 def two_views(
-    encoder: Encoder, source: Indexed, views: Views, device: torch.device, index: Tensor
+    encoder: Encoder, source: IndexedDataset, views: Views, device: torch.device, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Features of two views of the same images; the views of epoch 0, so that figures compare over time.
 
@@ -105,7 +105,7 @@ def two_views(
     if source.pixels is not None:
         crops = views.of_pixels(source.pixels[index].to(device), index, epoch=0)
     else:
-        crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch=0)
+        crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch=0)
         crops = [crop.to(device) for crop in crops]
     finished = views.finish(crops, index, epoch=0)
     was_training = encoder.training

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.knn import knn_accuracy
@@ -39,11 +39,11 @@ class OnlineEvaluation:
 
     def __init__(
         self,
-        train: Indexed,
-        dev: Indexed | None,
+        train: IndexedDataset,
+        dev: IndexedDataset | None,
         views: Views,
         preprocessing: Preprocessing,
-        share: Share,
+        share: DistInfo,
         k: int = 20,
         bank_size: int = 10_000,
         sample: int = 512,
@@ -58,7 +58,7 @@ class OnlineEvaluation:
         self._queries = (labels >= 0).nonzero()[:, 0] if labels is not None else torch.arange(0)
         self._looked_at = dev if dev is not None and len(dev) >= min(_FEW_IMAGES, len(train)) else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
-        self.seen: tuple[Indexed, torch.Tensor, torch.Tensor] | None = None
+        self.seen: tuple[IndexedDataset, torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, encoder: Encoder) -> dict[str, float]:

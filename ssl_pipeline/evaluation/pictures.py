@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.loader import open_or_neighbour
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import open_or_replace
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.plot_views import views_picture
-from ssl_pipeline.logging.tracker import Trackers
+from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.classes import one_of_each_class
-from ssl_pipeline.metrics.knn import neighbours
+from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.transforms.policy import ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")
@@ -32,7 +32,7 @@ _CLASSES = (
 )  # fmt: skip
 
 
-class Gallery:
+class ImageLogger:
     """Draws into a run's ``media/``: at the start and the end, and at evaluations as long as that costs next to nothing.
 
     A picture that can't be drawn ends the drawing with one warning, and the run goes on.
@@ -42,11 +42,11 @@ class Gallery:
         clock: gives seconds, for what drawing costs.
     """
 
-    def __init__(self, trackers: Trackers, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, trackers: LoggerCollection, clock: Callable[[], float] = time.perf_counter) -> None:
         self._trackers, self._clock, self._draws = trackers, clock, trackers.draws
         self._began, self._spent = clock(), 0.0
 
-    def views(self, step: int, source: Indexed, config: ViewsConfig, seed: int) -> None:
+    def views(self, step: int, source: IndexedDataset, config: ViewsConfig, seed: int) -> None:
         """Some images with their random views."""
         self._draw(step, {"views": partial(views_picture, source, config, seed)})
 
@@ -79,7 +79,7 @@ class Gallery:
         self._spent += self._clock() - began
 
 
-def neighbour_strips(source: Indexed, index: Tensor, features: Tensor) -> Image.Image:
+def neighbour_strips(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
     """Rows of an image and those nearest to it by cosine; a frame is green where the class is the same, red where not.
 
     Args:
@@ -89,7 +89,7 @@ def neighbour_strips(source: Indexed, index: Tensor, features: Tensor) -> Image.
     """
     count = min(_NEIGHBOURS, len(index) - 1)
     queries = one_of_each_class(source, index)[:_QUERIES]
-    _, places = next(neighbours(features[queries], features, count + 1))
+    _, places = next(nearest_neighbors(features[queries], features, count + 1))
     cell, gap = _TILE + 2 * _EDGE + 2, 8
     picture = Image.new("RGB", (cell * (count + 1) + gap, cell * len(queries)), "white")
     for row, query in enumerate(queries):
@@ -103,7 +103,7 @@ def neighbour_strips(source: Indexed, index: Tensor, features: Tensor) -> Image.
     return picture
 
 
-def embedding_map(source: Indexed, index: Tensor, features: Tensor) -> Image.Image:
+def embedding_map(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
     """The images at their features' first two principal components; the colour of a frame is the class."""
     unit = F.normalize(features.double(), dim=1)
     u, s, _ = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
@@ -143,13 +143,13 @@ def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
     return picture
 
 
-def _framed(source: Indexed, sample: int, size: int, colour: str) -> Image.Image:
+def _framed(source: IndexedDataset, sample: int, size: int, colour: str) -> Image.Image:
     tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), colour)
-    image = as_8_bit(open_or_neighbour(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
+    image = as_8_bit(open_or_replace(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
     tile.paste(image, (_EDGE, _EDGE))
     return tile
 
 
-def _label(source: Indexed, index: Tensor, place: int) -> int | None:
+def _label(source: IndexedDataset, index: Tensor, place: int) -> int | None:
     label = -1 if source.labels is None else int(source.labels[index[place]])
     return None if label < 0 else label

@@ -11,17 +11,17 @@ from PIL import Image
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, Room, Strict
+from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.command import check_folder_of, run_command
-from ssl_pipeline.data.loader import Preprocessing, open_or_neighbour
-from ssl_pipeline.data.source import Indexed, SourceConfig
-from ssl_pipeline.data.stream import numbered, open_training
-from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.data.loader import Preprocessing, open_or_replace
+from ssl_pipeline.data.source import IndexedDataset, SourceConfig
+from ssl_pipeline.data.stream import open_training, preview
+from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.policy import ViewsConfig
 
 
-class PictureConfig(Strict):
+class PictureConfig(FrozenModel):
     """Which data and which views; what a recipe says of other things is left aside.
 
     Attributes:
@@ -35,7 +35,7 @@ class PictureConfig(Strict):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    data: Annotated[SourceConfig, Room("data.sources")]
+    data: Annotated[SourceConfig, ComponentOf("data.sources")]
     views: ViewsConfig
     seed: int = 0
     rows: int = Field(8, ge=1)
@@ -49,12 +49,12 @@ def draw(config: PictureConfig) -> Path:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in .png.")
     check_folder_of(path, "`output`")
-    columns = columns_of(numbered(open_training(config.data)), config.views, config.seed, config.rows, config.epochs)
+    columns = columns_of(preview(open_training(config.data)), config.views, config.seed, config.rows, config.epochs)
     _grid(columns).save(path)
     return path
 
 
-def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epochs: int) -> list[Tensor]:
+def columns_of(source: IndexedDataset, config: ViewsConfig, seed: int, rows: int, epochs: int) -> list[Tensor]:
     """A few images as evaluation sees them, then their views of the first epochs.
 
     The images are drawn by the seed, without repeats: the first of a data set are often of one class, or one camera's.
@@ -64,22 +64,22 @@ def columns_of(source: Indexed, config: ViewsConfig, seed: int, rows: int, epoch
     """
     settled, _ = config.for_channels(source.channels)
     neutral = (0.0,) * source.channels, (1.0,) * source.channels
-    views = views_of(source, settled, *neutral, seed)
+    views = build_views(source, settled, *neutral, seed)
     index = permutation(len(source), seed, "picture")[:rows].sort().values
     columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
     for epoch in range(epochs):
         if source.pixels is not None:
             crops = views.of_pixels(source.pixels[index], index, epoch)
         else:
-            crops = views.of_files([open_or_neighbour(source, int(i)) for i in index], index, epoch)
+            crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch)
         columns += views.finish(crops, index, epoch)
     return columns
 
 
-def _plain(source: Indexed, index: Tensor, preprocessing: Preprocessing) -> Tensor:
+def _plain(source: IndexedDataset, index: Tensor, preprocessing: Preprocessing) -> Tensor:
     if source.pixels is not None:
         return preprocessing.of_pixels(source.pixels[index])
-    return preprocessing.of_files([open_or_neighbour(source, int(i)) for i in index])
+    return preprocessing.of_files([open_or_replace(source, int(i)) for i in index])
 
 
 def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:
@@ -104,7 +104,9 @@ def tile(image: Tensor) -> Image.Image:
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def views_picture(source: Indexed, config: ViewsConfig, seed: int, rows: int = 6, epochs: int = 2) -> Image.Image:
+def views_picture(
+    source: IndexedDataset, config: ViewsConfig, seed: int, rows: int = 6, epochs: int = 2
+) -> Image.Image:
     """The picture that :func:`draw` saves, of fewer images and epochs."""
     return _grid(columns_of(source, config, seed, rows, epochs))
 

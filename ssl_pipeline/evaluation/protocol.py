@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
-from ssl_pipeline.evaluation.encoder import Opened
+from ssl_pipeline.evaluation.encoder import LoadedEncoder
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import interval
@@ -72,14 +72,14 @@ class Features:
         return Features({name: rows[index] for name, rows in self.layers.items()}, self.labels[index])
 
 
-def layer_names(opened: Opened) -> list[str]:
+def layer_names(opened: LoadedEncoder) -> list[str]:
     """The encoder's layers, ``neck`` first; a last level whose mean the neck is already is left out."""
     same = opened.blueprint.neck.name == "gap"
     levels = list(opened.encoder.widths)
     return ["neck", *(levels[:-1] if same else levels)]
 
 
-def read_features(opened: Opened, source: Indexed, layers: Sequence[str]) -> Features:
+def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequence[str]) -> Features:
     """All layers of a source's labelled images in one pass."""
     assert source.labels is not None
     encoder = opened.encoder
@@ -144,7 +144,9 @@ def choose_probe(
     train: Features, classes: int, rates: Sequence[float], epochs: int, validation: float, seed: int, device: torch.device
 ) -> Chosen:  # fmt: skip
     """Trains a probe for every layer and rate on a part of the training labels, and chooses on the rest of them."""
-    rest, held_out = hold_out(train.labels, max(1, round(validation * len(train.labels))), seed, "probe validation")
+    rest, held_out = stratified_split(
+        train.labels, max(1, round(validation * len(train.labels))), seed, "probe validation"
+    )
     if not len(rest) or not len(held_out):
         raise ConfigError(f"`probe.validation`: {len(train.labels)} labels are too few to hold some out: add images.")
     learn, check, trials = train.select(rest), train.select(held_out), dict[str, float]()
@@ -187,7 +189,7 @@ def few_shot_figures(
     return figures, notes
 
 
-def spread_figures(opened: Opened, source: Indexed, views: Views, seed: int) -> list[Figure]:
+def spread_figures(opened: LoadedEncoder, source: IndexedDataset, views: Views, seed: int) -> list[Figure]:
     """How the features lie, without any label: effective rank, standard deviation, uniformity, alignment."""
     index = permutation(len(source), seed, "spread")[:_PAIRS].sort().values
     rows = extract(opened.encoder, source, opened.preprocessing, opened.share, index)
@@ -204,7 +206,7 @@ def spread_figures(opened: Opened, source: Indexed, views: Views, seed: int) -> 
 
 
 def robustness_figures(
-    opened: Opened, source: Indexed, judges: dict[str, Callable[[Features], float]], layer: str, seed: int
+    opened: LoadedEncoder, source: IndexedDataset, judges: dict[str, Callable[[Features], float]], layer: str, seed: int
 ) -> list[Figure]:
     """Accuracy on corrupted images, per corruption the mean over five strengths, by classifiers that never saw any.
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.signals import CutShortError, overdue
 
 T = TypeVar("T")
 
 
-def from_all(parts: Iterable[T], share: Share) -> list[T]:
+def gather_parts(parts: Iterable[T], share: DistInfo) -> list[T]:
     """Makes this process's parts, and gathers all processes'.
 
     Args:

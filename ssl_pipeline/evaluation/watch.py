@@ -10,15 +10,15 @@ from ssl_pipeline.engine.lost import LostProcessError
 from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.evaluation.best import BestEncoder
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.models.artifact import Card
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Watch:
+class OnlineEvalCallback:
     """Looks at the encoder whenever the loop asks for it.
 
     Args:
@@ -41,7 +41,7 @@ class Watch:
         encoder: Encoder,
         evaluation: OnlineEvaluation,
         best: BestEncoder,
-        gallery: Gallery,
+        gallery: ImageLogger,
         card: Callable[[dict[str, float]], Card],
         total: int,
         hand_over: Callable[[], None],
@@ -51,7 +51,7 @@ class Watch:
         self._card, self._total, self._hand_over, self._alone = card, total, hand_over, alone
         self.done, self.latest = -1, dict[str, float]()
 
-    def __call__(self, clock: Clock) -> dict[str, float]:
+    def __call__(self, clock: TrainProgress) -> dict[str, float]:
         """The figures after a step; none, and a warning, where they can't be taken."""
         return self.look(clock.taken + 1)
 

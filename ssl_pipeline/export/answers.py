@@ -18,7 +18,7 @@ from ssl_pipeline.config.base import ConfigError
 Cells = list[list[Any]]
 
 
-class Answers(ABC):
+class PredictionFormatter(ABC):
     """Makes rows of predictions.
 
     Attributes:
@@ -47,7 +47,7 @@ class Answers(ABC):
         """A row for people."""
 
 
-class Classes(Answers):
+class Classes(PredictionFormatter):
     """The most probable classes."""
 
     def __init__(self, names: tuple[str, ...], top: int) -> None:
@@ -71,7 +71,7 @@ class Classes(Answers):
         )
 
 
-class Labels(Answers):
+class Labels(PredictionFormatter):
     """The labels that hold, and each one's probability."""
 
     def __init__(self, names: tuple[str, ...], threshold: float) -> None:
@@ -93,7 +93,7 @@ class Labels(Answers):
         return "  ".join(f"{name} {row['probabilities'][name]:.1%}" for name in row["labels"]) or "none"
 
 
-class Values(Answers):
+class Values(PredictionFormatter):
     """Numbers, in their own units."""
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Values(Answers):
         return "  ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
 
 
-class Mask(Answers):
+class Mask(PredictionFormatter):
     """The class of every pixel of the image itself, as a palette PNG, and what share of the pixels each class has."""
 
     reads_maps = True
@@ -158,7 +158,7 @@ class Mask(Answers):
         return "  ".join(f"{name} {share:.1%}" for name, share in row["shares"].items() if share)
 
 
-class Boxes(Answers):
+class Boxes(PredictionFormatter):
     """Objects with their boxes in the image's own pixels."""
 
     reads_maps = True
@@ -195,9 +195,9 @@ class Boxes(Answers):
         return "  ".join(told) or "nothing"
 
 
-def open_answers(
+def build_formatter(
     gives: str, names: tuple[str, ...], top: int = 3, threshold: float | None = None, masks: Path | None = None
-) -> Answers:
+) -> PredictionFormatter:
     """Those for a kind of prediction.
 
     Args:
@@ -217,7 +217,7 @@ def open_answers(
     least = 0.5 if threshold is None else threshold
     if not 0 <= least <= 1:
         raise ConfigError(f"--threshold is {least:g}, and probabilities and scores lie between 0 and 1.")
-    kinds: dict[str, Callable[[], Answers]] = {
+    kinds: dict[str, Callable[[], PredictionFormatter]] = {
         "classes": lambda: Classes(names, top),
         "labels": lambda: Labels(names, least),
         "values": lambda: Values(names),

@@ -18,8 +18,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.files import as_text
-from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.evaluation.encoder import EncoderConfig, leading_words, open_encoder
+from ssl_pipeline.data.source import IndexedDataset, Split
+from ssl_pipeline.evaluation.encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.logging.progress import console
 
@@ -39,7 +39,7 @@ class EmbedConfig(EncoderConfig):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Embeddings:
     """Features and what they are of, in the source's order.
 
     Attributes:
@@ -49,11 +49,11 @@ class Embedded:
     """
 
     features: Tensor
-    sources: dict[Split, Indexed]
+    sources: dict[Split, IndexedDataset]
     about: dict[str, str]
 
     @property
-    def first(self) -> Indexed:
+    def first(self) -> IndexedDataset:
         """The source that names classes and domains for all."""
         return next(iter(self.sources.values()))
 
@@ -92,7 +92,7 @@ class Embedded:
         return [None if n < 0 else names[n] if names is not None else str(n) for n in numbers.tolist()]
 
 
-def embed(config: EmbedConfig) -> Embedded:
+def embed(config: EmbedConfig) -> Embeddings:
     """Runs an encoder over a split, or all of them.
 
     Raises:
@@ -114,14 +114,14 @@ def embed(config: EmbedConfig) -> Embedded:
         "classes": source.classes,
         "blueprint": opened.blueprint.model_dump(mode="json"),
     }
-    return Embedded(
+    return Embeddings(
         torch.cat(features),
         sources,
         {key: as_text(json.dumps(value, ensure_ascii=False)) for key, value in facts.items()},
     )
 
 
-def open_split(config: EncoderConfig, split: Split) -> Indexed:
+def open_split(config: EncoderConfig, split: Split) -> IndexedDataset:
     """A split that must be there; a file of it that can't be decoded will be an error.
 
     While training its neighbour would take its place; here the neighbour's features would stand under its name.
@@ -133,7 +133,7 @@ def open_split(config: EncoderConfig, split: Split) -> Indexed:
     return source
 
 
-def open_every(config: EncoderConfig) -> dict[Split, Indexed]:
+def open_every(config: EncoderConfig) -> dict[Split, IndexedDataset]:
     """All images by their splits; likewise."""
     sources = config.scaled_data.open_every()
     for source in sources.values():
@@ -141,7 +141,7 @@ def open_every(config: EncoderConfig) -> dict[Split, Indexed]:
     return sources
 
 
-def write_parquet(embedded: Embedded, path: Path) -> None:
+def write_parquet(embedded: Embeddings, path: Path) -> None:
     """Columns ``id``, ``split``, ``label`` and ``domain`` (where known, by name) and ``features`` (a list of fixed length)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -161,7 +161,7 @@ def write_parquet(embedded: Embedded, path: Path) -> None:
     pq.write_table(pa.table(columns).replace_schema_metadata(embedded.about), path)
 
 
-def write_npz(embedded: Embedded, path: Path) -> None:
+def write_npz(embedded: Embeddings, path: Path) -> None:
     """Arrays ``id``, ``split``, ``features``, ``label`` and ``domain`` (numbers), ``classes``, ``domain_names``; no pickle."""
     source = embedded.first
     arrays: dict[str, Any] = {"id": np.array(embedded.ids), "split": np.array(embedded.splits)}
@@ -211,7 +211,7 @@ def embed_and_tell(config: EmbedConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    run_command("embed", EmbedConfig, embed_and_tell, leading_words(sys.argv[1:], ["encoder"]))
+    run_command("embed", EmbedConfig, embed_and_tell, describe_encoder(sys.argv[1:], ["encoder"]))
 
 
 if __name__ == "__main__":

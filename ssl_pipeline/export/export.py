@@ -9,11 +9,11 @@ from typing import Any
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.export import hub
 from ssl_pipeline.export.graph import write_onnx, write_torch_export
-from ssl_pipeline.export.parts import Part, Parts, open_parts
+from ssl_pipeline.export.parts import ExportBundle, Part, open_parts
 from ssl_pipeline.export.state_dict import write_state_dict
 from ssl_pipeline.logging.progress import console
 
@@ -32,7 +32,7 @@ def default_name(form: str, part: Part | None = None, preprocessing: bool = Fals
     return str(name.with_stem(f"{name.stem}_preprocessing") if preprocessing else name)
 
 
-def export(parts: Parts, form: str, path: Path, preprocessing: bool = False) -> list[str]:
+def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = False) -> list[str]:
     """Writes one format.
 
     Args:
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(options)
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
 
 
 def _run(options: Any) -> None:

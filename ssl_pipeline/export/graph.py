@@ -21,7 +21,7 @@ from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.dense import whole_images
-from ssl_pipeline.export.parts import Parts, example
+from ssl_pipeline.export.parts import ExportBundle, example
 from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.transforms.evaluation import resize_and_crop
 from ssl_pipeline.transforms.geometry import central_boxes, resize_boxes
@@ -31,7 +31,7 @@ _METADATA = "ssl_pipeline.json"
 _OPSET = 20
 
 
-class Graph(nn.Module):
+class ExportWrapper(nn.Module):
     """Images to logits or features.
 
     Args:
@@ -43,7 +43,7 @@ class Graph(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, parts: Parts, raw: bool) -> None:
+    def __init__(self, parts: ExportBundle, raw: bool) -> None:
         super().__init__()
         blueprint = parts.card.blueprint
         self.module, self._run, self.raw, self.size = parts.module, parts.run, raw, blueprint.size
@@ -72,7 +72,7 @@ def whole_boxes(heights: Tensor, widths: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(heights), torch.zeros_like(heights), heights, widths], 1)
 
 
-def metadata(parts: Parts, raw: bool) -> dict[str, str]:
+def metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
     """What a reader of the file must know, as text."""
     card, blueprint = parts.card, parts.card.blueprint
     facts: dict[str, Any] = {
@@ -97,7 +97,7 @@ def metadata(parts: Parts, raw: bool) -> dict[str, str]:
     return {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
 
 
-def _sample(parts: Parts, raw: bool, count: int) -> Tensor:
+def _sample(parts: ExportBundle, raw: bool, count: int) -> Tensor:
     if not raw:
         return example(parts.card, count, seed=count)
     generator = torch.Generator().manual_seed(count)
@@ -111,7 +111,7 @@ def _shapes(raw: bool) -> dict[str, dict[int, Any]]:
     return {"images": {0: torch.export.Dim("batch"), **sides}}
 
 
-def _trace(graph: Graph, parts: Parts, form: str) -> Any:
+def _trace(graph: ExportWrapper, parts: ExportBundle, form: str) -> Any:
     """The graph for batches of any length.
 
     torch's ONNX exporter could trace by itself, but where that fails it falls back to a batch of one fixed length without a word.
@@ -126,16 +126,16 @@ def _trace(graph: Graph, parts: Parts, form: str) -> Any:
         ) from error
 
 
-def write_torch_export(parts: Parts, path: Path, raw: bool) -> float:
+def write_torch_export(parts: ExportBundle, path: Path, raw: bool) -> float:
     """Writes a ``.pt2``; returns the greatest difference from the model itself, on a batch of another size."""
-    graph = Graph(parts, raw).eval()
+    graph = ExportWrapper(parts, raw).eval()
     program = _trace(graph, parts, "torch.export")
     torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata(parts, raw))})
     again = torch.export.load(path).module()
     return _difference(graph, lambda images: again(images), _sample(parts, raw, 3), path)
 
 
-def write_onnx(parts: Parts, path: Path, raw: bool) -> float:
+def write_onnx(parts: ExportBundle, path: Path, raw: bool) -> float:
     """Writes a ``.onnx`` in one file; returns the greatest difference in onnxruntime, on a batch of another size.
 
     Raises:
@@ -144,7 +144,7 @@ def write_onnx(parts: Parts, path: Path, raw: bool) -> float:
     _need_onnx("onnxscript")
     import onnx
 
-    graph = Graph(parts, raw).eval()
+    graph = ExportWrapper(parts, raw).eval()
     program = _trace(graph, parts, "ONNX")
     with warnings.catch_warnings():
         # torch's exporter uses parts of torch and onnxscript that these have declared old; nothing of ours.
@@ -191,7 +191,7 @@ def _difference(graph: nn.Module, again: Callable[[Tensor], Tensor], images: Ten
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A graph from a file, ready for decoded images.
 
     Attributes:
@@ -223,7 +223,7 @@ class Exported:
         return torch.cat([self.run(image.contiguous()) for image in shaped])
 
 
-def load_torch_export(path: Path) -> Exported:
+def load_torch_export(path: Path) -> ExportedModel:
     """A ``.pt2`` of ours.
 
     Raises:
@@ -243,7 +243,7 @@ def load_torch_export(path: Path) -> Exported:
     return _exported(path, json.loads(extra[_METADATA] or "{}"), lambda images: module(images))
 
 
-def load_onnx(path: Path) -> Exported:
+def load_onnx(path: Path) -> ExportedModel:
     """A ``.onnx`` of ours.
 
     Raises:
@@ -254,7 +254,7 @@ def load_onnx(path: Path) -> Exported:
     return _exported(path, facts, lambda images: _onnx_run(session, images))
 
 
-def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]) -> Exported:
+def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]) -> ExportedModel:
     known = {key: json.loads(value) for key, value in facts.items()} if "made_by" in facts else {}
     if known.get("made_by") != "ssl_pipeline":
         raise ConfigError(
@@ -268,7 +268,9 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
     inside = known["preprocessing"] == "inside"
     gives = known.get("gives", "classes")  # the first files of this schema held classifiers alone
     value_range = None if known.get("range") is None else (known["range"][0], known["range"][1])
-    return Exported(tuple(known["classes"]), known["channels"], value_range, gives, None if inside else outside, run)
+    return ExportedModel(
+        tuple(known["classes"]), known["channels"], value_range, gives, None if inside else outside, run
+    )
 
 
 def _need_onnx(package: str) -> None:

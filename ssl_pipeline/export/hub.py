@@ -11,19 +11,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.export.parts import Parts
-from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.export.parts import ExportBundle
+from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 
 _MOST_CLASSES = 200
 
 
-def write_folder(parts: Parts, folder: Path) -> None:
+def write_folder(parts: ExportBundle, folder: Path) -> None:
     """Writes ``<kind>.safetensors`` and ``card.json``, which every verb of ours reads."""
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, parts.module, parts.card)
 
 
-def write_hub_folder(parts: Parts, folder: Path) -> None:
+def write_hub_folder(parts: ExportBundle, folder: Path) -> None:
     """The same, with the page ``README.md`` and ``config.json`` (which the Hub counts downloads by)."""
     write_folder(parts, folder)
     (folder / "README.md").write_text(page(parts.card, folder.name), encoding="utf-8")
@@ -106,7 +106,7 @@ def push(folder: Path, repository: str, public: bool) -> str:
     return str(address)
 
 
-def _shape(blueprint: Blueprint) -> str:
+def _shape(blueprint: EncoderSpec) -> str:
     """How an image is brought to the network's size."""
     size, resize = blueprint.size, blueprint.resize
     return f"central square at {size} px" if resize is None else resize.describe(size)

@@ -13,13 +13,13 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.decode import as_8_bit, decode
-from ssl_pipeline.data.source import Indexed, Split
-from ssl_pipeline.evaluation.encoder import EncoderConfig, leading_words, open_encoder
+from ssl_pipeline.data.source import IndexedDataset, Split
+from ssl_pipeline.evaluation.encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.export.embed import open_split
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.metrics.classes import class_name
-from ssl_pipeline.metrics.knn import neighbours
+from ssl_pipeline.metrics.knn import nearest_neighbors
 
 _ENDINGS = (".png", ".jpg", ".pdf", ".svg")
 _COLUMNS = 10
@@ -58,7 +58,7 @@ class Neighbour:
     similarity: float
 
 
-def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[Neighbour]]:
+def find(config: NeighboursConfig, source: IndexedDataset) -> tuple[Image.Image, list[Neighbour]]:
     """The query as it was decoded, and its neighbours, most similar first.
 
     Raises:
@@ -83,7 +83,7 @@ def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[N
         with torch.no_grad():
             images = opened.preprocessing.of_files([query]).to(opened.share.device)
             row = opened.encoder.features(images).float().cpu()
-    ((similarity, index),) = neighbours(row, features, config.k + (number is not None))
+    ((similarity, index),) = nearest_neighbors(row, features, config.k + (number is not None))
     found = [
         Neighbour(i, source.describe(i), class_name(source, i), value)
         for i, value in zip(index[0].tolist(), similarity[0].tolist(), strict=True)
@@ -92,7 +92,7 @@ def find(config: NeighboursConfig, source: Indexed) -> tuple[Image.Image, list[N
     return query, found[: config.k]
 
 
-def _number(image: str | int, source: Indexed) -> int | None:
+def _number(image: str | int, source: IndexedDataset) -> int | None:
     """The query's number in the source; None where it is a file."""
     text = str(image)
     if not text.isdecimal() or Path(text).exists():
@@ -104,7 +104,7 @@ def _number(image: str | int, source: Indexed) -> int | None:
     return int(text)
 
 
-def draw(query: Image.Image, found: list[Neighbour], source: Indexed, path: Path) -> None:
+def draw(query: Image.Image, found: list[Neighbour], source: IndexedDataset, path: Path) -> None:
     """Saves the strip: the query first, then its neighbours with their similarity and class."""
     from matplotlib.figure import Figure
 
@@ -141,7 +141,7 @@ def find_and_tell(config: NeighboursConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    run_command("neighbours", NeighboursConfig, find_and_tell, leading_words(sys.argv[1:], ["encoder", "image"]))
+    run_command("neighbours", NeighboursConfig, find_and_tell, describe_encoder(sys.argv[1:], ["encoder", "image"]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Part = Literal["model", "encoder"]
 
 
 @dataclass(frozen=True)
-class Parts:
+class ExportBundle:
     """What is exported, in evaluation mode.
 
     Attributes:
@@ -55,7 +55,7 @@ class Parts:
         return self.encoder.features(images) if self.task is None else self.task.predict(images)
 
 
-def open_parts(path: str | Path, part: Part | None = None) -> Parts:
+def open_parts(path: str | Path, part: Part | None = None) -> ExportBundle:
     """Opens what is to be exported.
 
     Args:
@@ -72,14 +72,14 @@ def open_parts(path: str | Path, part: Part | None = None) -> Parts:
         if part == "model":
             raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
         encoder, card = load_encoder(place)
-        return Parts(encoder.eval(), None, _public(card))
+        return ExportBundle(encoder.eval(), None, _public(card))
     model = load_model(place)
     encoder = model.task.encoder
     assert isinstance(encoder, Encoder)
     if part == "encoder":
         card = model.card.model_copy(update={"kind": "encoder", "classes": None})
-        return Parts(encoder, None, _public(card))
-    return Parts(encoder, model.task, _public(model.card), model.gives)
+        return ExportBundle(encoder, None, _public(card))
+    return ExportBundle(encoder, model.task, _public(model.card), model.gives)
 
 
 def _public(card: Card) -> Card:

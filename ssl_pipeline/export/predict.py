@@ -15,11 +15,11 @@ from PIL import Image
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.walk import images_in
 from ssl_pipeline.downstream.finished import load_model
-from ssl_pipeline.export.answers import Answers, open_answers
+from ssl_pipeline.export.answers import PredictionFormatter, build_formatter
 from ssl_pipeline.export.coco import CocoNumbers, coco_results
 from ssl_pipeline.export.graph import load_onnx, load_torch_export
 
@@ -87,7 +87,9 @@ def _from_input() -> Iterator[Path]:
     return (parsers.path(line.rstrip("\n")) for line in sys.stdin if line.strip())
 
 
-def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = None) -> Iterator[dict[str, Any]]:
+def predict(
+    model: Predictor, files: Iterable[Path], answers: PredictionFormatter | None = None
+) -> Iterator[dict[str, Any]]:
     """Predicts file by file.
 
     Args:
@@ -98,7 +100,7 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
     Yields:
         ``file`` with what the answers say of it; or with ``error``, where the file is no image.
     """
-    answers = answers or open_answers(model.gives, model.classes)
+    answers = answers or build_formatter(model.gives, model.classes)
     # What predicts need not know it: then an image of more than 8 bits is scaled by itself.
     value_range = getattr(model, "value_range", None)
     coming = iter(files)
@@ -117,7 +119,7 @@ def predict(model: Predictor, files: Iterable[Path], answers: Answers | None = N
                 yield {"file": str(file), **answers.row(file, *next(predictions))}
 
 
-def _write(rows: Iterator[dict[str, Any]], form: str, answers: Answers, numbers: CocoNumbers | None) -> int:
+def _write(rows: Iterator[dict[str, Any]], form: str, answers: PredictionFormatter, numbers: CocoNumbers | None) -> int:
     """Writes rows as they come; returns how many files were no images.
 
     A name that is no text, because its bytes are no UTF-8, comes out as these bytes; in JSON, which must be text, escaped (Python
@@ -164,13 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         numbers = CocoNumbers(options.annotations) if options.annotations is not None else None
         # COCO's precision is measured over all scores: those below a threshold count, too.
         options.threshold = 0.0 if options.threshold is None and numbers is not None else options.threshold
-        answers = open_answers(model.gives, model.classes, options.top, options.threshold, options.masks)
+        answers = build_formatter(model.gives, model.classes, options.top, options.threshold, options.masks)
         rows = predict(model, image_files(options.images), answers)
         faults = _write(rows, options.format, answers, numbers)
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
     if faults:
-        leave(ConfigError(f"{faults} file(s) could not be read as images; all others were predicted."))
+        exit_with_error(ConfigError(f"{faults} file(s) could not be read as images; all others were predicted."))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from torchvision.models import VisionTransformer, get_model
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.export.graph import TOLERANCE
-from ssl_pipeline.export.parts import Parts, example
-from ssl_pipeline.models.families import anatomy_of, cut_classifier, first_convolution
+from ssl_pipeline.export.parts import ExportBundle, example
+from ssl_pipeline.models.families import feature_info, first_convolution, remove_classifier
 
 Library = Literal["torchvision", "timm"]
 
 
-def write_state_dict(parts: Parts, path: Path, library: Library) -> list[str]:
+def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[str]:
     """Writes a ``.safetensors`` of a network that the library builds by name, after having loaded it there.
 
     A model's linear head becomes the library's classifier. Kernels for grey images are shared out over RGB, so that a grey image
@@ -61,7 +61,7 @@ def write_state_dict(parts: Parts, path: Path, library: Library) -> list[str]:
     return [*_how_to_load(parts, library, name, path), *notes]
 
 
-def _build(library: Library, name: str, parts: Parts) -> Any:
+def _build(library: Library, name: str, parts: ExportBundle) -> Any:
     """The library's network: with as many classes as the model, or without its classifier."""
     backbone, size = parts.card.blueprint.backbone, parts.card.blueprint.size
     bound: dict[str, Any] = {}  # transformers are made for one size
@@ -77,9 +77,9 @@ def _build(library: Library, name: str, parts: Parts) -> Any:
         if isinstance(parts.encoder.backbone.trunk, VisionTransformer):
             bound["image_size"] = size
         network: nn.Module = get_model(name, **bound, **({"num_classes": classes} if classes else {}))
-        anatomy = anatomy_of(network)
+        anatomy = feature_info(network)
         if not classes and anatomy is not None:
-            cut_classifier(network, anatomy)
+            remove_classifier(network, anatomy)
         return network.eval()
     if importlib.util.find_spec("timm") is None:
         raise ConfigError('`--to timm` needs timm: pip install -e ".[timm]" in the project\'s folder.')
@@ -94,7 +94,7 @@ def _build(library: Library, name: str, parts: Parts) -> Any:
     return theirs.eval()
 
 
-def _classifier(parts: Parts, theirs: Any, library: Library) -> dict[str, Tensor]:
+def _classifier(parts: ExportBundle, theirs: Any, library: Library) -> dict[str, Tensor]:
     """The head under the name of the library's classifier."""
     task = parts.task
     assert task is not None
@@ -106,7 +106,7 @@ def _classifier(parts: Parts, theirs: Any, library: Library) -> dict[str, Tensor
     if library == "timm":
         names = [theirs.default_cfg["classifier"]]
     else:
-        anatomy = anatomy_of(theirs)
+        anatomy = feature_info(theirs)
         prefixes = anatomy.classifier if anatomy is not None else ()
         linear = [name for name, module in theirs.named_modules() if isinstance(module, nn.Linear)]
         names = [name for name in linear if f"{name}.".startswith(prefixes)]
@@ -138,7 +138,7 @@ def _load(theirs: nn.Module, state: dict[str, Tensor], name: str, library: Libra
 
 
 @torch.no_grad()
-def _compare(parts: Parts, theirs: nn.Module, library: Library) -> list[str]:
+def _compare(parts: ExportBundle, theirs: nn.Module, library: Library) -> list[str]:
     """Whether the library's network computes what ours does."""
     images = example(parts.card)
     rgb = images.expand(-1, 3, -1, -1) if parts.card.blueprint.channels == 1 else images
@@ -156,7 +156,7 @@ def _compare(parts: Parts, theirs: nn.Module, library: Library) -> list[str]:
     )
 
 
-def _how_to_load(parts: Parts, library: Library, name: str, path: Path) -> list[str]:
+def _how_to_load(parts: ExportBundle, library: Library, name: str, path: Path) -> list[str]:
     """Lines of Python that build and load it."""
     classes, trunk, size = len(parts.card.classes or ()), parts.encoder.backbone, parts.card.blueprint.size
     if library == "timm":
@@ -167,7 +167,7 @@ def _how_to_load(parts: Parts, library: Library, name: str, path: Path) -> list[
     counted = f", num_classes={classes}" if classes else ""
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines.append(f'model = torchvision.models.get_model("{name}"{counted}{bound})')
-    anatomy = anatomy_of(trunk.trunk)
+    anatomy = feature_info(trunk.trunk)
     if not classes and anatomy is not None:
         owner, _, child = anatomy.classifier[0].rstrip(".").partition(".")
         lines.append(f"model.{owner}{f'[{child}]' if child else ''} = torch.nn.Identity()")

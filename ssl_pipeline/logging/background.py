@@ -13,14 +13,14 @@ from ssl_pipeline.config.base import first_line
 from ssl_pipeline.logging.jsonl import FILE_NAME
 
 if TYPE_CHECKING:
-    from ssl_pipeline.logging.tracker import Tracker
+    from ssl_pipeline.logging.tracker import Logger
 
 _log = logging.getLogger("ssl_pipeline")
 _SECONDS_AFTER_A_STOP = 10.0  # of the two minutes that a scheduler gives between its signal and the end
 _ROOM = 10_000  # calls that may wait: hours of a run, and a few MB
 
 
-class Background:
+class AsyncLogger:
     """Starts a mirror and tells it all in one thread, in order.
 
     What fails, falls behind or never ends costs one warning: the mirror is given up, and the run goes on without it.
@@ -32,9 +32,9 @@ class Background:
         room: calls that may wait.
     """
 
-    def __init__(self, name: str, start: Callable[[], Tracker], patience: float, room: int = _ROOM) -> None:
+    def __init__(self, name: str, start: Callable[[], Logger], patience: float, room: int = _ROOM) -> None:
         self._name, self._start, self._patience = name, start, patience
-        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(room)
+        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(room)
         self._given_up, self._one_warning = False, threading.Lock()
         # A daemon: a mirror that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"mirror {name}", daemon=True)
@@ -73,7 +73,7 @@ class Background:
         if self._thread.is_alive():
             self._give_up(f"was not done {patience:g} s after the run's end")
 
-    def _later(self, call: Callable[[Tracker], None] | None) -> None:
+    def _later(self, call: Callable[[Logger], None] | None) -> None:
         if self._given_up:
             return
         try:

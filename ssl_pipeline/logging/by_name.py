@@ -12,7 +12,7 @@ from ssl_pipeline.logging.names import TRAINING_STEP
 _NEEDED = {"tensorboard": "tensorboard"}  # our extras; of the other trackers a user brings the package
 
 
-class NamedMirror:
+class AccelerateLogger:
     """One of Accelerate's trackers. It hears figures and pictures; of artifacts and alerts it knows nothing."""
 
     def __init__(self, tracker: Any) -> None:
@@ -78,7 +78,7 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
-def open_by_name(name: str, folder: Path, config: dict[str, Any]) -> NamedMirror:
+def open_by_name(name: str, folder: Path, config: dict[str, Any]) -> AccelerateLogger:
     """Starts a tracker by its name; those that write files write into ``folder/name``."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -89,4 +89,4 @@ def open_by_name(name: str, folder: Path, config: dict[str, Any]) -> NamedMirror
     tracker.start()
     if name != "tensorboard":  # it makes a second run of the hyperparameters; config.yaml lies beside it
         tracker.store_init_configuration({key: str(value) for key, value in config.items()})
-    return NamedMirror(tracker)
+    return AccelerateLogger(tracker)

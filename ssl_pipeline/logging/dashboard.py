@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.logging.names import TRAINING_STEP
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def main() -> None:
             raise ConfigError(f"{options.project!r} is no project: write ENTITY/PROJECT, such as my-team/ssl_pipeline.")
         address = publish(entity, project)
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
     sys.stdout.write(f"made {address}\n")
 
 

@@ -17,7 +17,7 @@ FILE_NAME = "metrics.jsonl"
 _NO_NUMBERS = ("nan", "inf", "-inf")  # what JSON can't hold as numbers, and is written as strings
 
 
-class JsonlLog:
+class JsonlLogger:
     """Appends figures to a file, a line at a time; each line is there as soon as it is logged.
 
     Args:

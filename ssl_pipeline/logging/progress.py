@@ -41,7 +41,7 @@ def console() -> Console:
     return _console
 
 
-def one_voice(main: bool) -> None:
+def silence_other_ranks(main: bool) -> None:
     """Lets warnings, those of libraries too, be told by the main process alone; errors are everybody's."""
     if not main:
         warnings.simplefilter("ignore")

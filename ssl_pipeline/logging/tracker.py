@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from pydantic import Field
 
-from ssl_pipeline.config.base import Strict
-from ssl_pipeline.logging.background import Background
+from ssl_pipeline.config.base import FrozenModel
+from ssl_pipeline.logging.background import AsyncLogger
 from ssl_pipeline.logging.by_name import check_names, open_by_name
-from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLog
+from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
 from ssl_pipeline.logging.progress import Mode
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Run
@@ -23,7 +23,7 @@ from ssl_pipeline.logging.run import Run
 _log = logging.getLogger("ssl_pipeline")
 
 
-class TrackingConfig(Strict):
+class TrackingConfig(FrozenModel):
     """Who hears of a run, beside ``metrics.jsonl``.
 
     Attributes:
@@ -53,7 +53,7 @@ class TrackingConfig(Strict):
     finish_timeout: float = Field(120.0, gt=0)
 
 
-class Tracker(Protocol):
+class Logger(Protocol):
     """Hears of a run."""
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
@@ -75,7 +75,7 @@ class Tracker(Protocol):
         """No more will come; ``failed``: an error, or a person, stopped the run."""
 
 
-class Trackers:
+class LoggerCollection:
     """The log and its mirrors. A mirror that fails is dropped with one warning, and the run goes on.
 
     Args:
@@ -84,7 +84,7 @@ class Trackers:
         draws: whether pictures are made.
     """
 
-    def __init__(self, truth: JsonlLog | None, mirrors: list[Tracker], draws: bool = False) -> None:
+    def __init__(self, truth: JsonlLogger | None, mirrors: list[Logger], draws: bool = False) -> None:
         self._truth, self._mirrors = truth, list(mirrors)
         self.draws = draws and truth is not None
 
@@ -135,7 +135,7 @@ class Trackers:
             self._truth.finish()
             self._tell(lambda mirror: mirror.finish(failed))
 
-    def _tell(self, call: Callable[[Tracker], None]) -> None:
+    def _tell(self, call: Callable[[Logger], None]) -> None:
         for mirror in list(self._mirrors):
             try:
                 call(mirror)
@@ -145,16 +145,16 @@ class Trackers:
                     "%s failed (%s) and is left out; %s holds everything", type(mirror).__name__, error, FILE_NAME
                 )
 
-    def __enter__(self) -> Trackers:
+    def __enter__(self) -> LoggerCollection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.finish(failed=kind is not None)
 
 
-def open_trackers(
+def open_loggers(
     run: Run | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int, main: bool = True
-) -> Trackers:
+) -> LoggerCollection:
     """The trackers of a run.
 
     Args:
@@ -166,17 +166,17 @@ def open_trackers(
         main: whether this process speaks; silent trackers if not.
     """
     if run is None or not main:
-        return Trackers(None, [])
+        return LoggerCollection(None, [])
     check_names(tracking.mirrors)
-    truth = JsonlLog(run.path / FILE_NAME)
+    truth = JsonlLogger(run.path / FILE_NAME)
     truth.truncate_after(start_step)
-    openers: dict[str, Callable[[], Tracker]] = {}
+    openers: dict[str, Callable[[], Logger]] = {}
     if tracking.name != "off" and not _switched_off(os.environ.get("WANDB_DISABLED", "")):
         openers["W&B"] = partial(_open_wandb, run.path, stage, redact(config), tracking)
     for name in tracking.mirrors:
         openers[name] = partial(open_by_name, name, run.path, redact(config))
-    mirrors: list[Tracker] = [Background(name, make, tracking.finish_timeout) for name, make in openers.items()]
-    return Trackers(truth, mirrors, tracking.pictures)
+    mirrors: list[Logger] = [AsyncLogger(name, make, tracking.finish_timeout) for name, make in openers.items()]
+    return LoggerCollection(truth, mirrors, tracking.pictures)
 
 
 def _switched_off(disabled: str) -> bool:
@@ -184,7 +184,7 @@ def _switched_off(disabled: str) -> bool:
     return disabled.strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> Tracker:
+def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> Logger:
     # Imported where it is wanted alone, and in the mirror's thread: the first step does not wait for it.
     from ssl_pipeline.logging.wandb import open_wandb
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.names import TRAINING_STEP
 from ssl_pipeline.logging.progress import Mode, Progress
-from ssl_pipeline.logging.tracker import Trackers
+from ssl_pipeline.logging.tracker import LoggerCollection
 
 _POINTS = 50  # of a loop
 
 
-class Hearing(NamedTuple):
+class LoopLogger(NamedTuple):
     """What hears a loop.
 
     Attributes:
@@ -41,12 +41,12 @@ class TrainingCurves:
         before: steps of the loops of seeds that were done before.
     """
 
-    def __init__(self, trackers: Trackers, mode: Mode, speaks: bool, before: int = 0) -> None:
+    def __init__(self, trackers: LoggerCollection, mode: Mode, speaks: bool, before: int = 0) -> None:
         self._trackers, self._mode, self._speaks = trackers, mode, speaks
         self._before = before  # steps of the loops that are over
 
     @contextmanager
-    def loop(self, seed: int, name: str, total: int, done: int) -> Iterator[Hearing]:
+    def loop(self, seed: int, name: str, total: int, done: int) -> Iterator[LoopLogger]:
         """What hears one loop.
 
         Args:
@@ -66,7 +66,7 @@ class TrainingCurves:
                 own = {name: value for name, value in figures.items() if name.startswith("finetune/")}
                 self._trackers.log(seed, {TRAINING_STEP: before + step, **own})
 
-            yield Hearing(hear, progress.moved)
+            yield LoopLogger(hear, progress.moved)
         self._before = before + total
 
     def say(self, text: str) -> None:

@@ -23,7 +23,7 @@ _IDENTITY = "wandb_id"
 _TAKEN: set[str] = set()  # identities of this process's runs: WANDB_RUN_ID is one run's
 
 
-class WandbMirror:
+class WandbLogger:
     """One W&B run; figures keep our own step, since W&B drops steps that go back.
 
     Args:
@@ -100,7 +100,7 @@ def _made_by(folder: Path) -> str | None:
     return found[0].read_text(encoding="utf-8").strip() if found else None
 
 
-def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> WandbMirror:
+def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> WandbLogger:
     """Starts or continues the W&B run of a run's folder.
 
     W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) is obeyed. Otherwise: online when W&B finds a key and its server
@@ -159,14 +159,14 @@ def _mode(tracking: TrackingConfig) -> str:
 
 def _start(
     folder: Path, stage: str, arguments: dict[str, Any], mode: str, tracking: TrackingConfig
-) -> WandbMirror:  # fmt: skip
+) -> WandbLogger:  # fmt: skip
     import wandb
 
     run = wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking))  # type: ignore[arg-type]
     # The agent of a sweep chooses its runs' identities itself: what it chose is what is continued.
     if mode != "disabled" and run.id != arguments["id"]:
         write_text_atomic(folder / _IDENTITY, run.id)
-    return WandbMirror(run, stage, run.id if mode != "disabled" else arguments["id"])
+    return WandbLogger(run, stage, run.id if mode != "disabled" else arguments["id"])
 
 
 def _settings(tracking: TrackingConfig) -> wandb.Settings:

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows, rank_and_world_size
 from ssl_pipeline.losses.tiles import Match, TiledInfoNCE
 
 
-def precise(rows: Tensor) -> Tensor:
+def to_float32(rows: Tensor) -> Tensor:
     """The rows in fp32 at least: half precision is for the network, not for a loss."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def unit_rows(rows: Tensor) -> Tensor:
+def normalize_rows(rows: Tensor) -> Tensor:
     """L2-normalised rows in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12.
 
     Args:
@@ -31,7 +31,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     Returns:
         Shape (N, D), fp32 (fp64 for fp64).
     """
-    rows = precise(rows)
+    rows = to_float32(rows)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norm > torch.finfo(rows.dtype).tiny ** 0.5, norm, torch.inf)
 
@@ -83,8 +83,8 @@ def info_nce(
         raise ValueError("a temperature per domain needs both the ids (`domain`) and the temperature (`other_domain`).")
     with torch.autocast(queries.device.type, enabled=False):
         same = keys is queries
-        unit_queries = unit_rows(queries)
-        unit_keys = unit_queries if same else unit_rows(keys)
+        unit_queries = normalize_rows(queries)
+        unit_keys = unit_queries if same else normalize_rows(keys)
         scale = _inverse(temperature, unit_queries)
         other_scale = None if other_domain is None else _inverse(other_domain, unit_queries)
         losses: Tensor
@@ -119,20 +119,20 @@ def two_view_info_nce(
     Returns:
         A scalar: the mean over the 2·B rows of each process.
     """
-    rank, _ = world()
+    rank, _ = rank_and_world_size()
     rows = torch.cat([first, second])
     place = torch.arange(len(rows), device=rows.device) + rank * len(rows)
     if sample is None:
         sample = torch.arange(len(first), device=rows.device) + rank * len(first)
 
     def match(ids: Tensor) -> Match:
-        return ids, gather_ids(ids)
+        return ids, all_gather_ids(ids)
 
     def of_both(ids: Tensor) -> Match:
         return match(torch.cat([ids, ids]))
 
     return info_nce(
-        rows, gather_rows(rows), of_both(sample), temperature, match(place), [of_both(ids) for ids in left_out],
+        rows, all_gather_rows(rows), of_both(sample), temperature, match(place), [of_both(ids) for ids in left_out],
         None if domain is None else of_both(domain), other_domain, decoupled,
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def mean_count(counted: Tensor) -> Tensor:
     Returns:
         A scalar: the rows that count, on average over the processes, and never 0.
     """
-    count, processes = counted.sum().float(), world()[1]
+    count, processes = counted.sum().float(), rank_and_world_size()[1]
     if processes > 1:
         dist.all_reduce(count)
     return count.clamp_min(1) / processes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.losses.gather import gather_ids, gather_rows
-from ssl_pipeline.losses.info_nce import unit_rows
+from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
+from ssl_pipeline.losses.info_nce import normalize_rows
 
 
-class Queue(nn.Module):
+class MemoryQueue(nn.Module):
     """The last rows that were pushed, first in, first out (He et al. 2020).
 
     It starts empty rather than with noise, and a batch that reaches the end goes on at the start: no row is lost.
@@ -46,14 +46,14 @@ class Queue(nn.Module):
             rows: shape (B, width), this process's.
             sample: int64 of shape (B,).
         """
-        rows, sample = gather_rows(unit_rows(rows).to(self.rows.dtype)), gather_ids(sample)
+        rows, sample = all_gather_rows(normalize_rows(rows).to(self.rows.dtype)), all_gather_ids(sample)
         place = (self.pushed + torch.arange(len(rows), device=rows.device)) % self.size
         kept = slice(max(0, len(rows) - self.size), None)
         self.rows[place[kept]], self.sample[place[kept]] = rows[kept], sample[kept]
         self.pushed += len(rows)
 
 
-class Bank(nn.Module):
+class MemoryBank(nn.Module):
     """An exemplar memory: one L2-normalised row a sample (Wu et al. 2018; Zhong et al. 2019).
 
     Args:
@@ -70,7 +70,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
         """Fills it before use (a row of zeros would count as a candidate of exp 0); float of shape (samples, width)."""
-        self.rows.copy_(unit_rows(rows.to(self.rows.device)))
+        self.rows.copy_(normalize_rows(rows.to(self.rows.device)))
 
     @torch.no_grad()
     def update(self, index: Tensor, rows: Tensor, momentum: float) -> None:
@@ -81,8 +81,8 @@ class Bank(nn.Module):
             rows: shape (B, width).
             momentum: m: what is kept of the old row.
         """
-        index, rows = gather_ids(index), gather_rows(unit_rows(rows).to(self.rows.dtype))
+        index, rows = all_gather_ids(index), all_gather_rows(normalize_rows(rows).to(self.rows.dtype))
         samples, inverse = index.unique(return_inverse=True)
         place = torch.arange(len(index), device=index.device)
         first = torch.full_like(samples, len(index)).scatter_reduce_(0, inverse, place, "amin")
-        self.rows[samples] = unit_rows(momentum * self.rows[samples] + (1 - momentum) * rows[first])
+        self.rows[samples] = normalize_rows(momentum * self.rows[samples] + (1 - momentum) * rows[first])

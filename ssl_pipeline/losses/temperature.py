@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import FrozenModel
 from ssl_pipeline.losses.tiles import Match
-from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
-class CosineConfig(Strict):
+class CosineConfig(FrozenModel):
     """A temperature that swings (Kukleva et al. 2023): high ones learn groups, low ones tell instances apart.
 
     Attributes:
@@ -28,7 +28,7 @@ class CosineConfig(Strict):
     phase: float = Field(0.0, ge=0, lt=1)
 
 
-class LearnedConfig(Strict):
+class LearnedConfig(FrozenModel):
     """A temperature that is learned, by its logarithm and without weight decay (as CLIP's, Radford et al. 2021).
 
     Attributes:
@@ -40,7 +40,7 @@ class LearnedConfig(Strict):
     most: float = Field(1.0, gt=0)
 
 
-class TemperatureConfig(Strict):
+class TemperatureConfig(FrozenModel):
     """A temperature: fixed, scheduled or learned.
 
     Attributes:
@@ -77,7 +77,7 @@ class TemperatureConfig(Strict):
                 raise ValueError("`cosine.period` must be above 0.")
         return self
 
-    def at(self, clock: Clock) -> float:
+    def at(self, clock: TrainProgress) -> float:
         """The scheduled temperature at a step."""
         length = self.warmup.on(clock)
         if clock.step < length:
@@ -100,7 +100,7 @@ class Temperature(nn.Module):
         self.config = config
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.value))) if config.learned else None
 
-    def forward(self, clock: Clock) -> float | Tensor:
+    def forward(self, clock: TrainProgress) -> float | Tensor:
         """The temperature at a step: a float, or a scalar with a gradient if it is learned."""
         return self.config.at(clock) if self.log_scale is None else (-self.log_scale).exp()
 

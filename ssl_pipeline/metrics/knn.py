@@ -13,7 +13,7 @@ _SIMILARITIES = 2**25  # float32 values held at once: 128 MiB
 _BLOCK = 64
 
 
-def neighbours(queries: Tensor, bank: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+def nearest_neighbors(queries: Tensor, bank: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The k most similar rows of a bank by cosine, exactly: every pair is computed, a few queries at a time.
 
     Args:
@@ -72,7 +72,7 @@ def knn_predict(
     if not len(bank):
         raise ValueError("kNN needs at least one row with a label in its bank.")
     predictions = []
-    for similarity, index in neighbours(queries, bank, k):
+    for similarity, index in nearest_neighbors(queries, bank, k):
         votes = similarity.new_zeros(len(similarity), classes)
         # Less the greatest: a small temperature would overflow, and the ranks of the classes stay.
         votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.models.backbone import BackboneConfig, stem_at
 from ssl_pipeline.models.encoder import Encoder, build_encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -49,7 +49,7 @@ def _say_absent(name: str) -> None:
     )
 
 
-class Blueprint(Strict):
+class EncoderSpec(FrozenModel):
     """All that is needed to build an encoder, and to feed it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Blueprint(Strict):
         """The encoder, with official weights if the blueprint names some, and notes for the log."""
         return build_encoder(self.backbone, self.neck, self.channels, self.size)
 
-    def without_weights(self) -> Blueprint:
+    def without_weights(self) -> EncoderSpec:
         """The same architecture, to be filled from elsewhere."""
         # Under `auto` given weights decide the stem; without them the choice has to be written down.
         decided = self.backbone.stem == "auto" and self.backbone.weights is not None
@@ -86,7 +86,7 @@ class Blueprint(Strict):
         update = {"weights": None, "weights_key": None, **({"stem": stem} if decided else {})}
         return self.model_copy(update={"backbone": self.backbone.model_copy(update=update)})
 
-    def at_size(self, size: int) -> Blueprint:
+    def at_size(self, size: int) -> EncoderSpec:
         """The same network for images of another size; the stem that the old size chose is written down.
 
         A resize of published weights belongs to their own size.
@@ -96,7 +96,7 @@ class Blueprint(Strict):
         return self.model_copy(update={"backbone": backbone, "size": size, "resize": resize})
 
 
-class Card(Strict):
+class Card(FrozenModel):
     """What the weights beside it are.
 
     Attributes:
@@ -113,7 +113,7 @@ class Card(Strict):
 
     schema_version: int = SCHEMA
     kind: Literal["encoder", "model"]
-    blueprint: Blueprint
+    blueprint: EncoderSpec
     config: dict[str, Any]
     data: dict[str, str | None]
     figures: dict[str, float]

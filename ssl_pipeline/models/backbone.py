@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import VisionTransformer, get_model, list_models
 
-from ssl_pipeline.config.base import ConfigError, Strict
-from ssl_pipeline.models.families import Anatomy, Level, anatomy_of, cut_classifier, shrink_stem, sum_stem_kernels
+from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.models.families import (
+    FeatureInfo,
+    FeatureLevel,
+    adapt_input_conv,
+    feature_info,
+    remove_classifier,
+    shrink_stem,
+)
 from ssl_pipeline.models.small_resnet import SmallResNet
 from ssl_pipeline.models.timm_trunks import build_timm, is_timms, timm_maps, try_out
 from ssl_pipeline.models.weights import holds_channels, is_file_name, load_trunk, network_weights
@@ -19,7 +26,7 @@ from ssl_pipeline.models.weights import holds_channels, is_file_name, load_trunk
 _SMALL_IMAGES = 64
 
 
-class BackboneConfig(Strict):
+class BackboneConfig(FrozenModel):
     """Which network extracts the features.
 
     Attributes:
@@ -70,7 +77,7 @@ class Backbone(nn.Module):
 
     unused: frozenset[str] = frozenset()
 
-    def __init__(self, trunk: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, trunk: nn.Module, anatomy: FeatureInfo) -> None:
         super().__init__()
         self.trunk, self._anatomy = trunk, anatomy
         self.widths = {name: level.width for name, level in anatomy.levels.items()}
@@ -79,7 +86,7 @@ class Backbone(nn.Module):
         self.fixed_input = int(trunk.image_size) if isinstance(trunk, VisionTransformer) else _timm_size(trunk)
 
     @property
-    def levels(self) -> dict[str, Level]:
+    def levels(self) -> dict[str, FeatureLevel]:
         """What leads to each level, from fine to coarse; timm's trunks and transformers don't say."""
         return self._anatomy.levels
 
@@ -91,7 +98,7 @@ class Backbone(nn.Module):
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
-        """What layer-wise learning rates count, from the image on; see :class:`ssl_pipeline.models.families.Anatomy`."""
+        """What layer-wise learning rates count, from the image on; see :class:`ssl_pipeline.models.families.FeatureInfo`."""
         return self._anatomy.layers
 
     @property
@@ -154,23 +161,23 @@ def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tu
         return backbone, notes
     trunk = _torchvision(config, image_size)
     notes = _fit_stem(trunk, config, image_size)
-    found = anatomy_of(trunk)
+    found = feature_info(trunk)
     if found is None:
         raise ConfigError(
             f"`backbone.name`: {config.name} is of a torchvision family without feature maps here (known: ResNet, VGG, "
             "ConvNeXt, ViT, Swin, EfficientNet, MobileNet). timm has most others: backbone.name=timm/NAME."
         )
-    cut_classifier(trunk, found)
+    remove_classifier(trunk, found)
     fitted = channels == 3
     if config.weights is not None:
         state, renamed = network_weights(trunk, config)
         notes += renamed
         if not fitted and holds_channels(trunk, state, channels):
-            sum_stem_kernels(trunk, channels)  # only for the shape: the file has kernels for these images
+            adapt_input_conv(trunk, channels)  # only for the shape: the file has kernels for these images
             fitted = True
         notes += load_trunk(trunk, state, found.classifier, f"`backbone.weights` {config.weights}")
     if not fitted:
-        sum_stem_kernels(trunk, channels)
+        adapt_input_conv(trunk, channels)
         notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
     return Backbone(trunk, found), notes
 

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import FrozenModel
 from ssl_pipeline.models.norms import batch_norms
 
 
-class BottleneckConfig(Strict):
+class BottleneckConfig(FrozenModel):
     """A narrow layer between features and head.
 
     Attributes:

@@ -27,7 +27,7 @@ from ssl_pipeline.models.small_resnet import SmallResNet
 
 
 @dataclass(frozen=True)
-class Level:
+class FeatureLevel:
     """One level of the feature pyramid.
 
     Attributes:
@@ -42,7 +42,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class FeatureInfo:
     """A trunk without its classifier.
 
     Attributes:
@@ -57,7 +57,7 @@ class Anatomy:
             names of its modules and parameters; what is in none of them (a final norm) goes with the head.
     """
 
-    levels: dict[str, Level]
+    levels: dict[str, FeatureLevel]
     classifier: tuple[str, ...]
     final_norm: str | None = None
     norm_reads_rows: bool = False
@@ -67,7 +67,7 @@ class Anatomy:
     layers: tuple[tuple[str, ...], ...] = ()
 
 
-def _named(levels: list[Level]) -> dict[str, Level]:
+def _named(levels: list[FeatureLevel]) -> dict[str, FeatureLevel]:
     """The coarsest level is c5, whatever the stem: the names detection heads know."""
     return {f"c{5 - len(levels) + 1 + i}": level for i, level in enumerate(levels)}
 
@@ -81,7 +81,7 @@ def _stride(module: Any) -> int:
     return math.prod(m.stride[0] for m in convolutions)
 
 
-def _resnet(trunk: Any) -> Anatomy:
+def _resnet(trunk: Any) -> FeatureInfo:
     pool = getattr(trunk, "maxpool", None)
     stem = ("conv1", "bn1", "relu", *(("maxpool",) if pool is not None else ()))
     stride = trunk.conv1.stride[0] * (2 if isinstance(pool, nn.MaxPool2d) else 1)
@@ -92,9 +92,9 @@ def _resnet(trunk: Any) -> Anatomy:
         block = list(stage.children())[-1]
         out = block.conv3 if hasattr(block, "conv3") else block.conv2
         assert isinstance(out, nn.Conv2d)
-        levels.append(Level((*(stem if i == 1 else ()), f"layer{i}"), out.out_channels, stride))
+        levels.append(FeatureLevel((*(stem if i == 1 else ()), f"layer{i}"), out.out_channels, stride))
     stages = [f"layer{i}" for i in range(1, 5)]
-    return Anatomy(_named(levels), ("fc.",), layers=(stem, *_blocks_of(trunk, stages)))
+    return FeatureInfo(_named(levels), ("fc.",), layers=(stem, *_blocks_of(trunk, stages)))
 
 
 def _blocks_of(trunk: nn.Module, stages: Iterable[str]) -> Iterator[tuple[str, ...]]:
@@ -104,7 +104,7 @@ def _blocks_of(trunk: nn.Module, stages: Iterable[str]) -> Iterator[tuple[str, .
             yield (f"{stage}.{name}",)
 
 
-def _vgg(trunk: Any) -> Anatomy:
+def _vgg(trunk: Any) -> FeatureInfo:
     levels, modules, width, stride = [], list[str](), 0, 1
     layers = list[tuple[str, ...]]()
     for name, module in trunk.get_submodule("features").named_children():
@@ -115,19 +115,19 @@ def _vgg(trunk: Any) -> Anatomy:
         layers[-1] += (f"features.{name}",)
         if isinstance(module, nn.MaxPool2d):
             stride *= 2
-            levels.append(Level(tuple(modules), width, stride))
+            levels.append(FeatureLevel(tuple(modules), width, stride))
             modules = []
-    return Anatomy(_named(levels), ("classifier.",), layers=tuple(layers))
+    return FeatureInfo(_named(levels), ("classifier.",), layers=tuple(layers))
 
 
-def _pairs(trunk: Any, width_of: Callable[[Any], int]) -> dict[str, Level]:
+def _pairs(trunk: Any, width_of: Callable[[Any], int]) -> dict[str, FeatureLevel]:
     """ConvNeXt and Swin: an embedding or a merge, then a stage of blocks, four times."""
     features = trunk.get_submodule("features")
     stride = features[0][0].stride[0]
     levels = []
     for i in range(4):
         block = list(features.get_submodule(str(2 * i + 1)).children())[-1]
-        levels.append(Level((f"features.{2 * i}", f"features.{2 * i + 1}"), width_of(block), stride * 2**i))
+        levels.append(FeatureLevel((f"features.{2 * i}", f"features.{2 * i + 1}"), width_of(block), stride * 2**i))
     return _named(levels)
 
 
@@ -140,19 +140,19 @@ def _layers_of_pairs(trunk: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(layers)
 
 
-def _convnext(trunk: Any) -> Anatomy:
+def _convnext(trunk: Any) -> FeatureInfo:
     levels = _pairs(trunk, lambda block: int(block.layer_scale.shape[0]))
-    return Anatomy(levels, ("classifier.2.",), "classifier", layers=_layers_of_pairs(trunk))
+    return FeatureInfo(levels, ("classifier.2.",), "classifier", layers=_layers_of_pairs(trunk))
 
 
-def _swin(trunk: Any) -> Anatomy:
+def _swin(trunk: Any) -> FeatureInfo:
     levels = _pairs(trunk, lambda block: int(block.norm1.normalized_shape[0]))
     last = levels["c5"]
-    levels["c5"] = Level((*last.modules, "norm"), last.width, last.stride)
-    return Anatomy(levels, ("head.",), channels_last=True, layers=_layers_of_pairs(trunk))
+    levels["c5"] = FeatureLevel((*last.modules, "norm"), last.width, last.stride)
+    return FeatureInfo(levels, ("head.",), channels_last=True, layers=_layers_of_pairs(trunk))
 
 
-def _blocks(trunk: Any) -> Anatomy:
+def _blocks(trunk: Any) -> FeatureInfo:
     """EfficientNet and MobileNet: a chain of blocks; a level ends where the next block strides."""
     levels, modules, stride, width = [], list[str](), 1, 0
     layers = list[tuple[str, ...]]()
@@ -160,25 +160,25 @@ def _blocks(trunk: Any) -> Anatomy:
         layers += _blocks_of(trunk, [f"features.{name}"]) if type(module) is nn.Sequential else [(f"features.{name}",)]
         step = _stride(module)
         if step > 1 and modules:
-            levels.append(Level(tuple(modules), width, stride))
+            levels.append(FeatureLevel(tuple(modules), width, stride))
             modules = []
         modules.append(f"features.{name}")
         stride *= step
         last: Any = list(module.children())[-1] if type(module) is nn.Sequential else module
         width = int(last.out_channels)
-    levels.append(Level(tuple(modules), width, stride))
+    levels.append(FeatureLevel(tuple(modules), width, stride))
     *layers, block, widening = layers  # the convolution after the last block is no layer of its own
-    return Anatomy(_named(levels), ("classifier.",), layers=(*layers, block + widening))
+    return FeatureInfo(_named(levels), ("classifier.",), layers=(*layers, block + widening))
 
 
-def _vit(trunk: Any) -> Anatomy:
-    level = Level((), int(trunk.hidden_dim), int(trunk.patch_size))
+def _vit(trunk: Any) -> FeatureInfo:
+    level = FeatureLevel((), int(trunk.hidden_dim), int(trunk.patch_size))
     embeddings = ("class_token", "conv_proj", "encoder.pos_embedding")
     layers = (embeddings, *_blocks_of(trunk, ["encoder.layers"]))
-    return Anatomy({"c5": level}, ("heads.",), token=True, layers=layers)
+    return FeatureInfo({"c5": level}, ("heads.",), token=True, layers=layers)
 
 
-_FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {
+_FAMILIES: dict[type[nn.Module], Callable[[nn.Module], FeatureInfo]] = {
     ResNet: _resnet,
     SmallResNet: _resnet,
     VGG: _vgg,
@@ -191,13 +191,13 @@ _FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {
 }
 
 
-def anatomy_of(trunk: Any) -> Anatomy | None:
+def feature_info(trunk: Any) -> FeatureInfo | None:
     """The anatomy of a torchvision network; None if its family is not known here."""
     read = _FAMILIES.get(type(trunk))
     return read(trunk) if read else None
 
 
-def cut_classifier(trunk: nn.Module, anatomy: Anatomy) -> None:
+def remove_classifier(trunk: nn.Module, anatomy: FeatureInfo) -> None:
     """Removes what only the library's own classes need, in place; all other keys keep the library's names."""
     for prefix in anatomy.classifier:
         name = prefix.rstrip(".")
@@ -227,7 +227,7 @@ def shrink_stem(trunk: nn.Module) -> bool:
     return False
 
 
-def sum_stem_kernels(trunk: nn.Module, channels: int) -> None:
+def adapt_input_conv(trunk: nn.Module, channels: int) -> None:
     """Fits the first convolution to another number of channels, in place.
 
     The kernels' sum, shared evenly: an image whose channels are all alike gives what its RGB form gave.

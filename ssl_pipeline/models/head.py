@@ -63,7 +63,7 @@ class CosineHead(nn.Module):
         return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1)) / self.temperature
 
 
-class NeighbourHead(nn.Module):
+class KNNHead(nn.Module):
     """Votes of the nearest labelled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); nothing in it learns.
 
     Args:

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.models.backbone import Backbone
 
 
-class NeckConfig(Strict):
+class NeckConfig(FrozenModel):
     """How maps become features.
 
     Attributes:

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import FrozenModel
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
-class Resize(Strict):
+class Resize(FrozenModel):
     """A resize, after which the central square of the network's size is cut out.
 
     Attributes:

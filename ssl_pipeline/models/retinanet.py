@@ -18,7 +18,7 @@ _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 _RATIOS = (0.5, 1.0, 2.0)
 
 
-class OneStageHead(nn.Module):
+class PyramidRetinaNetHead(nn.Module):
     """Feature pyramid, and at each place of it the classes and boxes of nine anchors; the maps are the encoder's.
 
     Args:

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ssl_pipeline.config.base import Strict
+from ssl_pipeline.config.base import FrozenModel
 from ssl_pipeline.models.norms import norms_with_statistics
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
-class MomentumConfig(Strict):
+class EMAMomentumConfig(FrozenModel):
     """The teacher's momentum: what is kept of it at each step; rises along half a cosine (Grill et al. 2020).
 
     Attributes:
@@ -32,12 +32,12 @@ class MomentumConfig(Strict):
             raise ValueError("a momentum of 1.0 at the start never moves the teacher: take 0.99 or 0.996.")
         return value
 
-    def at(self, clock: Clock) -> float:
+    def at(self, clock: TrainProgress) -> float:
         """The momentum at a step."""
         return self.end - (self.end - self.start) * (1 + math.cos(math.pi * clock.step / clock.total)) / 2
 
 
-class Teacher(nn.Module):
+class EMAModel(nn.Module):
     """A copy of a network without gradients.
 
     Its parameters follow the student's. Its norms are in training mode, with running statistics of their own. All else is in
@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> Teacher:
+    def train(self, mode: bool = True) -> EMAModel:
         """As torch's, for the norms alone; of them the network has the last word, as some keep their statistics."""
         super().train(mode)
         norms = set(norms_with_statistics(self.network))

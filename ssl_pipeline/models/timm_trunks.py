@@ -15,14 +15,14 @@ from torchvision import models
 from torchvision.models import list_models
 
 from ssl_pipeline.config.base import ConfigError, first_line
-from ssl_pipeline.models.families import Anatomy, Level, sum_stem_kernels
+from ssl_pipeline.models.families import FeatureInfo, FeatureLevel, adapt_input_conv
 from ssl_pipeline.models.weights import holds_channels, is_file_name, load_trunk, network_weights
 
 if TYPE_CHECKING:
     from ssl_pipeline.models.backbone import BackboneConfig
 
 
-def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[nn.Module, Anatomy, list[str]]:
+def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[nn.Module, FeatureInfo, list[str]]:
     """Builds a trunk by timm without its classifier.
 
     Args:
@@ -52,12 +52,12 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
     if path is not None:
         state, notes = network_weights(trunk, config)
         if channels != 3 and holds_channels(trunk, state, channels):
-            sum_stem_kernels(trunk, channels)
+            adapt_input_conv(trunk, channels)
         prefixes = trunk.default_cfg["classifier"]
         prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
         notes += load_trunk(trunk, state, tuple(f"{p}." for p in prefixes), f"`backbone.weights` {path}")
         if channels != 3 and not holds_channels(trunk, state, channels):
-            sum_stem_kernels(trunk, channels)
+            adapt_input_conv(trunk, channels)
             notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
     return trunk, _anatomy(trunk), notes
 
@@ -190,19 +190,19 @@ def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
     return trunk
 
 
-def _anatomy(trunk: Any) -> Anatomy:
+def _anatomy(trunk: Any) -> FeatureInfo:
     """Levels as ``feature_info`` declares them, the last one being what the library itself would pool."""
     info = list(trunk.feature_info)
-    last = Level((), int(trunk.num_features), int(info[-1]["reduction"]))
+    last = FeatureLevel((), int(trunk.num_features), int(info[-1]["reduction"]))
     ends = {int(f["reduction"]): i for i, f in enumerate(info) if f["reduction"] < last.stride}
     taps = tuple(ends[stride] for stride in sorted(ends))[-3:]
     levels = {
-        f"c{5 - len(taps) + n}": Level((), int(info[i]["num_chs"]), int(info[i]["reduction"]))
+        f"c{5 - len(taps) + n}": FeatureLevel((), int(info[i]["num_chs"]), int(info[i]["reduction"]))
         for n, i in enumerate(taps)
     }
     norms = {name: _norm(trunk, name, last.width) for name in ("head.norm", "fc_norm")}
     norm = next((name for name, module in norms.items() if module is not None), None)
-    return Anatomy(
+    return FeatureInfo(
         {**levels, "c5": last},
         (),
         final_norm=norm,
@@ -279,7 +279,7 @@ def try_out(name: str, backbone: nn.Module, widths: dict[str, int], channels: in
     return frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None)
 
 
-def timm_maps(trunk: Any, anatomy: Anatomy, images: Tensor) -> dict[str, Tensor]:
+def timm_maps(trunk: Any, anatomy: FeatureInfo, images: Tensor) -> dict[str, Tensor]:
     """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level, and ``token`` where there is one."""
     if not anatomy.taps:
         last, taps = trunk.forward_features(images), []

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
-from ssl_pipeline.losses.gather import gather_rows
-from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.losses.gather import all_gather_rows
+from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import projection_head
@@ -55,7 +55,7 @@ class ContrastiveConfig(ProjectedConfig):
             )
 
 
-class Projected(Task):
+class ProjectionTask(Task):
     """An encoder with a projection head, which is thrown away after stage one.
 
     Args:
@@ -82,7 +82,7 @@ class Projected(Task):
         return nn.Sequential(self.encoder, self.projection)
 
 
-class Contrastive(Projected):
+class Contrastive(ProjectionTask):
     """A projected task with a temperature, which stays within its bounds."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Contrastive(Projected):
         self.temperature = Temperature(config.temperature)
 
 
-class WholeBatch(Projected):
+class BatchStatisticsTask(ProjectionTask):
     """Two views, and a loss between the rows of all processes: its statistics belong to the whole batch.
 
     Args:
@@ -107,7 +107,7 @@ class WholeBatch(Projected):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Both views' projections."""
-        first, second = through(self.project, batch.views)
+        first, second = forward_views(self.project, batch.views)
         return {"first": first, "second": second}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
@@ -115,7 +115,7 @@ class WholeBatch(Projected):
         del batch
         first, second = embeddings["first"], embeddings["second"]
         with torch.autocast(first.device.type, enabled=False):
-            return StepOutput(self.loss(gather_rows(precise(first)), gather_rows(precise(second))))
+            return StepOutput(self.loss(all_gather_rows(to_float32(first)), all_gather_rows(to_float32(second))))
 
 
 def with_predictions(projections: Sequence[Tensor], predictor: nn.Module) -> Embeddings:
@@ -127,7 +127,7 @@ def with_predictions(projections: Sequence[Tensor], predictor: nn.Module) -> Emb
     }  # fmt: skip
 
 
-def through(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+def forward_views(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
     """Several views through a network, those of one size as one batch, so that BatchNorm sees them together.
 
     Args:

@@ -16,14 +16,14 @@ from lightly.loss import NegativeCosineSimilarity
 from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import prediction_head
-from ssl_pipeline.models.teacher import MomentumConfig, Teacher
-from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
+from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
+from ssl_pipeline.pretext._projected import ProjectedConfig, ProjectionTask, forward_views
 
 
 class Config(ProjectedConfig):
@@ -36,29 +36,29 @@ class Config(ProjectedConfig):
 
     hidden_width: int = Field(4096, ge=1)
     projection_width: int = Field(256, ge=2)
-    momentum: MomentumConfig = MomentumConfig(start=0.996)
+    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.996)
     predictor_width: int = Field(4096, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> BYOL:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> BYOL:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BYOL(self, encoder)
 
 
-class BYOL(Projected):
+class BYOL(ProjectionTask):
     """See :class:`Config`. The loss is the negative cosine, which differs from the paper's 2 − 2·cos by scale and offset."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.predictor = prediction_head(config.projection_width, config.predictor_width)
-        self.teacher = Teacher(self.student())
+        self.teacher = EMAModel(self.student())
         self.momentum = config.momentum
         self.distance = NegativeCosineSimilarity()
 
     def embed(self, batch: Batch) -> Embeddings:
         """Predictions of the student, targets of the teacher."""
-        predictions = through(lambda images: self.predictor(self.project(images)), batch.views)
-        targets = through(self.teacher, batch.views)
+        predictions = forward_views(lambda images: self.predictor(self.project(images)), batch.views)
+        targets = forward_views(self.teacher, batch.views)
         return {
             "prediction 0": predictions[0], "prediction 1": predictions[1], "target 0": targets[0], "target 1": targets[1],
         }  # fmt: skip
@@ -68,7 +68,9 @@ class BYOL(Projected):
         del batch
         with torch.autocast(embeddings["target 0"].device.type, enabled=False):
             ways = [
-                self.distance(precise(embeddings[f"prediction {i}"]), precise(embeddings[f"target {1 - i}"].detach()))
+                self.distance(
+                    to_float32(embeddings[f"prediction {i}"]), to_float32(embeddings[f"target {1 - i}"].detach())
+                )
                 for i in (0, 1)
             ]
             return StepOutput(torch.stack(ways).mean())

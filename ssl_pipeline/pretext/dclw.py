@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
-from ssl_pipeline.losses.gather import gather_rows
-from ssl_pipeline.losses.info_nce import unit_rows
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.losses.gather import all_gather_rows
+from ssl_pipeline.losses.info_nce import normalize_rows
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import dcl
 from ssl_pipeline.pretext._projected import ContrastiveConfig
@@ -30,7 +30,7 @@ class Config(ContrastiveConfig):
 
     sigma: float = Field(0.5, gt=0)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> DCLW:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> DCLW:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return DCLW(self, encoder)
@@ -61,7 +61,7 @@ def weighted_positives(first: Tensor, second: Tensor, temperature: float | Tenso
         temperature: above 0.
         sigma: above 0.
     """
-    similarity = (unit_rows(first) * unit_rows(second)).sum(1, keepdim=True)
-    similarity = gather_rows(similarity)[:, 0]
+    similarity = (normalize_rows(first) * normalize_rows(second)).sum(1, keepdim=True)
+    similarity = all_gather_rows(similarity)[:, 0]
     weights = 2 - len(similarity) * torch.softmax(similarity / sigma, 0)
     return ((1 - weights) * similarity / temperature).mean()

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
-from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import TemperatureConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import PrototypeHead, distillation_head
-from ssl_pipeline.models.teacher import MomentumConfig, Teacher
-from ssl_pipeline.pretext._projected import through
-from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
+from ssl_pipeline.pretext._projected import forward_views
+from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
 class Config(PretextConfig):
@@ -54,11 +54,11 @@ class Config(PretextConfig):
     bottleneck_width: int = Field(256, ge=2)
     layers: int = Field(3, ge=1)
     prototypes: int = Field(65536, ge=2)
-    momentum: MomentumConfig = MomentumConfig(start=0.996)
+    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.996)
     center_momentum: float = Field(0.9, ge=0, lt=1)
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> DINO:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> DINO:
         """The task around an encoder.
 
         Raises:
@@ -107,21 +107,21 @@ class DINO(Task):
         super().__init__()
         self.config, self.encoder = config, encoder
         self.student = _Student(config, encoder)
-        self.teacher = Teacher(self.student)
+        self.teacher = EMAModel(self.student)
         self.loss = _Loss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
 
     def embed(self, batch: Batch) -> Embeddings:
         """The student's answers to all views, the teacher's to the global ones."""
-        answers = through(self.student, batch.views)
-        targets = through(self.teacher, batch.views[:2])
+        answers = forward_views(self.student, batch.views)
+        targets = forward_views(self.teacher, batch.views[:2])
         named = {f"student {i}": rows for i, rows in enumerate(answers)}
         return named | {f"teacher {i}": rows for i, rows in enumerate(targets)}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy between each pair of unlike views."""
         temperature = self.config.teacher_temperature.at(batch.clock)
-        targets = [precise(embeddings[f"teacher {i}"].detach()) for i in (0, 1)]
-        answers = [precise(rows) for name, rows in embeddings.items() if name.startswith("student")]
+        targets = [to_float32(embeddings[f"teacher {i}"].detach()) for i in (0, 1)]
+        answers = [to_float32(rows) for name, rows in embeddings.items() if name.startswith("student")]
         with torch.autocast(targets[0].device.type, enabled=False):
             loss: Tensor = self.loss(targets, answers, teacher_temp=temperature)
         spread = torch.stack(targets).flatten(0, 1).std(0).mean()
@@ -129,7 +129,7 @@ class DINO(Task):
             loss, {"teacher_temperature": temperature, "temperature": self.config.temperature, "target_std": spread}
         )
 
-    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+    def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
         """The prototypes, at first."""
         return [self.student.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 

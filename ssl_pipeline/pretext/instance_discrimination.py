@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import info_nce
-from ssl_pipeline.losses.memory import Bank
+from ssl_pipeline.losses.memory import MemoryBank
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
 
 
 class Config(ContrastiveConfig):
@@ -43,13 +43,13 @@ class Config(ContrastiveConfig):
     keep: float = Field(0.5, ge=0, lt=1)
     keep_end: float = Field(0.5, ge=0, le=1)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> InstanceDiscrimination:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> InstanceDiscrimination:
         """The task around an encoder.
 
         Raises:
             ConfigError: the images have no numbers, or a temperature per domain was asked for.
         """
-        if isinstance(source, Stream):
+        if isinstance(source, StreamDataset):
             raise ConfigError(
                 f"`pretext=instance_discrimination` keeps a row for each image, and {source.name} is read from front to back: take "
                 "numbered images (a folder, a table), or a task with a queue, such as moco_v2."
@@ -66,7 +66,7 @@ class InstanceDiscrimination(Contrastive):
 
     def __init__(self, config: Config, encoder: Encoder, samples: int) -> None:
         super().__init__(config, encoder)
-        self.bank = Bank(samples, config.projection_width)
+        self.bank = MemoryBank(samples, config.projection_width)
         self.keep = config.keep, config.keep_end
         self._seen: Tensor | None = None
 
@@ -76,7 +76,7 @@ class InstanceDiscrimination(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Any number of views."""
-        return {f"view {i}": rows for i, rows in enumerate(through(self.project, batch.views))}
+        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """InfoNCE with the memory as keys."""

@@ -21,18 +21,18 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream, known_length
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset, known_length
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import gather_ids, gather_rows, world
+from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows, rank_and_world_size
 from ssl_pipeline.losses.info_nce import info_nce
-from ssl_pipeline.losses.memory import Queue
+from ssl_pipeline.losses.memory import MemoryQueue
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import norms_with_statistics
-from ssl_pipeline.models.teacher import MomentumConfig, Teacher
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
 from ssl_pipeline.rng import permutation
 
 
@@ -49,12 +49,12 @@ class Config(ContrastiveConfig):
     """
 
     queue: int = Field(65536, ge=1)
-    momentum: MomentumConfig = MomentumConfig(start=0.999, end=0.999)
+    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.999, end=0.999)
     symmetric: bool = False
     leave_out_same_sample: bool = True
     batch_norm_group: int | None = Field(32, ge=2)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV2:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> MoCoV2:
         """The task around an encoder.
 
         Raises:
@@ -68,7 +68,7 @@ class Config(ContrastiveConfig):
         return MoCoV2(self, encoder)
 
 
-def check_queue(size: int, leaves_out_same_sample: bool, source: Indexed | Stream) -> None:
+def check_queue(size: int, leaves_out_same_sample: bool, source: IndexedDataset | StreamDataset) -> None:
     """A queue longer than the data holds every image's own keys.
 
     Raises:
@@ -93,7 +93,7 @@ def in_groups(network: Callable[[Tensor], Tensor], images: Tensor, group: int) -
     Returns:
         Shape (B, D).
     """
-    least = 2 if world()[1] == 1 else 1
+    least = 2 if rank_and_world_size()[1] == 1 else 1
     count = max(1, min(max(least, len(images) // group), len(images) // 2))
     return torch.cat([network(part) for part in images.tensor_split(count)])
 
@@ -103,8 +103,8 @@ class MoCoV2(Contrastive):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, norm=False)
-        self.teacher = Teacher(self.student())
-        self.queue = Queue(config.queue, config.projection_width)
+        self.teacher = EMAModel(self.student())
+        self.queue = MemoryQueue(config.queue, config.projection_width)
         self.momentum, self.symmetric = config.momentum, config.symmetric
         self.leave_out_same_sample = config.leave_out_same_sample
         self.group = config.batch_norm_group
@@ -119,8 +119,8 @@ class MoCoV2(Contrastive):
             queries = [in_groups(self.project, query, self.group) for query, _ in views]
             keys = [self._shuffled_keys(key, self.group, batch.clock.step) for _, key in views]
         else:
-            queries = through(self.project, [query for query, _ in views])
-            keys = through(self.teacher, [key for _, key in views])
+            queries = forward_views(self.project, [query for query, _ in views])
+            keys = forward_views(self.teacher, [key for _, key in views])
         return {f"query {i}": rows for i, rows in enumerate(queries)} | {
             f"key {i}": rows for i, rows in enumerate(keys)
         }
@@ -128,11 +128,11 @@ class MoCoV2(Contrastive):
     @torch.no_grad()
     def _shuffled_keys(self, images: Tensor, group: int, step: int) -> Tensor:
         """The keys of this process's images, each made in a group that is drawn from the images of all processes."""
-        rank, _ = world()
+        rank, _ = rank_and_world_size()
         own = slice(rank * len(images), (rank + 1) * len(images))
-        every = gather_rows(images.contiguous())
+        every = all_gather_rows(images.contiguous())
         order = permutation(len(every), "shuffled keys", step).to(images.device)
-        keys = gather_rows(in_groups(self.teacher, every[order[own]], group))
+        keys = all_gather_rows(in_groups(self.teacher, every[order[own]], group))
         return keys[order.argsort()[own]]
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
@@ -152,9 +152,9 @@ class MoCoV2(Contrastive):
 
     def _contrast(self, keys: Tensor, batch: Batch) -> tuple[Tensor, Match, list[Match]]:
         """The keys, which of them are positives, and which are none of a query's candidates."""
-        rank, _ = world()
+        rank, _ = rank_and_world_size()
         older, older_samples = self.queue.keys()
-        keys = gather_rows(keys)
+        keys = all_gather_rows(keys)
         place = torch.arange(len(batch.index), device=keys.device) + rank * len(batch.index)
         all_places = torch.arange(len(keys), device=keys.device)
         positive = place, torch.cat([all_places, torch.full_like(older_samples, -1)])
@@ -163,7 +163,7 @@ class MoCoV2(Contrastive):
         # Before the queue has rows, the other keys are all there is.
         left_out = [in_batch] if len(older) else []
         if self.leave_out_same_sample:
-            left_out.append((batch.index, torch.cat([gather_ids(batch.index), older_samples])))
+            left_out.append((batch.index, torch.cat([all_gather_ids(batch.index), older_samples])))
         return torch.cat([keys, older]), positive, left_out
 
     def after_step(self, batch: Batch) -> None:

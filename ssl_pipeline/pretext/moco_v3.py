@@ -15,17 +15,17 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import gather_ids, gather_rows
+from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import prediction_head
-from ssl_pipeline.models.teacher import MomentumConfig, Teacher
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
 
 
 class Config(ContrastiveConfig):
@@ -36,10 +36,10 @@ class Config(ContrastiveConfig):
         predictor_width: between the predictor's two layers.
     """
 
-    momentum: MomentumConfig = MomentumConfig(start=0.99)
+    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.99)
     predictor_width: int = Field(2048, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> MoCoV3:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> MoCoV3:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return MoCoV3(self, encoder)
@@ -51,24 +51,24 @@ class MoCoV3(Contrastive):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, final_norm=True)
         self.predictor = prediction_head(config.projection_width, config.predictor_width)
-        self.teacher = Teacher(self.student())
+        self.teacher = EMAModel(self.student())
         self.momentum = config.momentum
 
     def embed(self, batch: Batch) -> Embeddings:
         """Queries of encoder, head and predictor; keys of the teacher."""
-        queries = through(lambda images: self.predictor(self.project(images)), batch.views)
-        keys = through(self.teacher, batch.views)
+        queries = forward_views(lambda images: self.predictor(self.project(images)), batch.views)
+        keys = forward_views(self.teacher, batch.views)
         return {"query 0": queries[0], "query 1": queries[1], "key 0": keys[0], "key 1": keys[1]}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Each view's query against the other view's keys of all images."""
         temperature = self.temperature(batch.clock)
-        match: Match = (batch.index, gather_ids(batch.index))
+        match: Match = (batch.index, all_gather_ids(batch.index))
         other_domain = self.temperature.config.other_domain
         domain = None
         if other_domain is not None and batch.domain is not None:
-            domain = batch.domain, gather_ids(batch.domain)
-        losses, keys = [], [gather_rows(embeddings[f"key {i}"].detach()) for i in (0, 1)]
+            domain = batch.domain, all_gather_ids(batch.domain)
+        losses, keys = [], [all_gather_rows(embeddings[f"key {i}"].detach()) for i in (0, 1)]
         for i in (0, 1):
             query = embeddings[f"query {i}"]
             losses.append(info_nce(query, keys[1 - i], match, temperature, domain=domain, other_domain=other_domain))

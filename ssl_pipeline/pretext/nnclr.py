@@ -18,16 +18,16 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import gather_ids, gather_rows
-from ssl_pipeline.losses.info_nce import info_nce, unit_rows
-from ssl_pipeline.losses.memory import Queue
+from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
+from ssl_pipeline.losses.info_nce import info_nce, normalize_rows
+from ssl_pipeline.losses.memory import MemoryQueue
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import prediction_head
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through, with_predictions
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views, with_predictions
 
 
 class Config(ContrastiveConfig):
@@ -45,7 +45,7 @@ class Config(ContrastiveConfig):
     predictor_width: int = Field(4096, ge=1)
     normalised_projection: bool = True
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> NNCLR:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> NNCLR:
         """The task around an encoder.
 
         Raises:
@@ -63,21 +63,21 @@ class NNCLR(Contrastive):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder, final_norm=config.normalised_projection)
         self.predictor = prediction_head(config.projection_width, config.predictor_width)
-        self.queue = Queue(config.queue, config.projection_width)
+        self.queue = MemoryQueue(config.queue, config.projection_width)
         self._projections: Tensor | None = None
 
     def embed(self, batch: Batch) -> Embeddings:
         """Projections and predictions of both views."""
-        return with_predictions(through(self.project, batch.views), self.predictor)
+        return with_predictions(forward_views(self.project, batch.views), self.predictor)
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """A view's neighbour tells the other view's prediction from those of all other images."""
         temperature = self.temperature(batch.clock)
-        match = batch.index, gather_ids(batch.index)
+        match = batch.index, all_gather_ids(batch.index)
         projections = [embeddings[f"projection {i}"].detach() for i in (0, 1)]
         self._projections = projections[0]
         neighbours = [self.nearest(rows) for rows in projections]
-        keys = [gather_rows(embeddings[f"prediction {i}"]) for i in (0, 1)]
+        keys = [all_gather_rows(embeddings[f"prediction {i}"]) for i in (0, 1)]
         losses = [info_nce(neighbours[i], keys[1 - i], match, temperature) for i in (0, 1)]
         details = partial(temperature_figures, neighbours[0], keys[1].detach(), match, temperature)
         return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
@@ -88,7 +88,7 @@ class NNCLR(Contrastive):
         if not len(support):
             return rows
         with torch.autocast(rows.device.type, enabled=False):  # in bf16 many cosines of much alike rows are equal
-            return support[(unit_rows(rows) @ support.T).argmax(1)]
+            return support[(normalize_rows(rows) @ support.T).argmax(1)]
 
     def after_step(self, batch: Batch) -> None:
         """The first view's projections join the support set."""

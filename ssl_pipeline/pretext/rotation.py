@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
-from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
 
 
@@ -27,7 +27,7 @@ class Config(PretextConfig):
 
     views_needed: ClassVar[int | None] = None
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> Rotation:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> Rotation:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return Rotation(encoder)
@@ -50,7 +50,7 @@ class Rotation(Task):
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy, and the share of right answers (a quarter is chance)."""
-        logits = precise(embeddings["logits"])
+        logits = to_float32(embeddings["logits"])
         turns = torch.arange(4, device=logits.device).repeat_interleave(len(batch.views)).expand(logits.shape[:2])
         accuracy = (logits.detach().argmax(2) == turns).float().mean()
         return StepOutput(F.cross_entropy(logits.flatten(0, 1), turns.flatten()), {"accuracy": accuracy})

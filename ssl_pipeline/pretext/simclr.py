@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, through
+from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
 
 
 class Config(ContrastiveConfig):
     """SimCLR (Chen et al. 2020)."""
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimCLR:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SimCLR:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return SimCLR(self, encoder)
@@ -40,7 +40,7 @@ class SimCLR(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Both views go through the network as one batch, so that BatchNorm sees both."""
-        first, second = through(self.project, batch.views)
+        first, second = forward_views(self.project, batch.views)
         return {"first": first, "second": second}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:

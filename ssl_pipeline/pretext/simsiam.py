@@ -15,13 +15,13 @@ from lightly.loss import NegativeCosineSimilarity
 from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.info_nce import precise
+from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import prediction_head
-from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through, with_predictions
+from ssl_pipeline.pretext._projected import ProjectedConfig, ProjectionTask, forward_views, with_predictions
 
 
 class Config(ProjectedConfig):
@@ -35,13 +35,13 @@ class Config(ProjectedConfig):
     projection_width: int = Field(2048, ge=2)
     predictor_width: int = Field(512, ge=1)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> SimSiam:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SimSiam:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return SimSiam(self, encoder)
 
 
-class SimSiam(Projected):
+class SimSiam(ProjectionTask):
     """See :class:`Config`."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
@@ -51,7 +51,7 @@ class SimSiam(Projected):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Projections and predictions of both views."""
-        return with_predictions(through(self.project, batch.views), self.predictor)
+        return with_predictions(forward_views(self.project, batch.views), self.predictor)
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """The mean of both ways, in [-1, 1]."""
@@ -59,7 +59,7 @@ class SimSiam(Projected):
         with torch.autocast(embeddings["projection 0"].device.type, enabled=False):
             ways = [
                 self.distance(
-                    precise(embeddings[f"prediction {i}"]), precise(embeddings[f"projection {1 - i}"].detach())
+                    to_float32(embeddings[f"prediction {i}"]), to_float32(embeddings[f"projection {1 - i}"].detach())
                 )
                 for i in (0, 1)
             ]

@@ -19,16 +19,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.gather import world
-from ssl_pipeline.losses.info_nce import precise
-from ssl_pipeline.losses.memory import Queue
+from ssl_pipeline.losses.gather import rank_and_world_size
+from ssl_pipeline.losses.info_nce import to_float32
+from ssl_pipeline.losses.memory import MemoryQueue
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.head import PrototypeHead
-from ssl_pipeline.pretext._projected import Projected, ProjectedConfig, through
-from ssl_pipeline.schedules import Clock, Duration, parse_duration
+from ssl_pipeline.pretext._projected import ProjectedConfig, ProjectionTask, forward_views
+from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
 class Config(ProjectedConfig):
@@ -53,20 +53,20 @@ class Config(ProjectedConfig):
     queue_start: Duration = parse_duration("15 epochs")
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> SwAV:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SwAV:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return SwAV(self, encoder)
 
 
-class SwAV(Projected):
+class SwAV(ProjectionTask):
     """See :class:`Config`. Sinkhorn's assignment runs in fp32 over the rows of all processes."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.config = config
         self.prototypes = PrototypeHead(config.projection_width, config.prototypes)
-        self.first_queue, self.second_queue = (Queue(config.queue, config.projection_width) for _ in range(2))
+        self.first_queue, self.second_queue = (MemoryQueue(config.queue, config.projection_width) for _ in range(2))
         self.loss = SwaVLoss(
             config.temperature, config.sinkhorn_iterations, config.sharpness, sinkhorn_gather_distributed=True
         )
@@ -74,11 +74,11 @@ class SwAV(Projected):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Projections of all views."""
-        return {f"view {i}": rows for i, rows in enumerate(through(self.project, batch.views))}
+        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Every view predicts the assignment of each of the two global ones."""
-        views = [precise(rows) for rows in embeddings.values()]
+        views = [to_float32(rows) for rows in embeddings.values()]
         self._projections = [rows.detach() for rows in views[:2]]
         with torch.autocast(views[0].device.type, enabled=False):
             scores = [self.prototypes(rows) for rows in views]
@@ -86,7 +86,7 @@ class SwAV(Projected):
         used = scores[0].detach().argmax(1).unique().numel()
         return StepOutput(loss.sum(), {"temperature": self.config.temperature, "prototypes_used": used})
 
-    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+    def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
         """The prototypes, at first."""
         return [self.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 
@@ -95,7 +95,7 @@ class SwAV(Projected):
         """This process's share of the queues, scored by today's prototypes; None while they are not in use."""
         if batch.clock.step < self.config.queue_start.on(batch.clock) or not len(self.first_queue):
             return None
-        rank, processes = world()
+        rank, processes = rank_and_world_size()
         rows = [queue.keys()[0] for queue in (self.first_queue, self.second_queue)]
         return [self.prototypes(part[rank::processes][: len(part) // processes]) for part in rows]
 

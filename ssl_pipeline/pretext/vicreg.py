@@ -14,10 +14,10 @@ from __future__ import annotations
 from lightly.loss import VICRegLoss
 from pydantic import Field
 
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import Stream
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import StreamDataset
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import ProjectedConfig, WholeBatch
+from ssl_pipeline.pretext._projected import BatchStatisticsTask, ProjectedConfig
 
 
 class Config(ProjectedConfig):
@@ -35,7 +35,7 @@ class Config(ProjectedConfig):
     variance: float = Field(25.0, ge=0)
     covariance: float = Field(1.0, ge=0)
 
-    def build(self, encoder: Encoder, source: Indexed | Stream) -> WholeBatch:
+    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> BatchStatisticsTask:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
-        return WholeBatch(self, encoder, VICRegLoss(self.invariance, self.variance, self.covariance))
+        return BatchStatisticsTask(self, encoder, VICRegLoss(self.invariance, self.variance, self.covariance))

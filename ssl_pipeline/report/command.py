@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import check_folder_of, leave
+from ssl_pipeline.config.command import check_folder_of, exit_with_error
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.logging.run import write_text_atomic
-from ssl_pipeline.report.look import Look, look
+from ssl_pipeline.report.look import RunImages, run_images
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
 
@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], output: Path | None = None, refresh: int = 0
         ConfigError: a folder that holds no run, or a page that can't be written.
     """
     path = _path(folders, output)
-    return path, _write(folders, path, refresh, Looks())
+    return path, _write(folders, path, refresh, ImagesCache())
 
 
 def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
@@ -43,7 +43,7 @@ def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
     Raises:
         ConfigError: see :func:`report`.
     """
-    path, looks = _path(folders, output), Looks()
+    path, looks = _path(folders, output), ImagesCache()
     runs = _write(folders, path, seconds, looks)
     console().print(f"wrote {path}: open it, it refreshes itself every {seconds} s (Ctrl-C ends this)", markup=False)
     while any(run.state == "running" for run in runs):
@@ -53,18 +53,18 @@ def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
     return path
 
 
-class Looks:
+class ImagesCache:
     """Remembers what was seen of a run, which a page that is written every few seconds must not read anew."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[Path, float], Look] = {}
+        self._seen: dict[tuple[Path, float], RunImages] = {}
 
-    def __call__(self, run: RunRecord) -> Look:
+    def __call__(self, run: RunRecord) -> RunImages:
         """What there is to see of a run, read anew only where its encoder has been written since."""
         weights = run.folder / "encoder.safetensors"
         key = run.folder, weights.stat().st_mtime if weights.is_file() else 0.0
         if key not in self._seen:
-            self._seen[key] = look(run)
+            self._seen[key] = run_images(run)
         return self._seen[key]
 
 
@@ -77,7 +77,7 @@ def _path(folders: Sequence[Path], output: Path | None) -> Path:
     return path
 
 
-def _write(folders: Sequence[Path], path: Path, refresh: int, looks: Looks) -> list[RunRecord]:
+def _write(folders: Sequence[Path], path: Path, refresh: int, looks: ImagesCache) -> list[RunRecord]:
     runs = read_runs(folders)
     going = any(run.state == "running" for run in runs)
     text = page(runs, refresh if going else 0, looks)
@@ -100,7 +100,7 @@ def main() -> None:
         else:
             watch(options.run, options.output, options.watch)
     except UserError as error:
-        leave(error, "ssl-pipeline report --help")
+        exit_with_error(error, "ssl-pipeline report --help")
     except KeyboardInterrupt:
         console().print("stopped; the page stays as it was written last", markup=False)
 

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.resolve import resolve
-from ssl_pipeline.data.loader import Preprocessing, Share, open_or_neighbour
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.data.stream import numbered, open_training
+from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.stream import open_training, preview
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
 from ssl_pipeline.metrics.classes import class_name, one_of_each_class
-from ssl_pipeline.metrics.knn import neighbours
+from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.report.planes import planes
+from ssl_pipeline.report.planes import projections
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.rng import permutation
 
@@ -47,7 +47,7 @@ _WHAT_CAN_FAIL = (
 
 
 @dataclass(frozen=True)
-class Look:
+class RunImages:
     """What there is to see of one run; what can't be shown is None, and ``notes`` say why.
 
     Attributes:
@@ -59,41 +59,41 @@ class Look:
     """
 
     views: dict[str, Any] | None = None
-    neighbours: list[dict[str, Any]] | None = None
+    neighbors: list[dict[str, Any]] | None = None
     map: dict[str, Any] | None = None
     spectrum: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
-def look(run: RunRecord) -> Look:
+def run_images(run: RunRecord) -> RunImages:
     """Looks at a stage-one run; other stages have nothing of their own to see."""
     if run.stage != "pretrain":
-        return Look()
+        return RunImages()
     try:
         config = resolve(PretrainConfig, run.config)
     except UserError as error:
-        return Look(
+        return RunImages(
             notes=(f"Its images can't be shown: this version does not understand its config.yaml ({_line(error)}).",)
         )
     try:
-        train = numbered(open_training(config.data))
+        train = preview(open_training(config.data))
         dev = config.data.open("dev")
         views = _views(train, config)
     except _WHAT_CAN_FAIL as error:
-        return Look(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
+        return RunImages(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
     if not (run.folder / "encoder.safetensors").is_file():
-        return Look(views, notes=("Neighbours, map and spectrum appear once the run has written its encoder.",))
+        return RunImages(views, notes=("Neighbours, map and spectrum appear once the run has written its encoder.",))
     try:
         return _of_features(run.folder, dev if dev is not None else train, views)
     except _WHAT_CAN_FAIL as error:
-        return Look(views, notes=(f"Neighbours, map and spectrum can't be shown ({_line(error)}).",))
+        return RunImages(views, notes=(f"Neighbours, map and spectrum can't be shown ({_line(error)}).",))
 
 
 def _line(error: BaseException) -> str:
     return first_line(error).rstrip(".")
 
 
-def _views(train: Indexed, config: PretrainConfig) -> dict[str, Any]:
+def _views(train: IndexedDataset, config: PretrainConfig) -> dict[str, Any]:
     """Rows of images; in each row a group of the image itself, then one of an epoch's views for each epoch."""
     columns = columns_of(train, config.views, config.seed, _VIEW_ROWS, _VIEW_EPOCHS)
     total = config.views.total
@@ -106,14 +106,16 @@ def _views(train: Indexed, config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def _of_features(folder: Path, source: Indexed, views: dict[str, Any]) -> Look:
+def _of_features(folder: Path, source: IndexedDataset, views: dict[str, Any]) -> RunImages:
     encoder, card = load_encoder(folder)
-    share = Share(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    share = DistInfo(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     blueprint = card.blueprint
     index = permutation(len(source), "report", "images")[:_MOST_IMAGES].sort().values
     preprocessing = Preprocessing.of(blueprint)
     features = extract(encoder.to(share.device), source, preprocessing, share, index)
-    return Look(views, neighbour_strips(features, source, index), map_of(features, source, index), spectrum(features))
+    return RunImages(
+        views, neighbour_strips(features, source, index), map_of(features, source, index), spectrum(features)
+    )
 
 
 def spectrum(features: Tensor) -> dict[str, Any]:
@@ -133,24 +135,24 @@ def spectrum(features: Tensor) -> dict[str, Any]:
     return {"share": _short(share), "std": _short(std), "width": features.shape[1], "images": len(features)}
 
 
-def map_of(features: Tensor, source: Indexed, index: Tensor) -> dict[str, Any] | None:
+def map_of(features: Tensor, source: IndexedDataset, index: Tensor) -> dict[str, Any] | None:
     """The features in the plane, with a thumbnail of each image; None for fewer than three images."""
     if len(features) < 3 or features.shape[1] < 2:
         return None
     thumbnails, size = _sprite(source, index)
     labels = None if source.labels is None or source.classes is None else source.labels[index].tolist()
     return {
-        "layouts": planes(features), "labels": labels, "classes": list(source.classes or ()), "source": source.name,
+        "layouts": projections(features), "labels": labels, "classes": list(source.classes or ()), "source": source.name,
         "names": [f"image {i}" for i in index.tolist()], "sprite": thumbnails, "columns": _SPRITE_COLUMNS, "size": size,
     }  # fmt: skip
 
 
-def neighbour_strips(features: Tensor, source: Indexed, index: Tensor) -> list[dict[str, Any]]:
+def neighbour_strips(features: Tensor, source: IndexedDataset, index: Tensor) -> list[dict[str, Any]]:
     """A few images, one of each class as long as there are classes, with the images nearest to each by cosine."""
     count = min(_NEIGHBOURS, len(features) - 1)
     queries = one_of_each_class(source, index)[:_QUERIES]
     strips = []
-    similarity, place = next(neighbours(features[queries], features, count + 1))
+    similarity, place = next(nearest_neighbors(features[queries], features, count + 1))
     for row, query in enumerate(queries):
         near = [(int(p), float(s)) for p, s in zip(place[row], similarity[row], strict=True) if int(p) != query][:count]
         strips.append({
@@ -161,12 +163,12 @@ def neighbour_strips(features: Tensor, source: Indexed, index: Tensor) -> list[d
     return strips
 
 
-def _shown(source: Indexed, sample: int) -> dict[str, Any]:
-    uri = picture_uri(open_or_neighbour(source, sample).convert("RGB"))
+def _shown(source: IndexedDataset, sample: int) -> dict[str, Any]:
+    uri = picture_uri(open_or_replace(source, sample).convert("RGB"))
     return {"picture": uri, "label": class_name(source, sample), "name": f"image {sample}"}
 
 
-def _sprite(source: Indexed, index: Tensor) -> tuple[str, int]:
+def _sprite(source: IndexedDataset, index: Tensor) -> tuple[str, int]:
     """All thumbnails in one picture, and the side of a cell: one data URI is far smaller than a thousand."""
     size = _SPRITE_PIXELS
     if source.pixels is not None:
@@ -174,7 +176,7 @@ def _sprite(source: Indexed, index: Tensor) -> tuple[str, int]:
     rows = -(-len(index) // _SPRITE_COLUMNS)
     sheet = Image.new("RGB", (size * _SPRITE_COLUMNS, size * rows))
     for place, sample in enumerate(index.tolist()):
-        small = _fitted(open_or_neighbour(source, sample).convert("RGB"), size)
+        small = _fitted(open_or_replace(source, sample).convert("RGB"), size)
         left, top = place % _SPRITE_COLUMNS * size, place // _SPRITE_COLUMNS * size
         sheet.paste(small, (left + (size - small.width) // 2, top + (size - small.height) // 2))
     return _uri(sheet, "JPEG", quality=82), size

@@ -18,7 +18,7 @@ from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.report import settings, stage_two
 from ssl_pipeline.report.comparison import Comparison, runs_comparison, study_comparison
 from ssl_pipeline.report.curves import charts, first_and_last, last
-from ssl_pipeline.report.look import Look, look
+from ssl_pipeline.report.look import RunImages, run_images
 from ssl_pipeline.report.overview import overview, title
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.spread import label_efficiency, spectra
@@ -31,7 +31,7 @@ _PANELS = {
 _SCRIPTS = ("state.js", "chart.js", "map.js", "page.js")
 
 
-def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunRecord], Look] = look) -> str:
+def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunRecord], RunImages] = run_images) -> str:
     """The report.
 
     Args:
@@ -88,14 +88,14 @@ def _data(runs: Sequence[RunRecord], drawn: list[dict[str, Any]], seen: list[dic
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _run(run: RunRecord, of_run: Look) -> dict[str, Any]:
+def _run(run: RunRecord, of_run: RunImages) -> dict[str, Any]:
     return {
         "name": run.name, "state": run.state, "summary": summary(run), "notes": [*run.notes, *of_run.notes],
         "config": as_yaml(run.config) if run.config else "config.yaml can't be read.",
     }  # fmt: skip
 
 
-def _seen(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
+def _seen(looks: Sequence[tuple[int, RunRecord, RunImages]]) -> list[dict[str, Any]]:
     """What there is to see of each run; views that several runs share stand once, under the first of them."""
     entries: list[dict[str, Any]] = []
     for number, run, found in looks:
@@ -104,7 +104,7 @@ def _seen(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
             same["views_of"].append(run.name)
         entries.append({
             "index": number, "name": run.name, "views": found.views if same is None else None, "views_of": [run.name],
-            "neighbours": found.neighbours, "map": found.map,
+            "neighbours": found.neighbors, "map": found.map,
         })  # fmt: skip
     return entries
 

@@ -13,7 +13,7 @@ _STEPS = 500  # half of scikit-learn's own: a thousand images have settled by th
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def planes(features: Tensor) -> list[dict[str, Any]]:
+def projections(features: Tensor) -> list[dict[str, Any]]:
     """The map's layouts.
 
     Args:
@@ -23,7 +23,7 @@ def planes(features: Tensor) -> list[dict[str, Any]]:
         Principal components always, t-SNE where scikit-learn is installed: each with a ``name``, its ``points`` in the unit
         square, and a sentence that says how to read it.
     """
-    plane, variance = principal_plane(features)
+    plane, variance = pca_projection(features)
     share = 100 * float(variance.sum())
     found = [
         _layout(
@@ -32,7 +32,7 @@ def planes(features: Tensor) -> list[dict[str, Any]]:
             f"Two principal components: distances mean something, and {share:.0f} % of the variance is here.",
         )
     ]
-    by_neighbours = neighbour_plane(features)
+    by_neighbours = tsne_projection(features)
     if by_neighbours is not None:
         found.append(
             _layout(
@@ -42,7 +42,7 @@ def planes(features: Tensor) -> list[dict[str, Any]]:
     return found
 
 
-def principal_plane(features: Tensor) -> tuple[Tensor, Tensor]:
+def pca_projection(features: Tensor) -> tuple[Tensor, Tensor]:
     """The first two principal components of L2-normalised features.
 
     Returns:
@@ -54,7 +54,7 @@ def principal_plane(features: Tensor) -> tuple[Tensor, Tensor]:
     return u[:, :2] * s[:2], variance[:2]
 
 
-def neighbour_plane(features: Tensor) -> Tensor | None:
+def tsne_projection(features: Tensor) -> Tensor | None:
     """The t-SNE of L2-normalised features (van der Maaten and Hinton 2008), started from the principal components.
 
     Returns:

@@ -7,12 +7,12 @@ from typing import Any
 
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.report.comparison import condition
-from ssl_pipeline.report.look import Look
+from ssl_pipeline.report.look import RunImages
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.report.stage_two import measured_rows
 
 
-def spectra(looks: Sequence[tuple[int, RunRecord, Look]]) -> list[dict[str, Any]]:
+def spectra(looks: Sequence[tuple[int, RunRecord, RunImages]]) -> list[dict[str, Any]]:
     """The spectrum of the features' covariance, and the spread of each dimension, both sorted."""
     known = [(number, found.spectrum) for number, _, found in looks if found.spectrum]
     if not known:

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_pipeline.config.base import dump
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.downstream.labels import Labelled, draw_folds, draw_index
-from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.downstream.labels import LabeledSplit, draw_folds, draw_index
+from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import Rows, VectorConfig, VectorTask, targets_of
-from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, Rows, targets_of
+from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.finetune import FinetuneConfig, model_card, starting_point, unlabelled_images
+from ssl_pipeline.finetune import FinetuneConfig, model_card, open_unlabeled, starting_point
 from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.artifact import Blueprint, save
+from ssl_pipeline.models.artifact import EncoderSpec, save
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.study.grid import Cell
@@ -34,7 +34,7 @@ from ssl_pipeline.transforms.policy import Views
 
 
 @dataclass(frozen=True)
-class Reading:
+class FeatureJob:
     """An encoder's features to be taken.
 
     Attributes:
@@ -51,7 +51,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainJob:
     """A cell to be trained.
 
     Attributes:
@@ -71,28 +71,28 @@ class Training:
 
 def reads_features(config: FinetuneConfig) -> bool:
     """Whether a cell's probe reads the encoder's features, which may then be taken once for all cells."""
-    return isinstance(config.downstream, VectorConfig) and config.regime.probes
+    return isinstance(config.downstream, PooledConfig) and config.regime.probes
 
 
-class Desk:
+class CellRunner:
     """Where one process works: it opens data and encoders once."""
 
     def __init__(self) -> None:
         self.accelerator = start_accelerator()
-        self.share = share_of(self.accelerator)
-        self._sources: dict[str, tuple[Indexed, Indexed]] = {}
-        self._starts: dict[str, tuple[Blueprint, Encoder | None]] = {}
+        self.share = dist_info(self.accelerator)
+        self._sources: dict[str, tuple[IndexedDataset, IndexedDataset]] = {}
+        self._starts: dict[str, tuple[EncoderSpec, Encoder | None]] = {}
 
-    def run(self, task: Reading | Training) -> str:
+    def run(self, task: FeatureJob | TrainJob) -> str:
         """Does a piece of work; returns what it was."""
         cell = task.cell
-        if isinstance(task, Reading):
+        if isinstance(task, FeatureJob):
             self.read(task)
             return f"features of {cell.init}"
         name, value = next(iter(self.train(task).items()))
         return f"{cell.init}, {cell.regime}, {cell.labels} labels, seed {cell.seed}: {name} {value:.4f}"
 
-    def sources(self, config: FinetuneConfig) -> tuple[Indexed, Indexed]:
+    def sources(self, config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset]:
         """Training images and those to measure on."""
         key = f"{dump(config)['data']} {config.split}"
         if key not in self._sources:
@@ -102,7 +102,7 @@ class Desk:
             self._sources = {key: (pool, held_out)}  # of one study's cells all have the same
         return self._sources[key]
 
-    def start(self, config: FinetuneConfig) -> tuple[Blueprint, Encoder]:
+    def start(self, config: FinetuneConfig) -> tuple[EncoderSpec, Encoder]:
         """A cell's architecture, and an encoder of its own to train."""
         tree = dump(config)
         key = str(
@@ -116,11 +116,11 @@ class Desk:
         torch.manual_seed(derive_seed(config.seed, "initialisation"))
         return blueprint, copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
 
-    def read(self, task: Reading) -> None:
+    def read(self, task: FeatureJob) -> None:
         """Takes an encoder's features of training images and of those to measure on, and writes them whole or not at all."""
         pool, held_out = self.sources(task.cell.config)
         blueprint, encoder = self.start(task.cell.config)
-        encoder = on_device(encoder, self.share)
+        encoder = move_to_device(encoder, self.share)
         preprocessing = Preprocessing.of(blueprint)
         index = torch.arange(len(pool)) if task.knn else task.index
         found = {"index": index}
@@ -136,26 +136,26 @@ class Desk:
         save_file(found, partial)
         partial.replace(task.file)
 
-    def train(self, task: Training) -> dict[str, float]:
+    def train(self, task: TrainJob) -> dict[str, float]:
         """Trains and measures a cell, and writes its figures, the model first."""
         began, cell, config = time.perf_counter(), task.cell, task.cell.config
         pool, held_out = self.sources(config)
         blueprint, encoder = self.start(config)
         assert pool.classes is not None
-        model = on_device(config.downstream.build(encoder, len(pool.classes)), self.share)
+        model = move_to_device(config.downstream.build(encoder, len(pool.classes)), self.share)
         policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
         views = Views(policy, blueprint.mean, blueprint.std, config.seed)
         preprocessing = Preprocessing.of(blueprint)
         index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
         folds = draw_folds(config.labels, config.downstream, pool, (index, validation), config.seed)
-        labelled = Labelled(pool.select(index), None if validation is None else pool.select(validation), folds)
+        labelled = LabeledSplit(pool.select(index), None if validation is None else pool.select(validation), folds)
         rows = load_file(task.features) if task.features is not None else None
         cached = None
         if rows is not None:
             cached = _of(rows, index, pool), None if validation is None else _of(rows, validation, pool)
-        around = Surroundings(
+        around = TrainContext(
             labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
-            unlabelled=unlabelled_images(config, blueprint, pool, config.seed),
+            unlabelled=open_unlabeled(config, blueprint, pool, config.seed),
         )  # fmt: skip
         train(config.regime, model, around)
         figures = _measure(model, config, held_out, rows, preprocessing, self.share)
@@ -173,15 +173,15 @@ class Desk:
 
 
 def _measure(
-    model: DownstreamTask, config: FinetuneConfig, held_out: Indexed, rows: dict[str, Tensor] | None,
-    preprocessing: Preprocessing, share: Share,
+    model: DownstreamTask, config: FinetuneConfig, held_out: IndexedDataset, rows: dict[str, Tensor] | None,
+    preprocessing: Preprocessing, share: DistInfo,
 ) -> dict[str, float]:  # fmt: skip
-    if rows is not None and not config.regime.trains_all and isinstance(model, VectorTask):
+    if rows is not None and not config.regime.trains_all and isinstance(model, PooledTask):
         return model.evaluate_features(rows["held_out"], targets_of(held_out)[rows["held_out_read"]])
     return model.evaluate(held_out, preprocessing, share)
 
 
-def _of(rows: dict[str, Tensor], index: Tensor, pool: Indexed) -> Rows:
+def _of(rows: dict[str, Tensor], index: Tensor, pool: IndexedDataset) -> Rows:
     """Some training images (sorted int64 indices) as a head reads them, without those that could not be decoded."""
     assert bool(torch.isin(index, rows["index"]).all())
     chosen = torch.isin(rows["train_read"], index)

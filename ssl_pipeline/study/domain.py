@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.logging.progress import console, print_table
@@ -48,7 +48,7 @@ class Shift:
     control: str | None = None
 
 
-class DomainStudyConfig(Strict):
+class DomainStudyConfig(FrozenModel):
     """What is compared.
 
     Attributes:

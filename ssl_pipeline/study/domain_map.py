@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.report.planes import principal_plane
+from ssl_pipeline.report.planes import pca_projection
 
 _MOST = 300  # points of a domain: more of them hide one another
 # Okabe and Ito's two that differ most, also in their lightness.
@@ -24,7 +24,7 @@ _DOMAINS = ("#0072B2", "#E69F00")
 
 
 @dataclass(frozen=True)
-class Spots:
+class EmbeddingPlot:
     """The images of a map.
 
     Attributes:
@@ -40,7 +40,7 @@ class Spots:
     classes: tuple[str, ...]
 
 
-def spots(run: Path, overrides: Sequence[str]) -> Spots:
+def spots(run: Path, overrides: Sequence[str]) -> EmbeddingPlot:
     """The held-out images of a run across domains, in the plane of its features (two principal components).
 
     Args:
@@ -54,7 +54,7 @@ def spots(run: Path, overrides: Sequence[str]) -> Spots:
     across = split_domains(config.domain, pool, config.data.open(config.split))
     model = load_model(run)
     assert isinstance(model.task, Classification)
-    blueprint, share = model.card.blueprint, Share(0, 1, torch.device("cpu"))
+    blueprint, share = model.card.blueprint, DistInfo(0, 1, torch.device("cpu"))
     preprocessing = Preprocessing.of(blueprint)
     features, domains, labels = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, images in across.measured.items():
@@ -64,11 +64,11 @@ def spots(run: Path, overrides: Sequence[str]) -> Spots:
         domains.append(torch.full((len(read),), int(name in across.targets)))
         assert images.labels is not None
         labels.append(images.labels[read])
-    plane, _ = principal_plane(torch.cat(features))
-    return Spots(plane, torch.cat(domains), torch.cat(labels), model.classes)
+    plane, _ = pca_projection(torch.cat(features))
+    return EmbeddingPlot(plane, torch.cat(domains), torch.cat(labels), model.classes)
 
 
-def draw(title: str, panels: Mapping[str, Spots], file: Path) -> None:
+def draw(title: str, panels: Mapping[str, EmbeddingPlot], file: Path) -> None:
     """Saves the picture: a column for each model, coloured by domain above and by class below.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.metrics.interval import interval
-from ssl_pipeline.study.verdict import Condition, Findings, named
+from ssl_pipeline.study.verdict import Condition, StudyTable, named
 
 # Okabe and Ito's colours, told apart by people with any kind of colour vision; marks and dashes say the same in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -14,7 +14,7 @@ _MARKS = "osD^vP"
 _FRESH = "#555555"
 
 
-def draw(findings: Findings, files: Sequence[Path]) -> None:
+def draw(findings: StudyTable, files: Sequence[Path]) -> None:
     """Saves the picture, as each file's ending says."""
     from matplotlib.figure import Figure
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.finetune import FinetuneConfig
@@ -25,7 +25,7 @@ _OWN_PLACE = (
 _OFFICIAL = re.compile(r"(?P<name>[\w./-]+):(?P<weights>.+)")
 
 
-class StudyConfig(Strict):
+class StudyConfig(FrozenModel):
     """What is compared.
 
     Attributes:

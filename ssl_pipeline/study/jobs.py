@@ -15,25 +15,25 @@ from typing import Any
 import torch
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.study.cell import Desk, Reading, Training
+from ssl_pipeline.study.cell import CellRunner, FeatureJob, TrainJob
 
-_desk: list[Desk] = []  # of a worker process
+_desk: list[CellRunner] = []  # of a worker process
 
 
-def settle(asked: int | None, pieces: int) -> int:
+def num_jobs(asked: int | None, pieces: int) -> int:
     """How many processes: what was asked for, or as many as there are GPUs, or cores; never more than pieces of work."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(asked or torch.cuda.device_count() or cores, pieces))
 
 
-def work_off(work: Sequence[Reading | Training], processes: int) -> Iterator[str]:
+def run_jobs(work: Sequence[FeatureJob | TrainJob], processes: int) -> Iterator[str]:
     """Does all of it, and says of each piece what it was as soon as it is done.
 
     Raises:
         ConfigError: a piece of work can't be done, or a process was killed.
     """
     if processes == 1:
-        desk = Desk()
+        desk = CellRunner()
         yield from map(desk.run, work)
         return
     # Spawned: a forked process inherits locks of torch's threads, and can't use CUDA.
@@ -106,7 +106,7 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _run(piece: Reading | Training) -> str:
+def _run(piece: FeatureJob | TrainJob) -> str:
     if not _desk:
-        _desk.append(Desk())
+        _desk.append(CellRunner())
     return _desk[0].run(piece)

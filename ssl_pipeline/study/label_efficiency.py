@@ -20,20 +20,20 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.labels import draw, draw_index
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.finetune import check, starting_point
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.run import Run, open_run, versions, write_json
-from ssl_pipeline.logging.tracker import open_trackers
+from ssl_pipeline.logging.tracker import open_loggers
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.models.weights import is_file_name
-from ssl_pipeline.study.cell import Reading, Training, reads_features
+from ssl_pipeline.study.cell import FeatureJob, TrainJob, reads_features
 from ssl_pipeline.study.figure import draw as draw_figure
 from ssl_pipeline.study.grid import Cell, StudyConfig, cells, changes, digest_of_weights, slug
-from ssl_pipeline.study.jobs import settle, work_off
-from ssl_pipeline.study.verdict import Findings
+from ssl_pipeline.study.jobs import num_jobs, run_jobs
+from ssl_pipeline.study.verdict import StudyTable
 
 SCHEMA = 1
 _FEATURES_FORM = 2  # of the files of features: another number, and those of an older version are taken anew
@@ -73,7 +73,7 @@ def study(config: StudyConfig) -> Path:
         return run.path
 
 
-def _open(grid: dict[str, list[Cell]]) -> tuple[Indexed, Indexed]:
+def _open(grid: dict[str, list[Cell]]) -> tuple[IndexedDataset, IndexedDataset]:
     config = next(iter(grid.values()))[0].config
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
@@ -82,7 +82,7 @@ def _open(grid: dict[str, list[Cell]]) -> tuple[Indexed, Indexed]:
     return pool, held_out
 
 
-def _check(grid: dict[str, list[Cell]], pool: Indexed, held_out: Indexed) -> dict[str, str]:
+def _check(grid: dict[str, list[Cell]], pool: IndexedDataset, held_out: IndexedDataset) -> dict[str, str]:
     """Looks at each initialisation and draw before anything is written; returns those that are left out, and why.
 
     Official weights that can't be had (no network, most likely) are no reason to stop; what a person named wrongly is.
@@ -107,7 +107,7 @@ def _check(grid: dict[str, list[Cell]], pool: Indexed, held_out: Indexed) -> dic
     return left_out
 
 
-def _tell_selection(config: StudyConfig, grid: dict[str, list[Cell]], pool: Indexed) -> None:
+def _tell_selection(config: StudyConfig, grid: dict[str, list[Cell]], pool: IndexedDataset) -> None:
     """What `labels.validation=auto` comes to for each number of labels, in the regime that the summary speaks of."""
     for labels in config.labels:
         cells_of = [cell for of_init in grid.values() for cell in of_init if cell.labels == labels]
@@ -119,7 +119,7 @@ def _tell_selection(config: StudyConfig, grid: dict[str, list[Cell]], pool: Inde
             console().print(f"  {labels} ({cell.regime}): {why}", markup=False)
 
 
-def _facts(of_init: Sequence[Cell], pool: Indexed, held_out: Indexed) -> dict[str, Any]:
+def _facts(of_init: Sequence[Cell], pool: IndexedDataset, held_out: IndexedDataset) -> dict[str, Any]:
     """By an artifact's place, what decides a cell's figures beside its settings."""
     data = [pool.fingerprint(), held_out.fingerprint()]
     places = {str(cell.config.encoder): cell.config for cell in of_init}
@@ -127,10 +127,10 @@ def _facts(of_init: Sequence[Cell], pool: Indexed, held_out: Indexed) -> dict[st
 
 
 def _work(
-    config: StudyConfig, grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path, pool: Indexed
-) -> tuple[list[Reading], list[Training]]:
+    config: StudyConfig, grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path, pool: IndexedDataset
+) -> tuple[list[FeatureJob], list[TrainJob]]:
     """What is to be done; cells that are there are left alone if they were made by the same settings."""
-    wanted, trainings = dict[Path, Reading](), list[Training]()
+    wanted, trainings = dict[Path, FeatureJob](), list[TrainJob]()
     problems = list[str]()
     for name, of_init in grid.items():
         for cell in of_init:
@@ -142,14 +142,14 @@ def _work(
                 problems += _changed(file, own)
             if reads_features(cell.config) and (not done or knn):
                 asked, index = knn and not features.with_suffix(".json").exists(), _drawn(cell, pool)
-                before = wanted.get(features, Reading(cell, index, False, features))
+                before = wanted.get(features, FeatureJob(cell, index, False, features))
                 index = torch.cat([before.index, index]).unique()
-                wanted[features] = Reading(before.cell, index, asked or before.knn, features)
+                wanted[features] = FeatureJob(before.cell, index, asked or before.knn, features)
             if not done:
                 keep = config.models and cell.seed == of_init[0].seed
                 model = folder / "models" / cell.name.rpartition("_")[0] if keep else None
                 cached = features if reads_features(cell.config) else None
-                trainings.append(Training(cell, cached, file, own, model))
+                trainings.append(TrainJob(cell, cached, file, own, model))
     if problems:
         raise ConfigError([
             *problems, f"{str(folder)!r} can only be completed as it was started: undo these, or choose another `output=FOLDER`.",
@@ -174,7 +174,7 @@ def _extent(labels: int | str) -> tuple[int, float]:
     return (1, 100.0 if labels == "all" else float(labels.removesuffix("%")))
 
 
-def _drawn(cell: Cell, pool: Indexed) -> Tensor:
+def _drawn(cell: Cell, pool: IndexedDataset) -> Tensor:
     train, held_out = draw_index(cell.config.labels, cell.config.downstream, pool, cell.seed)
     return train if held_out is None else torch.cat([train, held_out]).sort().values
 
@@ -204,19 +204,19 @@ def _changed(file: Path, own: dict[str, Any]) -> list[str]:
     return [f"{file}: {text}" for text in told[:3]]
 
 
-def _do(work: Sequence[Reading | Training], config: StudyConfig, total: int) -> None:
-    processes = settle(config.jobs, len(work))
+def _do(work: Sequence[FeatureJob | TrainJob], config: StudyConfig, total: int) -> None:
+    processes = num_jobs(config.jobs, len(work))
     before = total - len(work)
-    for place, text in enumerate(work_off(work, processes) if work else (), before + 1):
+    for place, text in enumerate(run_jobs(work, processes) if work else (), before + 1):
         console().print(f"  {place}/{total}  {text}", markup=False, highlight=False)
 
 
 def _tell(
     config: StudyConfig, grid: dict[str, list[Cell]], rows: list[dict[str, Any]], left_out: dict[str, str],
     knn: dict[str, float], folder: Path,
-) -> Findings:  # fmt: skip
+) -> StudyTable:  # fmt: skip
     first = next(iter(grid.values()))[0].config
-    findings = Findings(rows, config, first.downstream.in_percent)
+    findings = StudyTable(rows, config, first.downstream.in_percent)
     unit = " (%)" if findings.in_percent else ""
     print_table(f"{findings.figure}{unit} on {first.split}, {config.seeds} seed(s)", *findings.table())
     notes = list(_shared(config))
@@ -250,12 +250,12 @@ def _tell(
     return findings
 
 
-def _track(config: StudyConfig, findings: Findings, run: Run) -> None:
+def _track(config: StudyConfig, findings: StudyTable, run: Run) -> None:
     """The study as one run of the mirrors: each condition's mean by label count, and the picture; nothing where there are none."""
     tracking = config.tracking
     if tracking.name == "off" and not tracking.mirrors:
         return
-    with open_trackers(run, "study", dump(config), tracking, -1) as trackers:
+    with open_loggers(run, "study", dump(config), tracking, -1) as trackers:
         counts = {labels: findings.count(labels) for labels in findings.labels}
         for labels, count in sorted(counts.items(), key=lambda one: one[1]):
             means = {c: interval(findings.values(c, labels)).mean for c in findings.conditions}

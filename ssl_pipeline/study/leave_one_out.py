@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.logging.progress import console, print_table
@@ -19,7 +19,7 @@ from ssl_pipeline.study.trained import Figures, check_places, checked, heading, 
 Cells = dict[str, dict[str, list[Figures]]]
 
 
-class LeaveOneOutConfig(Strict):
+class LeaveOneOutConfig(FrozenModel):
     """What is compared.
 
     Attributes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Strict, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.domain.open_set import SCORES
@@ -18,7 +18,7 @@ from ssl_pipeline.rng import permutation
 from ssl_pipeline.study.trained import Figures, check_places, checked, heading, trained, verdicts
 
 
-class OpenSetConfig(Strict):
+class OpenSetConfig(FrozenModel):
     """What is compared.
 
     Attributes:

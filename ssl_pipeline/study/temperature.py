@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.resolve import resolve
-from ssl_pipeline.data.lanes import training_batches
-from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.lanes import build_loader
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.stream import known_length, open_training
-from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_figures
@@ -97,11 +97,11 @@ def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
     config = resolve(PretrainConfig, card.config)
     train, blueprint = open_training(config.data), card.blueprint
     views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
-    settled = views_of(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    settled = build_views(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     length = known_length(train)
     count = 256 if length is None else min(256, length)
-    share = Share(0, 1, torch.device("cpu"))
-    batches = training_batches(train, settled, count, config.seed, share, 1, 0, with_labels=False)
+    share = DistInfo(0, 1, torch.device("cpu"))
+    batches = build_loader(train, settled, count, config.seed, share, 1, 0, with_labels=False)
     encoder.eval()
     first, second = (encoder.features(view) for view in next(iter(batches.from_step(0))).views)
     return first, second, train.name
@@ -127,7 +127,7 @@ def main() -> None:
     try:
         path: Any = draw(options.run, output)
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
     console().print(f"wrote {path}")
 
 

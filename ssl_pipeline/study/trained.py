@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.progress import console
@@ -20,7 +20,7 @@ from ssl_pipeline.metrics.interval import LEVEL, Interval, holm
 from ssl_pipeline.study.grid import changes, digest_of_weights, settings_of
 
 Figures = dict[str, float]
-_OPENED: dict[tuple[str, str], tuple[Indexed, Indexed | None]] = {}
+_OPENED: dict[tuple[str, str], tuple[IndexedDataset, IndexedDataset | None]] = {}
 VERDICTS = ("helps", "no gain beyond chance", "hurts", "one seed")
 
 
@@ -74,7 +74,7 @@ def checked(overrides: Sequence[str], with_unknown: bool = False) -> FinetuneCon
     return config
 
 
-def sources_of(config: FinetuneConfig) -> tuple[Indexed, Indexed | None]:
+def sources_of(config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset | None]:
     """The images to learn from and those to measure on; opened once for all rows of a study."""
     key = (config.data.model_dump_json(), config.split)
     if key not in _OPENED:

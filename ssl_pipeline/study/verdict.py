@@ -13,7 +13,7 @@ Row = dict[str, Any]
 Condition = tuple[str, str]  # initialisation and regime
 
 
-class Findings:
+class StudyTable:
     """A study's rows, by condition and label count.
 
     Args:

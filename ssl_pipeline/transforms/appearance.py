@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms import photometry
 from ssl_pipeline.transforms.config import ViewConfig
 from ssl_pipeline.transforms.geometry import cache_parts, erase_, random_boxes, rotate
@@ -25,7 +25,7 @@ Drawn = dict[str, Tensor]
 _SPARED = -1  # in place of an operation's number: the sample is not jittered
 
 
-class Appearance:
+class Augmentation:
     """Gives the crops of one view their final looks.
 
     Args:
@@ -57,7 +57,7 @@ class Appearance:
         self._jitter = [operation for operation in operations if operation[3] > 0 and jitter.probability > 0]
         self._orders = torch.tensor(list(permutations(range(len(self._jitter)))), dtype=torch.int64)
 
-    def __call__(self, crops: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, crops: Tensor, draws: NamedRNG) -> Tensor:
         """Finishes a batch.
 
         Args:
@@ -75,7 +75,7 @@ class Appearance:
                 self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
         return finished
 
-    def _draw(self, draws: Draws, size: int) -> Drawn:
+    def _draw(self, draws: NamedRNG, size: int) -> Drawn:
         """What is to be done to each sample; an operation that the policy never does is not there."""
         config = self._config
         chances = {
@@ -121,12 +121,12 @@ class Appearance:
                 name, operation, _, _ = self._jitter[number]
                 images = _where(place == number, images, operation, drawn[name])
         if "grey" in drawn:
-            images = _where(drawn["grey"], images, photometry.grey)
+            images = _where(drawn["grey"], images, photometry.grayscale)
         if "blur" in drawn:
-            blur = partial(photometry.blur, greatest=float(drawn["blur sigma"].max()))
+            blur = partial(photometry.gaussian_blur, greatest=float(drawn["blur sigma"].max()))
             images = _where(drawn["blur"], images, blur, drawn["blur sigma"])
         if "solarise" in drawn:
-            images = _where(drawn["solarise"], images, photometry.solarise)
+            images = _where(drawn["solarise"], images, photometry.solarize)
         torch.mul(images, self._scale.to(images.device), out=out).add_(self._shift.to(images.device))
         if "erasing" in drawn:
             erase_(out, drawn["erasing"].to(images.device))

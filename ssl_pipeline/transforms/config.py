@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, Strict
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.transforms.geometry import BoxConfig, CropConfig, Share
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
 
 
-class JitterConfig(Strict):
+class JitterConfig(FrozenModel):
     """Colour jitter in a random order (SimCLR, Chen et al. 2020, appendix A).
 
     Attributes:
@@ -31,7 +31,7 @@ class JitterConfig(Strict):
     hue: Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"] = "auto"
 
 
-class BlurConfig(Strict):
+class BlurConfig(FrozenModel):
     """Gaussian blur.
 
     Attributes:
@@ -43,7 +43,7 @@ class BlurConfig(Strict):
     sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.1, 2.0)
 
 
-class RotationConfig(Strict):
+class RotationConfig(FrozenModel):
     """Rotation about the view's centre, after the crop.
 
     Attributes:
@@ -55,7 +55,7 @@ class RotationConfig(Strict):
     degrees: float = Field(90.0, ge=0, le=180)
 
 
-class RestyleConfig(Strict):
+class RestyleConfig(FrozenModel):
     """The Fourier amplitude of another image of the data, with the image's own phase (Xu et al. 2021).
 
     Data of several domains then has views that lie between them. What is lent is the training data's own appearance, so that
@@ -84,7 +84,7 @@ class ErasingConfig(BoxConfig):
     ratio: tuple[float, float] = (0.3, 3.3)
 
 
-class ViewConfig(Strict):
+class ViewConfig(FrozenModel):
     """The policy of one view.
 
     Attributes:

@@ -18,8 +18,8 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import Strict
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.config.base import FrozenModel
+from ssl_pipeline.rng import NamedRNG
 
 _ATTEMPTS = 10
 _SMALL = 48  # pixels up to which matrices are the faster way on a CPU
@@ -28,7 +28,7 @@ _CACHE = 300_000  # values of float32, 1.2 MB: what a core's second cache usuall
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class BoxConfig(Strict):
+class BoxConfig(FrozenModel):
     """Bounds of a random box.
 
     Attributes:
@@ -54,7 +54,9 @@ class CropConfig(BoxConfig):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
 
-def random_boxes(draws: Draws, name: str, heights: Tensor, widths: Tensor, config: BoxConfig) -> tuple[Tensor, Tensor]:
+def random_boxes(
+    draws: NamedRNG, name: str, heights: Tensor, widths: Tensor, config: BoxConfig
+) -> tuple[Tensor, Tensor]:
     """Draws one box a sample.
 
     As torchvision does, up to ten boxes of a random area and shape are tried, and the first that fits is taken. All
@@ -84,7 +86,7 @@ def random_boxes(draws: Draws, name: str, heights: Tensor, widths: Tensor, confi
     return torch.stack([top, left, height, width], 1), fits.any(1)
 
 
-def crop_boxes(draws: Draws, heights: Tensor, widths: Tensor, crop: CropConfig) -> Tensor:
+def crop_boxes(draws: NamedRNG, heights: Tensor, widths: Tensor, crop: CropConfig) -> Tensor:
     """One box to crop a sample; the same function serves both paths.
 
     Where no random box fits it is the largest central one of an allowed shape, as torchvision's.

@@ -26,8 +26,8 @@ def luma(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, 1)
-    grey: Tensor = red * _LUMA[0]
-    return grey.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    grayscale: Tensor = red * _LUMA[0]
+    return grayscale.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -70,17 +70,17 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     return away.mul_(chroma * -6).add_(high.add_(chroma))
 
 
-def grey(images: Tensor) -> Tensor:
+def grayscale(images: Tensor) -> Tensor:
     """The grey image in all channels."""
     return luma(images).repeat(1, images.shape[1], 1, 1)
 
 
-def solarise(images: Tensor) -> Tensor:
+def solarize(images: Tensor) -> Tensor:
     """Inverts the values of 0.5 and more."""
     return torch.minimum(images, 1 - images)
 
 
-def blur(images: Tensor, sigma: Tensor, greatest: float) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor, greatest: float) -> Tensor:
     """Gaussian blur, its kernel cut at five sigmas and renormalised at the border.
 
     A block of rows needs no more than the rows that its kernels reach, so each is a small matrix product.

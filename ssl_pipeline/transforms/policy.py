@@ -14,9 +14,9 @@ from PIL import Image
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import Strict
-from ssl_pipeline.rng import Draws
-from ssl_pipeline.transforms.appearance import Appearance
+from ssl_pipeline.config.base import FrozenModel
+from ssl_pipeline.rng import NamedRNG
+from ssl_pipeline.transforms.appearance import Augmentation
 from ssl_pipeline.transforms.config import (
     BlurConfig,
     ErasingConfig,
@@ -37,7 +37,7 @@ from ssl_pipeline.transforms.geometry import (
 )
 
 
-class ViewChanges(Strict):
+class ViewChanges(FrozenModel):
     """What a view does otherwise than the base policy; what is left out, also inside a group, is the base's.
 
     Attributes:
@@ -67,7 +67,7 @@ class ViewChanges(Strict):
         """A dumped group must not grow the keys that were left out: read again, they would be changes."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {
-            name: value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Strict) else value
+            name: value.model_dump(mode="json", exclude_unset=True) if isinstance(value, FrozenModel) else value
             for name, value in values.items()
         }
 
@@ -76,7 +76,7 @@ class ViewChanges(Strict):
         changes = {name: getattr(self, name) for name in ViewConfig.model_fields if hasattr(self, name)}
         update = {
             name: getattr(base, name).model_copy(update={key: getattr(change, key) for key in change.model_fields_set})
-            if isinstance(change, Strict)
+            if isinstance(change, FrozenModel)
             else change
             for name, change in changes.items()
             if change is not None
@@ -180,10 +180,10 @@ class Views:
     ) -> None:
         self.config, self.seed, self._channels = config, seed, len(mean)
         self._policies = config.each()
-        self._appearances = [Appearance(policy, mean, std, styles) for policy in self._policies]
+        self._appearances = [Augmentation(policy, mean, std, styles) for policy in self._policies]
 
-    def _draws(self, index: Tensor, epoch: int, view: int) -> Draws:
-        return Draws(index, self.seed, "views", epoch, view)
+    def _draws(self, index: Tensor, epoch: int, view: int) -> NamedRNG:
+        return NamedRNG(index, self.seed, "views", epoch, view)
 
     def of_pixels(self, pixels: Tensor, index: Tensor, epoch: int) -> list[Tensor]:
         """The cropped views of equal-sized images, on their device.

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches
-from ssl_pipeline.data.paired import PairedBatches
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing
+from ssl_pipeline.data.paired import PairedLoader
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import Method
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.engine.distributed import on_device, share_of, start_accelerator
+from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, starting_point
@@ -43,7 +43,7 @@ class Side:
     """
 
     task: Method
-    batches: StepBatches
+    batches: IndexedLoader
     optimizer: torch.optim.Optimizer
 
     def seconds(self, device: torch.device) -> float:
@@ -62,7 +62,7 @@ class Side:
 
 def measure(rounds: int) -> dict[str, float]:
     """Medians over the rounds of each method's time ÷ source-only's in the same round."""
-    share = share_of(start_accelerator())
+    share = dist_info(start_accelerator())
     sides = {name: _side(name, share) for name in _METHODS}
     ratios: dict[str, list[float]] = {name: [] for name in _METHODS[1:]}
     for _ in range(rounds):
@@ -73,7 +73,7 @@ def measure(rounds: int) -> dict[str, float]:
     return figures | {"adaptation.worst_step_ratio": max(figures.values())}
 
 
-def _side(name: str, share: Share) -> Side:
+def _side(name: str, share: DistInfo) -> Side:
     config = load(
         "finetune", FinetuneConfig,
         [
@@ -90,21 +90,21 @@ def _side(name: str, share: Share) -> Side:
     blueprint, _ = starting_point(config, pool)
     classifier = config.downstream.build(blueprint.build()[0], len(pool.classes or ()))
     assert isinstance(classifier, Classification)
-    task = on_device(method.build(classifier, target), share)
+    task = move_to_device(method.build(classifier, target), share)
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     ours, theirs = (Views(policy, blueprint.mean, blueprint.std, seed) for seed in (0, 1))
-    batches: StepBatches
+    batches: IndexedLoader
     if method.phases[-1] == "joint":
-        batches = PairedBatches(source, target, ours, theirs, _IMAGES // 2, 0, share, _STEPS + 1)
+        batches = PairedLoader(source, target, ours, theirs, _IMAGES // 2, 0, share, _STEPS + 1)
     else:
         side = target if method.phases[-1] == "target" else source
-        batches = StepBatches(side, ours, _IMAGES, 0, share, _STEPS + 1, with_labels=side is source)
+        batches = IndexedLoader(side, ours, _IMAGES, 0, share, _STEPS + 1, with_labels=side is source)
     preprocessing = Preprocessing.of(blueprint)
     task.prime(lambda forward: extract(task, target, preprocessing, share, forward=forward))
     return Side(task, batches, build_optimizer(config.regime.optim, task, _IMAGES))
 
 
-def _domain(pool: Indexed, number: int) -> Indexed:
+def _domain(pool: IndexedDataset, number: int) -> IndexedDataset:
     assert pool.domains is not None
     return pool.select((pool.domains == number).nonzero()[:, 0])
 

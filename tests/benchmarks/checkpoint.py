@@ -15,15 +15,15 @@ import torch
 from torch.optim import Optimizer
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.benchmarks.command import run
 
 _STEPS, _WARM_UP = 3, 1
@@ -67,13 +67,13 @@ def measure(rounds: int) -> dict[str, float]:
 
 def _task(backbone: str, side: int, batch: int) -> tuple[simclr.SimCLR, Batch]:
     pixels = torch.zeros(batch, 3, 8, 8, dtype=torch.uint8)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(name=backbone), neck=NeckConfig(), channels=3, size=side,
         mean=(0.5,) * 3, std=(0.25,) * 3,
     )  # fmt: skip
-    task = simclr.Config(name="simclr").build(blueprint.build()[0], ArraySource("noise", pixels))
+    task = simclr.Config(name="simclr").build(blueprint.build()[0], ArrayDataset("noise", pixels))
     views = [torch.randn(batch, 3, side, side) for _ in range(2)]
-    return task, Batch(Clock(0, 10, 1), torch.arange(batch), views, None)
+    return task, Batch(TrainProgress(0, 10, 1), torch.arange(batch), views, None)
 
 
 def _step(task: simclr.SimCLR, batch: Batch, optimizer: Optimizer) -> float:

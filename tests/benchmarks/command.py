@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.logging.progress import print_table
 
 
@@ -32,7 +32,7 @@ def run(measure: Callable[[int], dict[str, float]], description: str | None) -> 
     try:
         metrics = measure(options.rounds)
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
     rows = [[name, f"{v:,.3f}" if abs(v) >= 0.001 or v == 0 else f"{v:.1e}"] for name, v in metrics.items()]
     print_table(title, ["metric", "value"], rows)
     if options.json is not None:

@@ -28,13 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssl_pipeline.data import manifest as stored
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.files import Files, pack
-from ssl_pipeline.data.loader import Share, StepBatches, default_workers
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.files import FileTable, pack
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
 from ssl_pipeline.data.manifest import Manifest, place_of
-from ssl_pipeline.data.scan import Wanted, look
+from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources.folder import Config
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
 from ssl_pipeline.transforms.geometry import CropConfig
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
@@ -51,15 +51,15 @@ _LONG_AGO = 10**18  # ns
 
 def measure(rounds: int) -> dict[str, float]:
     """Images a second from files, from the cache and by lightly; seconds and memory of a start with a million files."""
-    share = share_of(start_accelerator())
+    share = dist_info(start_accelerator())
     with tempfile.TemporaryDirectory() as folder:
         return _throughput(Path(folder), share, rounds) | _start(Path(folder))
 
 
-def _throughput(folder: Path, share: Share, rounds: int) -> dict[str, float]:
+def _throughput(folder: Path, share: DistInfo, rounds: int) -> dict[str, float]:
     photos, prepared = folder / "photos", folder / "prepared"
     _make_photos(photos)
-    look(photos.resolve(), place_of(photos.resolve(), prepared), Wanted(cache_side=256))
+    scan_images(photos.resolve(), place_of(photos.resolve(), prepared), Wanted(cache_side=256))
     sides: dict[str, tuple[Callable[[], None], int]] = {
         "lightly": (_lightly(photos, default_workers(share)), _PHOTOS * _EPOCHS_OF_LIGHTLY),
         "files": (_ours(photos, prepared, share, False, _EPOCHS), _PHOTOS * _EPOCHS),
@@ -119,11 +119,11 @@ def _views(size: int) -> Views:
     return Views(config, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), seed=0)
 
 
-def _ours(photos: Path, prepared: Path, share: Share, cache: bool, epochs: int) -> Callable[[], None]:
+def _ours(photos: Path, prepared: Path, share: DistInfo, cache: bool, epochs: int) -> Callable[[], None]:
     source = Config(name="folder", path=str(photos), prepared=str(prepared), cache=cache).open("train")
     assert source is not None
     steps = _PHOTOS // _BATCH * epochs
-    batches = StepBatches(source, _views(_SIZE), _BATCH, 0, share, steps)
+    batches = IndexedLoader(source, _views(_SIZE), _BATCH, 0, share, steps)
 
     def side() -> None:
         for batch in batches.from_step(0):
@@ -177,8 +177,8 @@ def _make_million(root: Path, prepared: Path) -> None:
     rows["checked"] = stored.HEADER
     columns = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in stored.COLUMNS}
     mtimes = torch.full((len(folders),), _LONG_AGO)
-    files = Files(*pack(names), columns)
-    manifest = Manifest(root, files, Files.of(folders), mtimes, ("",), ("", "RGB"), (), time.time_ns(), True)
+    files = FileTable(*pack(names), columns)
+    manifest = Manifest(root, files, FileTable.of(folders), mtimes, ("",), ("", "RGB"), (), time.time_ns(), True)
     stored.save(manifest, place_of(root, prepared))
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -196,11 +196,11 @@ def _age(root: Path, names: list[str]) -> None:
         os.utime(root / name, ns=(_LONG_AGO, _LONG_AGO))
 
 
-def _open_million(root: Path, prepared: Path) -> tuple[FileSource, StepBatches]:
+def _open_million(root: Path, prepared: Path) -> tuple[FileDataset, IndexedLoader]:
     source = Config(name="folder", path=str(root), prepared=str(prepared)).open("train")
     assert source is not None
-    share = Share(0, 1, torch.device("cpu"))
-    return source, StepBatches(source, _views(32), _START_BATCH, 0, share, 1, workers=1, with_labels=True)
+    share = DistInfo(0, 1, torch.device("cpu"))
+    return source, IndexedLoader(source, _views(32), _START_BATCH, 0, share, 1, workers=1, with_labels=True)
 
 
 _CHILD = """

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.two_pass import two_pass
-from ssl_pipeline.losses.info_nce import two_view_info_nce, unit_rows
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.losses.info_nce import normalize_rows, two_view_info_nce
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.benchmarks.command import run
 
 _WIDTH, _TEMPERATURE, _IMAGES = 128, 0.1, 128
@@ -134,8 +134,8 @@ def resident_kib(key: str) -> int:
 
 def _two_pass(rounds: int) -> float:
     """Seconds of a step of the two-pass form ÷ those of the plain step: ResNet-18 at 32 px, 128 images, micro-batches of 32."""
-    source = ArraySource("random images", torch.zeros(_IMAGES, 3, 32, 32, dtype=torch.uint8))
-    blueprint = Blueprint(
+    source = ArrayDataset("random images", torch.zeros(_IMAGES, 3, 32, 32, dtype=torch.uint8))
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(name="resnet18"),
         neck=NeckConfig(),
         channels=3,
@@ -147,7 +147,7 @@ def _two_pass(rounds: int) -> float:
     accelerator = start_accelerator()
     task = task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     views = [torch.randn(_IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    batch = Batch(Clock(0, 1, 1), torch.arange(_IMAGES), [view.to(accelerator.device) for view in views])
+    batch = Batch(TrainProgress(0, 1, 1), torch.arange(_IMAGES), [view.to(accelerator.device) for view in views])
 
     def plain() -> None:
         task(batch).loss.backward()
@@ -168,7 +168,7 @@ def _two_pass(rounds: int) -> float:
 
 def _dense(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """The textbook's form: the whole matrix, and cross-entropy."""
-    rows = unit_rows(torch.cat([first, second]))
+    rows = normalize_rows(torch.cat([first, second]))
     logits = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
     place = torch.arange(len(rows))
     return torch.nn.functional.cross_entropy(logits, (place + len(first)) % len(rows))

@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.numbers import gradient_check
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from tests.benchmarks.command import run
@@ -29,7 +29,7 @@ def measure(rounds: int) -> dict[str, float]:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for name in ("resnet18", "small_resnet"):
-        blueprint = Blueprint(
+        blueprint = EncoderSpec(
             backbone=BackboneConfig(name=name, stem="imagenet"), neck=NeckConfig(), channels=3, size=_SIZE,
             mean=(0.5,) * 3, std=(0.25,) * 3,
         )  # fmt: skip

@@ -20,24 +20,24 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, StepBatches
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.teacher import MomentumConfig
-from ssl_pipeline.pretext._projected import through
+from ssl_pipeline.models.teacher import EMAMomentumConfig
+from ssl_pipeline.pretext._projected import forward_views
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.policy import Views
 from tests.benchmarks.command import run
 
 HIDDEN, WIDTH, QUEUE, PROTOTYPES = 512, 128, 2048, 256
-_MOMENTUM = MomentumConfig(start=0.99)
+_MOMENTUM = EMAMomentumConfig(start=0.99)
 _COMMON = [
     "views.size=28", "views.crop.scale=[0.5,1.0]", "views.jitter.brightness=0.8", "views.jitter.contrast=0.8",
     "views.blur.probability=0.5", "views.blur.sigma=[0.1,1.0]", "backbone.stem=imagenet", "epochs=10", "batch.size=256",
@@ -70,10 +70,10 @@ _OURS: dict[str, list[str]] = {
 def measure(rounds: int) -> dict[str, float]:
     """Mean kNN accuracies in per cent, and the differences ours − lightly's in points."""
     accelerator = start_accelerator()
-    share = share_of(accelerator)
+    share = dist_info(accelerator)
     figures: dict[str, float] = {}
 
-    def knn(name: str, seed: int, build: Callable[[Encoder, Indexed], Task] | None) -> float:
+    def knn(name: str, seed: int, build: Callable[[Encoder, IndexedDataset], Task] | None) -> float:
         """On `dev`, after a short pretraining of a task: ours, or what ``build`` makes of lightly's parts."""
         config = load(
             "pretrain",
@@ -85,7 +85,7 @@ def measure(rounds: int) -> dict[str, float]:
         assert train.mean is not None
         assert train.std is not None
         torch.manual_seed(derive_seed(seed, "initialisation"))
-        blueprint = Blueprint(
+        blueprint = EncoderSpec(
             backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size,
             mean=train.mean, std=train.std,
         )  # fmt: skip
@@ -93,7 +93,7 @@ def measure(rounds: int) -> dict[str, float]:
         task = (build or config.pretext.build)(encoder, train)
         task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         views = Views(config.views.for_channels(train.channels)[0], train.mean, train.std, seed)
-        batches = StepBatches(train, views, config.batch.size, seed, share, config.total_steps(len(train)))
+        batches = IndexedLoader(train, views, config.batch.size, seed, share, config.total_steps(len(train)))
         fit(task, batches, config.optim, build_optimizer(config.optim, task, config.batch.size), accelerator)
         accelerator.free_memory()
         preprocessing = Preprocessing(config.views.size, train.mean, train.std)
@@ -124,7 +124,7 @@ class _TwoViews(Task):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Both views as one batch."""
-        first, second = through(self.project, batch.views)
+        first, second = forward_views(self.project, batch.views)
         return {"first": first, "second": second}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
@@ -165,9 +165,9 @@ class _BYOL(_TwoViews):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Predictions and targets of both views."""
-        predictions = through(lambda images: self.predictor(self.project(images)), batch.views)
+        predictions = forward_views(lambda images: self.predictor(self.project(images)), batch.views)
         with torch.no_grad():
-            targets = through(lambda images: self.slow_head(self.slow_encoder.features(images)), batch.views)
+            targets = forward_views(lambda images: self.slow_head(self.slow_encoder.features(images)), batch.views)
         return {"first": torch.cat(predictions), "second": torch.cat(targets[::-1])}
 
     def after_step(self, batch: Batch) -> None:
@@ -185,7 +185,7 @@ class _SimSiam(_TwoViews):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Predictions, and the other views' projections without gradients."""
-        projections = through(self.project, batch.views)
+        projections = forward_views(self.project, batch.views)
         return {"first": self.predictor(torch.cat(projections)), "second": torch.cat(projections[::-1]).detach()}
 
 
@@ -232,9 +232,9 @@ class _DINO(_TwoViews):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Answers and targets of both views."""
-        answers = through(self.project, batch.views)
+        answers = forward_views(self.project, batch.views)
         with torch.no_grad():
-            targets = through(lambda images: self.slow_head(self.slow_encoder.features(images)), batch.views)
+            targets = forward_views(lambda images: self.slow_head(self.slow_encoder.features(images)), batch.views)
         return {"answer 0": answers[0], "answer 1": answers[1], "target 0": targets[0], "target 1": targets[1]}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:

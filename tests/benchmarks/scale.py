@@ -29,15 +29,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.benchmarks.command import run
 from tests.benchmarks.loss import resident_kib
 
@@ -149,15 +149,15 @@ def _work(out: Path, rounds: int) -> None:
 
 def _task(images: int, width: int) -> tuple[Task, Batch]:
     generator = torch.Generator().manual_seed(0)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(name="small_resnet", width=width), neck=NeckConfig(), channels=3, size=_SIZE,
         mean=(0.5,) * 3, std=(0.25,) * 3,
     )  # fmt: skip
-    source = ArraySource("none", torch.zeros(2, 3, _SIZE, _SIZE, dtype=torch.uint8))
+    source = ArrayDataset("none", torch.zeros(2, 3, _SIZE, _SIZE, dtype=torch.uint8))
     torch.manual_seed(0)
     task = simclr.Config(name="simclr", hidden_width=512, projection_width=_WIDTH).build(blueprint.build()[0], source)
     views = [torch.randn(images, 3, _SIZE, _SIZE, generator=generator) for _ in range(2)]
-    return task, Batch(Clock(0, 10, 10), torch.arange(images), views)
+    return task, Batch(TrainProgress(0, 10, 10), torch.arange(images), views)
 
 
 def _counted(bucket: Any, counts: Counter[str]) -> torch.futures.Future[Tensor]:

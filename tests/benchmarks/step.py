@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_pipeline.data.loader import Share, StepBatches
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLog
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -67,16 +67,16 @@ class Setting:
     batch: int
     steps: int
 
-    def source(self) -> ArraySource:
+    def source(self) -> ArrayDataset:
         """Random colour images, as many as the steps take."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch * self.steps, 3, _SIZE, _SIZE)
-        return ArraySource("random images", torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+        return ArrayDataset("random images", torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
 
     def encoder(self) -> Encoder:
         """A fresh one."""
         mean, std = _NEUTRAL
-        blueprint = Blueprint(backbone=self.backbone, neck=NeckConfig(), channels=3, size=_SIZE, mean=mean, std=std)
+        blueprint = EncoderSpec(backbone=self.backbone, neck=NeckConfig(), channels=3, size=_SIZE, mean=mean, std=std)
         return blueprint.build()[0]
 
 
@@ -105,9 +105,9 @@ def measure(rounds: int) -> dict[str, float]:
 
 def _compare(setting: Setting, rounds: int, accelerator: Accelerator) -> dict[str, float]:
     """Medians over the rounds: of the rates, and of the ratios within a round."""
-    share, source = share_of(accelerator), setting.source()
+    share, source = dist_info(accelerator), setting.source()
     views = Views(_VIEWS.for_channels(3)[0], *_NEUTRAL, seed=0)
-    batches = StepBatches(source, views, setting.batch, 0, share, setting.steps)
+    batches = IndexedLoader(source, views, setting.batch, 0, share, setting.steps)
     task = simclr.Config(name="simclr").build(setting.encoder(), source)
     task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     theirs = _LightlyLoop(setting, source, share)
@@ -123,7 +123,7 @@ def _compare(setting: Setting, rounds: int, accelerator: Accelerator) -> dict[st
     return figures
 
 
-def _model_only(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
+def _model_only(task: simclr.SimCLR, batches: IndexedLoader, accelerator: Accelerator) -> float:
     batch = next(iter(batches.from_step(0)))
     optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     task.train()
@@ -137,10 +137,10 @@ def _model_only(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelera
     return batches.total_steps * batches.batch_size / (now(accelerator.device) - began)
 
 
-def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Accelerator) -> float:
+def _pretraining(task: simclr.SimCLR, batches: IndexedLoader, accelerator: Accelerator) -> float:
     optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        log = JsonlLog(Path(folder) / FILE_NAME)
+        log = JsonlLogger(Path(folder) / FILE_NAME)
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         began = now(accelerator.device)
         fit(task, batches, _OPTIM, optimizer, accelerator, checkpoints, listeners=(log.log,), log_every=10)
@@ -153,7 +153,7 @@ def _pretraining(task: simclr.SimCLR, batches: StepBatches, accelerator: Acceler
 class _Pictures(Dataset[list[Tensor]]):
     """The source's images through lightly's transform; as many more of them as wait before the clock starts."""
 
-    def __init__(self, source: ArraySource, more: int) -> None:
+    def __init__(self, source: ArrayDataset, more: int) -> None:
         self._pictures: list[Image.Image] = [source.open_image(i) for i in range(len(source))]
         self._more, self._transform = more, SimCLRTransform(input_size=_SIZE)
 
@@ -168,7 +168,7 @@ class _Pictures(Dataset[list[Tensor]]):
 class _LightlyLoop:
     """lightly's SimCLR example."""
 
-    def __init__(self, setting: Setting, source: ArraySource, share: Share) -> None:
+    def __init__(self, setting: Setting, source: ArrayDataset, share: DistInfo) -> None:
         self._setting, self._device = setting, share.device
         self._encoder = setting.encoder().to(share.device)
         head = simclr.Config(name="simclr")

@@ -20,17 +20,17 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.lanes import training_batches
+from ssl_pipeline.data.lanes import build_loader
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.logging.run import open_run
-from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.transforms.policy import Views
 from tests.benchmarks.command import run
@@ -77,7 +77,7 @@ def measure(rounds: int) -> dict[str, float]:
     told = statistics.median(cost.told for cost in found["on"]) / _STEPS
     views, evaluation = _pictures(config, rounds)
     steps = config.total_steps(len(_train(config)))
-    # Views and the evaluations at the start and the end are drawn always, the others within 0.5 % of the time (`Gallery`).
+    # Views and the evaluations at the start and the end are drawn always, the others within 0.5 % of the time (`ImageLogger`).
     drawn = 100 * (views + 2 * evaluation) / (steps * off) + 0.5
     return {
         "tracking.step_off_ms": 1000 * off,
@@ -93,26 +93,26 @@ def measure(rounds: int) -> dict[str, float]:
     }
 
 
-def _train(config: PretrainConfig) -> Indexed:
+def _train(config: PretrainConfig) -> IndexedDataset:
     train = config.data.open("train")
-    assert isinstance(train, Indexed)
+    assert isinstance(train, IndexedDataset)
     return train
 
 
-def _blueprint(config: PretrainConfig, train: Indexed) -> Blueprint:
+def _blueprint(config: PretrainConfig, train: IndexedDataset) -> EncoderSpec:
     mean, std = train.mean or (0.5,) * train.channels, train.std or (0.25,) * train.channels
-    return Blueprint(
+    return EncoderSpec(
         backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
     )
 
 
 @contextmanager
-def _trackers(tracking: TrackingConfig) -> Iterator[tuple[Trackers, list[float]]]:
+def _trackers(tracking: TrackingConfig) -> Iterator[tuple[LoggerCollection, list[float]]]:
     """The trackers of a run that is thrown away, and a list that gets the seconds of their start and end."""
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder, open_run(str(Path(folder) / "run"), "bench", "no", {}) as run:
         began = time.perf_counter()
-        trackers = open_trackers(run, "pretrain", {}, tracking, 0)
+        trackers = open_loggers(run, "pretrain", {}, tracking, 0)
         seconds.append(time.perf_counter() - began)
         yield trackers, seconds
         began = time.perf_counter()
@@ -122,11 +122,11 @@ def _trackers(tracking: TrackingConfig) -> Iterator[tuple[Trackers, list[float]]
 
 def _steps(config: PretrainConfig, tracking: TrackingConfig, accelerator: Accelerator, steps: int) -> Cost:
     """Some steps of the quickstart's stage one, without its evaluations."""
-    train, share = _train(config), share_of(accelerator)
+    train, share = _train(config), dist_info(accelerator)
     blueprint = _blueprint(config, train)
     views = Views(config.views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     task = config.pretext.build(blueprint.build()[0], train).to(share.device)
-    batches = training_batches(train, views, config.batch.size, config.seed, share, steps, config.workers)
+    batches = build_loader(train, views, config.batch.size, config.seed, share, steps, config.workers)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
     told = 0.0
     with _trackers(tracking) as (trackers, seconds):
@@ -149,7 +149,7 @@ def _steps(config: PretrainConfig, tracking: TrackingConfig, accelerator: Accele
 
 def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
     """Seconds to draw and save the views, and what belongs to an evaluation: medians."""
-    train, dev, share = _train(config), config.data.open("dev"), share_of(start_accelerator())
+    train, dev, share = _train(config), config.data.open("dev"), dist_info(start_accelerator())
     blueprint = _blueprint(config, train)
     views = Views(config.views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     look = OnlineEvaluation(train, dev, views, Preprocessing(config.views.size, blueprint.mean, blueprint.std), share)
@@ -157,7 +157,7 @@ def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
     found: list[tuple[float, float]] = []
     with _trackers(_SIDES["on"]) as (trackers, _):
         time.sleep(_IMPORTS)
-        gallery = Gallery(trackers)
+        gallery = ImageLogger(trackers)
         for step in range(rounds + 1):
             began = time.perf_counter()
             gallery.views(step, train, config.views, config.seed)

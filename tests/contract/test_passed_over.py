@@ -19,8 +19,8 @@ from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.numbers import NonFiniteConfig, NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import StepOutput, Task
-from ssl_pipeline.engine.training import Training
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.engine.training import TrainState
+from ssl_pipeline.schedules import TrainProgress
 from tests.tasks import tiny_batch, tiny_task
 from tests.unit.test_adaptation import prime, tiny_batches, tiny_method
 from tests.unit.test_consistency import step_of
@@ -73,7 +73,7 @@ def dense_case(name: str) -> Case:
         task = detection.Config(name="detection", **words).build(encoder(), 2)
         box = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([1])}
         target = [box] * 4
-    clocks = [Clock(step, 10, 1) for step in range(3)]
+    clocks = [TrainProgress(step, 10, 1) for step in range(3)]
     return task, [Batch(clock, torch.arange(4), [torch.randn(4, 3, 32, 32)], target=target) for clock in clocks]
 
 
@@ -83,7 +83,7 @@ def vector_case(name: str) -> Case:
         return consistency, [step_of(consistency, 2, step, seed=step) for step in range(3)]
     task: Task = {"regression": regression, "multi_label": multi_label}[name].Config(name=name).build(encoder(), 2)
     target = torch.randint(0, 2, (6, 2)).float()
-    clocks = [Clock(step, 10, 1) for step in range(3)]
+    clocks = [TrainProgress(step, 10, 1) for step in range(3)]
     return task, [Batch(clock, torch.arange(6), [torch.randn(6, 3, 16, 16)], target=target) for clock in clocks]
 
 
@@ -134,11 +134,11 @@ def with_broken_gradient(task: Task, at: int) -> None:
 
 def training_of(
     task: Task, action: Literal["skip", "stop"], micro: int | None, checkpoints: Checkpoints | None = None
-) -> tuple[Training, torch.optim.Optimizer]:
+) -> tuple[TrainState, torch.optim.Optimizer]:
     optim = OptimConfig(name="adamw", lr=0.01, scaling="none", clip=1.0, nonfinite=NonFiniteConfig(action=action))
     optimizer = build_optimizer(optim, task, 8)
     steps: Any = Steps()
-    return Training(task, steps, optim, optimizer, start_accelerator(), checkpoints, micro, None), optimizer
+    return TrainState(task, steps, optim, optimizer, start_accelerator(), checkpoints, micro, None), optimizer
 
 
 def check_passes_over(case: Case, micro: int | None, view: int | None) -> None:
@@ -180,7 +180,7 @@ def test_a_step_that_the_gradient_scaler_passes_over_moves_nothing() -> None:
     optimizer = build_optimizer(OptimConfig(lr=0.01), task, 8)
     accelerator, steps = start_accelerator(), Steps()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the gradient overflows
-    training = Training(task, steps, OptimConfig(lr=0.01), optimizer, accelerator, None, None, None)  # type: ignore[arg-type]
+    training = TrainState(task, steps, OptimConfig(lr=0.01), optimizer, accelerator, None, None, None)  # type: ignore[arg-type]
     before = everything(task, optimizer)
     training.step(first)
     assert training.skipped_by_scaler == 1

@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
+from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.sources.torchvision import DATASETS
 from ssl_pipeline.data.sources.torchvision import Config as Torchvision
@@ -39,10 +39,10 @@ class StandIn(SourceConfig):
     name: str = "stand_in"
     side: int
 
-    def open(self, split: Split) -> ArraySource:
+    def open(self, split: Split) -> ArrayDataset:
         count, generator = {"train": 8, "dev": 2, "test": 2}[split], torch.Generator().manual_seed(len(split))
         pixels = torch.randint(0, 256, (count, 3, self.side, self.side), generator=generator, dtype=torch.uint8)
-        return ArraySource("stand-in", pixels, torch.arange(count) % 2, ("a", "b"), mean=(0.5,) * 3, std=(0.3,) * 3)
+        return ArrayDataset("stand-in", pixels, torch.arange(count) % 2, ("a", "b"), mean=(0.5,) * 3, std=(0.3,) * 3)
 
 
 @pytest.fixture(scope="module")

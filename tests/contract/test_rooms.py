@@ -14,14 +14,14 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.config.resolve import names, resolve
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArraySource, Split
+from ssl_pipeline.data.source import ArrayDataset, Split
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.study.grid import StudyConfig, cells
 from tests.runs import small_pretext
 
@@ -45,13 +45,13 @@ def task_of(name: str) -> tuple[Task, Batch]:
     assert isinstance(config, PretextConfig)
     pixels = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
     labels = torch.arange(8) % 2
-    source = ArraySource("random", pixels, labels, ("a", "b"))
-    blueprint = Blueprint(
+    source = ArrayDataset("random", pixels, labels, ("a", "b"))
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
     )
     task = config.build(blueprint.build()[0], source)
     views = [torch.randn(8, 1, 12, 12) for _ in range(config.views_needed or 2)]
-    return task, Batch(Clock(0, 10, 1), torch.arange(8), views, labels if task.reads_labels else None)
+    return task, Batch(TrainProgress(0, 10, 1), torch.arange(8), views, labels if task.reads_labels else None)
 
 
 @pytest.mark.parametrize("name", names("pretext"))

@@ -12,15 +12,15 @@ import torch
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import StepBatches
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
-from ssl_pipeline.engine.lost import leaving_together
+from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
@@ -39,7 +39,7 @@ WORDS = [
 ]
 
 
-class Watched(StepBatches):
+class Watched(IndexedLoader):
     """Batches of a dtype, whose samples are noted."""
 
     dtype = torch.float32
@@ -53,8 +53,8 @@ class Watched(StepBatches):
             yield batch
 
 
-def build(config: PretrainConfig, source: ArraySource) -> Task:
-    blueprint = Blueprint(
+def build(config: PretrainConfig, source: ArrayDataset) -> Task:
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.0,), std=(1.0,)
     )
     torch.manual_seed(0)
@@ -67,10 +67,10 @@ def build(config: PretrainConfig, source: ArraySource) -> Task:
 def train(folder: Path, dtype: torch.dtype) -> None:
     """From the folder's last checkpoint, or the start, to the end; a checkpoint and the samples of every step are left."""
     accelerator = start_accelerator()
-    share = share_of(accelerator)
+    share = dist_info(accelerator)
     config = load("pretrain", PretrainConfig, WORDS)
     pixels = torch.randint(0, 256, (SAMPLES, 1, 14, 14), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    source = ArraySource("random", pixels, torch.arange(SAMPLES) % 2, ("a", "b"))
+    source = ArrayDataset("random", pixels, torch.arange(SAMPLES) % 2, ("a", "b"))
     views, _ = config.views.for_channels(1)
     batches = Watched(source, Views(views, (0.0,), (1.0,), 0), BATCH, 0, share, STEPS)
     batches.dtype = dtype
@@ -105,5 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with leaving_together():
+    with clean_distributed_exit():
         main()

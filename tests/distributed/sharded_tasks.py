@@ -15,18 +15,18 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ssl_pipeline.data.loader import StepBatches
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.distributed import share_of, start_accelerator
+from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import is_sharded
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.distributed.every_task import OPTIONS, distance
 from tests.tasks import tiny_config
@@ -38,14 +38,14 @@ GENTLE = OptimConfig(
 FIXED_TEMPERATURE = {name: options for name, options in OPTIONS.items() if name != "simclr"}
 
 
-def source() -> ArraySource:
+def source() -> ArrayDataset:
     pixels = torch.randint(0, 256, (SAMPLES, 1, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return ArraySource("random", pixels, torch.arange(SAMPLES) % 3, ("a", "b", "c"))
+    return ArrayDataset("random", pixels, torch.arange(SAMPLES) % 3, ("a", "b", "c"))
 
 
-def task_of(name: str) -> tuple[Task, StepBatches]:
+def task_of(name: str) -> tuple[Task, IndexedLoader]:
     config = tiny_config(name, FIXED_TEMPERATURE.get(name, ()))
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(name="timm/test_vit"), neck=NeckConfig(), channels=1, size=SIZE, mean=(0.5,), std=(0.2,)
     )
     images = source()
@@ -57,8 +57,8 @@ def task_of(name: str) -> tuple[Task, StepBatches]:
         task.prime(lambda forward: forward(pixels))
     policy = ViewsConfig(size=SIZE, count=config.views_needed or 2).for_channels(1)[0]
     views = Views(policy, (0.5,), (0.2,), seed=0)
-    share = share_of(start_accelerator())
-    return task, StepBatches(images, views, 8, 0, share, STEPS, workers=0, with_labels=task.reads_labels)
+    share = dist_info(start_accelerator())
+    return task, IndexedLoader(images, views, 8, 0, share, STEPS, workers=0, with_labels=task.reads_labels)
 
 
 def trained(
@@ -71,7 +71,7 @@ def trained(
     def note(done: int, figures: Any) -> None:
         losses.append(torch.tensor(figures["train/loss"]))
 
-    def evaluate(clock: Clock) -> dict[str, float]:
+    def evaluate(clock: TrainProgress) -> dict[str, float]:
         return {"sum": float(sum(value.double().sum() for value in task.state_dict().values()))}
 
     optimizer = build_optimizer(optim, task, 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.finetune import FinetuneConfig
 from tests.distributed.test_processes import TWO
@@ -41,6 +41,6 @@ def test_training_runs_and_each_image_is_measured_once(
     assert held_out is not None
     blueprint = model.card.blueprint
     preprocessing = Preprocessing(blueprint.size, blueprint.mean, blueprint.std)
-    alone = model.task.evaluate(held_out, preprocessing, Share(0, 1, torch.device("cpu")))
+    alone = model.task.evaluate(held_out, preprocessing, DistInfo(0, 1, torch.device("cpu")))
     assert alone == pytest.approx(found, abs=1e-6)
     assert len(held_out) % 2 == 1  # an image too many would show

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import main
@@ -27,7 +27,7 @@ def after_step(self: SimCLR, batch: object) -> None:
 
 
 def slowly(
-    source: Indexed, preprocessing: Preprocessing, device: torch.device, index: torch.Tensor
+    source: IndexedDataset, preprocessing: Preprocessing, device: torch.device, index: torch.Tensor
 ) -> Iterator[torch.Tensor]:
     """A hundred parts of a second each in process 1, where a signal comes with the first."""
     if not trained or os.environ["RANK"] == "0":

@@ -9,8 +9,8 @@ import torch
 
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
@@ -52,10 +52,10 @@ def test_what_two_processes_and_two_starts_meet_counts_once(tmp_path: Path) -> N
     bad = one_in_ten(tmp_path, 20)
     assert len(bad) == 2
 
-    def batches(rank: int) -> StepBatches:
+    def batches(rank: int) -> IndexedLoader:
         names = sorted(path.name for path in tmp_path.glob("*.jpg"))
-        source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("2"), 20))
-        return StepBatches(source, views(8), 4, 0, Share(rank, 2, torch.device("cpu")), 40, 0)
+        source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("2"), 20))
+        return IndexedLoader(source, views(8), 4, 0, DistInfo(rank, 2, torch.device("cpu")), 40, 0)
 
     both = [batches(rank) for rank in range(2)]
     for one in both:

@@ -119,7 +119,7 @@ def test_a_notebook_gets_a_keyboard_interrupt_and_goes_on_to_the_same_bits(
     assert isinstance(stop.value, StoppedByHand)
     assert stop.value.folder == tmp_path / "parts"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signals.received() == 0
+    assert signals.pending_signal() == 0
     monkeypatch.undo()
     parts = pretrain(tiny_pretrain(tmp_path / "parts", "steps=6", "resume=auto"))
     whole = pretrain(tiny_pretrain(tmp_path / "whole", "steps=6"))
@@ -127,7 +127,7 @@ def test_a_notebook_gets_a_keyboard_interrupt_and_goes_on_to_the_same_bits(
 
 
 def test_stage_two_is_saved_in_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, after, steps = artifact(tmp_path / "enc", 0), signals.received, iter(range(1, 10))
+    encoder, after, steps = artifact(tmp_path / "enc", 0), signals.pending_signal, iter(range(1, 10))
 
     def at_step_three() -> int:
         if next(steps) == 3:
@@ -165,10 +165,10 @@ def test_a_second_one_leaves_a_command_at_once_and_a_notebook_by_an_exception(
     monkeypatch.setattr(os, "_exit", left.append)
     before = {number: signal.getsignal(number) for number in (*signals.HEARD, signal.SIGINT)}
     try:
-        signals.listen()
+        signals.install_signal_handlers()
         with signals.looping():
             os.kill(os.getpid(), signal.SIGINT)
-            assert (signals.received(), left) == (signal.SIGINT, [])
+            assert (signals.pending_signal(), left) == (signal.SIGINT, [])
             monkeypatch.setenv("LOCAL_RANK", "0")  # a launcher passes a terminal's signal on
             os.kill(os.getpid(), signal.SIGINT)
             assert left == []
@@ -176,7 +176,7 @@ def test_a_second_one_leaves_a_command_at_once_and_a_notebook_by_an_exception(
             os.kill(os.getpid(), signal.SIGINT)
             assert left == [130]
     finally:
-        signals.forget()
+        signals.reset_signals()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -15,7 +15,7 @@ from timm.layers.evo_norm import EvoNorm2dB0
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.numbers import NonFiniteError, Statistics, gradient_check
+from ssl_pipeline.engine.numbers import BatchNormSnapshot, NonFiniteError, gradient_check
 from ssl_pipeline.engine.task import StepOutput
 from ssl_pipeline.evaluation.alerts import LossSpikes
 from ssl_pipeline.finetune import finetune
@@ -201,7 +201,7 @@ def test_the_check_is_finite_just_when_every_gradient_is(
 
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d(4), EvoNorm2dB0(4)], ids=["BatchNorm", "EvoNorm"])
 def test_statistics_are_kept_and_restored(norm: torch.nn.Module) -> None:
-    statistics = Statistics(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm))
+    statistics = BatchNormSnapshot(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm))
     norm(torch.randn(4, 4, 3, 3))
     statistics.keep()
     before = {name: value.clone() for name, value in norm.named_buffers()}

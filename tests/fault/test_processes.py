@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.engine.group import waits_in_torch
 from ssl_pipeline.engine.lost import LostProcessError, explain
 from ssl_pipeline.evaluation.online import OnlineEvaluation
@@ -110,16 +110,16 @@ def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opens, opened = FileSource.open_reduced, []
+    opens, opened = FileDataset.open_reduced, []
 
-    def hangs(self: FileSource, index: int, factor: int) -> Image.Image:
+    def hangs(self: FileDataset, index: int, factor: int) -> Image.Image:
         if get_worker_info() is not None:
             opened.append(index)
         if len(opened) > 30:
             time.sleep(1000)  # a file server that has gone
         return opens(self, index, factor)
 
-    monkeypatch.setattr(FileSource, "open_reduced", hangs)
+    monkeypatch.setattr(FileDataset, "open_reduced", hangs)
     monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "4")
     began = time.monotonic()
     with pytest.raises(LostProcessError, match="has given nothing for 2 s") as lost:

@@ -12,7 +12,7 @@ import torch
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
-from ssl_pipeline.data.loader import StepBatches
+from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
@@ -152,9 +152,9 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
     def config(*more: str) -> PretrainConfig:
         return load("pretrain", PretrainConfig, [*tiny, "epochs=2", f"output={tmp_path / 'run'}", *more])
 
-    given, samples = dict[int, list[int]](), StepBatches.samples
+    given, samples = dict[int, list[int]](), IndexedLoader.samples
 
-    def noted(self: StepBatches, step: int) -> torch.Tensor:
+    def noted(self: IndexedLoader, step: int) -> torch.Tensor:
         found = samples(self, step)
         given.setdefault(self.clock(step).epoch, []).extend(found.tolist())
         return found
@@ -165,7 +165,7 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
         save(self, done, state)
         raise StoppedError
 
-    monkeypatch.setattr(StepBatches, "samples", noted)
+    monkeypatch.setattr(IndexedLoader, "samples", noted)
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", save_and_stop)
         with pytest.raises(StoppedError):

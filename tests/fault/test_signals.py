@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.command import EXIT_CODES, leave
+from ssl_pipeline.config.command import EXIT_CODES, exit_with_error
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine import signals
 from ssl_pipeline.engine.launcher import command_line
@@ -32,9 +32,9 @@ OF_TIME = ("time", "system/images_per_s", "system/data_wait")
 @pytest.fixture
 def listening() -> Iterator[None]:
     before = [signal.getsignal(number) for number in signals.HEARD]
-    signals.listen()
+    signals.install_signal_handlers()
     yield
-    signals.forget()
+    signals.reset_signals()
     for number, handler in zip(signals.HEARD, before, strict=True):
         signal.signal(number, handler)
 
@@ -61,7 +61,7 @@ def test_a_signalled_run_is_saved_and_continues_to_the_same_bits(
     assert (tmp_path / "parts" / "requeue").is_file()
     assert (tmp_path / "parts" / "checkpoints" / "step-000000004.pt").is_file()
     monkeypatch.undo()
-    signals.forget()
+    signals.reset_signals()
     parts = pretrain(tiny_pretrain(tmp_path / "parts", "steps=8", "resume=auto"))
     assert not (parts / "requeue").exists()
     whole = pretrain(tiny_pretrain(tmp_path / "whole", "steps=8"))
@@ -115,7 +115,7 @@ def test_an_evaluation_that_lasts_is_cut_short_and_made_up_for(
         pretrain(tiny_pretrain(tmp_path / "parts", *words))
     assert [line["step"] for line in read_metrics(tmp_path / "parts")] == list(range(0, step, 4))
     monkeypatch.undo()
-    signals.forget()
+    signals.reset_signals()
     parts = pretrain(tiny_pretrain(tmp_path / "parts", *words, "resume=auto"))
     assert same_bytes(whole, parts, ["encoder.safetensors", "best/encoder.safetensors"])
     lines = [
@@ -149,7 +149,7 @@ def test_a_second_signal_leaves_at_once_but_an_echo_does_not(listening: None, mo
     monkeypatch.setattr(os, "_exit", left.append)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert (signals.received(), left) == (signal.SIGTERM, [])
+    assert (signals.pending_signal(), left) == (signal.SIGTERM, [])
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -175,7 +175,7 @@ def test_exit_codes_reach_the_launcher_by_a_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     for error in (ConfigError("a"), StoppedError(signal.SIGTERM, 1, 2, saved=True)):
         with pytest.raises(SystemExit):
-            leave(error)
+            exit_with_error(error)
     assert (tmp_path / "codes").read_text().split() == ["2", "75"]
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.features import extract
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 4, 4).contiguous()
-    source = ArraySource("numbers", pixels, torch.arange(10) % 2, ("a", "b"))
-    share = Share(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    source = ArrayDataset("numbers", pixels, torch.arange(10) % 2, ("a", "b"))
+    share = DistInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     preprocessing = Preprocessing(4, (0.0,), (1 / 255,))
     for wanted in (torch.arange(10), torch.tensor([7, 2, 9, 0]), torch.tensor([5])):
         found = extract(

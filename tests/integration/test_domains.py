@@ -14,8 +14,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.source import ArraySource, Indexed, Split
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM
@@ -26,7 +26,7 @@ from ssl_pipeline.downstream.regime import Best
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.runs import ROOT, tiny_pretrain
 
 TINY = [
@@ -39,10 +39,10 @@ def tiny(output: Path, *overrides: str) -> Result:
     return finetune(load("finetune", FinetuneConfig, [*TINY, f"output={output}", *overrides]))
 
 
-def few(labels: bool = True, domains: bool = True) -> ArraySource:
+def few(labels: bool = True, domains: bool = True) -> ArrayDataset:
     """Twelve images of three classes in two domains."""
     pixels = torch.randint(0, 256, (12, 1, 12, 12), dtype=torch.uint8)
-    source = ArraySource("few", pixels, domains=torch.arange(12) // 6 if domains else None)
+    source = ArrayDataset("few", pixels, domains=torch.arange(12) // 6 if domains else None)
     if domains:
         source.domain_names = ("photo", "sketch", "painting")
     if labels:
@@ -61,7 +61,7 @@ def test_hidden_labels_of_the_target_change_no_weight(
     tiny(tmp_path / "as it is", f"domain={name}")
     opened = Config.open
 
-    def permuted(self: Config, split: Split) -> ArraySource:
+    def permuted(self: Config, split: Split) -> ArrayDataset:
         source = opened(self, split)
         if split == "train":
             assert source.domains is not None
@@ -164,7 +164,7 @@ def test_labels_choose_the_step_of_generalization_alone(
 ) -> None:
     looked, evaluate = list[int](), Best.evaluate
 
-    def counted(self: Best, clock: Clock) -> Mapping[str, float]:
+    def counted(self: Best, clock: TrainProgress) -> Mapping[str, float]:
         looked.append(clock.step)
         return evaluate(self, clock)
 
@@ -206,13 +206,13 @@ def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_fi
     if in_files:
         for number in range(12):
             pool.open_image(number).save(tmp_path / f"{number:02}.png")
-        files = FileSource("few", tmp_path, [f"{number:02}.png" for number in range(12)], 1, pool.labels, pool.classes)
+        files = FileDataset("few", tmp_path, [f"{number:02}.png" for number in range(12)], 1, pool.labels, pool.classes)
         files.domains, files.domain_names = pool.domains, pool.domain_names
-    images: Indexed = files if in_files else pool
+    images: IndexedDataset = files if in_files else pool
     plain = split_domains(method(), images, images).target
     across = split_domains(method(control=control), images, images)
 
-    def values(source: Indexed, number: int) -> Tensor:
+    def values(source: IndexedDataset, number: int) -> Tensor:
         found: Tensor = pil_to_tensor(source.open_image(number))
         return found
 

@@ -18,12 +18,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.evaluation.encoder import leading_words
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.export import embed, neighbours
 from ssl_pipeline.export.embed import EmbedConfig
 from ssl_pipeline.export.neighbours import NeighboursConfig, find
-from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, save
+from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import colour_folder
@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=16, mean=(0.5,) * 3, std=(0.25,) * 3
     )
     save(
@@ -49,9 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def source_of(images: Path) -> Indexed:
+def source_of(images: Path) -> IndexedDataset:
     source = load("embed", EmbedConfig, ["data=folder", f"data.path={images}"]).data.open("train")
-    assert isinstance(source, Indexed)
+    assert isinstance(source, IndexedDataset)
     return source
 
 
@@ -96,7 +96,9 @@ def test_every_image_is_embedded_unless_a_split_is_asked_for(
     assert ids == arrays["id"].tolist()
     assert splits == arrays["split"].tolist()
     assert table["label"].to_pylist() == [Path(path).parent.name for path in ids]
-    config = load("embed", EmbedConfig, [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images}"])
+    config = load(
+        "embed", EmbedConfig, [*describe_encoder([str(run)], ["encoder"]), "data=folder", f"data.path={images}"]
+    )
     test = config.data.open("test")
     assert test is not None
     assert [path for path, split in zip(ids, splits, strict=True) if split == "test"] == [
@@ -121,7 +123,7 @@ def test_no_features_stand_under_the_name_of_a_broken_file(
 
 
 def test_the_neighbours_are_those_of_the_features(run: Path, images: Path) -> None:
-    words = [*leading_words([str(run), "4"], ["encoder", "image"]), "data=folder", f"data.path={images}", "k=5"]
+    words = [*describe_encoder([str(run), "4"], ["encoder", "image"]), "data=folder", f"data.path={images}", "k=5"]
     config = load("neighbours", NeighboursConfig, words)
     source = source_of(images)
     _, found = find(config, source)
@@ -157,14 +159,14 @@ def test_a_file_finds_itself_and_the_picture_is_drawn(
     ],
 )
 def test_what_can_not_be_found_is_told(run: Path, images: Path, overrides: list[str], message: str) -> None:
-    words = [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images}", *overrides]
+    words = [*describe_encoder([str(run)], ["encoder"]), "data=folder", f"data.path={images}", *overrides]
     with pytest.raises(ConfigError, match=message):
         find(load("neighbours", NeighboursConfig, words), source_of(images))
 
 
 def test_a_query_that_is_no_image_is_named(run: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
-    words = leading_words([str(run), str(tmp_path / "text.png")], ["encoder", "image"])
+    words = describe_encoder([str(run), str(tmp_path / "text.png")], ["encoder", "image"])
     with pytest.raises(DecodeError, match=r"text\.png can't be read as an image"):
         find(load("neighbours", NeighboursConfig, [*words, "data=folder", f"data.path={images}"]), source_of(images))
 
@@ -179,7 +181,7 @@ def test_outputs_are_checked_before_the_work(output: str, message: str) -> None:
 
 
 def test_a_flat_folder_has_no_test_split(run: Path, images: Path) -> None:
-    words = [*leading_words([str(run)], ["encoder"]), "data=folder", f"data.path={images / 'red'}", "split=test"]
+    words = [*describe_encoder([str(run)], ["encoder"]), "data=folder", f"data.path={images / 'red'}", "split=test"]
     with pytest.raises(ConfigError, match="this data has no `test`"):
         embed.embed(load("embed", EmbedConfig, words))
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine import memory
 from ssl_pipeline.evaluation.gain import without_gain
@@ -137,7 +137,7 @@ def test_no_gain_beyond_chance_is_said(before: float | None, after: float, image
 def test_the_batch_is_the_largest_that_the_images_make(
     images: int, size: int, micro: int | None, processes: int, expected: tuple[int, int | None]
 ) -> None:
-    source = ArraySource("few", torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
+    source = ArrayDataset("few", torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
     words = [f"batch.size={size}", f"batch.micro={'null' if micro is None else micro}", "optim.warmup=0 steps"]
     config, notes = fit_batch(load("pretrain", PretrainConfig, [*words]), source, processes)
     assert (config.batch.size, config.batch.micro) == expected
@@ -147,7 +147,7 @@ def test_the_batch_is_the_largest_that_the_images_make(
 
 
 def test_too_few_images_for_the_processes_are_told() -> None:
-    source = ArraySource("few", torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    source = ArrayDataset("few", torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
     config, notes = fit_batch(load("pretrain", PretrainConfig, []), source, 2)
     assert notes == []
     with pytest.raises(ConfigError, match="has only 3 images to train on, and each of 2"):

@@ -11,11 +11,11 @@ import torch
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.evaluation.command import EvaluateConfig, Evaluation, evaluate, main
-from ssl_pipeline.evaluation.encoder import leading_words
-from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.evaluation.encoder import describe_encoder
+from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import colour_folder
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=16, mean=(0.5,) * 3, std=(0.25,) * 3
     )
     card = Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={})
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(run: Path, images: Path, *overrides: str) -> EvaluateConfig:
-    words = leading_words([str(run)], ["encoder"])
+    words = describe_encoder([str(run)], ["encoder"])
     few = ["few_shot.per_class=[2,999]", "few_shot.seeds=2", "probe.epochs=10", "probe.rates=[0.1,1e-9]"]
     return load(
         "evaluate", EvaluateConfig, [*words, "data=folder", f"data.path={images}", "views=small", *few, *overrides]
@@ -71,7 +71,7 @@ def test_test_labels_choose_nothing(run: Path, images: Path, monkeypatch: pytest
 
     def shuffled(self: Folder, split):  # type: ignore[no-untyped-def]
         source = opened(self, split)
-        assert isinstance(source, FileSource)
+        assert isinstance(source, FileDataset)
         if split != "train":
             source = source.select(torch.arange(len(source)))
             assert source.labels is not None
@@ -104,7 +104,7 @@ def test_what_can_not_be_is_told(run: Path, images: Path) -> None:
 
 
 def test_features_that_are_no_numbers_are_told(images: Path, tmp_path: Path) -> None:
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=16, mean=(0.5,) * 3, std=(0.25,) * 3
     )
     encoder, _ = blueprint.build()

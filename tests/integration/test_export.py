@@ -31,7 +31,7 @@ from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.export import hub
 from ssl_pipeline.export.export import default_name, export, main
-from ssl_pipeline.export.parts import Part, Parts, open_parts
+from ssl_pipeline.export.parts import ExportBundle, Part, open_parts
 from ssl_pipeline.export.predict import image_files, open_predictor, predict
 from ssl_pipeline.export.predict import main as predict_main
 from ssl_pipeline.finetune import FinetuneConfig, finetune
@@ -334,10 +334,10 @@ def test_no_export_takes_the_place_of_another() -> None:
 def test_a_network_that_fixes_its_batch_is_refused(
     form: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_two(self: Parts, images: Tensor) -> Tensor:
+    def of_two(self: ExportBundle, images: Tensor) -> Tensor:
         return self.encoder.features(images)[torch.arange(len(images))]
 
-    monkeypatch.setattr(Parts, "run", of_two)
+    monkeypatch.setattr(ExportBundle, "run", of_two)
     with pytest.raises(ConfigError, match="can't hold small_resnet for batches of any length"):
         export(open_parts(small), form, tmp_path / FORMATS[form][1])
     assert not list(tmp_path.iterdir())

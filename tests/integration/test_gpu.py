@@ -14,7 +14,7 @@ from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import tiny_finetune, tiny_pretrain
 
@@ -27,8 +27,8 @@ pytestmark = [
 def test_draws_are_the_same_bits_as_on_the_cpu() -> None:
     index = torch.arange(10_000)
     for draw in ("crop area 0", "hue"):
-        there = Draws(index.cuda(), 1, "views", 2, 1).bits(draw).cpu()
-        assert torch.equal(there, Draws(index, 1, "views", 2, 1).bits(draw))
+        there = NamedRNG(index.cuda(), 1, "views", 2, 1).bits(draw).cpu()
+        assert torch.equal(there, NamedRNG(index, 1, "views", 2, 1).bits(draw))
 
 
 def test_views_are_the_same_pictures_as_on_the_cpu() -> None:

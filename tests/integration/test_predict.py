@@ -21,12 +21,12 @@ from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.export.answers import Boxes, Mask, open_answers, palette
+from ssl_pipeline.export.answers import Boxes, Mask, build_formatter, palette
 from ssl_pipeline.export.coco import coco_results
 from ssl_pipeline.export.export import export
 from ssl_pipeline.export.parts import open_parts
 from ssl_pipeline.export.predict import main, open_predictor, predict
-from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 
@@ -41,7 +41,7 @@ def stage_two(folder: Path, name: str) -> Path:
     tree = {"name": name, **SMALL[name]}
     config = component("downstream", "downstream", tree)
     assert isinstance(config, DownstreamConfig)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=32, mean=(0.4,) * 3, std=(0.3,) * 3
     )
     torch.manual_seed(0)
@@ -223,7 +223,7 @@ def test_options_that_do_not_go_together_are_told(tmp_path: Path, capsys: pytest
         ("other", {}, "from Python"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            open_answers(gives, ("a",), **options)
+            build_formatter(gives, ("a",), **options)
     with pytest.raises(SystemExit):
         main(
             [str(stage_two(tmp_path / "x", "regression")), str(tmp_path), "--format", "coco", "--annotations", "x.json"]

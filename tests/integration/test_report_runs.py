@@ -14,7 +14,7 @@ from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import embedded
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
-from ssl_pipeline.report.look import look
+from ssl_pipeline.report.look import run_images
 from ssl_pipeline.report.read import read_runs
 from tests.pictures import colour_folder
 from tests.report_runs import write_pretrain
@@ -38,15 +38,15 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_run_without_labels_shows_all_that_needs_none(unlabelled: tuple[Path, Path], tmp_path: Path) -> None:
     _, folder = unlabelled
     (run,) = read_runs([folder])
-    seen = look(run)
+    seen = run_images(run)
     assert seen.notes == ()
     assert seen.map is not None
     assert seen.map["labels"] is None
     assert len(seen.map["names"]) == COLOURS
     assert seen.spectrum is not None
     assert seen.spectrum["width"] == len(seen.spectrum["std"])
-    assert seen.neighbours
-    assert seen.neighbours[0]["query"]["label"] is None
+    assert seen.neighbors
+    assert seen.neighbors[0]["query"]["label"] is None
     path, _ = report([folder], tmp_path / "page.html")
     assert "Without labels nobody knows its kNN accuracy." in path.read_text()
 
@@ -61,7 +61,7 @@ def test_the_images_are_of_dev_and_no_test_image_is_read(tmp_path: Path, monkeyp
         return opened[split]
 
     monkeypatch.setattr(embedded.Config, "open", noted)
-    seen = look(read_runs([folder])[0])
+    seen = run_images(read_runs([folder])[0])
     assert set(opened) == {"train", "dev"}
     assert seen.map is not None
     shown = [int(name.removeprefix("image ")) for name in seen.map["names"]]
@@ -73,7 +73,7 @@ def test_before_the_encoder_is_there_the_views_are(tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
     config = dump(tiny_pretrain(None, "views.local.count=2", "views.local.size=8"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    seen = look(read_runs([folder])[0])
+    seen = run_images(read_runs([folder])[0])
     assert seen.views is not None
     assert [group["count"] for group in seen.views["groups"]] == [1, 4, 4, 4]
     assert [len(group) for group in seen.views["rows"][0]] == [1, 4, 4, 4]
@@ -87,7 +87,7 @@ def test_data_that_has_gone_and_weights_that_are_damaged_are_told(
     photos, folder = unlabelled
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "encoder.safetensors").write_bytes(b"nothing")
-    seen = look(read_runs([tmp_path / "run"])[0])
+    seen = run_images(read_runs([tmp_path / "run"])[0])
     assert seen.views is not None
     assert "can't be shown" in seen.notes[0]
     assert "is damaged" in seen.notes[0]

@@ -18,11 +18,11 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.decode import DecodeError, Encoded, decode_bytes
-from ssl_pipeline.data.lanes import StreamBatches, lanes_of_process, sample_id, samples_of_lane
-from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.decode import DecodeError, EncodedImage, decode_bytes
+from ssl_pipeline.data.lanes import StreamLoader, lanes_of_process, sample_id, samples_of_lane
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import webdataset
-from ssl_pipeline.data.stream import Sample, Stream
+from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.data.stream_crops import read_stream_crops
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
@@ -35,7 +35,7 @@ from tests.unit.test_loader import photos
 CPU = torch.device("cpu")
 
 
-class Sizes(Stream):
+class Sizes(StreamDataset):
     """Shards of given sizes that count what is read of them."""
 
     def __init__(self, sizes: list[int]) -> None:
@@ -54,7 +54,7 @@ class Sizes(Stream):
         return str(self.sizes)
 
 
-def drawn(stream: Stream, count: int, start: int = 0, **keys: int) -> list[tuple[int, str]]:
+def drawn(stream: StreamDataset, count: int, start: int = 0, **keys: int) -> list[tuple[int, str]]:
     named = {"seed": 0, "epoch": 0, "lane": 0, "lanes": 1, "block": 4, **keys}
     samples = samples_of_lane(stream, **named, start=start)
     return [(number, sample.name) for number, sample in itertools.islice(samples, count)]
@@ -117,13 +117,13 @@ def test_lanes() -> None:
     assert [lanes_of_process(shards, 4) for shards in (4, 7, 8, 32, 33, 128)] == [1, 1, 2, 8, 4 - 2, 8]
 
 
-def batches_of(stream: Stream, share: Share = Share(0, 1, CPU), **keys: Any) -> StreamBatches:  # noqa: B008
+def batches_of(stream: StreamDataset, share: DistInfo = DistInfo(0, 1, CPU), **keys: Any) -> StreamLoader:  # noqa: B008
     views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
     settings: dict[str, Any] = {"batch_size": 4, "seed": 0, "total_steps": 12, "workers": 0, **keys}
-    return StreamBatches(stream, views, share=share, **settings)
+    return StreamLoader(stream, views, share=share, **settings)
 
 
-def stream_of(folder: Path, sizes: list[int], **keys: Any) -> Stream:
+def stream_of(folder: Path, sizes: list[int], **keys: Any) -> StreamDataset:
     if not folder.exists():
         write_shards(folder, sizes)
     return webdataset.Config(name="webdataset", path=str(folder), length=sum(sizes), shuffle=8, **keys).stream()
@@ -161,7 +161,7 @@ def test_an_epoch_on_two_processes_gives_each_sample_once(tmp_path: Path) -> Non
         steps = range(epoch * 6, epoch * 6 + 6)
         ids: list[int] = []
         for rank in range(2):
-            batches = list(batches_of(stream, Share(rank, 2, CPU), with_labels=True).from_step(0))
+            batches = list(batches_of(stream, DistInfo(rank, 2, CPU), with_labels=True).from_step(0))
             assert all(len(batch.index) == 2 for batch in batches)
             assert all(batch.label is not None for batch in batches)
             ids += [number for step in steps for number in batches[step].index.tolist()]
@@ -192,7 +192,7 @@ def test_another_batch_size_goes_on_in_each_lane(tmp_path: Path, known: bool) ->
 def test_fewer_shards_than_processes_are_told(tmp_path: Path) -> None:
     stream = stream_of(tmp_path / "shards", [8])
     with pytest.raises(ConfigError, match=r"1 shard\(s\), and 2 processes"):
-        batches_of(stream, Share(0, 2, CPU))
+        batches_of(stream, DistInfo(0, 2, CPU))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -256,13 +256,13 @@ def test_large_photos_of_a_stream_are_decoded_small(tmp_path: Path, monkeypatch:
     write_tar(tmp_path / "shards" / "a.tar", members)
     stream = stream_of(tmp_path / "shards", [6], channels=3)
     factors = dict[str, int]()
-    whole = Encoded.decode
+    whole = EncodedImage.decode
 
-    def watched(self: Encoded, channels: int, factor: int) -> Image.Image:
+    def watched(self: EncodedImage, channels: int, factor: int) -> Image.Image:
         factors[Path(self._name).name] = factor
         return whole(self, channels, factor)
 
-    monkeypatch.setattr(Encoded, "decode", watched)
+    monkeypatch.setattr(EncodedImage, "decode", watched)
     of_size_8 = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
     drawn = [(sample_id("a.tar", sample.position), sample) for sample in stream.read(0)]
     small = read_stream_crops(stream, of_size_8, drawn, 0, with_labels=False)
@@ -279,7 +279,7 @@ def test_workers_are_those_of_one_machine_of_several(tmp_path: Path, monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     stream = stream_of(tmp_path / "shards", [1] * 32)
-    assert batches_of(stream, Share(0, 8, CPU), workers=None).workers == 4
+    assert batches_of(stream, DistInfo(0, 8, CPU), workers=None).workers == 4
 
 
 def test_a_task_that_reads_labels_finds_them_missing(tmp_path: Path) -> None:

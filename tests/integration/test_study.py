@@ -17,15 +17,15 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.artifact import Blueprint, Card, save
+from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.study.cell import Desk
+from ssl_pipeline.study.cell import CellRunner
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initialisations_of, study
-from ssl_pipeline.study.verdict import Findings
+from ssl_pipeline.study.verdict import StudyTable
 from tests.report_page import Page, blind, payload
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
@@ -34,7 +34,7 @@ COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
 def artifact(folder: Path, seed: int) -> Path:
     """An encoder as stage one leaves it, untrained."""
     backbone = BackboneConfig(width=4)
-    blueprint = Blueprint(backbone=backbone, neck=NeckConfig(), channels=1, size=12, mean=(0.3,), std=(0.3,))
+    blueprint = EncoderSpec(backbone=backbone, neck=NeckConfig(), channels=1, size=12, mean=(0.3,), std=(0.3,))
     torch.manual_seed(seed)
     folder.mkdir()
     save(folder, blueprint.build()[0], Card(
@@ -131,14 +131,14 @@ def test_a_study_that_was_stopped_does_what_is_missing(
     missing = {"run0_frozen_1_1.json", "random_scratch_5_0.json"}
     for name in missing:
         (done / "cells" / name).unlink()
-    trained, train = list[str](), Desk.train
+    trained, train = list[str](), CellRunner.train
 
-    def counted(desk: Desk, task: Any) -> dict[str, float]:
+    def counted(desk: CellRunner, task: Any) -> dict[str, float]:
         trained.append(task.record.name)
         return train(desk, task)
 
-    monkeypatch.setattr(Desk, "train", counted)
-    monkeypatch.setattr(Desk, "read", lambda desk, task: pytest.fail("the features are there"))
+    monkeypatch.setattr(CellRunner, "train", counted)
+    monkeypatch.setattr(CellRunner, "read", lambda desk, task: pytest.fail("the features are there"))
     study(words(runs, done, "knn=true", "models=true"))
     assert set(trained) == missing
     for name in before:
@@ -264,7 +264,7 @@ def test_the_verdict_is_paired_by_seed(gains: tuple[float, ...], word: str, runs
         for seed, gain in enumerate(gains)
         for init, regime, own in (("random", "scratch", 0.2), ("run0", "lp_ft", 0.2 + gain))
     ]
-    findings = Findings(rows, words(runs[:1], tmp_path, "seeds=3"), in_percent=True)
+    findings = StudyTable(rows, words(runs[:1], tmp_path, "seeds=3"), in_percent=True)
     assert word in findings.sentences()[-1]
 
 
@@ -276,9 +276,9 @@ def test_verdicts_of_a_study_are_corrected_for_their_number(runs: list[Path], tm
         for init, regime, own in (("random", "scratch", 0.2), ("run0", "lp_ft", 0.2 + gain))
     ]
     config = words(runs[:1], tmp_path, "seeds=3")
-    alone = Findings([row for row in rows if row["labels"] == 5], config, in_percent=True).sentences()
+    alone = StudyTable([row for row in rows if row["labels"] == 5], config, in_percent=True).sentences()
     assert "brought a gain" in alone[-1]
-    both = Findings(rows, config, in_percent=True).sentences()
+    both = StudyTable(rows, config, in_percent=True).sentences()
     assert "verdict corrected for 2 comparisons by Holm): no gain beyond chance" in both[0]
     assert "gain (" not in both[-1]
 

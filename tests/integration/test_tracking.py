@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.evaluation.pictures import Gallery
+from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.finetune import finetune
-from ssl_pipeline.logging.background import Background
-from ssl_pipeline.logging.jsonl import JsonlLog, read_metrics
+from ssl_pipeline.logging.background import AsyncLogger
+from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics
 from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
 from ssl_pipeline.logging.run import Run, open_run
-from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_finetune, tiny_pretrain
@@ -137,7 +137,7 @@ def test_config_is_kept_and_no_secret(runs: tuple[Path, Path]) -> None:
 
 
 def stopped(run: Run, tracking: TrackingConfig) -> None:
-    with open_trackers(run, "pretrain", {}, tracking, 1) as trackers:
+    with open_loggers(run, "pretrain", {}, tracking, 1) as trackers:
         trackers.log(2, {"pretrain/loss": 0.5})
         raise KeyboardInterrupt
 
@@ -148,7 +148,7 @@ def test_a_secret_in_the_config_reaches_no_file(nowhere: None, tmp_path: Path) -
     config = {"data": {"access_token": SECRET}, "seed": 1}
     tracking = TrackingConfig(mirrors=("tensorboard",))
     with open_run(str(tmp_path / "a"), "pretrain", "no", config) as run:
-        with open_trackers(run, "pretrain", config, tracking, 0) as trackers:
+        with open_loggers(run, "pretrain", config, tracking, 0) as trackers:
             trackers.log(1, {"pretrain/loss": 1.0})
             trackers.alert(1, "collapse", "look")
         wandb.teardown()
@@ -215,7 +215,7 @@ def test_a_server_that_never_answers_harms_nothing(
         tracking = TrackingConfig(init_timeout=1.5, finish_timeout=20)
         with open_run(str(tmp_path / "a"), "pretrain", "no", {}) as run:
             began = time.monotonic()
-            with open_trackers(run, "pretrain", {}, tracking, 0) as trackers:
+            with open_loggers(run, "pretrain", {}, tracking, 0) as trackers:
                 trackers.log(1, {"pretrain/loss": 1.0})
                 assert time.monotonic() - began < 1.0  # nobody waited for the server
         wandb.teardown()
@@ -257,7 +257,9 @@ def test_a_mirror_that_hangs_costs_one_warning(
 ) -> None:
     stuck = Stuck()
     began = time.monotonic()
-    with Trackers(JsonlLog(tmp_path / "metrics.jsonl"), [Background("W&B", lambda: stuck, 0.2, room)]) as trackers:
+    with LoggerCollection(
+        JsonlLogger(tmp_path / "metrics.jsonl"), [AsyncLogger("W&B", lambda: stuck, 0.2, room)]
+    ) as trackers:
         for step in range(20):
             trackers.log(step, {"pretrain/loss": 1.0})
     assert time.monotonic() - began < 5
@@ -281,8 +283,8 @@ def test_neither_dead_mirrors_nor_pictures_move_a_weight(
 
 
 def test_a_picture_that_fails_harms_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Trackers(JsonlLog(tmp_path / "metrics.jsonl"), [], draws=True) as trackers:
-        gallery = Gallery(trackers)
+    with LoggerCollection(JsonlLogger(tmp_path / "metrics.jsonl"), [], draws=True) as trackers:
+        gallery = ImageLogger(trackers)
         for _ in range(2):
             gallery.confusion(0, torch.zeros(0, 0), ())
     assert len(caplog.records) == 1
@@ -292,4 +294,4 @@ def test_a_picture_that_fails_harms_nothing(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("name", ["tensorbord", "wandb"])
 def test_a_mirror_that_nobody_knows_is_told(tmp_path: Path, name: str) -> None:
     with open_run(str(tmp_path / "a"), "pretrain", "no", {}) as run, pytest.raises(ConfigError, match="is none of"):
-        open_trackers(run, "pretrain", {}, TrackingConfig(name="off", mirrors=(name,)), 0)
+        open_loggers(run, "pretrain", {}, TrackingConfig(name="off", mirrors=(name,)), 0)

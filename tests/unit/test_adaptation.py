@@ -18,34 +18,34 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
-from ssl_pipeline.data.paired import PairedBatches
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
+from ssl_pipeline.data.paired import PairedLoader
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighbourhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
 from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
-from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximisation
+from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximization
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
 from ssl_pipeline.domain.selection import soft_neighbourhood_density
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled
-from ssl_pipeline.downstream.regime import Surroundings
+from ssl_pipeline.downstream.labels import LabeledSplit
+from ssl_pipeline.downstream.regime import TrainContext
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.head import CosineHead
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.norms import batch_norms
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views
 
-SHARE = Share(0, 1, torch.device("cpu"))
+SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))
 METHODS = names("domain")
 
@@ -99,9 +99,9 @@ def test_the_reversed_gradient_is_the_gradient_times_minus_strength() -> None:
 
 
 def test_the_ramp_is_the_papers() -> None:
-    assert ramp(Clock(0, 100, 10), 10) == 0
-    assert ramp(Clock(50, 100, 10), 10) == pytest.approx(2 / (1 + math.exp(-5)) - 1)
-    assert ramp(Clock(99, 100, 10), 10) > 0.999
+    assert ramp(TrainProgress(0, 100, 10), 10) == 0
+    assert ramp(TrainProgress(50, 100, 10), 10) == pytest.approx(2 / (1 + math.exp(-5)) - 1)
+    assert ramp(TrainProgress(99, 100, 10), 10) > 0.999
 
 
 def test_class_confusion_is_the_papers_sum() -> None:
@@ -117,15 +117,15 @@ def test_class_confusion_is_the_papers_sum() -> None:
 
 def test_information_is_greatest_where_certain_and_diverse() -> None:
     certain = 50 * torch.eye(4).repeat(3, 1)
-    assert float(information_maximisation(certain)) == pytest.approx(-math.log(4), abs=1e-5)
-    assert float(information_maximisation(torch.zeros(5, 4))) == pytest.approx(0, abs=1e-6)
-    assert float(information_maximisation(certain[:1].repeat(6, 1))) == pytest.approx(
+    assert float(information_maximization(certain)) == pytest.approx(-math.log(4), abs=1e-5)
+    assert float(information_maximization(torch.zeros(5, 4))) == pytest.approx(0, abs=1e-6)
+    assert float(information_maximization(certain[:1].repeat(6, 1))) == pytest.approx(
         0, abs=1e-5
     )  # certain, but one class
 
 
 @pytest.mark.parametrize("loss", [
-    information_maximisation, lambda z: entropy(z).mean(), lambda z: class_confusion(z, 2.5), lambda z: entropy_separation(z, 0.5),
+    information_maximization, lambda z: entropy(z).mean(), lambda z: class_confusion(z, 2.5), lambda z: entropy_separation(z, 0.5),
 ])  # fmt: skip
 def test_gradients_are_numbers_where_shares_underflow(loss: Any) -> None:
     logits = (1000 * rows(6, 4)).requires_grad_()
@@ -201,20 +201,20 @@ def test_predictions_in_dense_groups_have_a_greater_density() -> None:
     assert soft_neighbourhood_density(grouped) > soft_neighbourhood_density(scattered)
 
 
-def images(count: int, seed: int) -> ArraySource:
+def images(count: int, seed: int) -> ArrayDataset:
     pixels = torch.randint(0, 256, (count, 1, 12, 12), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     labels, domains = torch.arange(count) % 3, torch.arange(count) % 2
-    return ArraySource("random", pixels, labels, ("a", "b", "c"), domains=domains, domain_names=("one", "two"))
+    return ArrayDataset("random", pixels, labels, ("a", "b", "c"), domains=domains, domain_names=("one", "two"))
 
 
-def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, ArraySource]:
+def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, ArrayDataset]:
     """A method around a tiny classifier, and its target."""
     wanted = [f"domain={name}", "downstream.bottleneck.width=6", *overrides]
     config = load("finetune", FinetuneConfig, wanted)
     assert config.domain is not None
     torch.manual_seed(0)
     backbone = BackboneConfig(width=4)
-    blueprint = Blueprint(backbone=backbone, neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
+    blueprint = EncoderSpec(backbone=backbone, neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
     classifier = config.downstream.build(blueprint.build()[0], 3)
     assert isinstance(classifier, Classification)
     target = images(17, 1)
@@ -222,16 +222,16 @@ def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, Array
     return config.domain.build(classifier, target), config.domain, target
 
 
-def tiny_batches(config: MethodConfig, target: ArraySource, total: int = 4) -> StepBatches:
+def tiny_batches(config: MethodConfig, target: ArrayDataset, total: int = 4) -> IndexedLoader:
     policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
     views = [Views(policy, (0.5,), (0.3,), seed) for seed in (0, 1)]
     if config.phases[-1] == "joint":
-        return PairedBatches(images(24, 0), target, views[0], views[1], 6, 0, SHARE, total, 0)
+        return PairedLoader(images(24, 0), target, views[0], views[1], 6, 0, SHARE, total, 0)
     side = target if config.phases[-1] == "target" else images(24, 0)
-    return StepBatches(side, views[0], 6, 0, SHARE, total, 0, with_labels=side.labels is not None)
+    return IndexedLoader(side, views[0], 6, 0, SHARE, total, 0, with_labels=side.labels is not None)
 
 
-def prime(task: Task, target: ArraySource) -> None:
+def prime(task: Task, target: ArrayDataset) -> None:
     with torch.no_grad():
         task.eval()
         task.prime(lambda forward: torch.cat([forward(x) for x in read_in_order(target, PREPROCESSING, SHARE.device)]))
@@ -240,10 +240,10 @@ def prime(task: Task, target: ArraySource) -> None:
 def test_the_two_sides_are_not_cropped_alike() -> None:
     policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
     task, config, target = tiny_method("dann")
-    around = Surroundings(
-        Labelled(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+    around = TrainContext(
+        LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
     )  # fmt: skip
-    made = list[PairedBatches]()
+    made = list[PairedLoader]()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ssl_pipeline.domain.train.run_kept_loop", lambda *words: made.append(words[2]))
         regime = load("finetune", FinetuneConfig, ["regime=scratch", "regime.length=2 steps"]).regime
@@ -277,10 +277,10 @@ def test_a_method_resumes_bit_for_bit(name: str) -> None:
         optimizer, kept = build_optimizer(optim, task, 6), dict[str, Any]()
 
         def keep(
-            clock: Clock,
+            clock: TrainProgress,
             task: Task = task,
             optimizer: Any = optimizer,
-            batches: StepBatches = batches,
+            batches: IndexedLoader = batches,
             kept: dict[str, Any] = kept,
         ) -> dict[str, float]:
             if clock.step == 1:
@@ -328,8 +328,8 @@ def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
     config = load("finetune", FinetuneConfig, told)
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
-    around = Surroundings(
-        Labelled(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+    around = TrainContext(
+        LabeledSplit(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
     )  # fmt: skip
     before = copy.deepcopy(classifier.state_dict())
     train_across(method, config.regime, classifier, target, around)
@@ -413,7 +413,7 @@ def test_statistics_become_those_of_all_images_and_nothing_else_changes() -> Non
 def test_statistics_of_class_sorted_images_are_those_of_all_images() -> None:
     brightness = torch.arange(1024) // 256 * 60  # as a folder gives them: four classes, one after the other
     noise = torch.randint(0, 60, (1024, 1, 12, 12), generator=torch.Generator().manual_seed(0))
-    source = ArraySource("sorted", (brightness[:, None, None, None] + noise).to(torch.uint8))
+    source = ArrayDataset("sorted", (brightness[:, None, None, None] + noise).to(torch.uint8))
     norm = nn.BatchNorm2d(1)
     estimate_statistics(norm, norm, source, PREPROCESSING, SHARE)
     whole = torch.cat(list(read_in_order(source, PREPROCESSING, SHARE.device)))

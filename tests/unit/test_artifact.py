@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, read, save
+from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, read, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
@@ -19,8 +19,8 @@ from ssl_pipeline.models.neck import NeckConfig
 
 def blueprint(
     name: str = "small_resnet", neck: str = "gap", channels: int = 3, weights: str | None = None
-) -> Blueprint:
-    return Blueprint(
+) -> EncoderSpec:
+    return EncoderSpec(
         backbone=BackboneConfig(name=name, width=4, weights=weights),
         neck=NeckConfig.model_validate({"name": neck}),
         channels=channels,
@@ -30,11 +30,11 @@ def blueprint(
     )
 
 
-def card(plan: Blueprint) -> Card:
+def card(plan: EncoderSpec) -> Card:
     return Card(kind="encoder", blueprint=plan, config={}, data={}, figures={"knn": 0.5}, versions={})
 
 
-def written(folder: Path, plan: Blueprint | None = None) -> Encoder:
+def written(folder: Path, plan: EncoderSpec | None = None) -> Encoder:
     plan = plan or blueprint()
     encoder, _ = plan.build()
     save(folder, encoder, card(plan))

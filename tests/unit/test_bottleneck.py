@@ -10,22 +10,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled
-from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.downstream.labels import LabeledSplit
+from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.policy import Views
 
-SHARE = Share(0, 1, torch.device("cpu"))
+SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))
-BLUEPRINT = Blueprint(backbone=BackboneConfig(width=8), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
+BLUEPRINT = EncoderSpec(
+    backbone=BackboneConfig(width=8), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
+)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -60,13 +62,13 @@ def test_one_image_has_no_variance() -> None:
     assert all(bool(value.isfinite().all()) for value in bottleneck.state_dict().values())
 
 
-def images(count: int, seed: int = 0) -> ArraySource:
+def images(count: int, seed: int = 0) -> ArrayDataset:
     """A class is an image's brightness, in noise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     pixels = 110 + 60 * torch.randn(count, 1, 12, 12, generator=generator)
     pixels += 40 * labels[:, None, None, None]
-    return ArraySource("shades", pixels.clamp(0, 255).byte(), labels, ("dark", "bright"))
+    return ArrayDataset("shades", pixels.clamp(0, 255).byte(), labels, ("dark", "bright"))
 
 
 def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str) -> Classification:
@@ -81,8 +83,8 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str
     features = task.encoder.features
     task.encoder.features = lambda images: scale * features(images)  # type: ignore[method-assign]
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
-    labelled, views = Labelled(images(160), None), Views(policy, (0.5,), (0.3,), 0)
-    around = Surroundings(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
+    labelled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
+    around = TrainContext(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
     for module in ("downstream.regime", "domain.train"):
         monkeypatch.setattr(f"ssl_pipeline.{module}.run_kept_loop", lambda *_: None)
     if config.domain is None:

@@ -18,24 +18,26 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.paired import PairedBatches
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.paired import PairedLoader
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, ConsistencyConfig
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw_index, without_labels
-from ssl_pipeline.downstream.regime import Surroundings, train
+from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_index, unlabeled_pool
+from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.finetune import FinetuneConfig, check, finetune, unlabelled_images
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.finetune import FinetuneConfig, check, finetune, open_unlabeled
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views
 from tests.runs import tiny_finetune
 
-SHARE = Share(0, 1, torch.device("cpu"))
-BLUEPRINT = Blueprint(backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
+SHARE = DistInfo(0, 1, torch.device("cpu"))
+BLUEPRINT = EncoderSpec(
+    backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
+)
 TOLD = ["tracking=off", "unlabelled=consistency", "regime=scratch"]
 
 
@@ -54,7 +56,7 @@ def tiny(classes: int = 3, *words: str) -> Consistency:
     return Consistency(unlabelled, classifier, torch.tensor([0, 0, 1, 2]))
 
 
-def images(count: int, seed: int = 0) -> ArraySource:
+def images(count: int, seed: int = 0) -> ArrayDataset:
     """Stripes of any width and place in noise, across or along."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
@@ -62,7 +64,7 @@ def images(count: int, seed: int = 0) -> ArraySource:
     across = torch.sin(torch.arange(12) * (0.6 + 1.2 * width) + 6.3 * phase).expand(count, 12, 12)
     grey = 128 + 50 * torch.where((labels == 1)[:, None, None], across, across.mT)
     pixels = (grey + 25 * torch.randn(count, 12, 12, generator=generator)).clamp(0, 255).byte()[:, None]
-    return ArraySource("stripes", pixels, labels, ("along", "across"))
+    return ArrayDataset("stripes", pixels, labels, ("along", "across"))
 
 
 def step_of(task: Consistency, labelled: int, step: int = 0, seed: int = 0) -> Batch:
@@ -71,7 +73,7 @@ def step_of(task: Consistency, labelled: int, step: int = 0, seed: int = 0) -> B
     others = labelled * task.config.ratio
     views = [torch.randn(count, 1, 12, 12, generator=generator) for count in (labelled + others, others)]
     label = torch.cat([torch.arange(labelled) % task.classifier.classes, torch.full((others,), -1)])
-    return Batch(Clock(step, 10, 1), torch.arange(labelled + others), views, label)
+    return Batch(TrainProgress(step, 10, 1), torch.arange(labelled + others), views, label)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(0.2, 0.95), st.integers(0, 1000))
@@ -133,9 +135,9 @@ def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: s
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     torch.manual_seed(0)
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
-    around = Surroundings(
-        Labelled(pool, None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabelled=unlabelled_images(config, BLUEPRINT, pool, 0),
+    around = TrainContext(
+        LabeledSplit(pool, None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
+        unlabelled=open_unlabeled(config, BLUEPRINT, pool, 0),
     )  # fmt: skip
     before, learners = copy.deepcopy(task.encoder.state_dict()), list[Consistency]()
     with pytest.MonkeyPatch.context() as patched:
@@ -163,7 +165,7 @@ def test_a_batch_has_ratio_times_as_many_images_and_their_second_view_is_theirs_
     ours, theirs = (Views(policy, (0.5,), (0.3,), seed) for seed, policy in enumerate(policies))
     others = images(30, 1)
     others.labels = others.classes = None
-    for batch in PairedBatches(images(12), others, ours, theirs, 4, 0, SHARE, 3, target_size=8).from_step(0):
+    for batch in PairedLoader(images(12), others, ours, theirs, 4, 0, SHARE, 3, target_size=8).from_step(0):
         assert batch.label is not None
         assert [len(view) for view in batch.views] == [12, 8]
         assert batch.label.tolist() == [i % 2 for i in batch.index[:4].tolist()] + [-1] * 8
@@ -174,7 +176,7 @@ def test_a_damaged_file_counts_on_its_own_side() -> None:
     views = Views(config.views.model_copy(update={"size": 12}).for_channels(1)[0], (0.5,), (0.3,), 0)
     ours, theirs = images(12), images(200, 1)
     ours.bad_files, theirs.bad_files = BadFiles(parse_limit("1%"), 12), BadFiles(parse_limit("1%"), 200)
-    batches = PairedBatches(ours, theirs, views, views, 4, 0, SHARE, 3)
+    batches = PairedLoader(ours, theirs, views, views, 4, 0, SHARE, 3)
     theirs.bad_files.learn({"photo": "truncated"})
     assert batches.unreadable == 1
     batches.bear(batches.unreadable)  # two of 200 are borne, and none of 12
@@ -188,7 +190,7 @@ def test_what_is_held_out_is_not_seen_and_no_label_is_there_to_be_read(validatio
     config, _ = settled()
     pool, labels = images(40), LabelsConfig(per_class=4, validation=validation)
     _, held_out = draw_index(labels, config.downstream, pool, 3)
-    others = without_labels(labels, config.downstream, pool, 3)
+    others = unlabeled_pool(labels, config.downstream, pool, 3)
     assert others.labels is None
     assert others.classes is None
     assert len(others) == 40 - round(validation * 8)
@@ -208,9 +210,9 @@ def accuracy(*words: str) -> float:
     torch.manual_seed(0)
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
     index, _ = draw_index(config.labels, config.downstream, pool, 0)
-    around = Surroundings(
-        Labelled(pool.select(index), None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabelled=unlabelled_images(config, BLUEPRINT, pool, 0),
+    around = TrainContext(
+        LabeledSplit(pool.select(index), None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
+        unlabelled=open_unlabeled(config, BLUEPRINT, pool, 0),
     )  # fmt: skip
     train(config.regime, task, around)
     return task.evaluate(held_out, preprocessing, SHARE)["accuracy"]

@@ -8,20 +8,20 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 
 
-def photos(channels: int, count: int = 3) -> ArraySource:
+def photos(channels: int, count: int = 3) -> ArrayDataset:
     """Pictures of 40 × 32 pixels with coarse and fine structure."""
     generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(30, 200, 40 * 32).reshape(1, 1, 40, 32) + 40 * torch.rand(1, 1, 40, 32, generator=generator)
     ramp = ramp.repeat(count, channels, 1, 1)
     ramp[1:, :1] *= 0.5
-    return ArraySource("photos", ramp.to(torch.uint8), torch.arange(count), tuple("abc"))
+    return ArrayDataset("photos", ramp.to(torch.uint8), torch.arange(count), tuple("abc"))
 
 
-def values(source: Corrupted | ArraySource, index: int = 0) -> torch.Tensor:
+def values(source: Corrupted | ArrayDataset, index: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.asarray(source.open_image(index), dtype=np.float64) / 255)
 
 
@@ -44,7 +44,7 @@ def test_each_strength_harms_more_than_the_one_before_and_repeats_itself(name: s
 
 
 def test_noise_belongs_to_the_sample_and_the_seed() -> None:
-    source = ArraySource("grey", torch.full((2, 1, 8, 8), 128, dtype=torch.uint8))
+    source = ArrayDataset("grey", torch.full((2, 1, 8, 8), 128, dtype=torch.uint8))
     first = Corrupted(source, 8, "gaussian_noise", 3)
     assert not torch.equal(values(first, 0), values(first, 1))
     assert not torch.equal(values(first), values(Corrupted(source, 8, "gaussian_noise", 3, seed=1)))

@@ -10,66 +10,66 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.downstream import classification, multi_label, regression
 from ssl_pipeline.downstream.dense import DenseTask
-from ssl_pipeline.downstream.labels import Labelled
-from ssl_pipeline.downstream.vector import VectorConfig, VectorTask
+from ssl_pipeline.downstream.labels import LabeledSplit
+from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.cell import _of
 from tests.unit.test_loader import photos
 
-CPU = Share(0, 1, torch.device("cpu"))
+CPU = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(16, (0.5,) * 3, (0.25,) * 3)
 COUNT, BAD = 12, (3, 8)
 GOOD = torch.tensor([i for i in range(COUNT) if i not in BAD])
 
 
-def files(folder: Path, **known: Any) -> FileSource:
+def files(folder: Path, **known: Any) -> FileDataset:
     """Photos, two of which have whole headers and damaged bodies."""
     names = photos(folder, COUNT)
     for number in BAD:
         place = folder / names[number]
         place.write_bytes(place.read_bytes()[:700])
-    return FileSource("photos", folder, names, 3, bad_files=BadFiles(parse_limit("2"), COUNT), **known)
+    return FileDataset("photos", folder, names, 3, bad_files=BadFiles(parse_limit("2"), COUNT), **known)
 
 
 def encoder() -> Encoder:
     torch.manual_seed(0)
     neck, blank = NeckConfig(), (0.5,) * 3
-    blueprint = Blueprint(backbone=BackboneConfig(width=4), neck=neck, channels=3, size=16, mean=blank, std=blank)
+    blueprint = EncoderSpec(backbone=BackboneConfig(width=4), neck=neck, channels=3, size=16, mean=blank, std=blank)
     return blueprint.build()[0]
 
 
-def labelled(kind: str, folder: Path) -> tuple[Indexed, VectorConfig]:
+def labelled(kind: str, folder: Path) -> tuple[IndexedDataset, PooledConfig]:
     if kind == "classification":
-        source: Indexed = files(folder, labels=torch.arange(COUNT) % 2, classes=("a", "b"))
+        source: IndexedDataset = files(folder, labels=torch.arange(COUNT) % 2, classes=("a", "b"))
         return source, classification.Config(name=kind)
     if kind == "regression":
         values = torch.linspace(0, 1, COUNT)[:, None]
         values[BAD[0]] = 1e4
-        return Annotated(files(folder), Numbers(values, ("age",))), regression.Config(name=kind)
+        return AnnotatedDataset(files(folder), NumericTargets(values, ("age",))), regression.Config(name=kind)
     flags = torch.stack([torch.arange(COUNT) % 2, torch.arange(COUNT) // 6], 1).float()
-    return Annotated(files(folder), Numbers(flags, ("odd", "late"))), multi_label.Config(name=kind)
+    return AnnotatedDataset(files(folder), NumericTargets(flags, ("odd", "late"))), multi_label.Config(name=kind)
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "multi_label"])
 def test_probe_and_figures_are_those_of_the_readable_images(kind: str, tmp_path: Path) -> None:
     source, config = labelled(kind, tmp_path)
     task = config.build(encoder(), 1 if kind == "regression" else 2)
-    assert isinstance(task, VectorTask)
+    assert isinstance(task, PooledTask)
     probes, figures = list[dict[str, Tensor]](), list[dict[str, float]]()
     for images in (source, source.select(GOOD)):
         rows = task.read(images, PREPROCESSING, CPU)
@@ -120,7 +120,7 @@ class Numbered(DenseTask):
 
 
 def test_a_task_on_maps_goes_on_without_the_damaged_images(tmp_path: Path) -> None:
-    source = Annotated(files(tmp_path), Numbers(torch.arange(COUNT)[:, None].float(), ("number",)))
+    source = AnnotatedDataset(files(tmp_path), NumericTargets(torch.arange(COUNT)[:, None].float(), ("number",)))
     task = Numbered()
     assert task.evaluate(source, PREPROCESSING, CPU) == {"images": len(GOOD)}
     found = task.compared
@@ -143,7 +143,7 @@ def test_figures_across_domains_pair_each_image_with_its_own_label(tmp_path: Pat
     figures = []
     for images in (source, source.select(GOOD)):
         across = split_domains(config, source, images)
-        figures.append(across.evaluate(classifier, Labelled(across.source, None), PREPROCESSING, CPU))
+        figures.append(across.evaluate(classifier, LabeledSplit(across.source, None), PREPROCESSING, CPU))
     assert figures[0] == figures[1]
 
 

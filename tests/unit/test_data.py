@@ -23,16 +23,16 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.embedded.make import make
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.prepared import look_at
-from ssl_pipeline.data.source import ArraySource, Indexed, Split
+from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.data.sources.fashion_mnist import CLASSES
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.downstream.classification import Config as Classification
 
 GOLDEN_HELD_OUT = [1, 2, 12, 13, 22, 47, 53, 58]
@@ -76,7 +76,7 @@ def message(config: Any, split: Split = "train") -> str:
 
 @given(LABELS, st.integers(0, 90))
 def test_hold_out_parts_the_samples_evenly(labels: Tensor, count: int) -> None:
-    rest, held_out = hold_out(labels, count, "a name")
+    rest, held_out = stratified_split(labels, count, "a name")
     assert sorted([*rest.tolist(), *held_out.tolist()]) == list(range(len(labels)))
     assert rest.tolist() == sorted(rest.tolist())
     assert held_out.tolist() == sorted(held_out.tolist())
@@ -90,14 +90,14 @@ def test_hold_out_parts_the_samples_evenly(labels: Tensor, count: int) -> None:
 
 def test_hold_out_belongs_to_its_name() -> None:
     labels = torch.arange(100) % 4
-    assert hold_out(labels, 20, "a")[1].equal(hold_out(labels, 20, "a")[1])
-    assert not hold_out(labels, 20, "a")[1].equal(hold_out(labels, 20, "b")[1])
-    assert hold_out(labels, 20, "a")[1].tolist()[:8] == GOLDEN_HELD_OUT
+    assert stratified_split(labels, 20, "a")[1].equal(stratified_split(labels, 20, "a")[1])
+    assert not stratified_split(labels, 20, "a")[1].equal(stratified_split(labels, 20, "b")[1])
+    assert stratified_split(labels, 20, "a")[1].tolist()[:8] == GOLDEN_HELD_OUT
 
 
 def test_hold_out_leaves_tiny_classes_to_training() -> None:
     labels = torch.tensor([0] * 50 + [1] * 2 + [2])
-    rest, _ = hold_out(labels, 10, "a")
+    rest, _ = stratified_split(labels, 10, "a")
     assert set(labels[rest].tolist()) == {0, 1, 2}
     assert int((labels[rest] == 1).sum()) == 2
 
@@ -278,12 +278,12 @@ def test_the_subset_is_made_the_same_every_time(tmp_path: Path) -> None:
 
 def test_an_array_source() -> None:
     pixels = torch.arange(5 * 3 * 2 * 4, dtype=torch.uint8).reshape(5, 3, 2, 4)
-    source = ArraySource("some", pixels, torch.tensor([0, 1, 0, 1, 1]), ("a", "b"), "MIT")
+    source = ArrayDataset("some", pixels, torch.tensor([0, 1, 0, 1, 1]), ("a", "b"), "MIT")
     assert (len(source), source.channels, source.describe(2)) == (5, 3, "image 2 of some")
     opened_image = source.open_image(1)
     assert (opened_image.mode, opened_image.size) == ("RGB", (4, 2))
     np.testing.assert_array_equal(np.asarray(opened_image), pixels[1].permute(1, 2, 0))
-    assert ArraySource("grey", pixels[:, :1]).open_image(0).mode == "L"
+    assert ArrayDataset("grey", pixels[:, :1]).open_image(0).mode == "L"
     part = source.select(torch.tensor([3, 0]))
     assert part.labels is not None
     assert part.labels.tolist() == [1, 0]
@@ -295,13 +295,13 @@ def test_an_array_source() -> None:
 
 def test_a_fingerprint_is_of_pixels_and_labels() -> None:
     pixels, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
-    first = ArraySource("a", pixels, labels).fingerprint()
-    assert ArraySource("another name", pixels.clone(), labels.clone()).fingerprint() == first
-    assert ArraySource("a", pixels, labels.flip(0)).fingerprint() != first
-    assert ArraySource("a", pixels).fingerprint() != first
+    first = ArrayDataset("a", pixels, labels).fingerprint()
+    assert ArrayDataset("another name", pixels.clone(), labels.clone()).fingerprint() == first
+    assert ArrayDataset("a", pixels, labels.flip(0)).fingerprint() != first
+    assert ArrayDataset("a", pixels).fingerprint() != first
     changed = pixels.clone()
     changed[3, 0, 1, 1] = 1
-    assert ArraySource("a", changed, labels).fingerprint() != first
+    assert ArrayDataset("a", changed, labels).fingerprint() != first
 
 
 # --- folders
@@ -427,18 +427,18 @@ def test_a_folder_source_travels_and_is_recognised(tmp_path: Path) -> None:
     first = opened(folder(class_folders(tmp_path / "a", cat=5, dog=5)), "train")
     copy = opened(folder(class_folders(tmp_path / "b", cat=5, dog=5)), "train")
     assert first.fingerprint() == copy.fingerprint()
-    again: Indexed = pickle.loads(pickle.dumps(first))
+    again: IndexedDataset = pickle.loads(pickle.dumps(first))
     assert again.fingerprint() == first.fingerprint()
     assert again.open_image(1).tobytes() == first.open_image(1).tobytes()
     assert first.select(torch.tensor([1, 0])).fingerprint() != first.fingerprint()
     path = Path(copy.describe(0))
     path.write_bytes(path.read_bytes() + b"more")
-    for looked in (look_at, sources_folder._scan):
+    for looked in (scan_folder, sources_folder._scan):
         looked.cache_clear()  # a new process
     assert first.fingerprint() != opened(folder(tmp_path / "b"), "train").fingerprint()
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path.name} has gone"):
-        FileSource("without a manifest", path.parent, [path.name], 3).fingerprint()
+        FileDataset("without a manifest", path.parent, [path.name], 3).fingerprint()
 
 
 def test_grey(tmp_path: Path) -> None:

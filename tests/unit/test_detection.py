@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, annotations_of
+from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, annotations_of
 from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
-from ssl_pipeline.data.loader import Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.sources import coco
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.finished import load_model
@@ -31,13 +31,13 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import same_bytes
 from tests.shapes import box_folder, scene
 from tests.unit.test_downstream_vector import encoder
 
-CPU = Share(0, 1, torch.device("cpu"))
+CPU = DistInfo(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +114,13 @@ def test_boxes_follow_their_images_through_the_views() -> None:
         pixels[i, :, top:bottom, left:right] = 255
         boxes.append(torch.tensor([[left, top, right, bottom]], dtype=torch.float32))
     sizes = torch.tensor([[40, 50]]).expand(12, -1)
-    source = Annotated(
-        ArraySource("x", pixels), Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
+    source = AnnotatedDataset(
+        ArrayDataset("x", pixels), Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
     )
     config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.8]", "views.size=40"]).views
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 3)
     kept = dropped = 0
-    for batch in AnnotatedBatches(source, views, 4, 3, CPU, 12, workers=0, with_labels=True).from_step(0):
+    for batch in AnnotatedLoader(source, views, 4, 3, CPU, 12, workers=0, with_labels=True).from_step(0):
         for view, target in zip(batch.views[0], batch.target, strict=True):
             rows, columns = (view[0] > 0.5).nonzero(as_tuple=True)
             if len(target["boxes"]) == 0:
@@ -333,7 +333,7 @@ def test_boxes_at_the_edge_are_cut_off_and_nothing_is_learned_from_crowds(
 
 def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(name="detection")
-    none = ArraySource("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    none = ArrayDataset("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert "take data=coco" in config.check(none)[0]
     source = coco.Config(name="coco", path=str(folder / "annotations.json")).open("train")
     boxes = annotations_of(source, Boxes)
@@ -364,7 +364,7 @@ def test_batch_norms_of_a_pretrained_encoder_stay_as_they_are_by_default(
     truth = {"boxes": torch.tensor([[2.0, 2, 20, 20]]), "labels": torch.tensor([1])}
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
-    task(Batch(Clock(0, 1, 1), torch.arange(2), [images], target=[truth, truth])).loss.backward()
+    task(Batch(TrainProgress(0, 1, 1), torch.arange(2), [images], target=[truth, truth])).loss.backward()
     optimizer.step()
     changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
     of_norms = {f"encoder.{name}.{own}" for name, norm in network.named_modules() if norm in batch_norms(network)
@@ -376,7 +376,7 @@ def test_batch_norms_of_a_pretrained_encoder_stay_as_they_are_by_default(
 def test_an_image_without_an_object_teaches_the_background() -> None:
     task = Config(name="detection", width=8, hidden=8, proposals=20, sampled=8).build(encoder(size=32), 2)
     nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}
-    batch = Batch(Clock(0, 1, 1), torch.arange(2), [torch.randn(2, 3, 32, 32)], target=[nothing, nothing])
+    batch = Batch(TrainProgress(0, 1, 1), torch.arange(2), [torch.randn(2, 3, 32, 32)], target=[nothing, nothing])
     loss = task(batch).loss
     loss.backward()
     assert loss.isfinite()

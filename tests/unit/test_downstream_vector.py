@@ -20,8 +20,8 @@ from timm.optim._param_groups import param_groups_layer_decay
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import Annotated, Numbers
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
@@ -29,10 +29,10 @@ from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import LinearHead, NeighbourHead
+from ssl_pipeline.models.head import KNNHead, LinearHead
 from ssl_pipeline.models.layers import head_layer, layer_of
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
@@ -41,7 +41,7 @@ from tests.shapes import number_table, scene
 
 
 def encoder(name: str = "small_resnet", size: int = 16) -> Encoder:
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(name=name, width=4),
         neck=NeckConfig(),
         channels=3,
@@ -178,9 +178,9 @@ def test_values_without_spread_and_classes_without_images_are_left_out_and_count
 
 
 def test_held_out_images_that_nothing_can_be_measured_on_are_refused() -> None:
-    images = ArraySource("x", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    images = ArrayDataset("x", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     train, held_out = torch.tensor([[0.0], [1], [0], [1]]), torch.full((4, 1), 1.0)
-    sides = [Annotated(images, Numbers(values, ("day",))) for values in (train, held_out)]
+    sides = [AnnotatedDataset(images, NumericTargets(values, ("day",))) for values in (train, held_out)]
     assert "each label is the same in all images to measure on" in multi_label.Config(name="m").check(*sides)[0]
     assert "each value is the same in all images to measure on" in regression.Config(name="r").check(*sides)[0]
     assert not multi_label.Config(name="m").check(sides[0], sides[0])
@@ -216,11 +216,11 @@ def test_a_value_that_is_not_known_teaches_nothing() -> None:
     task = regression.Config(name="regression", loss="huber").build(encoder(), 2)
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     values = torch.tensor([[1.0, torch.nan], [3.0, 5.0], [5.0, torch.nan], [7.0, 9.0]])
-    task.look_at(Annotated(ArraySource("x", pixels), Numbers(values, ("a", "b"))))
+    task.look_at(AnnotatedDataset(ArrayDataset("x", pixels), NumericTargets(values, ("a", "b"))))
     torch.testing.assert_close(task.mean, torch.tensor([4.0, 7.0]))
     torch.testing.assert_close(task.std, torch.tensor([5**0.5, 2.0]))
     from ssl_pipeline.data.batch import Batch
-    from ssl_pipeline.schedules import Clock
+    from ssl_pipeline.schedules import TrainProgress
 
     images = torch.randn(4, 3, 16, 16)
     losses = []
@@ -229,7 +229,7 @@ def test_a_value_that_is_not_known_teaches_nothing() -> None:
             "standardised": torch.tensor([[0.0, 9.0 * float(images_of_unknown[0, 0, 0, 0])], [0, 0], [0, 1], [0, 0]])
         }
         losses.append(
-            task.objective(standardised, Batch(Clock(0, 1, 1), torch.arange(4), [images], target=values)).loss
+            task.objective(standardised, Batch(TrainProgress(0, 1, 1), torch.arange(4), [images], target=values)).loss
         )
     assert torch.equal(*losses)
 
@@ -238,7 +238,7 @@ def test_balanced_weights_make_a_rare_class_count_as_much() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([0] * 90 + [1] * 10)
     features = torch.randn(100, 3) + labels[:, None] * 0.8
-    source = ArraySource("x", torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels, ("many", "few"))
+    source = ArrayDataset("x", torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels, ("many", "few"))
     figures = {}
     for kind in ("none", "balanced"):
         config = classification.Config.model_validate({"name": "classification", "class_weights": kind})
@@ -274,7 +274,7 @@ def test_retrieval_trains_nothing_and_its_memory_travels(tmp_path: Path) -> None
     result = run(tmp_path / "run", *overrides, "regime=frozen", "downstream.k=5")
     assert result.interval("recall_at_5").mean > result.interval("recall_at_1").mean > 0.3
     model = load_model(result.folder)
-    assert isinstance(model.task.head, NeighbourHead)
+    assert isinstance(model.task.head, KNNHead)
     assert len(model.task.head.rows) == 100  # nothing is chosen, so nothing is held out
     file = Image.new("L", (28, 28), 0)
     assert float(model.predict([file]).exp().sum()) == pytest.approx(1, abs=1e-4)
@@ -373,8 +373,8 @@ def test_what_is_missing_is_told(table: Path, tmp_path: Path) -> None:
 
 def test_a_class_that_only_the_test_has_is_told() -> None:
     pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    train = ArraySource("t", pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
-    held_out = ArraySource("t", pixels, torch.tensor([0, 1, 2, -1]), ("a", "b", "c"))
+    train = ArrayDataset("t", pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
+    held_out = ArrayDataset("t", pixels, torch.tensor([0, 1, 2, -1]), ("a", "b", "c"))
     unseen, unlabelled = classification.Config(name="classification").check(train, held_out)
     assert "'c'" in unseen
     assert "1 images to measure on have no label" in unlabelled
@@ -383,7 +383,7 @@ def test_a_class_that_only_the_test_has_is_told() -> None:
 def test_numbers_are_drawn_by_share(table: Path) -> None:
     config = load("finetune", FinetuneConfig, ["data=table", f"data.path={table}", *VALUES])
     pool = config.data.open("train")
-    assert isinstance(pool, Annotated)
+    assert isinstance(pool, AnnotatedDataset)
     half = draw(LabelsConfig(fraction=0.5, validation=0.5), config.downstream, pool, 3)
     assert half.validation is not None
     assert len(half.train) == len(half.validation)
@@ -394,14 +394,14 @@ def test_numbers_are_drawn_by_share(table: Path) -> None:
 def test_of_a_class_s_only_label_nothing_is_held_out() -> None:
     config = classification.Config(name="classification")
     lonely_first = torch.tensor([*range(1, 10), 0, 0, 0])
-    pool = ArraySource("t", torch.zeros(12, 1, 8, 8, dtype=torch.uint8), lonely_first, tuple("abcdefghij"))
+    pool = ArrayDataset("t", torch.zeros(12, 1, 8, 8, dtype=torch.uint8), lonely_first, tuple("abcdefghij"))
     for seed in range(5):
         for share in (0.2, 0.9):
             learned = draw(LabelsConfig(validation=share), config, pool, seed).train.labels
             assert learned is not None
             assert set(learned.tolist()) == set(range(10))
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    pool = ArraySource("t", torch.zeros(6, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b", "c"))
+    pool = ArrayDataset("t", torch.zeros(6, 1, 8, 8, dtype=torch.uint8), labels, ("a", "b", "c"))
     assert draw(LabelsConfig(per_class=1, validation=0.4), config, pool, 0).validation is None
     for seed in range(5):
         drawn = draw(LabelsConfig(validation=0.9), config, pool, seed)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_pipeline.rng import Draws, derive_seed, hash_bits, permutation
+from ssl_pipeline.rng import NamedRNG, derive_seed, hash_bits, permutation
 
 
 def test_hash_is_splitmix64() -> None:
@@ -17,8 +17,8 @@ def test_hash_is_splitmix64() -> None:
 @given(st.integers(0, 2**31), st.integers(0, 100), st.integers(0, 3))
 def test_a_draw_depends_on_its_sample_alone(seed: int, epoch: int, view: int) -> None:
     index = torch.tensor([3, 1, 4, 15])
-    whole = Draws(index, seed, "views", epoch, view).uniform("hue")
-    alone = Draws(index[2:3], seed, "views", epoch, view).uniform("hue")
+    whole = NamedRNG(index, seed, "views", epoch, view).uniform("hue")
+    alone = NamedRNG(index[2:3], seed, "views", epoch, view).uniform("hue")
     assert torch.equal(whole[2:3], alone)
     assert bool(((whole >= 0) & (whole < 1)).all())
 
@@ -26,7 +26,7 @@ def test_a_draw_depends_on_its_sample_alone(seed: int, epoch: int, view: int) ->
 def test_every_part_of_the_name_counts() -> None:
     index = torch.arange(64)
     names = [(0, "views", 0, 0), (1, "views", 0, 0), (0, "order", 0, 0), (0, "views", 1, 0), (0, "views", 0, 1)]
-    drawn = [Draws(index, *name).uniform("crop") for name in names] + [Draws(index, *names[0]).uniform("flip")]
+    drawn = [NamedRNG(index, *name).uniform("crop") for name in names] + [NamedRNG(index, *names[0]).uniform("flip")]
     for i, first in enumerate(drawn):
         for second in drawn[i + 1 :]:
             assert not torch.equal(first, second)
@@ -34,7 +34,7 @@ def test_every_part_of_the_name_counts() -> None:
 
 def test_seed_plus_epoch_is_not_the_name() -> None:
     index = torch.arange(64)
-    assert not torch.equal(Draws(index, 1, "views", 0).bits("a"), Draws(index, 0, "views", 1).bits("a"))
+    assert not torch.equal(NamedRNG(index, 1, "views", 0).bits("a"), NamedRNG(index, 0, "views", 1).bits("a"))
     assert derive_seed(1, 0) != derive_seed(0, 1)
     assert derive_seed("1") != derive_seed(1)
 
@@ -46,7 +46,7 @@ def test_epochs_never_repeat() -> None:
 
 
 def test_uniform_is_uniform_and_independent_of_neighbours() -> None:
-    drawn = Draws(torch.arange(100_000), 0, "test").uniform("x", 2.0, 4.0)
+    drawn = NamedRNG(torch.arange(100_000), 0, "test").uniform("x", 2.0, 4.0)
     assert abs(float(drawn.mean()) - 3) < 0.01
     counts = torch.histc(drawn, 20, 2, 4)
     assert float(((counts - 5000) ** 2 / 5000).sum()) < 45  # chi-squared, 19 degrees of freedom, p < 0.001
@@ -64,6 +64,6 @@ def test_permutation_is_stable_across_versions() -> None:
 
 
 def test_many_draws_at_once_are_the_single_ones() -> None:
-    draws = Draws(torch.tensor([3, 1, 4, 15]), 7, "views", 2, 1)
+    draws = NamedRNG(torch.tensor([3, 1, 4, 15]), 7, "views", 2, 1)
     together = draws.uniforms(["hue", "grey"], -0.2, 0.7)
     assert torch.equal(together, torch.stack([draws.uniform("hue", -0.2, 0.7), draws.uniform("grey", -0.2, 0.7)], 1))

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.config.command import leave
+from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Share
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.distributed import batchnorm_notes, check_all_learn
 from ssl_pipeline.engine.fit import _due
 from ssl_pipeline.engine.numbers import NonFiniteError
@@ -20,7 +20,7 @@ from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.pretext.simclr import Config as SimCLRConfig
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.schedules import Clock, parse_duration
+from ssl_pipeline.schedules import TrainProgress, parse_duration
 from tests.contract.test_rooms import task_of
 from tests.runs import tiny_pretrain
 
@@ -57,7 +57,7 @@ def test_lars_scales_by_the_trust_ratio(task: Task) -> None:
 def test_the_rate_scales_with_the_batch_and_follows_the_step(task: Task) -> None:
     config = OptimConfig(lr=0.1, scaling="linear", warmup=parse_duration("10 steps"), start_factor=0.5)
     optimizer = build_optimizer(config, task, 512)
-    rates = [set_rate(optimizer, config, Clock(step, 100, 10)) for step in (0, 10, 99)]
+    rates = [set_rate(optimizer, config, TrainProgress(step, 100, 10)) for step in (0, 10, 99)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[1] == pytest.approx(0.2)
     assert rates[2] < 0.001
@@ -108,7 +108,7 @@ def test_mistakes_are_told_once_a_group_of_processes(
     for rank, told in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as left:
-            leave(UserError("the thing is wrong."))
+            exit_with_error(UserError("the thing is wrong."))
         assert left.value.code == 2
         assert ("the thing is wrong." in capsys.readouterr().err) == told
 
@@ -130,11 +130,11 @@ def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: p
 
 def test_batchnorm_of_several_processes_on_cpus_is_said() -> None:
     norms, cpu = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu")
-    (note,) = batchnorm_notes(norms, Share(0, 2, cpu))
+    (note,) = batchnorm_notes(norms, DistInfo(0, 2, cpu))
     assert "each of the 2 processes" in note
-    assert batchnorm_notes(norms, Share(0, 1, cpu)) == []
-    assert batchnorm_notes(norms, Share(0, 2, torch.device("cuda"))) == []
-    assert batchnorm_notes(nn.GroupNorm(2, 4), Share(0, 2, cpu)) == []
+    assert batchnorm_notes(norms, DistInfo(0, 1, cpu)) == []
+    assert batchnorm_notes(norms, DistInfo(0, 2, torch.device("cuda"))) == []
+    assert batchnorm_notes(nn.GroupNorm(2, 4), DistInfo(0, 2, cpu)) == []
 
 
 def test_what_several_processes_would_wait_for_is_named(task: Task) -> None:

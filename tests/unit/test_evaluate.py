@@ -9,14 +9,14 @@ from lightly.utils.benchmarking import knn_predict as lightlys_knn
 from scipy.stats import ttest_1samp
 from sklearn.linear_model import LogisticRegression
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import holm, interval, paired_difference
 from ssl_pipeline.metrics.knn import knn_accuracy, knn_predict
 from ssl_pipeline.metrics.linear_probe import fit_linear
-from ssl_pipeline.models.artifact import Blueprint, finite
+from ssl_pipeline.models.artifact import EncoderSpec, finite
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
@@ -150,17 +150,19 @@ def test_p_values_are_scipys_and_holms_correction_is_the_step_down_of_a_loop() -
 
 def test_online_knn_asks_labelled_images_alone_and_is_absent_without_any() -> None:
     pixels = torch.randint(0, 256, (24, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    train = ArraySource("train", pixels[:16], torch.arange(16) % 2, ("a", "b"))
+    train = ArrayDataset("train", pixels[:16], torch.arange(16) % 2, ("a", "b"))
     known = torch.tensor([0, 1, 0, 1, -1, -1, -1, -1])
     config = ViewsConfig.model_validate({"size": 12}).for_channels(3)[0]
     views, preprocessing = Views(config, (0.5,) * 3, (0.25,) * 3, 0), Preprocessing(12, (0.5,) * 3, (0.25,) * 3)
     backbone, neck = BackboneConfig(width=4), NeckConfig()
-    encoder, _ = Blueprint(backbone=backbone, neck=neck, channels=3, size=12, mean=(0.5,) * 3, std=(0.25,) * 3).build()
+    encoder, _ = EncoderSpec(
+        backbone=backbone, neck=neck, channels=3, size=12, mean=(0.5,) * 3, std=(0.25,) * 3
+    ).build()
 
-    def knn(dev: ArraySource) -> float | None:
-        found = OnlineEvaluation(train, dev, views, preprocessing, Share(0, 1, torch.device("cpu")))(encoder)
+    def knn(dev: ArrayDataset) -> float | None:
+        found = OnlineEvaluation(train, dev, views, preprocessing, DistInfo(0, 1, torch.device("cpu")))(encoder)
         return found.get("eval/knn")
 
-    whole = ArraySource("dev", pixels[16:], known, ("a", "b"))
+    whole = ArrayDataset("dev", pixels[16:], known, ("a", "b"))
     assert knn(whole) == knn(whole.select(torch.arange(4)))
     assert knn(whole.select(torch.arange(4, 8))) is None

@@ -7,16 +7,16 @@ import torch
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.source import ArraySource, Split
+from ssl_pipeline.data.source import ArrayDataset, Split
 from ssl_pipeline.data.sources.fashion_domains import DOMAINS, Config
 from ssl_pipeline.finetune import FinetuneConfig
 
 
-def opened(split: Split = "train", **keys: object) -> ArraySource:
+def opened(split: Split = "train", **keys: object) -> ArrayDataset:
     return Config.model_validate({"name": "fashion_domains", **keys}).open(split)
 
 
-def of(source: ArraySource, domain: str) -> torch.Tensor:
+def of(source: ArrayDataset, domain: str) -> torch.Tensor:
     assert source.domains is not None
     assert source.pixels is not None
     return source.pixels[source.domains == DOMAINS.index(domain)]
@@ -59,11 +59,11 @@ def test_a_texture_takes_the_background_alone_and_is_each_images_own() -> None:
 
 def test_edges_of_a_flat_image_are_nothing() -> None:
     from ssl_pipeline.data.sources.fashion_domains import _edges
-    from ssl_pipeline.rng import Draws
+    from ssl_pipeline.rng import NamedRNG
 
     step = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
     step[..., 3:] = 100
-    edges = _edges(step, Draws(torch.arange(1), 0, "x"))
+    edges = _edges(step, NamedRNG(torch.arange(1), 0, "x"))
     assert edges[0, 0, 2].tolist() == [0, 0, 100, 100, 0, 0]  # Sobel's sum of 4 × 100, over 4
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.sources import domain_folder, folder
-from ssl_pipeline.export.answers import open_answers
-from ssl_pipeline.export.embed import Embedded, write_npz, write_parquet
+from ssl_pipeline.export.answers import build_formatter
+from ssl_pipeline.export.embed import Embeddings, write_npz, write_parquet
 from ssl_pipeline.export.predict import _write
 from ssl_pipeline.logging.progress import console
 
@@ -61,7 +61,7 @@ def test_class_names_are_text_and_files_are_found(images: Path) -> None:
 def test_predictions_name_the_very_file(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     out = standard_output(monkeypatch)
     rows = [{"file": name, "classes": ["dog"], "probabilities": [1.0]} for name in (NAME, "ä.png")]
-    assert _write(iter(rows), form, open_answers("classes", ("cat", "dog")), None) == 0
+    assert _write(iter(rows), form, build_formatter("classes", ("cat", "dog")), None) == 0
     lines = out.getvalue().splitlines()
     if form == "jsonl":
         assert [json.loads(line)["file"] for line in lines] == [NAME, "ä.png"]
@@ -75,8 +75,8 @@ def test_predictions_name_the_very_file(monkeypatch: pytest.MonkeyPatch, form: s
 
 def test_features_stand_under_names_that_any_reader_takes(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    source = FileSource("few", tmp_path, [NAME, "ä.png"], 3, torch.tensor([0, 1]), (NAME, "b"))
-    embedded = Embedded(torch.zeros(2, 3), {"train": source}, {"data": "1"})
+    source = FileDataset("few", tmp_path, [NAME, "ä.png"], 3, torch.tensor([0, 1]), (NAME, "b"))
+    embedded = Embeddings(torch.zeros(2, 3), {"train": source}, {"data": "1"})
     write_parquet(embedded, tmp_path / "f.parquet")
     table = parquet.read_table(tmp_path / "f.parquet")
     assert [Path(name).name for name in table["id"].to_pylist()] == ["caf\\udce9.png", "ä.png"]

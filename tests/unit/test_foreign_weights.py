@@ -14,7 +14,7 @@ from torchvision import models
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluation.command import EvaluateConfig
-from ssl_pipeline.evaluation.encoder import Opened, leading_words, open_encoder
+from ssl_pipeline.evaluation.encoder import LoadedEncoder, describe_encoder, open_encoder
 
 Names = Callable[[models.ResNet], dict[str, Tensor]]
 
@@ -44,8 +44,8 @@ SAVED: dict[str, Names] = {
 }
 
 
-def opened(encoder: Path | str | None, *overrides: str) -> Opened:
-    words = [] if encoder is None else leading_words([str(encoder)], ["encoder"])
+def opened(encoder: Path | str | None, *overrides: str) -> LoadedEncoder:
+    words = [] if encoder is None else describe_encoder([str(encoder)], ["encoder"])
     return open_encoder(load("evaluate", EvaluateConfig, [*words, "size=64", *overrides]), 3)
 
 
@@ -84,8 +84,8 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
 
 
 def test_leading_words_are_quoted(tmp_path: Path) -> None:
-    assert leading_words(["data=folder", "x"], ["encoder"]) == ["data=folder", "x"]
-    assert leading_words(["--help"], ["encoder"]) == ["--help"]
-    words = leading_words(["a run, of 'mine' (1)", "photo=1", "size=32"], ["encoder", "image"])
+    assert describe_encoder(["data=folder", "x"], ["encoder"]) == ["data=folder", "x"]
+    assert describe_encoder(["--help"], ["encoder"]) == ["--help"]
+    words = describe_encoder(["a run, of 'mine' (1)", "photo=1", "size=32"], ["encoder", "image"])
     assert words == ["encoder=\"a run, of 'mine' (1)\"", "photo=1", "size=32"]
     assert load("evaluate", EvaluateConfig, [words[0]]).encoder == "a run, of 'mine' (1)"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_pipeline.losses import tiles
-from ssl_pipeline.losses.info_nce import info_nce, two_view_info_nce, unit_rows
+from ssl_pipeline.losses.info_nce import info_nce, normalize_rows, two_view_info_nce
 from ssl_pipeline.losses.tiles import Match
 
 
@@ -224,7 +224,7 @@ def test_gradient_of_aligned_pairs_is_nearer_the_truth_than_a_dense_matrix_s() -
     """Where p → 1, p - 1 loses its digits in fp32; here it is taken from the sum over the negatives."""
     truth = gradient(pair := aligned(96, torch.float64), two_view_info_nce(*pair, 0.05))
     ours = gradient(pair := aligned(96, torch.float32), two_view_info_nce(*pair, 0.05))
-    rows = unit_rows(torch.cat(pair))
+    rows = normalize_rows(torch.cat(pair))
     logits = (rows @ rows.T / 0.05).fill_diagonal_(-torch.inf)
     dense = gradient(pair, torch.nn.functional.cross_entropy(logits, (torch.arange(192) + 96) % 192))
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, Numbers
+from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, NumericTargets
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import read_crops
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.loader import Preprocessing, Share, StepBatches, read_in_order
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.transforms.geometry import reductions
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
@@ -42,8 +42,8 @@ def views(size: int = 16, **keys: object) -> Views:
     return Views(config, (0.5,) * 3, (0.25,) * 3, seed=0)
 
 
-def batches(source: Indexed, workers: int, rank: int = 0, processes: int = 1, steps: int = 4) -> list[Batch]:
-    made = StepBatches(source, views(), 4, 3, Share(rank, processes, CPU), steps, workers, with_labels=True)
+def batches(source: IndexedDataset, workers: int, rank: int = 0, processes: int = 1, steps: int = 4) -> list[Batch]:
+    made = IndexedLoader(source, views(), 4, 3, DistInfo(rank, processes, CPU), steps, workers, with_labels=True)
     return list(made.from_step(0))
 
 
@@ -52,7 +52,7 @@ def batches(source: Indexed, workers: int, rank: int = 0, processes: int = 1, st
 def test_the_number_of_workers_changes_no_bit(tmp_path: Path, workers: int) -> None:
     names = photos(tmp_path, 11)
     (tmp_path / names[4]).write_bytes(b"text")
-    source = FileSource("photos", tmp_path, names, 3, torch.arange(11) % 2, bad_files=BadFiles(parse_limit("1"), 11))
+    source = FileDataset("photos", tmp_path, names, 3, torch.arange(11) % 2, bad_files=BadFiles(parse_limit("1"), 11))
     for one, other in zip(batches(source, 0), batches(source, workers), strict=True):
         assert torch.equal(one.index, other.index)
         assert one.label is not None
@@ -79,10 +79,10 @@ def test_where_shared_memory_is_too_small_batches_come_another_way(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = photos(tmp_path, 64)
-    source = FileSource("photos", tmp_path, names, 3, torch.arange(64) % 2)
+    source = FileDataset("photos", tmp_path, names, 3, torch.arange(64) % 2)
 
     def made(workers: int) -> list[Batch]:
-        return list(StepBatches(source, views(32), 16, 3, Share(0, 1, CPU), 3, workers).from_step(0))
+        return list(IndexedLoader(source, views(32), 16, 3, DistInfo(0, 1, CPU), 3, workers).from_step(0))
 
     for one, other in zip(made(0), made(2), strict=True):
         assert torch.equal(one.index, other.index)
@@ -105,7 +105,7 @@ def test_the_room_that_workers_want() -> None:
 def test_the_number_of_processes_changes_no_bit(tmp_path: Path, processes: int) -> None:
     names = photos(tmp_path, 11)
     (tmp_path / names[4]).write_bytes(b"text")
-    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 11))
+    source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 11))
     alone = [torch.cat([batch.views[1] for batch in batches(source, 0)[step : step + 1]]) for step in range(4)]
     shares = [batches(source, 0, rank, processes) for rank in range(processes)]
     for step, whole in enumerate(alone):
@@ -124,15 +124,15 @@ def test_a_reduction_leaves_the_view_its_pixels(shapes: list[tuple[int, int]], s
 
 def test_a_photo_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = photos(tmp_path, 6, 640, 480)
-    source = FileSource("photos", tmp_path, names, 3)
+    source = FileDataset("photos", tmp_path, names, 3)
     opened = []
-    whole = FileSource.open_reduced
+    whole = FileDataset.open_reduced
 
-    def watched(self: FileSource, index: int, factor: int) -> Image.Image:
+    def watched(self: FileDataset, index: int, factor: int) -> Image.Image:
         opened.append((index, factor, whole(self, index, factor).size))
         return whole(self, index, factor)
 
-    monkeypatch.setattr(FileSource, "open_reduced", watched)
+    monkeypatch.setattr(FileDataset, "open_reduced", watched)
     index = torch.arange(6)
     small = read_crops(source, views(), index, 0)
     assert [entry[0] for entry in opened] == list(range(6))
@@ -147,12 +147,12 @@ def test_a_photo_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_worker_is_told_is_told_as_it_is(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: FileSource, index: int, factor: int) -> Image.Image:
+    def refuse(self: FileDataset, index: int, factor: int) -> Image.Image:
         raise ConfigError("mend this.")
 
-    monkeypatch.setattr(FileSource, "open_reduced", refuse)
+    monkeypatch.setattr(FileDataset, "open_reduced", refuse)
     with pytest.raises(ConfigError) as told:
-        batches(FileSource("photos", tmp_path, photos(tmp_path, 8), 3), workers)
+        batches(FileDataset("photos", tmp_path, photos(tmp_path, 8), 3), workers)
     assert str(told.value) == "mend this."
 
 
@@ -163,29 +163,29 @@ def test_an_annotated_photo_is_decoded_small_and_a_neighbour_brings_its_own_anno
     names = photos(tmp_path, 12, 640, 480)
     broken = tmp_path / names[5]
     broken.write_bytes(broken.read_bytes()[:900])  # its header is whole, so that no start finds it
-    images = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 12))
-    source = Annotated(images, Numbers(torch.arange(12.0)[:, None], ("value",)))
+    images = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 12))
+    source = AnnotatedDataset(images, NumericTargets(torch.arange(12.0)[:, None], ("value",)))
     factors = list[int]()
-    whole = FileSource.open_reduced
+    whole = FileDataset.open_reduced
 
-    def watched(self: FileSource, index: int, factor: int) -> Image.Image:
+    def watched(self: FileDataset, index: int, factor: int) -> Image.Image:
         factors.append(factor)
         return whole(self, index, factor)
 
-    monkeypatch.setattr(FileSource, "open_reduced", watched)
-    made = AnnotatedBatches(source, views(), 4, 3, Share(0, 1, CPU), 3, workers)
+    monkeypatch.setattr(FileDataset, "open_reduced", watched)
+    made = AnnotatedLoader(source, views(), 4, 3, DistInfo(0, 1, CPU), 3, workers)
     epoch = list(made.from_step(0))
     assert all(batch.target[:, 0].tolist() == batch.index.tolist() for batch in epoch)
     assert 5 not in torch.cat([batch.index for batch in epoch]).tolist()
     assert made.unreadable == 1
     assert set(factors) <= {4, 8}
-    plain = StepBatches(source, views(), 4, 3, Share(0, 1, CPU), 3, workers)  # stage one's
+    plain = IndexedLoader(source, views(), 4, 3, DistInfo(0, 1, CPU), 3, workers)  # stage one's
     for one, other in zip(plain.from_step(0), epoch, strict=True):
         assert torch.equal(one.views[0], other.views[0])
 
 
 def test_a_small_photo_is_decoded_whole(tmp_path: Path) -> None:
-    source = FileSource("photos", tmp_path, photos(tmp_path, 3, 40, 30), 3)
+    source = FileDataset("photos", tmp_path, photos(tmp_path, 3, 40, 30), 3)
     index = torch.arange(3)
     whole = views(24).of_files([source.open_image(i) for i in range(3)], index, 2)
     assert all(torch.equal(a, b) for a, b in zip(read_crops(source, views(24), index, 2).views, whole, strict=True))
@@ -195,13 +195,13 @@ def test_a_bad_file_gives_way_to_its_neighbour(tmp_path: Path, caplog: pytest.Lo
     names = photos(tmp_path, 8)
     for bad in (2, 3, 7):
         (tmp_path / names[bad]).write_bytes((tmp_path / names[bad]).read_bytes()[:700])
-    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("3"), 8))
+    source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("3"), 8))
     crops = read_crops(source, views(), torch.tensor([0, 2, 7, 3]), 0)
     assert crops.index.tolist() == [0, 4, 0, 4]
     assert sorted(crops.faults) == [2, 3, 7]
     alone = read_crops(source, views(), torch.tensor([4]), 0)
     assert torch.equal(crops.views[0][1], alone.views[0][0])  # under the neighbour's own number: its own views
-    made = StepBatches(source, views(), 4, 0, Share(0, 1, CPU), 8, 0)
+    made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, CPU), 8, 0)
     with caplog.at_level(logging.WARNING):
         assert len(list(made.from_step(0))) == 8
     assert source.bad_files is not None
@@ -213,24 +213,24 @@ def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
     names = photos(tmp_path, 8)
     for bad in (2, 3, 7):
         (tmp_path / names[bad]).write_bytes(b"text")
-    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("25%"), 8))
+    source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("25%"), 8))
     with pytest.raises(ConfigError) as told:
-        list(StepBatches(source, views(), 4, 0, Share(0, 1, CPU), 8, 1).from_step(0))
+        list(IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, CPU), 8, 1).from_step(0))
     assert all(names[bad] in str(told.value) for bad in (2, 3, 7))
     assert "3 of 8 files can't be read as images, and `data.bad_files=25%` bears 2" in str(told.value)
 
 
 def test_a_neighbour_is_of_the_same_class(tmp_path: Path) -> None:
     names = photos(tmp_path, 6)
-    source = FileSource("photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]))
+    source = FileDataset("photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]))
     assert [source.neighbour(i) for i in range(6)] == [2, 3, 4, 5, 0, 1]
-    assert FileSource("photos", tmp_path, names, 3).neighbour(5) == 0
+    assert FileDataset("photos", tmp_path, names, 3).neighbour(5) == 0
 
 
 def test_evaluation_goes_on_with_a_neighbour(tmp_path: Path) -> None:
     names = photos(tmp_path, 6)
     (tmp_path / names[1]).write_bytes(b"")
-    source = FileSource(
+    source = FileDataset(
         "photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]), bad_files=BadFiles(parse_limit("1"), 6)
     )
     images = torch.cat(list(read_in_order(source, Preprocessing(16, (0.5,) * 3, (0.5,) * 3), CPU)))
@@ -243,7 +243,7 @@ def test_evaluation_goes_on_with_a_neighbour(tmp_path: Path) -> None:
 
 def test_a_file_that_has_changed_its_size_is_told(tmp_path: Path) -> None:
     names = photos(tmp_path, 3, 320, 240)
-    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 3))
+    source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 3))
     source.sizes(torch.arange(3))
     photos(tmp_path, 1, 480, 240)
     faults = read_crops(source, views(), torch.arange(3), 0).faults
@@ -269,8 +269,8 @@ def test_a_thousand_steps_with_one_bad_file_in_ten(tmp_path: Path) -> None:
     bad = names[3::10]
     for name in bad:
         (tmp_path / name).write_bytes(b"no image")
-    source = FileSource("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("10%"), 40))
-    made = StepBatches(source, views(8), 4, 0, Share(0, 1, CPU), 1000, 0)
+    source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("10%"), 40))
+    made = IndexedLoader(source, views(8), 4, 0, DistInfo(0, 1, CPU), 1000, 0)
     steps = [batch.clock.step for batch in made.from_step(0)]
     assert steps == list(range(1000))
     assert made.unreadable == 4

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_pipeline.losses.memory import Bank, Queue
+from ssl_pipeline.losses.memory import MemoryBank, MemoryQueue
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=6))
 def test_a_queue_holds_the_last_rows_that_came(size: int, batches: list[int]) -> None:
-    queue, history = Queue(size, 2), list[int]()
+    queue, history = MemoryQueue(size, 2), list[int]()
     assert len(queue) == 0
     for count in batches:
         new = torch.arange(len(history), len(history) + count)
@@ -25,7 +25,7 @@ def test_a_queue_holds_the_last_rows_that_came(size: int, batches: list[int]) ->
 
 
 def test_a_queue_survives_saving() -> None:
-    queue, other = Queue(5, 3), Queue(5, 3)
+    queue, other = MemoryQueue(5, 3), MemoryQueue(5, 3)
     queue.push(torch.randn(4, 3), torch.arange(4))
     other.load_state_dict(queue.state_dict())
     rows = torch.randn(3, 3)
@@ -35,7 +35,7 @@ def test_a_queue_survives_saving() -> None:
 
 
 def test_a_bank_moves_its_rows_by_the_formula() -> None:
-    bank, start, seen = Bank(4, 3), torch.randn(4, 3), torch.randn(2, 3)
+    bank, start, seen = MemoryBank(4, 3), torch.randn(4, 3), torch.randn(2, 3)
     bank.fill(start)
     start = F.normalize(start, dim=1)
     torch.testing.assert_close(bank.rows, start)
@@ -46,7 +46,7 @@ def test_a_bank_moves_its_rows_by_the_formula() -> None:
 
 
 def test_of_a_sample_that_comes_twice_the_first_counts() -> None:
-    bank = Bank(3, 2)
+    bank = MemoryBank(3, 2)
     bank.fill(torch.ones(3, 2))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     bank.update(torch.tensor([2, 0, 2]), rows, momentum=0.0)

@@ -17,7 +17,7 @@ from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbon
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
 from ssl_pipeline.models.dense_head import DeepLab, SkipHead
 from ssl_pipeline.models.encoder import Encoder, build_encoder
-from ssl_pipeline.models.families import anatomy_of, cut_classifier
+from ssl_pipeline.models.families import feature_info, remove_classifier
 from ssl_pipeline.models.head import CosineHead, LinearHead, prediction_head, projection_head
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights import load_strictly
@@ -178,9 +178,9 @@ def test_small_kin_of_large_families(
 ) -> None:
     theirs = shake(make()).eval()
     trunk = copy.deepcopy(theirs)
-    anatomy = anatomy_of(trunk)
+    anatomy = feature_info(trunk)
     assert anatomy is not None
-    cut_classifier(trunk, anatomy)
+    remove_classifier(trunk, anatomy)
     ours = Encoder(Backbone(trunk, anatomy), NeckConfig(name=neck)).eval()
     assert ours.backbone.fixed_input == (SIZE if neck == "tokens" else None)
     with torch.no_grad():

@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.domain.open_set import (
     aupr_unknown,
     auroc,
     fpr_at_95_known,
     hos,
-    neighbour_score,
-    open_set_figures,
+    neighbor_score,
+    open_set_metrics,
     oscr,
     scores,
     threshold,
 )
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.evaluation.features import extract
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 
@@ -73,28 +73,28 @@ def test_the_threshold_accepts_at_least_95_percent_and_no_more_than_it_must() ->
     assert threshold(torch.tensor([3.0])) == 3
 
 
-def noise(count: int, seed: int, darkest: float) -> ArraySource:
+def noise(count: int, seed: int, darkest: float) -> ArrayDataset:
     """Images of noise, each dimmed by a factor of its own."""
     generator = torch.Generator().manual_seed(seed)
     factor = darkest + (1 - darkest) * torch.rand(count, 1, 1, 1, generator=generator)
     pixels = (256 * factor * torch.rand(count, 1, 12, 12, generator=generator)).byte()
-    return ArraySource("noise", pixels, torch.arange(count) % 3, ("a", "b", "c"))
+    return ArrayDataset("noise", pixels, torch.arange(count) % 3, ("a", "b", "c"))
 
 
 def test_the_rejection_of_hos_is_chosen_by_held_out_source_images() -> None:
     torch.manual_seed(0)
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
     )
     model = classification.Config(name="classification", head="cosine").build(blueprint.build()[0], 3)
-    preprocessing, share = Preprocessing(12, (0.5,), (0.3,)), Share(0, 1, torch.device("cpu"))
+    preprocessing, share = Preprocessing(12, (0.5,), (0.3,)), DistInfo(0, 1, torch.device("cpu"))
     taught, held_back, source = noise(30, 0, 0.8), noise(41, 1, 0.5), noise(30, 2, 0.5)
     target, unknown = noise(60, 3, 0.0), noise(50, 4, 0.3)
-    figures = open_set_figures(
+    figures = open_set_metrics(
         model, taught, held_back, {"source": source, "target": target}, ("target",), unknown, preprocessing, share
     )
 
-    def logits(images: ArraySource) -> Tensor:
+    def logits(images: ArrayDataset) -> Tensor:
         return extract(model, images, preprocessing, share, forward=model.predict)
 
     def expected(reference: Tensor) -> float:
@@ -114,7 +114,7 @@ def test_the_neighbours_score_is_minus_the_kth_distance() -> None:
     x, bank = torch.randn(5, 4, generator=generator), torch.randn(9, 4, generator=generator)
     unit, units = torch.nn.functional.normalize(x), torch.nn.functional.normalize(bank)
     by_hand = torch.stack([-torch.stack([(row - other).norm() for other in units]).sort().values[2] for row in unit])
-    assert torch.allclose(neighbour_score(x, bank, k=3), by_hand, atol=1e-5)
+    assert torch.allclose(neighbor_score(x, bank, k=3), by_hand, atol=1e-5)
 
 
 def test_every_score_is_higher_for_what_looks_known() -> None:

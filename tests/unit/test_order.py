@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.order import samples_of_step
-from ssl_pipeline.data.paired import PairedBatches
+from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.engine.continuing import check_steps_left
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 class Images:
@@ -27,9 +27,9 @@ class Images:
         return self._count
 
 
-def batches(count: int, size: int, total: int) -> StepBatches:
+def batches(count: int, size: int, total: int) -> IndexedLoader:
     source: Any = Images(count)
-    return StepBatches(source, None, size, 3, Share(0, 1, torch.device("cpu")), total, 0)  # type: ignore[arg-type]
+    return IndexedLoader(source, None, size, 3, DistInfo(0, 1, torch.device("cpu")), total, 0)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.sampled_from([1, 2, 4]), st.integers(0, 5))
@@ -40,7 +40,7 @@ def test_an_epoch_holds_each_sample_at_most_once_and_shares_make_the_whole(
     samples = steps * batch + extra % batch
     epoch = []
     for step in range(steps):
-        clock = Clock(step, 3 * steps, steps)
+        clock = TrainProgress(step, 3 * steps, steps)
         shares = [samples_of_step(clock, samples, batch, seed, rank, processes) for rank in range(processes)]
         assert torch.equal(torch.cat(shares), samples_of_step(clock, samples, batch, seed))
         epoch += torch.cat(shares).tolist()
@@ -49,7 +49,7 @@ def test_an_epoch_holds_each_sample_at_most_once_and_shares_make_the_whole(
 
 def test_epochs_and_seeds_differ() -> None:
     def first(step: int, seed: int) -> list[int]:
-        return samples_of_step(Clock(step, 100, 10), 100, 10, seed).tolist()
+        return samples_of_step(TrainProgress(step, 100, 10), 100, 10, seed).tolist()
 
     assert first(0, 0) != first(10, 0)
     assert first(10, 0) != first(0, 1)
@@ -95,10 +95,10 @@ def test_a_schedule_goes_on_at_the_share_of_samples() -> None:
 
 
 def test_both_sides_of_a_pair_go_on_and_end_together() -> None:
-    labelled, others, share = Images(40), Images(90), Share(0, 1, torch.device("cpu"))
+    labelled, others, share = Images(40), Images(90), DistInfo(0, 1, torch.device("cpu"))
 
-    def pair(size: int, total: int) -> PairedBatches:
-        return PairedBatches(labelled, others, None, None, size, 3, share, total, 0, 2 * size)  # type: ignore[arg-type]
+    def pair(size: int, total: int) -> PairedLoader:
+        return PairedLoader(labelled, others, None, None, size, 3, share, total, 0, 2 * size)  # type: ignore[arg-type]
 
     before, after = pair(4, 20), pair(8, 10)
     seen = [i for step in range(3) for i in before.target.samples(step).tolist()]

@@ -14,7 +14,7 @@ from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import as_yaml, literal, read_yaml, resolved
 from ssl_pipeline.config.words import listed, quoted, read_value, split_list
-from ssl_pipeline.evaluation.encoder import leading_words
+from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.study.domain import DomainStudyConfig, Shift
@@ -52,7 +52,7 @@ def test_quotes_hold_whatever_is_between_them(name: str) -> None:
     assert read_value(listed([name, name]), tuple[str, ...]) == [name, name]
     assert resolved({"key": literal(name)}) == {"key": name}
     (word,) = (
-        leading_words([name], ["encoder"])
+        describe_encoder([name], ["encoder"])
         if not name.startswith("-") and "=" not in name
         else [f"encoder={quoted(name)}"]
     )

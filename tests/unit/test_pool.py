@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pipeline.data.source import Indexed, SourceConfig, Split
+from ssl_pipeline.data.source import IndexedDataset, SourceConfig, Split
 from ssl_pipeline.data.sources import domain_folder, embedded, fashion_domains, folder, mask_folder, table
-from ssl_pipeline.data.stream import open_training, told_of_splits
+from ssl_pipeline.data.stream import describe_splits, open_training
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -23,7 +23,7 @@ def pictures(*folders: Path, count: int = 20) -> None:
             Image.new("RGB", (6, 5), (i, 0, 0)).save(place / f"{i}.png")
 
 
-def names(source: Indexed | None) -> set[str]:
+def names(source: IndexedDataset | None) -> set[str]:
     assert source is not None
     return {source.describe(i) for i in range(len(source))}
 
@@ -62,7 +62,7 @@ def test_stage_one_learns_from_all_that_is_not_test(tmp_path: Path, make: Any) -
     config: SourceConfig = make(tmp_path)
     train, dev, test = (names(config.open(split)) for split in SPLITS)
     pool = open_training(config)
-    assert isinstance(pool, Indexed)
+    assert isinstance(pool, IndexedDataset)
     assert names(pool) == (train if make is own_val else train | dev)
     assert not names(pool) & test
     assert len(pool) == len(names(pool))
@@ -72,7 +72,7 @@ def test_stage_one_learns_from_all_that_is_not_test(tmp_path: Path, make: Any) -
 def test_labels_of_images_that_serve_choices_are_not_among_those_learned_from(tmp_path: Path, make: Any) -> None:
     config: SourceConfig = make(tmp_path)
     pool, train, dev = open_training(config), config.open("train"), config.open("dev")
-    assert isinstance(pool, Indexed)
+    assert isinstance(pool, IndexedDataset)
     assert pool.labels is not None
     assert train is not None
     assert train.labels is not None
@@ -95,16 +95,16 @@ def test_the_embedded_data_keeps_its_protocol(config: SourceConfig) -> None:
 )  # fmt: skip
 def test_the_split_is_told_in_a_line(tmp_path: Path, make: Any, told: str) -> None:
     config: SourceConfig = make(tmp_path)
-    assert told_of_splits(config, open_training(config), config.open("dev")) == told
+    assert describe_splits(config, open_training(config), config.open("dev")) == told
 
 
 def test_a_flat_folder_is_learned_from_whole(tmp_path: Path) -> None:
     pictures(tmp_path)
     config = folder.Config(name="folder", path=str(tmp_path))
     pool = open_training(config)
-    assert isinstance(pool, Indexed)
+    assert isinstance(pool, IndexedDataset)
     assert len(pool) == 20
-    assert told_of_splits(config, pool, None).startswith("learned from: 20 images; there is no `dev`")
+    assert describe_splits(config, pool, None).startswith("learned from: 20 images; there is no `dev`")
 
 
 @pytest.mark.parametrize("split_column", [False, True])

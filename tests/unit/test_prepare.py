@@ -17,12 +17,12 @@ from ssl_pipeline.data import prepared, scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.crops import read_crops
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.files import Files
-from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.manifest import FILE_NAME, FORMAT, load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
-from ssl_pipeline.data.scan import Wanted, look
+from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.data.verdicts import BAD_FILES
@@ -168,20 +168,20 @@ def test_a_later_start_looks_at_what_is_new(tmp_path: Path, monkeypatch: pytest.
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 5)
     aged(root)
-    look(root, place)
+    scan_images(root, place)
     seen = counted(monkeypatch)
-    assert list(look(root, place).files) == [f"{i:03}.jpg" for i in range(5)]
+    assert list(scan_images(root, place).files) == [f"{i:03}.jpg" for i in range(5)]
     assert seen == []
     shutil.copy(root / "000.jpg", root / "new.jpg")
     (root / "004.jpg").unlink()
-    assert list(look(root, place).files) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg", "new.jpg"]
+    assert list(scan_images(root, place).files) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg", "new.jpg"]
     assert seen == ["new.jpg"]
     os.utime(root, (OLD, OLD))
     photos(root, 1, 50, 40)  # overwritten in place: seen by `prepare`, which looks at every file
     os.utime(root / "000.jpg", (OLD + 1, OLD + 1))
     os.utime(root, (OLD, OLD))
     seen.clear()
-    widths = look(root, place, Wanted()).files.column("width")
+    widths = scan_images(root, place, Wanted()).files.column("width")
     assert widths is not None
     assert widths.tolist()[0] == 50
     assert "000.jpg" in seen
@@ -201,13 +201,13 @@ def test_a_stopped_look_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(scan, "_find", fail)
     with pytest.raises(KeyboardInterrupt):
-        look(root, place, Wanted(cache_side=16))
+        scan_images(root, place, Wanted(cache_side=16))
     monkeypatch.setattr(scan, "_find", whole)
     half = load(place, root)
     assert half is not None
     assert not half.whole
     seen = counted(monkeypatch)
-    manifest = look(root, place, Wanted(cache_side=16))
+    manifest = scan_images(root, place, Wanted(cache_side=16))
     assert manifest.whole
     assert 3 <= len(seen) <= 4
     cache = Cache(cache_folder(place, 16), 16)
@@ -220,14 +220,14 @@ def test_bit_rot_is_found_by_its_digest(tmp_path: Path) -> None:
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 4)
     aged(root)
-    look(root, place, Wanted(pixels=True))
+    scan_images(root, place, Wanted(pixels=True))
     damaged = bytearray((root / "002.jpg").read_bytes())
     damaged[-30] ^= 1
     (root / "002.jpg").write_bytes(damaged)
     aged(root)
-    assert not Report(look(root, place, Wanted(pixels=True))).bad
+    assert not Report(scan_images(root, place, Wanted(pixels=True))).bad
     for _ in range(2):
-        bad = Report(look(root, place, Wanted(pixels=True, recheck=True))).bad
+        bad = Report(scan_images(root, place, Wanted(pixels=True, recheck=True))).bad
         assert list(bad) == ["002.jpg"]
         assert "bytes have changed while its size and time have not" in bad["002.jpg"]
 
@@ -237,7 +237,7 @@ def test_a_manifest_that_is_none_is_made_anew(tmp_path: Path, damage: str) -> No
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 3)
     aged(root)
-    look(root, place)
+    scan_images(root, place)
     path = place / FILE_NAME
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
@@ -248,12 +248,12 @@ def test_a_manifest_that_is_none_is_made_anew(tmp_path: Path, damage: str) -> No
     if damage == "other root":
         root = root.rename(tmp_path / "moved")
     assert load(place, root) is None
-    assert len(look(root, place).files) == 3
+    assert len(scan_images(root, place).files) == 3
 
 
 def test_where_nothing_can_be_written_a_start_still_works(tmp_path: Path) -> None:
     photos(tmp_path, 3)
-    assert list(look(tmp_path, Path("/dev/null/x")).files) == ["000.jpg", "001.jpg", "002.jpg"]
+    assert list(scan_images(tmp_path, Path("/dev/null/x")).files) == ["000.jpg", "001.jpg", "002.jpg"]
 
 
 def test_many_files_are_announced_where_no_bar_shows(
@@ -266,8 +266,8 @@ def test_many_files_are_announced_where_no_bar_shows(
         assert capsys.readouterr().err[: len(told) or None] == told
 
 
-def opened(root: Path, **keys: Any) -> FileSource:
-    for looked in (prepared.look_at, sources_folder._scan, sources_folder._held_out):
+def opened(root: Path, **keys: Any) -> FileDataset:
+    for looked in (prepared.scan_folder, sources_folder._scan, sources_folder._held_out):
         looked.cache_clear()
     source = Config(name="folder", path=str(root), **keys).open("train")
     assert source is not None
@@ -332,10 +332,10 @@ def test_shards_and_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     photos(root, 5)
     aged(root)
     monkeypatch.setattr("ssl_pipeline.data.cache.SHARD_BYTES", 2000)
-    look(root, place, Wanted(cache_side=16))
+    scan_images(root, place, Wanted(cache_side=16))
     assert len(list((place / "cache-16").glob("*.bin"))) == 3
-    assert look(root, place).cache_side == 16
-    manifest = look(root, place, Wanted(cache_side=20))
+    assert scan_images(root, place).cache_side == 16
+    manifest = scan_images(root, place, Wanted(cache_side=20))
     assert manifest.cache_side == 20
     heights = manifest.files.column("cached_height")
     assert heights is not None
@@ -346,7 +346,7 @@ def test_a_prepared_zoo_trains_and_a_raw_one_does_as_told(zoo: Path, tmp_path: P
     source = opened(zoo, bad_files="20%", prepared=str(tmp_path / "raw"))
     assert source.bad_files is not None
     assert len(source.bad_files.faults) == 4  # the truncated one has a good header
-    made = StepBatches(source, views(), 4, 0, Share(0, 1, torch.device("cpu")), 16, 0)
+    made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, torch.device("cpu")), 16, 0)
     assert len(list(made.from_step(0))) == 16
     with pytest.raises(ConfigError) as told:
         opened(zoo, bad_files="3", prepared=str(tmp_path / "raw"))
@@ -367,17 +367,17 @@ def test_split_folders_are_prepared_each(tmp_path: Path) -> None:
 
 def test_names_are_kept_byte_for_byte() -> None:
     names = ["a.jpg", "", "写真/č.png", os.fsdecode(b"not \xff utf-8.png"), "z"]
-    files = Files.of(names)
+    files = FileTable.of(names)
     assert list(files) == [files[i] for i in range(5)] == names
     assert list(files.select(torch.tensor([4, 0, 3]))) == ["z", "a.jpg", names[3]]
-    assert list(files.select(torch.tensor([], dtype=torch.int64))) == list(Files.of([])) == []
+    assert list(files.select(torch.tensor([], dtype=torch.int64))) == list(FileTable.of([])) == []
     assert [os.fsdecode(name) for name in files.select(torch.tensor([2, 2])).encoded()] == [names[2]] * 2
 
 
 def test_a_million_files_need_no_strings(tmp_path: Path) -> None:
     """The arrays of a selection are those of the whole: what it adds is its own numbers alone."""
     photos(tmp_path / "in", 4)
-    files = look(tmp_path / "in", tmp_path / "out").files
+    files = scan_images(tmp_path / "in", tmp_path / "out").files
     some = files.select(torch.tensor([3, 1])).select(torch.tensor([1]))
     assert list(some) == ["001.jpg"]
     assert some.packed()[0].data_ptr() == files.packed()[0].data_ptr()
@@ -444,7 +444,7 @@ def test_a_cache_that_was_made_anew_in_between_is_told_of_once(
     aged(root)
     prepare(str(root), str(out), cache_side=32)
     config = Config(name="folder", path=str(root), prepared=str(out), cache=True)
-    prepared.look_at.cache_clear()
+    prepared.scan_folder.cache_clear()
     sources_folder._scan.cache_clear()
     assert config.open("train") is not None
     prepare(str(root), str(out), cache_side=32, recheck=True)

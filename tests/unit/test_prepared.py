@@ -13,10 +13,10 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import prepared
-from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.crops import read_crops
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.loader import Share, StepBatches
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.manifest import load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.sources import domain_folder, table
@@ -28,7 +28,7 @@ from tests.unit.test_prepare import OLD, aged, counted
 @pytest.fixture(autouse=True)
 def _anew() -> None:
     """A folder is looked at once in a process's life; here a test is one."""
-    prepared.look_at.cache_clear()
+    prepared.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     table._read.cache_clear()
 
@@ -51,14 +51,14 @@ def domains(tmp_path: Path) -> Path:
     return aged(root)
 
 
-def of_domains(root: Path, split: Any = "train", **keys: Any) -> FileSource:
+def of_domains(root: Path, split: Any = "train", **keys: Any) -> FileDataset:
     return domain_folder.Config(name="domain_folder", path=str(root), bad_files="20%", **keys).open(split)
 
 
-def of_table(path: Path, **keys: Any) -> FileSource:
+def of_table(path: Path, **keys: Any) -> FileDataset:
     keys = {"bad_files": "20%", "label_column": None, **keys}
     source = table.Config(name="table", path=str(path), **keys).open("train")
-    assert isinstance(source, FileSource)
+    assert isinstance(source, FileDataset)
     return source
 
 
@@ -75,7 +75,7 @@ def test_a_domain_folder_is_looked_at_once(domains: Path, tmp_path: Path, monkey
     keys = {"prepared": str(tmp_path / "out")}
     first = of_domains(domains, **keys)
     assert first.skipped == ["oil/dog/5.jpg"]  # the one that is cut off has a good header
-    prepared.look_at.cache_clear()
+    prepared.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     seen = counted(monkeypatch)
     again = of_domains(domains, **keys)
@@ -92,7 +92,7 @@ def test_a_prepared_domain_folder_trains_from_its_cache(
     out = {"prepared": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=r"prepare \S+ --data domain_folder --cache 256 --output"):
         of_domains(domains, cache=True, **out)
-    prepared.look_at.cache_clear()
+    prepared.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     assert prepare(str(domains), str(tmp_path / "out"), cache_side=48, kind="domain_folder") == 23
     ready = of_domains(domains, cache=True, **out)
@@ -180,9 +180,9 @@ def test_a_table_leaves_out_a_broken_files_targets_with_it(domains: Path, tmp_pa
     seen = set[int]()
     for split in ("train", "dev", "test"):
         source = config.open(split)
-        assert isinstance(source, Annotated)
-        assert isinstance(source.images, FileSource)
-        assert isinstance(source.annotations, Numbers)
+        assert isinstance(source, AnnotatedDataset)
+        assert isinstance(source.images, FileDataset)
+        assert isinstance(source.annotations, NumericTargets)
         values = [int(value) for value in source.annotations.values[:, 0]]
         assert [files_of(domains)[value] for value in values] == source.images.files
         seen |= set(values)
@@ -228,5 +228,5 @@ def test_splits_of_a_table_are_one_folder_to_prepare(tmp_path: Path) -> None:
     assert len(manifest.files) == 6
     source = of_table(written(tmp_path / "t.csv", list(manifest.files)), root=str(root), prepared=str(tmp_path / "out"),
                       cache=True)  # fmt: skip
-    made = StepBatches(source, views(), 4, 0, Share(0, 1, torch.device("cpu")), 3, 0)
+    made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, torch.device("cpu")), 3, 0)
     assert len(list(made.from_step(0))) == 3

@@ -19,8 +19,8 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.engine.training import Training
-from ssl_pipeline.models.teacher import MomentumConfig
+from ssl_pipeline.engine.training import TrainState
+from ssl_pipeline.models.teacher import EMAMomentumConfig
 from ssl_pipeline.pretext.dino import DINO
 from ssl_pipeline.pretext.instance_discrimination import InstanceDiscrimination
 from ssl_pipeline.pretext.moco_v2 import MoCoV2
@@ -28,7 +28,7 @@ from ssl_pipeline.pretext.moco_v3 import MoCoV3
 from ssl_pipeline.pretext.nnclr import NNCLR
 from ssl_pipeline.pretext.swav import SwAV
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.tasks import tiny_batch, tiny_task
 
 EVERY = names("pretext")
@@ -133,9 +133,9 @@ def test_frozen_prototypes_stay_and_thaw_as_if_the_optimizer_were_new(
     config = OptimConfig(name=optim, lr=0.1, scaling="none", weight_decay=0.1, clip=0.5)
     task, _ = tiny_task(name, ["pretext.freeze_prototypes=3 steps"])
 
-    def training(task: Task) -> Training:
+    def training(task: Task) -> TrainState:
         steps: Any = SimpleNamespace(seed=0)
-        return Training(task, steps, config, build_optimizer(config, task, 8), start_accelerator(), None, None, None)
+        return TrainState(task, steps, config, build_optimizer(config, task, 8), start_accelerator(), None, None, None)
 
     frozen, before = training(task), task.get_parameter(key).detach().clone()
     for step in range(3):
@@ -334,8 +334,8 @@ def test_a_teacher_follows_after_the_step_and_has_no_gradient(name: str) -> None
 
 
 def test_momentum_rises_to_its_end() -> None:
-    config = MomentumConfig(start=0.9, end=1.0)
-    assert [config.at(Clock(step, 100, 10)) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
+    config = EMAMomentumConfig(start=0.9, end=1.0)
+    assert [config.at(TrainProgress(step, 100, 10)) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
 def test_supcon_treats_an_unlabelled_image_as_its_own_class() -> None:

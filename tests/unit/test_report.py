@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_pipeline.data.source import ArraySource
-from ssl_pipeline.report.command import Looks
+from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.report.command import ImagesCache
 from ssl_pipeline.report.curves import charts, points, thin
-from ssl_pipeline.report.look import Look, look, map_of, neighbour_strips, spectrum
+from ssl_pipeline.report.look import RunImages, map_of, neighbour_strips, run_images, spectrum
 from ssl_pipeline.report.page import page
-from ssl_pipeline.report.planes import neighbour_plane, planes, principal_plane
+from ssl_pipeline.report.planes import pca_projection, projections, tsne_projection
 from ssl_pipeline.report.read import RunRecord, read_runs
 from ssl_pipeline.report.settings import difference, system
 from ssl_pipeline.report.summary import duration, summary
@@ -118,7 +118,7 @@ def test_the_spectrum_of_known_features() -> None:
 def test_the_plane_is_that_of_the_covariance() -> None:
     torch.manual_seed(1)
     features = torch.randn(60, 6)
-    plane, variance = principal_plane(features)
+    plane, variance = pca_projection(features)
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     values, vectors = torch.linalg.eigh(torch.cov(unit.T, correction=0))
     expected = (unit - unit.mean(0)) @ vectors[:, [-1, -2]]
@@ -130,22 +130,22 @@ def test_neighbours_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(4)
     group = torch.arange(120) % 3
     features = torch.eye(3, 16)[group] * 4 + torch.randn(120, 16)
-    plane = neighbour_plane(features)
+    plane = tsne_projection(features)
     assert plane is not None
     nearest = torch.cdist(plane, plane).fill_diagonal_(torch.inf).argmin(1)
     assert (group[nearest] == group).float().mean() > 0.95
-    again = neighbour_plane(features)
+    again = tsne_projection(features)
     assert again is not None
     assert torch.equal(plane, again)
-    assert [layout["name"] for layout in planes(features)] == ["PCA", "t-SNE"]
-    assert [layout["name"] for layout in planes(torch.ones(120, 16))] == ["PCA"]  # collapsed
+    assert [layout["name"] for layout in projections(features)] == ["PCA", "t-SNE"]
+    assert [layout["name"] for layout in projections(torch.ones(120, 16))] == ["PCA"]  # collapsed
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # not installed
-    assert [layout["name"] for layout in planes(features)] == ["PCA"]
+    assert [layout["name"] for layout in projections(features)] == ["PCA"]
 
 
-def small_source(count: int = 12) -> ArraySource:
+def small_source(count: int = 12) -> ArrayDataset:
     pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].mul(20).expand(count, 1, 8, 8).contiguous()
-    return ArraySource("small", pixels, torch.arange(count) % 3, ("a", "b", "c"))
+    return ArrayDataset("small", pixels, torch.arange(count) % 3, ("a", "b", "c"))
 
 
 def test_neighbours_are_the_nearest_by_brute_force() -> None:
@@ -191,11 +191,11 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
     points_seen = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     source = small_source()
     source.classes, source.name = (WICKED, "b", "c"), WICKED
-    seen = Look(
+    seen = RunImages(
         None, neighbour_strips(points_seen, source, torch.arange(12)), map_of(points_seen, source, torch.arange(12))
     )
     text = page(
-        read_runs([stage_one, stage_two, study]), looking=lambda run: seen if run.stage == "pretrain" else Look()
+        read_runs([stage_one, stage_two, study]), looking=lambda run: seen if run.stage == "pretrain" else RunImages()
     )
     parsed = Page(text)
     assert [tag for tag, _ in parsed.tags].count("script") == 2
@@ -236,14 +236,14 @@ def test_a_page_that_is_written_again_looks_at_new_weights_alone(
 ) -> None:
     looked = list[Path]()
 
-    def counted(run: RunRecord) -> Look:
+    def counted(run: RunRecord) -> RunImages:
         looked.append(run.folder)
-        return Look(notes=(f"look {len(looked)}",))
+        return RunImages(notes=(f"look {len(looked)}",))
 
     monkeypatch.setattr("ssl_pipeline.report.command.look", counted)
     folders = [write_pretrain(tmp_path / name) for name in ("a", "b")]
     weights = folders[0] / "encoder.safetensors"
-    looks = Looks()
+    looks = ImagesCache()
 
     def notes() -> list[str]:
         return [looks(run).notes[0] for run in read_runs(folders)]
@@ -261,7 +261,7 @@ def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
     for number in range(4):
         write_pretrain(folder / f"tau-{number}", temperature=0.1 * (number + 1))
     write_finetune(folder / "two", [0.5, 0.7])
-    text = page(read_runs([folder]), looking=lambda run: Look())
+    text = page(read_runs([folder]), looking=lambda run: RunImages())
     assert "<h1>temperatures</h1>" in text
     assert "<title>temperatures</title>" in text
     head = text[: text.index("<nav")]
@@ -272,7 +272,7 @@ def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
     assert cells[4][:3] == ["finetune", "finished", "—"]
     assert cells[4][4:] == ["accuracy", "60.0 ± 127.1 %"]
     assert head.count('class="sentence"') == 5  # what each found, in words, is there to be opened
-    few = page(read_runs([folder / "tau-0", folder / "two"]), looking=lambda run: Look())
+    few = page(read_runs([folder / "tau-0", folder / "two"]), looking=lambda run: RunImages())
     assert "<h1>tau-0, two</h1>" in few
     assert "Each run in words" not in few
 
@@ -282,4 +282,4 @@ def test_durations() -> None:
 
 
 def test_other_stages_have_nothing_to_look_at(tmp_path: Path) -> None:
-    assert look(read_runs([write_finetune(tmp_path / "run", [0.5])])[0]) == Look()
+    assert run_images(read_runs([write_finetune(tmp_path / "run", [0.5])])[0]) == RunImages()

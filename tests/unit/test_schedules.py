@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.losses.temperature import TemperatureConfig
-from ssl_pipeline.schedules import Clock, WarmupCosine, parse_duration, warmup_cosine
+from ssl_pipeline.schedules import TrainProgress, WarmupCosine, parse_duration, warmup_cosine
 
 
 def test_warmup_starts_at_its_factor_and_meets_the_cosine_at_one() -> None:
@@ -47,7 +47,7 @@ def test_wrong_durations_are_told(text: str) -> None:
 
 def test_temperature_moves_to_its_value() -> None:
     config = TemperatureConfig(value=0.2, start=1.0, warmup=parse_duration("10 steps"))
-    assert config.at(Clock(0, 100, 10)) == 1.0
-    assert config.at(Clock(5, 100, 10)) == pytest.approx(0.6)
-    assert config.at(Clock(10, 100, 10)) == 0.2
-    assert config.at(Clock(99, 100, 10)) == 0.2
+    assert config.at(TrainProgress(0, 100, 10)) == 1.0
+    assert config.at(TrainProgress(5, 100, 10)) == pytest.approx(0.6)
+    assert config.at(TrainProgress(10, 100, 10)) == 0.2
+    assert config.at(TrainProgress(99, 100, 10)) == 0.2

@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import Annotated, AnnotatedBatches, read_whole
-from ssl_pipeline.data.loader import Preprocessing, Share
+from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, read_whole
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.data.masks import Masks
 from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.downstream.finished import load_model
@@ -31,7 +31,7 @@ from tests.shapes import NAMES, scene
 from tests.shapes import mask_folder as write_folder
 from tests.unit.test_downstream_vector import encoder
 
-CPU = Share(0, 1, torch.device("cpu"))
+CPU = DistInfo(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
     config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.6]", "views.size=24"]).views
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 7)
     seen = 0
-    for batch in AnnotatedBatches(source, views, 2, 7, CPU, 6, workers=0, with_labels=True).from_step(0):
+    for batch in AnnotatedLoader(source, views, 2, 7, CPU, 6, workers=0, with_labels=True).from_step(0):
         shown = batch.views[0][:, 0] * 2.55
         assert batch.target.shape == (2, 24, 24)
         sure = (shown - shown.round()).abs() < 0.02  # away from edges, where an image is interpolated
@@ -98,10 +98,10 @@ def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
 def test_images_are_read_whole() -> None:
     pixels = torch.zeros(1, 3, 20, 40, dtype=torch.uint8)
     pixels[..., 36:] = 255
-    from ssl_pipeline.data.source import ArraySource
+    from ssl_pipeline.data.source import ArrayDataset
 
     ((index, images),) = read_whole(
-        ArraySource("x", pixels), Preprocessing(10, (0.0,) * 3, (1.0,) * 3), CPU.device, torch.arange(1)
+        ArrayDataset("x", pixels), Preprocessing(10, (0.0,) * 3, (1.0,) * 3), CPU.device, torch.arange(1)
     )
     assert index == [0]
     assert images[0, 0, :, -1].min() > 0.8  # a central square would have cut it off
@@ -165,7 +165,7 @@ def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
         source = mask_folder.Config(name="mask_folder", path=str(folder))
         for split, part in (("train", "train"), ("test", "test")):
             annotated = source.open(split)  # type: ignore[arg-type]
-            assert isinstance(annotated, Annotated)
+            assert isinstance(annotated, AnnotatedDataset)
             for kind in ("images", "masks"):
                 (root / part / kind).mkdir(parents=True)
             for i in range(len(annotated)):
@@ -201,7 +201,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
-    def opened(root: Path) -> Annotated:
+    def opened(root: Path) -> AnnotatedDataset:
         return mask_folder.Config(name="mask_folder", path=str(root)).open("train")
 
     blank = np.zeros((32, 32), np.uint8)
@@ -247,7 +247,7 @@ def numbered_masks(root: Path, *numbers: int) -> Path:
 def test_255_is_no_class_unless_it_is_said_to_be_one(tmp_path: Path) -> None:
     root = numbered_masks(tmp_path / "white", 255)
 
-    def opened(**keys: Any) -> Annotated:
+    def opened(**keys: Any) -> AnnotatedDataset:
         return mask_folder.Config(name="mask_folder", path=str(root), **keys).open("train")
 
     for keys in ({"classes": ("background", "lesion")}, {}):

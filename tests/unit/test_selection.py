@@ -16,38 +16,40 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.splits import folds
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.labels import Labelled, LabelsConfig, draw
+from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw
 from ssl_pipeline.downstream.probe import choose_decay
-from ssl_pipeline.downstream.regime import Best, Surroundings, train
+from ssl_pipeline.downstream.regime import Best, TrainContext, train
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.downstream.vector import Rows, VectorConfig
+from ssl_pipeline.downstream.vector import PooledConfig, Rows
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.metrics.linear_probe import fit_linear
-from ssl_pipeline.models.artifact import Blueprint
+from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views
 from tests.runs import same_bytes
 
-SHARE = Share(0, 1, torch.device("cpu"))
+SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))
-BLUEPRINT = Blueprint(backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,))
+BLUEPRINT = EncoderSpec(
+    backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
+)
 
 
-def images(count: int, classes: int = 2, seed: int = 0) -> ArraySource:
+def images(count: int, classes: int = 2, seed: int = 0) -> ArrayDataset:
     """A class is the brightness of an image's upper half, in noise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     pixels = 110 + 60 * torch.randn(count, 1, 12, 12, generator=generator)
     pixels[:, :, :6] += 25 * labels[:, None, None, None]
-    return ArraySource("halves", pixels.clamp(0, 255).byte(), labels, tuple("abcdefgh"[:classes]))
+    return ArrayDataset("halves", pixels.clamp(0, 255).byte(), labels, tuple("abcdefgh"[:classes]))
 
 
 def classifier(classes: int = 2) -> Classification:
@@ -55,11 +57,11 @@ def classifier(classes: int = 2) -> Classification:
     return classification.Config(name="classification").build(BLUEPRINT.build()[0], classes)
 
 
-def around(labelled: Labelled, *words: str) -> tuple[FinetuneConfig, Surroundings]:
+def around(labelled: LabeledSplit, *words: str) -> tuple[FinetuneConfig, TrainContext]:
     config = load("finetune", FinetuneConfig, ["tracking=off", "initialisation=random", *words])
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
-    return config, Surroundings(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
+    return config, TrainContext(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (100, 0), (990, 0), (1000, 200), (7000, 1400)])
@@ -198,13 +200,13 @@ def test_the_probe_is_a_candidate_of_the_training_that_follows(harm: bool, monke
 
 def test_the_latest_of_equals_is_kept() -> None:
     task = classifier()
-    labelled = Labelled(images(8), images(8, seed=1))
+    labelled = LabeledSplit(images(8), images(8, seed=1))
     best = Best(task, around(labelled)[1])
     for step, value in enumerate((0.5, 0.7, 0.7, 0.6, float("nan"))):
         task.evaluate = lambda *_, value=value: {"accuracy": value}  # type: ignore[method-assign]
         with torch.no_grad():
             task.head.bias.fill_(step)  # type: ignore[operator]
-        best.evaluate(Clock(step, 5, 1))
+        best.evaluate(TrainProgress(step, 5, 1))
     other = Best(task, around(labelled)[1])
     other.load_state_dict(copy.deepcopy(best.state_dict()))
     for one in (best, other):
@@ -216,7 +218,7 @@ def test_the_latest_of_equals_is_kept() -> None:
 
 def test_a_probe_that_is_the_best_is_fitted_again_after_a_resume_too() -> None:
     task, fitted = classifier(), list[str]()
-    labelled = Labelled(images(8), images(8, seed=1))
+    labelled = LabeledSplit(images(8), images(8, seed=1))
     best = Best(task, around(labelled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("before"))
     task.evaluate = lambda *_: {"accuracy": 0.5}  # type: ignore[method-assign]
     best.begin()
@@ -224,18 +226,18 @@ def test_a_probe_that_is_the_best_is_fitted_again_after_a_resume_too() -> None:
     resumed.load_state_dict(best.state_dict())
     resumed.restore()
     assert fitted == ["after"]
-    resumed.evaluate(Clock(0, 5, 1))  # as good, and later
+    resumed.evaluate(TrainProgress(0, 5, 1))  # as good, and later
     resumed.restore()
     assert fitted == ["after"]
 
 
 def test_what_auto_comes_to_is_told_with_its_reason() -> None:
-    config, _ = around(Labelled(images(8), None), "regime=lp_ft")
+    config, _ = around(LabeledSplit(images(8), None), "regime=lp_ft")
     task = config.downstream
-    assert isinstance(task, VectorConfig)
+    assert isinstance(task, PooledConfig)
 
-    def told(*words: str, pool: ArraySource, **labels: object) -> str:
-        config, _ = around(Labelled(images(8), None), *words)
+    def told(*words: str, pool: ArrayDataset, **labels: object) -> str:
+        config, _ = around(LabeledSplit(images(8), None), *words)
         own = LabelsConfig.model_validate(labels)
         record = selection(own, config.downstream, config.regime, draw(own, config.downstream, pool, 0))
         assert record["learned_from"] + record["held_out"] == (own.per_class or len(pool) // 2) * 2

@@ -18,9 +18,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import rows as rows_module
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.lanes import StreamBatches, sample_id
-from ssl_pipeline.data.loader import Share, StepBatches
-from ssl_pipeline.data.rows import Rows, RowStream, encoded
+from ssl_pipeline.data.lanes import StreamLoader, sample_id
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.shards import png
@@ -61,19 +61,19 @@ def config(path: Path | str, **keys: Any) -> huggingface.Config:
     return huggingface.Config(name="huggingface", path=str(path), **keys)
 
 
-def opened(path: Path | str, split: Any = "train", **keys: Any) -> Rows:
+def opened(path: Path | str, split: Any = "train", **keys: Any) -> HFDataset:
     source = config(path, **keys).open(split)
-    assert isinstance(source, Rows)
+    assert isinstance(source, HFDataset)
     return source
 
 
-def streamed(path: Path | str, **keys: Any) -> RowStream:
+def streamed(path: Path | str, **keys: Any) -> HFIterableDataset:
     stream = config(path, streaming=True, **keys).stream()
     assert stream is not None
     return stream
 
 
-def greys(source: Rows) -> list[Any]:
+def greys(source: HFDataset) -> list[Any]:
     return [source.open_image(i).getpixel((0, 0)) for i in range(len(source))]
 
 
@@ -189,9 +189,9 @@ def test_a_bad_image_is_replaced_by_its_neighbour_or_stops_the_run(tmp_path: Pat
     rows.save_to_disk(tmp_path / "saved")
     views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
 
-    def run(bad_files: str) -> StepBatches:
+    def run(bad_files: str) -> IndexedLoader:
         source = opened(tmp_path / "saved", label=None, bad_files=bad_files)
-        made = StepBatches(source, views, 4, 0, Share(0, 1, torch.device("cpu")), 3, workers)
+        made = IndexedLoader(source, views, 4, 0, DistInfo(0, 1, torch.device("cpu")), 3, workers)
         seen = torch.cat([batch.index for batch in made.from_step(0)]).tolist()
         assert sorted(seen) == [0, 1, 2, 4, 4, 6, 6, 7, 9, 9, 10, 11]
         return made
@@ -285,7 +285,7 @@ def test_workers_share_a_streams_shards_out_once(tmp_path: Path, workers: int) -
     write_parquet(tmp_path / "d", table(24), shards=4)
     stream = streamed(tmp_path / "d", length=24)
     views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
-    batches = StreamBatches(stream, views, 3, 0, Share(0, 1, torch.device("cpu")), 8, workers)
+    batches = StreamLoader(stream, views, 3, 0, DistInfo(0, 1, torch.device("cpu")), 8, workers)
     found = torch.cat([batch.index for batch in batches.from_step(0)]).tolist()
     assert Counter(found) == Counter(sample_id(str(shard), i) for shard in range(4) for i in range(6))
     assert torch.cat([batch.index for batch in batches.from_step(3)]).tolist() == found[9:]

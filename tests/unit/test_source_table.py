@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.sources import domain_folder, table
 from ssl_pipeline.data.verdicts import warn_once
 
@@ -57,9 +57,9 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
 }
 
 
-def opened(path: Path, split: Any = "train", **keys: Any) -> FileSource:
+def opened(path: Path, split: Any = "train", **keys: Any) -> FileDataset:
     source = table.Config(name="table", path=str(path), **keys).open(split)
-    assert isinstance(source, FileSource)
+    assert isinstance(source, FileDataset)
     return source
 
 
@@ -267,7 +267,7 @@ def domains(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def of_domains(path: Path, split: Any = "train", **keys: Any) -> FileSource:
+def of_domains(path: Path, split: Any = "train", **keys: Any) -> FileDataset:
     return domain_folder.Config(name="domain_folder", path=str(path), **keys).open(split)
 
 

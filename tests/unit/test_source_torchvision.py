@@ -15,18 +15,18 @@ from PIL import Image
 from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.idx import write_idx
-from ssl_pipeline.data.source import ArraySource, Indexed
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.sources import torchvision
 from tests.shards import png
 
 
-def opened(dataset: str, split: Any = "train", **keys: Any) -> Indexed:
+def opened(dataset: str, split: Any = "train", **keys: Any) -> IndexedDataset:
     return torchvision.Config(name="torchvision", dataset=dataset, **keys).open(split)
 
 
-def labels(source: Indexed) -> list[int]:
+def labels(source: IndexedDataset) -> list[int]:
     assert source.labels is not None
     return source.labels.tolist()
 
@@ -55,7 +55,7 @@ def test_images_in_memory_are_taken_as_they_are(tmp_path: Path) -> None:
     train, dev, test = (
         opened("KMNIST", split, path=str(tmp_path), licence="free") for split in ("train", "dev", "test")
     )
-    assert isinstance(train, ArraySource)
+    assert isinstance(train, ArrayDataset)
     assert [len(train), len(dev), len(test)] == [54, 6, 60]
     assert train.licence == "free"
     assert test.pixels is not None
@@ -98,7 +98,7 @@ def test_folders_become_files(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png(i))
     source = opened("ImageFolder", path=str(tmp_path))
-    assert isinstance(source, FileSource)
+    assert isinstance(source, FileDataset)
     assert source.classes == ("cat", "dog")
     assert source.channels == 3
     assert all(source.files[i].split("/")[0] == ("cat", "dog")[label] for i, label in enumerate(labels(source)))

@@ -15,9 +15,9 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.idx import read_idx, write_idx
-from ssl_pipeline.data.prepared import look_at
+from ssl_pipeline.data.prepared import scan_folder
 from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
-from ssl_pipeline.data.splits import draw_labels, hold_out
+from ssl_pipeline.data.splits import draw_labels, stratified_split
 
 
 def picture(path: Path, size: tuple[int, int] = (12, 9), colour: str = "red") -> Path:
@@ -91,7 +91,7 @@ def test_a_damaged_idx_file_is_told(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 3), min_size=8, max_size=60), st.integers(1, 7), st.integers(0, 9))
 def test_what_is_held_out_is_even_and_apart(labels: list[int], count: int, seed: int) -> None:
     array = torch.tensor(labels)
-    rest, held_out = hold_out(array, count, seed)
+    rest, held_out = stratified_split(array, count, seed)
     assert sorted([*rest.tolist(), *held_out.tolist()]) == list(range(len(labels)))
     assert len(held_out) == count
     sizes, taken = array.bincount(minlength=4), array[held_out].bincount(minlength=4)
@@ -150,7 +150,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     assert [len(config.open(s) or []) for s in ("train", "dev", "test")] == [18, 2, 8]
     picture(tmp_path / "test" / "fox" / "0.png")
     folder._scan.cache_clear()
-    look_at.cache_clear()
+    scan_folder.cache_clear()
     with pytest.raises(ConfigError, match="fox"):
         config.open("test")
 

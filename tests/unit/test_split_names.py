@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.annotated import AnnotatedDataset
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.sources import domain_folder, folder, mask_folder, table, webdataset
 from ssl_pipeline.data.splits import resembles_split, split_named
 from ssl_pipeline.data.verdicts import warn_once
@@ -27,7 +27,7 @@ def pictures(*folders: Path, count: int = 5) -> None:
 
 
 def files(source: Any) -> set[str]:
-    assert isinstance(source, FileSource)
+    assert isinstance(source, FileDataset)
     return set(source.files)
 
 
@@ -115,7 +115,7 @@ def test_domain_folders_have_splits_above_or_below_the_domains(
     places = [(split, domain, kind) for split in names for domain in ("ink", "oil") for kind in ("cat", "dog")]
     pictures(*(tmp_path / form.format(split=split, domain=domain, kind=kind) for split, domain, kind in places))
 
-    def opened(split: Any, **keys: Any) -> FileSource:
+    def opened(split: Any, **keys: Any) -> FileDataset:
         return domain_folder.Config(name="domain_folder", path=str(tmp_path), **keys).open(split)
 
     train, dev, test = (opened(split) for split in ("train", "dev", "test"))
@@ -146,7 +146,7 @@ def test_mask_folders_have_splits_above_or_below_images(tmp_path: Path, form: st
     opened = {split: config.open(split) for split in ("train", "dev", "test")}
     assert [len(source) for source in opened.values()] == [9, 1, 10]
     for split, source in opened.items():
-        assert isinstance(source, Annotated)
+        assert isinstance(source, AnnotatedDataset)
         assert ("val" in source.describe(0)) == (split == "test")
 
 

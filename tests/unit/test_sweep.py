@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_pipeline.metrics.knn import _greatest, knn_predict, neighbours
+from ssl_pipeline.metrics.knn import _greatest, knn_predict, nearest_neighbors
 from ssl_pipeline.metrics.sgd_probe import Probes, choose, sweep
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import warmup_cosine
@@ -68,7 +68,7 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch:
     cosines = F.cosine_similarity(queries[:, None], bank[None], dim=2)
     value, index = cosines.topk(6, dim=1)
     monkeypatch.setattr("ssl_pipeline.metrics.knn._SIMILARITIES", 4 * len(bank))
-    parts = list(neighbours(queries, bank, 6))
+    parts = list(nearest_neighbors(queries, bank, 6))
     assert [len(part) for part, _ in parts] == [4, 4, 3]
     assert torch.equal(torch.cat([found for _, found in parts]), index)
     torch.testing.assert_close(torch.cat([found for found, _ in parts]), value)

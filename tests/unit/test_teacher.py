@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from ssl_pipeline.models.norms import batch_norms, norms_with_statistics
-from ssl_pipeline.models.teacher import Teacher
+from ssl_pipeline.models.teacher import EMAModel
 from tests.tasks import tiny_task
 from tests.unit.test_consistency import tiny as tiny_consistency
 
@@ -48,7 +48,7 @@ def test_a_teacher_says_the_same_of_the_same_images(name: str) -> None:
     with torch.no_grad():
         for parameter in student.parameters():  # torchvision's last layer starts at zero
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    teacher, images = Teacher(student).train(), torch.randn(4, 3, 32, 32)
+    teacher, images = EMAModel(student).train(), torch.randn(4, 3, 32, 32)
     assert not torch.equal(student.train()(images), student(images))
     assert torch.equal(teacher(images), teacher(images))
 
@@ -56,7 +56,7 @@ def test_a_teacher_says_the_same_of_the_same_images(name: str) -> None:
 def test_a_teachers_norms_go_by_the_batch() -> None:
     torch.manual_seed(0)
     student = timm.create_model("test_efficientnet").train()
-    teacher, images = Teacher(student), torch.randn(8, 3, 32, 32) + 2
+    teacher, images = EMAModel(student), torch.randn(8, 3, 32, 32) + 2
     torch.testing.assert_close(teacher(images), student(images))
     assert all(bool(norm.num_batches_tracked == 1) for norm in norms_with_statistics(teacher))
     teacher.eval()
@@ -66,7 +66,7 @@ def test_a_teachers_norms_go_by_the_batch() -> None:
 @pytest.mark.parametrize("name", ["byol", "dino", "moco_v2", "moco_v3", "consistency"])
 def test_every_task_trains_with_a_teacher_whose_norms_alone_train(name: str) -> None:
     task = tiny_consistency() if name == "consistency" else tiny_task(name)[0]
-    (teacher,) = (module for module in task.train().modules() if isinstance(module, Teacher))
+    (teacher,) = (module for module in task.train().modules() if isinstance(module, EMAModel))
     training = {module for module in teacher.network.modules() if module.training}
     assert training == set(norms_with_statistics(teacher))
     assert training
@@ -78,7 +78,7 @@ def test_a_teacher_forgets_what_its_layers_made_of_older_parameters() -> None:
     student = Attention(dim=16, key_dim=4, num_heads=2, resolution=2)
     for norm in batch_norms(student):  # the last one starts at zero
         nn.init.ones_(norm.weight)
-    teacher, tokens = Teacher(student), torch.randn(3, 4, 16)
+    teacher, tokens = EMAModel(student), torch.randn(3, 4, 16)
     before = teacher(tokens)
     with torch.no_grad():
         student.attention_biases.add_(torch.randn_like(student.attention_biases))

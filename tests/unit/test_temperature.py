@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig, entropy_share, temperature_figures
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 from tests.tasks import tiny_task
 
 
 def at(config: TemperatureConfig, step: int, total: int = 100) -> float:
-    return config.at(Clock(step, total, 10))
+    return config.at(TrainProgress(step, total, 10))
 
 
 def test_fixed_and_warmed() -> None:
@@ -150,7 +150,7 @@ def test_a_temperature_per_domain_is_refused_where_there_are_no_domains() -> Non
 
 
 def test_a_module_gives_floats_unless_it_learns() -> None:
-    clock = Clock(0, 10, 5)
+    clock = TrainProgress(0, 10, 5)
     assert Temperature(TemperatureConfig(value=0.3))(clock) == 0.3
     learned = Temperature(TemperatureConfig.model_validate({"value": 0.3, "learned": {}}))(clock)
     assert isinstance(learned, torch.Tensor)

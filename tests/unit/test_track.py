@@ -21,11 +21,11 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.logging.jsonl import JsonlLog, read_metrics, seconds_before
+from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics, seconds_before
 from ssl_pipeline.logging.progress import Progress, print_table
 from ssl_pipeline.logging.redaction import redact, redact_command
 from ssl_pipeline.logging.run import Run, open_run, versions, write_json, write_text_atomic
-from ssl_pipeline.logging.tracker import Trackers, TrackingConfig, open_trackers
+from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.wandb import open_wandb
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import tiny_pretrain
@@ -276,7 +276,7 @@ def test_versions() -> None:
 
 
 def test_no_numbers_come_back_as_they_went(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "metrics.jsonl")
+    log = JsonlLogger(tmp_path / "metrics.jsonl")
     log.log(3, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "text"})
     for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -297,7 +297,7 @@ def test_json_files_hold_no_nan(tmp_path: Path) -> None:
 
 def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
     with run_in(tmp_path / "a") as run:
-        trackers = open_trackers(run, "pretrain", CONFIG, OFF, 0)
+        trackers = open_loggers(run, "pretrain", CONFIG, OFF, 0)
         for step in range(6):
             trackers.log(step, {"loss": 1.0})
         trackers.finish()
@@ -305,13 +305,13 @@ def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
         with file.open("a") as half:
             half.write('{"step": 6, "time": 17')  # killed here
         assert [line["step"] for line in read_metrics(file)] == list(range(6))
-        with open_trackers(run, "pretrain", CONFIG, OFF, 3) as trackers:
+        with open_loggers(run, "pretrain", CONFIG, OFF, 3) as trackers:
             for step in range(4, 8):
                 trackers.log(step, {"loss": 2.0})
         assert [(line["step"], line["loss"]) for line in read_metrics(file)] == [
             (0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0),
         ]  # fmt: skip
-        with open_trackers(run, "pretrain", CONFIG, OFF, -1) as trackers:  # killed before the first checkpoint
+        with open_loggers(run, "pretrain", CONFIG, OFF, -1) as trackers:  # killed before the first checkpoint
             trackers.log(0, {"loss": 3.0})
         assert [line["loss"] for line in read_metrics(file)] == [3.0]
 
@@ -347,7 +347,7 @@ class Broken:
 
 def test_a_broken_mirror_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mirror = Broken()
-    with Trackers(JsonlLog(tmp_path / "metrics.jsonl"), [mirror]) as trackers:
+    with LoggerCollection(JsonlLogger(tmp_path / "metrics.jsonl"), [mirror]) as trackers:
         for step in range(5):
             trackers.log(step, {"loss": 1.0})
     assert mirror.heard == 2
@@ -380,7 +380,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def track(run: Run, tracking: TrackingConfig) -> None:
-    with open_trackers(run, "pretrain", CONFIG | {"token": "hush"}, tracking, 0) as trackers:
+    with open_loggers(run, "pretrain", CONFIG | {"token": "hush"}, tracking, 0) as trackers:
         trackers.log(1, {"pretrain/loss": 1.0})
     assert [line["step"] for line in read_metrics(run.path)] == [1]
 
@@ -466,7 +466,7 @@ def test_wandb_disabled_is_tracking_off(text: str, runs: int, tmp_path: Path, mo
     monkeypatch.setenv("WANDB_DISABLED", text)
     monkeypatch.setattr("ssl_pipeline.logging.tracker.Background", lambda name, *_: opened.append(name))
     with run_in(tmp_path / "a") as run:
-        trackers = open_trackers(run, "pretrain", CONFIG, TrackingConfig(name="wandb"), 0)
+        trackers = open_loggers(run, "pretrain", CONFIG, TrackingConfig(name="wandb"), 0)
         trackers._mirrors.clear()
         trackers.finish()
     assert len(opened) == runs
@@ -495,10 +495,10 @@ def test_off_does_not_touch_wandb(
 def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (
         run_in(tmp_path / "a") as run,
-        open_trackers(run, "pretrain", CONFIG, TrackingConfig(), 0, main=False) as silent,
+        open_loggers(run, "pretrain", CONFIG, TrackingConfig(), 0, main=False) as silent,
     ):
         silent.log(1, {"loss": 1.0})
-    open_trackers(None, "pretrain", CONFIG, TrackingConfig(), 0).log(1, {"loss": 1.0})
+    open_loggers(None, "pretrain", CONFIG, TrackingConfig(), 0).log(1, {"loss": 1.0})
     assert not (run.path / "metrics.jsonl").exists()
     with Progress(2, enabled=False) as progress:
         progress.update(2, {"loss": 1.0})

@@ -10,7 +10,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.engine.two_pass import two_pass
-from ssl_pipeline.pretext._projected import Projected
+from ssl_pipeline.pretext._projected import ProjectionTask
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_pretrain
 from tests.tasks import as_group_norm, tiny_batch, tiny_task
@@ -78,7 +78,7 @@ def test_both_passes_drop_the_same_units() -> None:
     """With another mask in the second pass, the gradient would be one of no function."""
     first, second = (as_group_norm(tiny_task("simclr")[0]).double() for _ in range(2))
     for task in (first, second):
-        assert isinstance(task, Projected)
+        assert isinstance(task, ProjectionTask)
         task.projection = nn.Sequential(nn.Dropout(0.5), task.projection)
     assert isinstance(first, Task)
     assert isinstance(second, Task)

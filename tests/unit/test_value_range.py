@@ -18,10 +18,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.decode import as_8_bit, check_header
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.prepare import prepare
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.sources import folder, table
 from ssl_pipeline.downstream.finished import Model
 from ssl_pipeline.export.embed import EmbedConfig, open_every
@@ -43,7 +43,7 @@ def images(root: Path, make: Callable[[int], np.ndarray], ending: str = "tif", c
     return root
 
 
-def opened(root: Path, **keys: Any) -> FileSource:
+def opened(root: Path, **keys: Any) -> FileDataset:
     source = folder.Config(name="folder", path=str(root), **keys).open_pool()
     assert source is not None
     return source
@@ -256,4 +256,4 @@ def test_colours_of_16_bits_say_that_8_are_read(
 
 
 def test_arrays_of_any_number_of_channels_have_no_range() -> None:
-    assert ArraySource("arrays", torch.zeros(2, 5, 4, 4, dtype=torch.uint8)).value_range is None
+    assert ArrayDataset("arrays", torch.zeros(2, 5, 4, 4, dtype=torch.uint8)).value_range is None

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms import photometry
-from ssl_pipeline.transforms.appearance import Appearance
+from ssl_pipeline.transforms.appearance import Augmentation
 from ssl_pipeline.transforms.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig, ViewConfig
 from ssl_pipeline.transforms.geometry import CropConfig, crop_boxes, resize_box_of_file, resize_boxes, rotate
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
@@ -51,15 +51,15 @@ def test_hue_of_grey_pixels_stays() -> None:
 
 def test_blur_is_torchvisions_inside() -> None:
     sigma = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.8])
-    ours = photometry.blur(PHOTOS, sigma, 1.5)
+    ours = photometry.gaussian_blur(PHOTOS, sigma, 1.5)
     theirs = torch.stack([tvf.gaussian_blur(p, [23, 23], [float(s)] * 2) for p, s in zip(PHOTOS, sigma, strict=True)])
     torch.testing.assert_close(ours[..., 8:16, 8:16], theirs[..., 8:16, 8:16], atol=1e-4, rtol=0)
-    torch.testing.assert_close(photometry.blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
+    torch.testing.assert_close(photometry.gaussian_blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
 
 
 def test_grey_and_solarise_are_torchvisions() -> None:
-    torch.testing.assert_close(photometry.grey(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(photometry.solarise(PHOTOS), tvf.solarize(PHOTOS, 0.5))
+    torch.testing.assert_close(photometry.grayscale(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(photometry.solarize(PHOTOS), tvf.solarize(PHOTOS, 0.5))
 
 
 @pytest.mark.parametrize("angle", [-130.0, 17.0, 90.0])
@@ -76,8 +76,8 @@ def test_erasing_takes_boxes_of_the_asked_share_and_leaves_the_mean() -> None:
         size=size, flip=0, jitter=JitterConfig(probability=0), grey=0,
         erasing=ErasingConfig(probability=0.5, scale=(0.1, 0.3)),
     )  # fmt: skip
-    look = Appearance(config.settled(3, "views")[0], (0.2,) * 3, (0.5,) * 3)
-    views = look(torch.ones(count, 3, size, size), Draws(torch.arange(count), 0, "views"))
+    look = Augmentation(config.settled(3, "views")[0], (0.2,) * 3, (0.5,) * 3)
+    views = look(torch.ones(count, 3, size, size), NamedRNG(torch.arange(count), 0, "views"))
     erased = views == 0
     assert torch.equal(erased[:, 0], erased[:, 2])
     share = erased[:, 0].float().mean((1, 2))
@@ -108,7 +108,7 @@ def test_all_paths_make_the_same_view(sides: tuple[int, int], channels: int) -> 
     files = [Image.fromarray(p.squeeze(0).numpy() if channels == 1 else p.permute(1, 2, 0).numpy()) for p in pixels]
     of_pixels, of_files = views.of_pixels(pixels, index, 2), views.of_files(files, index, 2)
     for view in range(2):
-        draws = Draws(index, 3, "views", 2, view)
+        draws = NamedRNG(index, 3, "views", 2, view)
         boxes = crop_boxes(draws, torch.full((8,), sides[0]), torch.full((8,), sides[1]), config.crop)
         matrices = resize_boxes(pixels, boxes, 16, draws.happens("flip", 0.5))
         for crops in (of_pixels[view], of_files[view]):
@@ -154,7 +154,7 @@ def test_mirror_mirrors() -> None:
 def test_boxes_have_torchvisions_statistics_and_fit() -> None:
     count, crop = 4000, CropConfig(scale=(0.2, 1.0))
     sides = torch.full((count,), 32)
-    boxes = crop_boxes(Draws(torch.arange(count), 0, "views"), sides, sides, crop).float()
+    boxes = crop_boxes(NamedRNG(torch.arange(count), 0, "views"), sides, sides, crop).float()
     torch.manual_seed(0)
     image = torch.empty(3, 32, 32)
     theirs = (
@@ -180,7 +180,7 @@ def _torchvisions_boxes(count: int) -> Tensor:
 
 def test_a_shape_that_never_fits_falls_back_to_the_centre() -> None:
     boxes = crop_boxes(
-        Draws(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0))
+        NamedRNG(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0))
     )
     assert boxes.tolist() == [[0, 43, 10, 13]] * 4
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.rng import Draws
+from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms import geometry, photometry
-from ssl_pipeline.transforms.appearance import Appearance
+from ssl_pipeline.transforms.appearance import Augmentation
 from ssl_pipeline.transforms.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig
 from ssl_pipeline.transforms.geometry import CropConfig, resize_matrix
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
@@ -91,8 +91,8 @@ def test_jitter_comes_in_every_order_alike() -> None:
     """Brightness before contrast and after it clip differently, so the orders can be told apart by the views."""
     count = 2400
     config = views_of(SIMCLR).config.each()[0]
-    look = Appearance(config, (0.0,) * 3, (1.0,) * 3)
-    order = look._draw(Draws(torch.arange(count), 0, "views"), 16)["order"]
+    look = Augmentation(config, (0.0,) * 3, (1.0,) * 3)
+    order = look._draw(NamedRNG(torch.arange(count), 0, "views"), 16)["order"]
     jittered = order[order[:, 0] >= 0]
     assert abs(len(jittered) / count - 0.8) < 4 * math.sqrt(0.16 / count)
     assert torch.equal(jittered.sort(1).values, torch.arange(4).expand(len(jittered), -1))
@@ -162,9 +162,9 @@ def test_operations_stay_in_range_and_leave_their_input(factor: Tensor) -> None:
         photometry.contrast(images, factor),
         photometry.saturation(images, factor),
         photometry.hue(images, turn),
-        photometry.blur(images, factor + 0.1, 2.1),
-        photometry.grey(images),
-        photometry.solarise(images),
+        photometry.gaussian_blur(images, factor + 0.1, 2.1),
+        photometry.grayscale(images),
+        photometry.solarize(images),
     ]
     assert torch.equal(images, before)
     for result in results:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.data.styles import views_of
+from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.transforms.config import RestyleConfig
 from ssl_pipeline.transforms.policy import LocalConfig, Views, ViewsConfig
@@ -23,9 +23,9 @@ NEUTRAL = (0.0,) * 3, (1.0,) * 3
 SEED = torch.Generator().manual_seed(0)
 
 
-def photos(count: int, channels: int = 3, side: int = 24) -> ArraySource:
+def photos(count: int, channels: int = 3, side: int = 24) -> ArrayDataset:
     pixels = torch.randint(0, 256, (count, channels, side, side), generator=SEED, dtype=torch.uint8)
-    return ArraySource("random", pixels)
+    return ArrayDataset("random", pixels)
 
 
 def policy(channels: int = 3, **restyled: float) -> ViewsConfig:
@@ -33,7 +33,7 @@ def policy(channels: int = 3, **restyled: float) -> ViewsConfig:
     return config.for_channels(channels)[0]
 
 
-def made(views: Views, source: ArraySource, index: Tensor) -> list[Tensor]:
+def made(views: Views, source: ArrayDataset, index: Tensor) -> list[Tensor]:
     assert source.pixels is not None
     return views.finish(views.of_pixels(source.pixels[index], index, 1), index, 1)
 
@@ -54,9 +54,9 @@ def test_restyling_keeps_the_phase_and_takes_the_amplitude(sides: tuple[int, int
 def test_a_restyled_view_is_its_samples_alone(channels: int) -> None:
     source, index = photos(12, channels), torch.arange(12)
     neutral = (0.0,) * channels, (1.0,) * channels
-    views = views_of(source, policy(channels, probability=0.5), *neutral, seed=3)
+    views = build_views(source, policy(channels, probability=0.5), *neutral, seed=3)
     whole = made(views, source, index)
-    again = views_of(source, policy(channels, probability=0.5), *neutral, seed=3)
+    again = build_views(source, policy(channels, probability=0.5), *neutral, seed=3)
     halves = [made(again, source, part) for part in (index[7:], index[:7])]
     for view, ours in enumerate(whole):
         assert torch.allclose(ours, torch.cat([halves[1][view], halves[0][view]]), atol=1e-5)
@@ -66,7 +66,7 @@ def test_a_restyled_view_is_its_samples_alone(channels: int) -> None:
     changed = [(a - b).flatten(1).abs().amax(1) > 1e-3 for a, b in zip(whole, plain, strict=True)]
     share = float(torch.cat(changed).float().mean())
     assert 0.25 < share < 0.75  # the probability, and the other samples are as they were
-    other = made(views_of(source, policy(channels, probability=0.5), *neutral, seed=4), source, index)
+    other = made(build_views(source, policy(channels, probability=0.5), *neutral, seed=4), source, index)
     assert not torch.allclose(other[0], whole[0])
 
 
@@ -74,7 +74,7 @@ def test_strength_bounds_how_far_a_style_goes() -> None:
     source, index = photos(12), torch.arange(12)
     plain = made(Views(policy(), *NEUTRAL, seed=0), source, index)[0]
     far = [
-        float((made(views_of(source, policy(probability=1, strength=s), *NEUTRAL, seed=0), source, index)[0] - plain).abs().mean())
+        float((made(build_views(source, policy(probability=1, strength=s), *NEUTRAL, seed=0), source, index)[0] - plain).abs().mean())
         for s in (0.0, 0.3, 1.0)
     ]  # fmt: skip
     assert far[0] < 1e-5 < far[1] < far[2]
@@ -94,9 +94,9 @@ def test_files_lend_their_styles_and_nobody_reads_them_unasked(tmp_path: Path, m
         return open_image(index)
 
     monkeypatch.setattr(source, "open_image", watched)
-    views_of(source, policy(), *NEUTRAL, seed=0)
+    build_views(source, policy(), *NEUTRAL, seed=0)
     assert not opened
-    views_of(source, policy(probability=0.1, styles=2), *NEUTRAL, seed=0)
+    build_views(source, policy(probability=0.1, styles=2), *NEUTRAL, seed=0)
     assert len(opened) == 2
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.prepared import look_at
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.prepared import scan_folder
 from ssl_pipeline.data.sources import domain_folder, folder
 from ssl_pipeline.data.verdicts import warn_once
 from ssl_pipeline.data.walk import ENDINGS, images_in
@@ -24,10 +24,10 @@ def picture(path: Path, form: str = "png") -> Path:
 
 
 def trained_on(root: Path) -> list[str]:
-    look_at.cache_clear()
+    scan_folder.cache_clear()
     folder._scan.cache_clear()
     source = folder.Config(name="folder", path=str(root)).open("train")
-    assert isinstance(source, FileSource)
+    assert isinstance(source, FileDataset)
     return [source.describe(i) for i in range(len(source))]
 
 

@@ -21,12 +21,12 @@ from torchvision.models import get_model_weights, list_models
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.data.source import ArraySource
+from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream.start import new_encoder
 from ssl_pipeline.evaluation.command import EvaluateConfig
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.encoder import open_encoder
-from ssl_pipeline.models.artifact import Blueprint, Card, load_encoder, save
+from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights_input import IMAGENET, WeightsInput, published_input, weights_input
@@ -183,7 +183,7 @@ def test_files_whose_images_are_known(tmp_path: Path) -> None:
 
 
 def test_an_earlier_run_as_a_start_brings_its_own_mean_and_std(tmp_path: Path) -> None:
-    blueprint = Blueprint(
+    blueprint = EncoderSpec(
         backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=3, size=16, mean=(0.1, 0.2, 0.3), std=(0.4,) * 3
     )
     save(
@@ -221,7 +221,7 @@ def tiny(tmp_path: Path) -> BackboneConfig:
 
 
 def test_stage_two_takes_the_resize_at_the_weights_own_size(tiny: BackboneConfig) -> None:
-    pool = ArraySource("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    pool = ArrayDataset("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     at_own, _, notes = new_encoder(tiny, NeckConfig(), pool, 160)
     assert (at_own.mean, at_own.resize) == ((0.5, 0.5, 0.5), of(tiny.name, str(tiny.weights)).resize)
     assert any("shorter side resized to 168 px (bilinear), central 160 px" in note for note in notes)
@@ -233,7 +233,7 @@ def test_stage_two_takes_the_resize_at_the_weights_own_size(tiny: BackboneConfig
 
 
 def test_the_card_carries_the_resize_and_older_cards_have_none(tmp_path: Path, tiny: BackboneConfig) -> None:
-    pool = ArraySource("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    pool = ArrayDataset("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     blueprint, encoder, _ = new_encoder(tiny, NeckConfig(), pool, 160)
     save(tmp_path, encoder, Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}))
     _, card = load_encoder(tmp_path)
@@ -253,7 +253,7 @@ def test_corruptions_are_of_what_the_encoder_sees(tiny: BackboneConfig) -> None:
     found = of(tiny.name, str(tiny.weights))
     assert found.resize is not None
     seen = resize_and_crop_image(photo(), 160, found.resize, found.mean)
-    source = ArraySource("a photo", as_tensor(photo())[None])
+    source = ArrayDataset("a photo", as_tensor(photo())[None])
     bright = Corrupted(source, 160, "pixelate", 1, resize=found.resize, fill=found.mean).open_image(0)
     small = seen.resize((96, 96), Image.Resampling.BOX).resize(seen.size, Image.Resampling.NEAREST)
     assert torch.equal(as_tensor(bright), as_tensor(small))

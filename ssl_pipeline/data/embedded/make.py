@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.splits import hold_out
+from ssl_pipeline.data.splits import stratified_split
 
 COUNTS = {"train": 8000, "t10k": 2000}
 
@@ -27,7 +27,7 @@ def make(folder: Path, out: Path) -> None:
     for part, count in COUNTS.items():
         images = read_idx(find_idx(folder, f"{part}-images-idx3-ubyte"))
         labels = read_idx(find_idx(folder, f"{part}-labels-idx1-ubyte"))
-        _, chosen = hold_out(labels.long(), count, "embedded", part)
+        _, chosen = stratified_split(labels.long(), count, "embedded", part)
         write_idx(out / f"{part}-images-idx3-ubyte.gz", images[chosen])
         write_idx(out / f"{part}-labels-idx1-ubyte.gz", labels[chosen])
 

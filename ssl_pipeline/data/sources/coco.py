@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated
+from ssl_pipeline.data.annotated import AnnotatedDataset
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.coco_record import Categories, categories_of, check_images, leave_out, plain_annotations
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.masks import for_all, tell, upright_size
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.masks import for_all, report_bad_masks, upright_size
 from ssl_pipeline.data.source import Part, SourceConfig, Split
-from ssl_pipeline.data.splits import part_of, share_out
+from ssl_pipeline.data.splits import part_of, split_three
 
 _log = logging.getLogger("ssl_pipeline")
 
@@ -54,7 +54,7 @@ class Config(SourceConfig):
     bad_files: Limit = parse_limit("1%")
     licence: str | None = None
 
-    def open(self, split: Split) -> Annotated:
+    def open(self, split: Split) -> AnnotatedDataset:
         """A split, the same for every seed.
 
         Raises:
@@ -62,11 +62,11 @@ class Config(SourceConfig):
         """
         return self._open(split)
 
-    def open_pool(self) -> Annotated:
+    def open_pool(self) -> AnnotatedDataset:
         """All images but those of the test."""
         return self._open("pool")
 
-    def _open(self, split: Part) -> Annotated:
+    def _open(self, split: Part) -> AnnotatedDataset:
         paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
         categories, pool = _read(
             Path(self.path).expanduser(), self._root(self.path), None, self.channels, self.bad_files
@@ -76,7 +76,7 @@ class Config(SourceConfig):
             _, source = _read(Path(own).expanduser(), self._root(own), categories, self.channels, self.bad_files)
             return self._licensed(source)
         strata = torch.zeros(len(pool), dtype=torch.int64)
-        shares = share_out(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
+        shares = split_three(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
         return self._licensed(part_of(pool, shares, split))
 
     def _root(self, path: str) -> Path:
@@ -85,7 +85,7 @@ class Config(SourceConfig):
         folder = Path(path).expanduser().resolve().parent
         return folder / "images" if (folder / "images").is_dir() else folder
 
-    def _licensed(self, source: Annotated) -> Annotated:
+    def _licensed(self, source: AnnotatedDataset) -> AnnotatedDataset:
         source.licence = self.licence
         return source
 
@@ -93,7 +93,7 @@ class Config(SourceConfig):
 @lru_cache(maxsize=8)
 def _read(
     path: Path, root: Path, known: Categories | None, channels: int, limit: BadFilesLimit
-) -> tuple[Categories, Annotated]:
+) -> tuple[Categories, AnnotatedDataset]:
     """Reads a file once in the process's life; another split has the training file's categories."""
     record = _load(path)
     categories = categories_of(_rows(record, "categories", path, ("id", "name")), path)
@@ -106,7 +106,7 @@ def _read(
         raise ConfigError(f"{path} names {len(images)} image(s), and at least two are needed.")
     check_images(images, path)
     files = [root / str(image["file_name"]) for image in images]
-    tell(
+    report_bad_masks(
         [
             f"{file} is not there: mend `file_name`, or say where images are by `data.images`."
             for file in files
@@ -114,14 +114,16 @@ def _read(
         ]
     )
     sizes = for_all(files, upright_size)
-    tell([problem for image, size in zip(images, sizes, strict=True) if (problem := _other_size(image, size, path))])
+    report_bad_masks(
+        [problem for image, size in zip(images, sizes, strict=True) if (problem := _other_size(image, size, path))]
+    )
     boxes, labels, crowds = _boxes_of(
         images, sizes, _rows(record, "annotations", path, ("image_id", "category_id", "bbox")), categories, path, limit
     )
     names = [str(image["file_name"]) for image in images]
     annotations = Boxes(boxes, labels, torch.tensor(sizes), tuple(name for _, name in categories), crowds)
-    return categories, Annotated(
-        FileSource(str(path), root, names, channels, bad_files=BadFiles(limit, len(names))), annotations
+    return categories, AnnotatedDataset(
+        FileDataset(str(path), root, names, channels, bad_files=BadFiles(limit, len(names))), annotations
     )
 
 

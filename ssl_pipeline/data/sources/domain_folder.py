@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.files import as_text
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, scan_folder
 from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, share_out, split_named, splits_among
+from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, split_named, split_three, splits_among
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 
@@ -46,7 +46,7 @@ class Config(PreparedConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     licence: str | None = None
 
-    def open(self, split: Split) -> FileSource:
+    def open(self, split: Split) -> FileDataset:
         """A split, the same for every seed.
 
         Raises:
@@ -55,11 +55,11 @@ class Config(PreparedConfig):
         """
         return self._open(split)
 
-    def open_pool(self) -> FileSource:
+    def open_pool(self) -> FileDataset:
         """All images of the training domains but those of the test."""
         return self._open("pool")
 
-    def _open(self, split: Part) -> FileSource:
+    def _open(self, split: Part) -> FileDataset:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
@@ -86,12 +86,12 @@ class Config(PreparedConfig):
         # Numbered by domain and class, so that each of both is held out in proportion.
         cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
         own = folders or {}
-        shares = share_out(
+        shares = split_three(
             cells, None if test or "test" in own else self.test, None if "dev" in own else self.dev, "domain folder"
         )
         return part_of(self._source(tree, pool), shares, split)
 
-    def _source(self, tree: _Tree, index: Tensor) -> FileSource:
+    def _source(self, tree: _Tree, index: Tensor) -> FileDataset:
         source = tree.images.source(
             self, str(tree.images.root), labels=tree.labels, classes=tree.classes, domains=tree.domains,
             domain_names=tree.names,
@@ -161,7 +161,7 @@ class _Tree:
 @lru_cache(maxsize=4)
 def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
     """Reads a folder once in the process's life."""
-    images = look_at(root, base, limit, depth=2)
+    images = scan_folder(root, base, limit, depth=2)
     if not images.files:
         raise ConfigError(
             f"`data.path`: {str(root)!r} holds no image at domain/class/image. For a folder of classes without domains take "

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from ssl_pipeline.data import embedded
-from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
+from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
 
 
@@ -20,7 +20,7 @@ class Config(SourceConfig):
 
     dev: int = Field(1000, ge=1, le=4000)
 
-    def open(self, split: Split) -> ArraySource:
+    def open(self, split: Split) -> ArrayDataset:
         """A split; ``dev`` is the same for every seed."""
         assert embedded.__file__ is not None
         return read_splits("embedded", Path(embedded.__file__).parent, self.dev)[split]

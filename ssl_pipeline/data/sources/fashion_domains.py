@@ -17,23 +17,23 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import embedded
-from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
+from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
-from ssl_pipeline.data.splits import hold_out
-from ssl_pipeline.rng import Draws, permutation
+from ssl_pipeline.data.splits import stratified_split
+from ssl_pipeline.rng import NamedRNG, permutation
 from ssl_pipeline.transforms.config import ViewConfig
 
 _WAVES = 3
 _LICENCE = "MIT; the domains are synthetic, made by a rule"
 
 
-def _original(pixels: Tensor, draws: Draws) -> Tensor:
+def _original(pixels: Tensor, draws: NamedRNG) -> Tensor:
     """As they are."""
     del draws
     return pixels
 
 
-def _textured(pixels: Tensor, draws: Draws) -> Tensor:
+def _textured(pixels: Tensor, draws: NamedRNG) -> Tensor:
     """The black background becomes a sum of waves, of each image its own."""
     places = torch.arange(pixels.shape[-1], dtype=torch.float32)
     texture = torch.zeros(len(pixels), pixels.shape[-2], pixels.shape[-1])
@@ -48,13 +48,13 @@ def _textured(pixels: Tensor, draws: Draws) -> Tensor:
     return mixed.round().clamp(0, 255).to(torch.uint8)[:, None]
 
 
-def _inverted(pixels: Tensor, draws: Draws) -> Tensor:
+def _inverted(pixels: Tensor, draws: NamedRNG) -> Tensor:
     """Black becomes white."""
     del draws
     return 255 - pixels
 
 
-def _edges(pixels: Tensor, draws: Draws) -> Tensor:
+def _edges(pixels: Tensor, draws: NamedRNG) -> Tensor:
     """The length of the gradient by Sobel's kernels."""
     del draws
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
@@ -63,7 +63,7 @@ def _edges(pixels: Tensor, draws: Draws) -> Tensor:
     return gradient.square().sum(1, keepdim=True).sqrt().round().clamp(0, 255).to(torch.uint8)
 
 
-_APPEARANCES: dict[str, Callable[[Tensor, Draws], Tensor]] = {
+_APPEARANCES: dict[str, Callable[[Tensor, NamedRNG], Tensor]] = {
     "original": _original, "textured": _textured, "inverted": _inverted, "edges": _edges,
 }  # fmt: skip
 DOMAINS = tuple(_APPEARANCES)
@@ -96,7 +96,7 @@ class Config(SourceConfig):
             raise ValueError("an imbalance is how many times fewer: 1 or more.")
         return value
 
-    def open(self, split: Split) -> ArraySource:
+    def open(self, split: Split) -> ArrayDataset:
         """A split; the same for every seed."""
         every = _every_split(self.dev)[split]
         assert every.domains is not None
@@ -117,7 +117,7 @@ class Config(SourceConfig):
         ]
 
 
-def _thinned(source: ArraySource, domain: int, ratio: float) -> Tensor:
+def _thinned(source: ArrayDataset, domain: int, ratio: float) -> Tensor:
     """Which images of a domain stay when its classes get rarer from the first to the last."""
     assert source.labels is not None
     assert source.classes is not None
@@ -131,11 +131,11 @@ def _thinned(source: ArraySource, domain: int, ratio: float) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _every_split(dev: int) -> dict[Split, ArraySource]:
+def _every_split(dev: int) -> dict[Split, ArrayDataset]:
     """All domains of all splits, each with the mean and standard deviation of the original training images."""
     assert embedded.__file__ is not None
     splits = read_splits("embedded", Path(embedded.__file__).parent, dev)
-    made: dict[Split, ArraySource] = {}
+    made: dict[Split, ArrayDataset] = {}
     for split in ("train", "dev"):
         parts = _parts(splits[split], len(DOMAINS))
         made[split] = _dress(splits[split], parts, split)
@@ -143,29 +143,29 @@ def _every_split(dev: int) -> dict[Split, ArraySource]:
     return made
 
 
-def _parts(source: ArraySource, count: int) -> list[Tensor]:
+def _parts(source: ArrayDataset, count: int) -> list[Tensor]:
     """Shares the images out among so many parts of equal size, each with its share of every class."""
     assert source.labels is not None
     left, parts = torch.arange(len(source)), []
     for part in range(count - 1):
-        rest, taken = hold_out(source.labels[left], len(source) // count, "fashion domains", part)
+        rest, taken = stratified_split(source.labels[left], len(source) // count, "fashion domains", part)
         parts.append(left[taken])
         left = left[rest]
     return [*parts, left]
 
 
-def _dress(source: ArraySource, parts: list[Tensor], split: Split) -> ArraySource:
+def _dress(source: ArrayDataset, parts: list[Tensor], split: Split) -> ArrayDataset:
     """One source of all domains: part i of the images in appearance i."""
     assert source.pixels is not None
     assert source.labels is not None
     pixels = [
-        make(source.pixels[part], Draws(part, 0, f"fashion domains {split}"))
+        make(source.pixels[part], NamedRNG(part, 0, f"fashion domains {split}"))
         for make, part in zip(_APPEARANCES.values(), parts, strict=True)
     ]
     domains = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
     # In no order of domains, as if found so: what reads only some of the images reads some of each domain.
     order = permutation(len(domains), "fashion domains", split)
-    return ArraySource(
+    return ArrayDataset(
         "fashion_domains", torch.cat(pixels)[order], source.labels[torch.cat(parts)][order], source.classes, _LICENCE,
         source.mean, source.std, domains[order], DOMAINS,
     )  # fmt: skip

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.idx import find_idx, read_idx
-from ssl_pipeline.data.source import ArraySource, SourceConfig, Split
-from ssl_pipeline.data.splits import hold_out
+from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
+from ssl_pipeline.data.splits import stratified_split
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -31,7 +31,7 @@ class Config(SourceConfig):
     download_to: str = "~/.cache/ssl_pipeline"
     dev: int = Field(5000, ge=1, le=30_000)
 
-    def open(self, split: Split) -> ArraySource:
+    def open(self, split: Split) -> ArrayDataset:
         """A split; ``dev`` is the same for every seed.
 
         Raises:
@@ -61,7 +61,7 @@ def _download(root: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def read_splits(name: str, folder: Path, dev: int) -> dict[Split, ArraySource]:
+def read_splits(name: str, folder: Path, dev: int) -> dict[Split, ArrayDataset]:
     """All splits of a folder of idx files.
 
     Args:
@@ -79,15 +79,15 @@ def read_splits(name: str, folder: Path, dev: int) -> dict[Split, ArraySource]:
     assert every.labels is not None
     if dev >= len(every):
         raise ConfigError(f"`data.dev` is {dev}, and {str(folder)!r} holds {len(every)} training images: give fewer.")
-    rest, held_out = hold_out(every.labels, dev, name, "dev")
-    splits: dict[Split, ArraySource] = {"train": every.select(rest), "dev": every.select(held_out), "test": test}
+    rest, held_out = stratified_split(every.labels, dev, name, "dev")
+    splits: dict[Split, ArrayDataset] = {"train": every.select(rest), "dev": every.select(held_out), "test": test}
     mean, std = splits["train"].statistics()
     for source in splits.values():
         source.mean, source.std = mean, std
     return splits
 
 
-def _read_part(name: str, folder: Path, part: str) -> ArraySource:
+def _read_part(name: str, folder: Path, part: str) -> ArrayDataset:
     paths = [find_idx(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
     pixels, labels = (read_idx(path) for path in paths)
     if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or len(labels) == 0 or int(labels.max()) >= len(CLASSES):
@@ -95,4 +95,4 @@ def _read_part(name: str, folder: Path, part: str) -> ArraySource:
             f"{paths[0]} holds {tuple(pixels.shape)} and {paths[1]} {tuple(labels.shape)}: they must be N images and N "
             f"labels from 0 to {len(CLASSES) - 1}. Copy Fashion-MNIST's four files anew."
         )
-    return ArraySource(name, pixels[:, None], labels.long(), CLASSES, "MIT")
+    return ArrayDataset(name, pixels[:, None], labels.long(), CLASSES, "MIT")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
-from ssl_pipeline.data.file_source import FileSource
+from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.lost_files import causes, total
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_at
-from ssl_pipeline.data.source import Indexed, Part, Split
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, scan_folder
+from ssl_pipeline.data.source import IndexedDataset, Part, Split
 from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import hold_out, part_of
+from ssl_pipeline.data.splits import part_of, stratified_split
 from ssl_pipeline.data.verdicts import listed
 
 _log = logging.getLogger("ssl_pipeline")
@@ -45,7 +45,7 @@ class Config(PreparedConfig):
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
 
-    def open(self, split: Split) -> FileSource | None:
+    def open(self, split: Split) -> FileDataset | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels.
 
         Raises:
@@ -53,18 +53,18 @@ class Config(PreparedConfig):
         """
         return self._at_one_range(self._open(split))
 
-    def open_pool(self) -> FileSource | None:
+    def open_pool(self) -> FileDataset | None:
         """All images but those of the test, be it a folder or a share."""
         return self._at_one_range(self._open("pool"))
 
-    def _at_one_range(self, source: FileSource | None) -> FileSource | None:
+    def _at_one_range(self, source: FileDataset | None) -> FileDataset | None:
         """A split whose stored values mean what they do in the training folder."""
         if source is not None:
             train = _scan(self.folders()["train"], "data.path", self.bad_files, self.base)
             source.value_range = train.images.value_range(self.range)
         return source
 
-    def open_every(self) -> dict[Split, Indexed]:
+    def open_every(self) -> dict[Split, IndexedDataset]:
         """All images by their splits; folders without classes have those alone that are folders."""
         folders = self.folders()
         if _scan(folders["train"], "data.path", self.bad_files, self.base).classes is not None:
@@ -79,7 +79,7 @@ class Config(PreparedConfig):
         key = "data.test_path" if split == "test" and self.test_path else "data.path"
         return _scan(place, key, self.bad_files, self.base)
 
-    def _open(self, split: Part) -> FileSource | None:
+    def _open(self, split: Part) -> FileDataset | None:
         folders, base = self.folders(), self.base
         train = _scan(folders["train"], "data.path", self.bad_files, base)
         if train.classes is None:
@@ -127,7 +127,7 @@ class _Scan:
         tops: per folder the subfolder of the root it lies in, "" for the root itself.
         classes: the names of its subfolders, sorted; None without labels.
         labels: per file the number of its class, int64 of shape (N,); None without.
-        unlabeled_because: see :class:`~ssl_pipeline.data.source.Indexed`.
+        unlabeled_because: see :class:`~ssl_pipeline.data.source.IndexedDataset`.
     """
 
     images: ImageFiles
@@ -136,7 +136,7 @@ class _Scan:
     labels: Tensor | None = None
     unlabeled_because: str | None = None
 
-    def source(self, config: Config) -> FileSource:
+    def source(self, config: Config) -> FileDataset:
         """As a source.
 
         Raises:
@@ -207,7 +207,7 @@ class _Scan:
 @lru_cache(maxsize=8)
 def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Scan:
     """Reads a folder once in the process's life; ``key`` is what messages call it."""
-    images = look_at(root, base, limit)
+    images = scan_folder(root, base, limit)
     if len(images.files) < 2:
         what = "no image" if not images.files else f"only one image ({images.files[0]})"
         why = causes(images.others, images.relative_faults)
@@ -241,6 +241,6 @@ def _held_out(
             index["pool"] = index["train"]
         if share is not None:
             pool = index["train"]
-            rest, held_out = hold_out(labels[pool], max(1, round(share * len(pool))), "folder", split)
+            rest, held_out = stratified_split(labels[pool], max(1, round(share * len(pool))), "folder", split)
             index["train"], index[split] = pool[rest], pool[held_out]
     return index

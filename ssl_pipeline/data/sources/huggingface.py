@@ -13,10 +13,10 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.rows import Rows, RowStream, encoded, numbers
-from ssl_pipeline.data.source import Indexed, Part, Split
-from ssl_pipeline.data.splits import part_of, share_out, split_named
-from ssl_pipeline.data.stream import LOOKED_AT, Handful, Sample, StreamConfig, channels_of
+from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded, numbers
+from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.splits import part_of, split_named, split_three
+from ssl_pipeline.data.stream import LOOKED_AT, InMemoryDataset, Sample, StreamConfig, channels_of
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class Config(StreamConfig):
     on_unreadable: Literal["stop", "skip"] = "stop"
     bad_files: Limit = parse_limit("1%")
 
-    def stream(self) -> RowStream | None:
+    def stream(self) -> HFIterableDataset | None:
         """The training images, if they are streamed."""
         return _stream(self, _train_split(self)) if self.streaming else None
 
-    def open(self, split: Split) -> Indexed | None:
+    def open(self, split: Split) -> IndexedDataset | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels.
 
         Raises:
@@ -95,11 +95,11 @@ class Config(StreamConfig):
             return self._bearing(_labelled(_rows(self, named), split))
         return self._share(train, split)
 
-    def open_pool(self) -> Indexed:
+    def open_pool(self) -> IndexedDataset:
         """All rows of ``train_split`` but those of the test."""
         return self._share(_rows(self, _train_split(self)), "pool")
 
-    def open_every(self) -> dict[Split, Indexed]:
+    def open_every(self) -> dict[Split, IndexedDataset]:
         """All rows by their splits, those whose labels are kept back too."""
         if self.streaming:
             raise self.refuse_numbers()
@@ -115,15 +115,15 @@ class Config(StreamConfig):
             if split in drawn or split in own
         }
 
-    def _share(self, train: Rows, split: Part) -> Rows:
+    def _share(self, train: HFDataset, split: Part) -> HFDataset:
         """A share of the training rows."""
         if train.labels is None:
             return self._bearing(train.select(torch.arange(len(train))))
         test, dev = (None if self._named("test") else self.test), (None if self._named("dev") else self.dev)
-        shares = share_out(train.labels, test, dev, "huggingface")
+        shares = split_three(train.labels, test, dev, "huggingface")
         return self._bearing(part_of(train, shares, split))
 
-    def _bearing(self, rows: Rows) -> Rows:
+    def _bearing(self, rows: HFDataset) -> HFDataset:
         """Rows with a count of their own: the split itself is opened once for all runs of a process."""
         rows = rows.select(torch.arange(len(rows)))
         rows.bad_files = BadFiles(self.bad_files, len(rows))
@@ -137,7 +137,7 @@ class Config(StreamConfig):
         return _meant_splits(self).get(split)
 
 
-def _labelled(rows: Rows, split: str) -> Rows:
+def _labelled(rows: HFDataset, split: str) -> HFDataset:
     assert rows.labels is not None
     if bool((rows.labels < 0).all()):
         raise ConfigError(
@@ -148,7 +148,7 @@ def _labelled(rows: Rows, split: str) -> Rows:
 
 
 @lru_cache(maxsize=8)
-def _rows(config: Config, split: str) -> Rows:
+def _rows(config: Config, split: str) -> HFDataset:
     """A split of the dataset, whole, opened once in the process's life."""
     datasets = import_datasets()
     rows: Dataset = _load(config, split)
@@ -168,7 +168,7 @@ def _rows(config: Config, split: str) -> Rows:
         domain = _there(config.domain, rows.features, "domain", name)
         domains, domain_names = numbers(rows, domain, train.domain_names if train else None)
     channels = config.channels or (train.channels if train else _channels(rows, image, name))
-    return Rows(name, rows, image, channels, labels, classes, domains, domain_names, rows.info.license or None)
+    return HFDataset(name, rows, image, channels, labels, classes, domains, domain_names, rows.info.license or None)
 
 
 def _channels(rows: Dataset, image: str, name: str) -> int:
@@ -184,7 +184,7 @@ def _channels(rows: Dataset, image: str, name: str) -> int:
     return channels_of(looked_at or [Sample(0, b"", None, f"{name}/row 0")])
 
 
-def _stream(config: Config, split: str) -> RowStream:
+def _stream(config: Config, split: str) -> HFIterableDataset:
     """A split of the dataset, read from front to back."""
     datasets = import_datasets()
     rows = _load(config, split, streaming=True)
@@ -197,7 +197,7 @@ def _stream(config: Config, split: str) -> RowStream:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     classes = None if label is None else getattr(features[label], "names", None)
     domain = None if config.domain is None else _there(config.domain, features, "domain", name)
-    stream = RowStream(name, rows, image, label, tuple(classes) if classes else None, domain)
+    stream = HFIterableDataset(name, rows, image, label, tuple(classes) if classes else None, domain)
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
@@ -210,7 +210,7 @@ def _stream(config: Config, split: str) -> RowStream:
 
 
 @lru_cache(maxsize=4)
-def _held(config: Config, split: str) -> Handful:
+def _held(config: Config, split: str) -> InMemoryDataset:
     channels = config.channels or _stream(config, _train_split(config)).channels  # of the images that the network reads
     held = _stream(config.model_copy(update={"channels": channels}), split).head(config.held_images)
     if held.labels is None:

@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated as AnnotatedImages
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, tell, upright_size
+from ssl_pipeline.data.annotated import AnnotatedDataset
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, report_bad_masks, upright_size
 from ssl_pipeline.data.source import Part, SourceConfig, Split
 from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import part_of, share_out
+from ssl_pipeline.data.splits import part_of, split_three
 from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import images_in
 
@@ -49,7 +49,7 @@ class Config(SourceConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     licence: str | None = None
 
-    def open(self, split: Split) -> AnnotatedImages:
+    def open(self, split: Split) -> AnnotatedDataset:
         """A split, the same for every seed.
 
         Raises:
@@ -57,11 +57,11 @@ class Config(SourceConfig):
         """
         return self._open(split)
 
-    def open_pool(self) -> AnnotatedImages:
+    def open_pool(self) -> AnnotatedDataset:
         """All images but those of the test."""
         return self._open("pool")
 
-    def _open(self, split: Part) -> AnnotatedImages:
+    def _open(self, split: Part) -> AnnotatedDataset:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(
@@ -72,8 +72,8 @@ class Config(SourceConfig):
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
         own = read.get(split, read["train"]) if split != "pool" else read["train"]
-        source = AnnotatedImages(
-            FileSource(str(own.folder), own.folder, own.images, self.channels),
+        source = AnnotatedDataset(
+            FileDataset(str(own.folder), own.folder, own.images, self.channels),
             Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
         )
         source.licence = self.licence
@@ -81,7 +81,7 @@ class Config(SourceConfig):
             return source
         shares = {part: None if part in read else share for part, share in (("test", self.test), ("dev", self.dev))}
         strata = torch.zeros(len(source), dtype=torch.int64)
-        return part_of(source, share_out(strata, shares["test"], shares["dev"], "mask folder"), split)
+        return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), split)
 
 
 class _Pairs:
@@ -126,7 +126,7 @@ def _read(folder: Path, image_folder: str, mask_folder: str) -> _Pairs:
     images, masks = (_by_stem(folder / part) for part in (image_folder, mask_folder))
     without = sorted(set(images) - set(masks))
     alone = sorted(set(masks) - set(images))
-    tell(
+    report_bad_masks(
         [
             f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / mask_folder}."
             for stem in without
@@ -206,7 +206,7 @@ def _checked(
 
 def _refuse_other_numbers(names: tuple[str, ...], values: tuple[int, ...], read: dict[Split, _Pairs]) -> None:
     others = [number for number in range(IGNORE) if number not in values]
-    tell(
+    report_bad_masks(
         [
             f"{mask} holds the number {others[int(counts[others].nonzero()[0])]}, and {len(names)} classes are named "
             f"({listed(names)}), for the numbers {listed([str(value) for value in values])}: name the others, see `data.values`, or "

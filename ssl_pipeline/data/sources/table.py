@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotated, Numbers
+from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.class_names import class_names
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, look_up, plain
-from ssl_pipeline.data.source import Indexed, Part, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, share_out, split_named, without_dev_labels
+from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, lookup_index, plain
+from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_dev_labels
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 _TOLD = 10
@@ -72,7 +72,7 @@ class Config(PreparedConfig):
             raise ValueError("give `label_column` or `target_columns`, not both.")
         return self
 
-    def open(self, split: Split) -> Indexed | None:
+    def open(self, split: Split) -> IndexedDataset | None:
         """A split, the same for every seed; ``dev`` and ``test`` need labels or targets.
 
         Raises:
@@ -80,11 +80,11 @@ class Config(PreparedConfig):
         """
         return self._open(split)
 
-    def open_pool(self) -> Indexed | None:
+    def open_pool(self) -> IndexedDataset | None:
         """All rows of ``train`` but those of the test."""
         return self._open("pool")
 
-    def open_every(self) -> dict[Split, Indexed]:
+    def open_every(self) -> dict[Split, IndexedDataset]:
         """All rows of the chosen domains by their splits."""
         rows = _read(self)
         if rows.strata is not None:
@@ -92,7 +92,7 @@ class Config(PreparedConfig):
         by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
         return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
 
-    def _open(self, split: Part) -> Indexed | None:
+    def _open(self, split: Part) -> IndexedDataset | None:
         rows = _read(self)
         every = rows.of("train")
         if len(every) == 0:
@@ -101,7 +101,7 @@ class Config(PreparedConfig):
             return self._source(rows, rows.of_domains(every, self)) if split in ("train", "pool") else None
         named: dict[Part, Tensor] = {"test": rows.of("test"), "dev": rows.of("dev")}
         test, dev = None if len(named["test"]) else self.test, None if len(named["dev"]) else self.dev
-        index = {part: every[own] for part, own in share_out(rows.strata[every], test, dev, "table").items()}
+        index = {part: every[own] for part, own in split_three(rows.strata[every], test, dev, "table").items()}
         index |= {part: own for part, own in named.items() if len(own)}
         index = {part: rows.of_domains(own, self) for part, own in index.items()}
         if len(index[split]) == 0:
@@ -109,13 +109,13 @@ class Config(PreparedConfig):
         source = self._source(rows, index[split])
         return without_dev_labels(source, index) if split == "pool" else source
 
-    def _source(self, rows: _Rows, index: Tensor) -> Indexed:
+    def _source(self, rows: _Rows, index: Tensor) -> IndexedDataset:
         source = rows.images.source(
             self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
             domain_names=rows.domain_names,
         ).select(index)  # fmt: skip
         source.licence, source.unlabeled_because = self.licence, rows.unlabeled_because
-        return source if rows.targets is None else Annotated(source, rows.targets.select(index))
+        return source if rows.targets is None else AnnotatedDataset(source, rows.targets.select(index))
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class _Rows:
         targets: per row its numbers; None without such columns.
         domains: per row the number of its domain, int64.
         domain_names: in the order of the numbers.
-        unlabeled_because: see :class:`~ssl_pipeline.data.source.Indexed`.
+        unlabeled_because: see :class:`~ssl_pipeline.data.source.IndexedDataset`.
     """
 
     images: ImageFiles
     splits: list[Split]
     labels: Tensor | None
     classes: tuple[str, ...] | None
-    targets: Numbers | None
+    targets: NumericTargets | None
     domains: Tensor | None
     domain_names: tuple[str, ...] | None
     unlabeled_because: str | None
@@ -201,7 +201,7 @@ def _read(config: Config) -> _Rows:
     columns = read_columns(path, choose)
     by_kind = {kind: columns[name] for kind, name in names.items()}
     root = (path.parent if config.root is None else Path(config.root).expanduser()).resolve()
-    named = look_up(root, by_kind["path"], config.base)
+    named = lookup_index(root, by_kind["path"], config.base)
     there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
     every: list[Split] = ["train"] * len(there)
@@ -213,7 +213,7 @@ def _read(config: Config) -> _Rows:
     if labels is not None and classes is not None:
         _check_labels(labels, classes, splits, names["label"], path)
     numbers = [numbers_in(kept[f"target {name}"], name, path) for name in config.target_columns]
-    targets = Numbers(torch.tensor(numbers).T.contiguous(), config.target_columns) if numbers else None
+    targets = NumericTargets(torch.tensor(numbers).T.contiguous(), config.target_columns) if numbers else None
     domains, domain_names = number_names(kept["domain"]) if "domain" in kept else (None, None)
     if domains is not None and bool((domains < 0).any()):
         raise ConfigError(

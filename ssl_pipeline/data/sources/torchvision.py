@@ -22,9 +22,9 @@ from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.file_source import FileSource
-from ssl_pipeline.data.source import ArraySource, Indexed, Part, SourceConfig, Split
-from ssl_pipeline.data.splits import part_of, share_out
+from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, Part, SourceConfig, Split
+from ssl_pipeline.data.splits import part_of, split_three
 
 # What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,
 # the validation part is the test. `train` and `test` are a flag where a value is no text.
@@ -74,7 +74,7 @@ class Config(SourceConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     licence: str | None = None
 
-    def open(self, split: Split) -> Indexed:
+    def open(self, split: Split) -> IndexedDataset:
         """A split, the same for every seed.
 
         Raises:
@@ -88,14 +88,14 @@ class Config(SourceConfig):
             return part
         return self._share(train, named, split)
 
-    def open_pool(self) -> Indexed:
+    def open_pool(self) -> IndexedDataset:
         """All training images but those of the test."""
         return self._share(_part(self.model_dump_json(), "train"), _parts(self), "pool")
 
-    def _share(self, train: Indexed, named: Collection[Split], split: Part) -> Indexed:
+    def _share(self, train: IndexedDataset, named: Collection[Split], split: Part) -> IndexedDataset:
         assert train.labels is not None
         test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
-        source = part_of(train, share_out(train.labels, test, dev, "torchvision"), split)
+        source = part_of(train, split_three(train.labels, test, dev, "torchvision"), split)
         source.licence = self.licence
         return source
 
@@ -124,7 +124,7 @@ def _parts(config: Config) -> dict[Split, dict[str, Any]]:
 
 
 @lru_cache(maxsize=4)
-def _part(settings: str, split: Split) -> Indexed:
+def _part(settings: str, split: Split) -> IndexedDataset:
     """A part of the dataset, whole, opened once in the process's life."""
     config = Config.model_validate_json(settings)
     found = _make(getattr(datasets, config.dataset), config, _parts(config)[split])
@@ -132,16 +132,16 @@ def _part(settings: str, split: Split) -> Indexed:
         raise ConfigError(f"torchvision's {config.dataset} has no images in its folder.")
     labels, classes = _labels(found, config.dataset)
     name, pixels, samples = f"torchvision {config.dataset}", _pixels(found), getattr(found, "samples", None)
-    source: Indexed
+    source: IndexedDataset
     if pixels is not None and config.channels in (None, pixels.shape[1]):
-        source = ArraySource(name, pixels, labels, classes)
+        source = ArrayDataset(name, pixels, labels, classes)
         source.mean, source.std = source.statistics()
     elif samples is not None:  # files of its own: decoded as those of a folder
         root = Path(found.root)
         files = [str(path).removeprefix(f"{root}/") for path, _ in samples]
-        source = FileSource(name, root.resolve(), files, config.channels or 3, labels, classes)
+        source = FileDataset(name, root.resolve(), files, config.channels or 3, labels, classes)
     else:
-        source = Pictures(name, found, config.channels or _channels(found, config.dataset), labels, classes)
+        source = TorchvisionDataset(name, found, config.channels or _channels(found, config.dataset), labels, classes)
     source.licence = config.licence
     return source
 
@@ -215,7 +215,7 @@ def _channels(found: Any, name: str) -> int:
     return 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
 
 
-class Pictures(Indexed):
+class TorchvisionDataset(IndexedDataset):
     """A dataset of torchvision that decodes its images itself.
 
     Args:
@@ -263,7 +263,7 @@ class Pictures(Indexed):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> Pictures:
+    def select(self, index: Tensor) -> TorchvisionDataset:
         """The chosen samples."""
         labels = None if self.labels is None else self.labels[index]
-        return Pictures(self.name, self._dataset, self.channels, labels, self.classes, self._index[index])
+        return TorchvisionDataset(self.name, self._dataset, self.channels, labels, self.classes, self._index[index])

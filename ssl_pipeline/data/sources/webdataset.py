@@ -19,9 +19,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.source import Indexed, Split
+from ssl_pipeline.data.source import IndexedDataset, Split
 from ssl_pipeline.data.splits import split_named
-from ssl_pipeline.data.stream import LOOKED_AT, Handful, Sample, Stream, StreamConfig, channels_of
+from ssl_pipeline.data.stream import LOOKED_AT, InMemoryDataset, Sample, StreamConfig, StreamDataset, channels_of
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import ENDINGS
@@ -72,7 +72,7 @@ class Config(StreamConfig):
         """
         return TarStream(self, "path", self.path)
 
-    def open(self, split: Split) -> Indexed | None:
+    def open(self, split: Split) -> IndexedDataset | None:
         """``dev`` and ``test``, labelled and held in memory.
 
         Raises:
@@ -85,7 +85,7 @@ class Config(StreamConfig):
 
 
 @lru_cache(maxsize=4)
-def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> Handful:
+def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> InMemoryDataset:
     channels = config.channels or config.stream().channels  # of the images that the network reads
     stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
     held = stream.head(config.held_images)
@@ -97,7 +97,7 @@ def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> Handful
     return held
 
 
-class TarStream(Stream):
+class TarStream(StreamDataset):
     """See :class:`Config`.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
@@ -20,7 +20,7 @@ class Config(MethodConfig):
     fits_bare_encoder: ClassVar[bool] = True
     keeps_statistics: ClassVar[bool] = False
 
-    def build(self, classifier: Classification, target: Indexed) -> AdaBN:
+    def build(self, classifier: Classification, target: IndexedDataset) -> AdaBN:
         """The task around a classifier.
 
         Raises:
@@ -37,7 +37,9 @@ class Config(MethodConfig):
 class AdaBN(SourceTask):
     """See :class:`Config`."""
 
-    def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
+    def finish(
+        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+    ) -> None:
         """The target's statistics; of images without random views."""
         del labelled
         estimate_statistics(self.classifier, self.classifier.predict, target, preprocessing, share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.alignment import coral_loss
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
@@ -15,7 +15,7 @@ from ssl_pipeline.engine.task import Embeddings
 class Config(JointConfig):
     """Deep CORAL (Sun and Saenko 2016): see :func:`ssl_pipeline.domain.alignment.coral_loss`."""
 
-    def build(self, classifier: Classification, target: Indexed) -> CORAL:
+    def build(self, classifier: Classification, target: IndexedDataset) -> CORAL:
         """The task around a classifier."""
         del target
         return CORAL(self, classifier)

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
-from ssl_pipeline.losses.info_nce import unit_rows
-from ssl_pipeline.losses.memory import Bank
+from ssl_pipeline.losses.info_nce import normalize_rows
+from ssl_pipeline.losses.memory import MemoryBank
 
 _NO_NEIGHBOUR = -1e4  # a logit of no weight; an infinite one has no gradient
 
@@ -39,7 +39,7 @@ class Config(JointConfig):
     temperature: float = Field(0.05, gt=0)
     margin: float = Field(0.5, ge=0)
 
-    def build(self, classifier: Classification, target: Indexed) -> DANCE:
+    def build(self, classifier: Classification, target: IndexedDataset) -> DANCE:
         """The task around a classifier, for a target of so many images."""
         return DANCE(self, classifier, len(target))
 
@@ -54,9 +54,9 @@ def neighbourhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes:
         prototypes: shape (K, D).
         temperature: divides the similarities.
     """
-    rows = unit_rows(rows)
+    rows = normalize_rows(rows)
     to_bank = (rows @ bank.T / temperature).scatter(1, index[:, None], _NO_NEIGHBOUR)
-    return entropy(torch.cat([to_bank, rows @ unit_rows(prototypes).T / temperature], 1)).mean()
+    return entropy(torch.cat([to_bank, rows @ normalize_rows(prototypes).T / temperature], 1)).mean()
 
 
 def entropy_separation(logits: Tensor, margin: float) -> Tensor:
@@ -71,7 +71,7 @@ class DANCE(JointTask):
     def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
         super().__init__(config, classifier)
         self.temperature, self.margin = config.temperature, config.margin
-        self.bank = Bank(samples, classifier.width)
+        self.bank = MemoryBank(samples, classifier.width)
         self._seen: Tensor | None = None
 
     def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
-from ssl_pipeline.schedules import Clock
+from ssl_pipeline.schedules import TrainProgress
 
 
 class Config(JointConfig):
@@ -31,13 +31,13 @@ class Config(JointConfig):
     gamma: float = Field(10.0, gt=0)
     hidden_width: int = Field(256, ge=1)
 
-    def build(self, classifier: Classification, target: Indexed) -> DANN:
+    def build(self, classifier: Classification, target: IndexedDataset) -> DANN:
         """The task around a classifier."""
         del target
         return DANN(self, classifier)
 
 
-def ramp(clock: Clock, gamma: float) -> float:
+def ramp(clock: TrainProgress, gamma: float) -> float:
     """From 0 to nearly 1: what the reversed gradient is multiplied by at a step."""
     return 2 / (1 + math.exp(-gamma * clock.step / clock.total)) - 1
 

@@ -9,12 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
-from ssl_pipeline.losses.info_nce import unit_rows
-from ssl_pipeline.losses.memory import Bank
+from ssl_pipeline.losses.info_nce import normalize_rows
+from ssl_pipeline.losses.memory import MemoryBank
 from ssl_pipeline.transforms.style import restyle
 
 
@@ -43,7 +43,7 @@ class Config(JointConfig):
     restyled: float = Field(0.5, ge=0, le=1)
     keep_end: float = Field(0.6, ge=0, lt=1)
 
-    def build(self, classifier: Classification, target: Indexed) -> ExemplarMemory:
+    def build(self, classifier: Classification, target: IndexedDataset) -> ExemplarMemory:
         """The task around a classifier, for a target of so many images."""
         return ExemplarMemory(self, classifier, len(target))
 
@@ -58,7 +58,7 @@ def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, n
         temperature: divides the similarities.
         neighbours: k; 0 leaves them out.
     """
-    similarity = unit_rows(rows) @ bank.T
+    similarity = normalize_rows(rows) @ bank.T
     log_share = (similarity / temperature).log_softmax(1)
     loss = -log_share.gather(1, index[:, None])[:, 0]
     count = min(neighbours, len(bank) - 1)
@@ -74,7 +74,7 @@ class ExemplarMemory(JointTask):
     def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
         super().__init__(config, classifier)
         self.config = config
-        self.bank = Bank(samples, classifier.width)
+        self.bank = MemoryBank(samples, classifier.width)
         self._seen: Tensor | None = None
 
     def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:

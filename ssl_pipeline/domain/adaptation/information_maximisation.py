@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.domain.certainty import information_maximisation
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.domain.certainty import information_maximization
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
@@ -15,7 +15,7 @@ from ssl_pipeline.engine.task import Embeddings
 class Config(JointConfig):
     """SHOT-IM's loss (Liang et al. 2020) in one training with the source; without the source it is ``shot_im``."""
 
-    def build(self, classifier: Classification, target: Indexed) -> InformationMaximisation:
+    def build(self, classifier: Classification, target: IndexedDataset) -> InformationMaximisation:
         """The task around a classifier."""
         del target
         return InformationMaximisation(self, classifier)
@@ -27,4 +27,4 @@ class InformationMaximisation(JointTask):
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
         """On the target's logits."""
         del source, batch
-        return information_maximisation(target["logits"])
+        return information_maximization(target["logits"])

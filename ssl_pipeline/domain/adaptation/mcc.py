@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.certainty import class_confusion
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
@@ -22,7 +22,7 @@ class Config(JointConfig):
 
     temperature: float = Field(2.5, gt=0)
 
-    def build(self, classifier: Classification, target: Indexed) -> MCC:
+    def build(self, classifier: Classification, target: IndexedDataset) -> MCC:
         """The task around a classifier."""
         del target
         return MCC(self, classifier)

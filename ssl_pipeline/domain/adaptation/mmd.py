@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.alignment import mmd_loss
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
@@ -22,7 +22,7 @@ class Config(JointConfig):
 
     bandwidths: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
 
-    def build(self, classifier: Classification, target: Indexed) -> MMD:
+    def build(self, classifier: Classification, target: IndexedDataset) -> MMD:
         """The task around a classifier."""
         del target
         return MMD(self, classifier)

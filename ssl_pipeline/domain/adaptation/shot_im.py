@@ -8,14 +8,14 @@ from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
-from ssl_pipeline.domain.certainty import information_maximisation
+from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.domain.certainty import information_maximization
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.schedules import Clock, parse_duration
+from ssl_pipeline.schedules import TrainProgress, parse_duration
 
 
 class Config(MethodConfig):
@@ -57,7 +57,7 @@ class Config(MethodConfig):
         """``adaptation``."""
         return self.adaptation
 
-    def build(self, classifier: Classification, target: Indexed) -> ShotIM:
+    def build(self, classifier: Classification, target: IndexedDataset) -> ShotIM:
         """The task around a classifier that was trained on the source."""
         del target
         return ShotIM(classifier)
@@ -68,7 +68,7 @@ class ShotIM(Method):
 
     reads_labels = False
 
-    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+    def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
         """The head: it is what was learned from labels."""
         del clock
         return list(self.classifier.head.parameters())
@@ -76,4 +76,4 @@ class ShotIM(Method):
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Information maximisation on the target."""
         del batch
-        return StepOutput(information_maximisation(embeddings["logits"].float()))
+        return StepOutput(information_maximization(embeddings["logits"].float()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 
@@ -15,7 +15,7 @@ class Config(MethodConfig):
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
     fits_bare_encoder: ClassVar[bool] = True
 
-    def build(self, classifier: Classification, target: Indexed) -> SourceTask:
+    def build(self, classifier: Classification, target: IndexedDataset) -> SourceTask:
         """The task around a classifier."""
         del target
         return SourceTask(classifier)

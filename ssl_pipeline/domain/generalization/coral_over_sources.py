@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.alignment import moments_loss
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
@@ -25,7 +25,7 @@ class Config(GeneralizationConfig):
 
     weight: float = Field(1.0, ge=0)
 
-    def build(self, classifier: Classification, target: Indexed) -> CORALOverSources:
+    def build(self, classifier: Classification, target: IndexedDataset) -> CORALOverSources:
         """The task around a classifier."""
         del target
         return CORALOverSources(classifier, self.weight)

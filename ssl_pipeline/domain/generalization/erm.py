@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 
@@ -10,7 +10,7 @@ from ssl_pipeline.downstream.classification import Classification
 class Config(GeneralizationConfig):
     """Empirical risk minimisation: what domain generalization is compared with (Gulrajani and Lopez-Paz 2021)."""
 
-    def build(self, classifier: Classification, target: Indexed) -> SourceTask:
+    def build(self, classifier: Classification, target: IndexedDataset) -> SourceTask:
         """The task around a classifier."""
         del target
         return SourceTask(classifier)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 
@@ -29,7 +29,7 @@ class Config(GeneralizationConfig):
     probability: float = Field(0.5, ge=0, le=1)
     alpha: float = Field(0.1, gt=0)
 
-    def build(self, classifier: Classification, target: Indexed) -> MixStyle:
+    def build(self, classifier: Classification, target: IndexedDataset) -> MixStyle:
         """The task around a classifier.
 
         Raises:
@@ -74,7 +74,9 @@ class MixStyle(SourceTask):
         share = Beta(self.alpha, self.alpha).sample((len(maps),)).to(maps)
         return mix_statistics(maps, torch.randperm(len(maps), device=maps.device), share)
 
-    def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
+    def finish(
+        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+    ) -> None:
         """The classifier goes on without its hooks."""
         del labelled, target, preprocessing, share
         for hook in self._hooks:

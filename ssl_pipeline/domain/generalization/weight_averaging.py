@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.loader import Preprocessing, Share
-from ssl_pipeline.data.source import Indexed
+from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.models.teacher import Teacher
+from ssl_pipeline.models.teacher import EMAModel
 from ssl_pipeline.schedules import Duration, DurationValue, parse_duration
 
 
@@ -32,7 +32,7 @@ class Config(GeneralizationConfig):
     selects: ClassVar[bool] = False  # the average is of many steps
     start: Duration = parse_duration("100 steps")
 
-    def build(self, classifier: Classification, target: Indexed) -> WeightAveraging:
+    def build(self, classifier: Classification, target: IndexedDataset) -> WeightAveraging:
         """The task around a classifier."""
         del target
         return WeightAveraging(classifier, self.start)
@@ -44,7 +44,7 @@ class WeightAveraging(SourceTask):
     def __init__(self, classifier: Classification, start: DurationValue) -> None:
         super().__init__(classifier)
         self.start = start
-        self.average = Teacher(classifier)
+        self.average = EMAModel(classifier)
 
     def after_step(self, batch: Batch) -> None:
         """The average takes the weights in; until its start it is the weights themselves."""
@@ -53,7 +53,9 @@ class WeightAveraging(SourceTask):
         self.average.follow(self.classifier, before / (before + 1))
 
     @torch.no_grad()
-    def finish(self, labelled: Indexed, target: Indexed, preprocessing: Preprocessing, share: Share) -> None:
+    def finish(
+        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+    ) -> None:
         """The classifier gets the average, and statistics that fit it."""
         del target
         for kept, averaged in zip(self.classifier.parameters(), self.average.network.parameters(), strict=True):
