@@ -38,7 +38,7 @@ VERBS = {
     ),
     "predict": ("ssl_pipeline.export.predict", "classes and probabilities for image files"),
     "embed": ("ssl_pipeline.export.embed", "a data set's features as Parquet or npz, with ids"),
-    "neighbours": ("ssl_pipeline.export.neighbours", "the images most alike to one, as a list and a picture"),
+    "neighbors": ("ssl_pipeline.export.neighbors", "the images most alike to one, as a list and a picture"),
     "export": (
         "ssl_pipeline.export.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",

@@ -69,7 +69,7 @@ class FinetuneConfig(FrozenModel):
 
     Attributes:
         encoder: a stage-one run's folder, or its ``encoder.safetensors``.
-        initialisation: ``random`` takes the same architecture with fresh weights, to compare with.
+        initialization: ``random`` takes the same architecture with fresh weights, to compare with.
         size: height and width of the images in pixels; null is those that the encoder was pretrained on.
         data: images with labels.
         views: mild views for training; measuring uses none.
@@ -79,7 +79,7 @@ class FinetuneConfig(FrozenModel):
         regime: which layers are trained, and how.
         domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
-        unlabelled: how the other training images are learned from, without labels; null leaves them alone.
+        unlabeled: how the other training images are learned from, without labels; null leaves them alone.
         tracking: who hears of the run beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
@@ -92,7 +92,7 @@ class FinetuneConfig(FrozenModel):
     """
 
     encoder: str | None = None
-    initialisation: Literal["pretrained", "random"] = "pretrained"
+    initialization: Literal["pretrained", "random"] = "pretrained"
     size: int | None = Field(None, ge=8)
     data: Annotated[SourceConfig, ComponentOf("data.sources")]
     views: ViewsConfig
@@ -102,7 +102,7 @@ class FinetuneConfig(FrozenModel):
     regime: RegimeConfig
     domain: Annotated[MethodConfig | None, ComponentOf("domain")] = None
     labels: LabelsConfig
-    unlabelled: ConsistencyConfig | None = None
+    unlabeled: ConsistencyConfig | None = None
     tracking: TrackingConfig
     seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1)
@@ -116,7 +116,7 @@ class FinetuneConfig(FrozenModel):
     @property
     def starts_fresh(self) -> bool:
         """Whether the encoder's weights are random."""
-        return self.initialisation == "random" or self.regime.name == "scratch"
+        return self.initialization == "random" or self.regime.name == "scratch"
 
 
 def check(config: FinetuneConfig, pool: IndexedDataset, held_out: IndexedDataset | None) -> None:
@@ -147,9 +147,9 @@ def check(config: FinetuneConfig, pool: IndexedDataset, held_out: IndexedDataset
         problems += config.domain.check_head(getattr(config.downstream, "head", None))
         problems += config.domain.check_statistics(config.regime.statistics == "kept")
         problems += config.data.shown_by_views(config.views.each(), config.domain.target)
-    if config.unlabelled is not None:
+    if config.unlabeled is not None:
         across = config.domain is not None
-        problems += config.unlabelled.check(config.downstream.name, config.regime.name, across, pool)
+        problems += config.unlabeled.check(config.downstream.name, config.regime.name, across, pool)
     if config.views.count != 1:
         problems.append(f"`views.count` is {config.views.count}, and stage two needs 1.")
     if config.views.restyle.probability:
@@ -210,11 +210,11 @@ def finetune(config: FinetuneConfig) -> Result:
     policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     seeds = range(config.seed, config.seed + config.seeds)
     # Drawn here, so that too few labels are told before anything is written.
-    labelled = {seed: draw_labeled(config, pool, across, seed) for seed in seeds}
+    labeled = {seed: draw_labeled(config, pool, across, seed) for seed in seeds}
 
     if share.device.type == "cpu" and config.regime.trains_all and model is None:
         task = build_task(config, blueprint, pretrained, len(pool.classes), config.seed, share)
-        images = min(config.regime.batch, len(labelled[config.seed].train)) // share.processes
+        images = min(config.regime.batch, len(labeled[config.seed].train)) // share.processes
         check_memory(
             task, policy.shapes(blueprint.channels), max(1, images), None, config.regime.optim.name, processes_here(share.processes),
             "regime.batch", "size", None,
@@ -222,8 +222,8 @@ def finetune(config: FinetuneConfig) -> Result:
 
     data = {"train": pool.fingerprint(), config.split: held_out.fingerprint()}
     data |= {} if across is None else {"target": across.target.fingerprint()}
-    beside = config.unlabelled.open(pool.channels) if config.unlabelled is not None else None
-    data |= {} if beside is None else {"unlabelled": beside.fingerprint()}
+    beside = config.unlabeled.open(pool.channels) if config.unlabeled is not None else None
+    data |= {} if beside is None else {"unlabeled": beside.fingerprint()}
     data |= {} if pretrained is None else {"encoder": digest(pretrained if model is None else model.task)}
     run, folder, finished = open_folder(config, data, seeds, accelerator)
     result = Result(folder, config.split)
@@ -232,7 +232,7 @@ def finetune(config: FinetuneConfig) -> Result:
         open_loggers(run, "finetune", dump(config), config.tracking, max(finished, default=-1)) as trackers,
         handle_signals(run.path if run else None),
     ):
-        result.selection.update(selection(config.labels, config.downstream, config.regime, labelled[config.seed]))
+        result.selection.update(selection(config.labels, config.downstream, config.regime, labeled[config.seed]))
         if run is not None and config.labels.validation == "auto" and config.tracking.terminal != "quiet":
             console().print(result.selection["why"], markup=False)
         if finished:
@@ -254,8 +254,8 @@ def finetune(config: FinetuneConfig) -> Result:
             kept = folder / "checkpoints" / f"seed-{seed}"
             keeping = CheckpointConfig(kept, config.checkpoint_every, config.keep_checkpoints, run is not None)
             around = TrainContext(
-                labelled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
-                unlabelled=open_unlabeled(config, blueprint, pool, seed),
+                labeled[seed], views, preprocessing, seed, accelerator, share, config.workers, keeping, curves,
+                unlabeled=open_unlabeled(config, blueprint, pool, seed),
             )  # fmt: skip
             train_task(config, task, across, around)
             first = run is not None and seed == config.seed  # by rule the first seed's model, not the best one's
@@ -278,7 +278,7 @@ def finetune(config: FinetuneConfig) -> Result:
 
 
 def draw_labeled(config: FinetuneConfig, pool: IndexedDataset, across: DomainSplit | None, seed: int) -> LabeledSplit:
-    """The labelled images of a seed, and those of them that are held out."""
+    """The labeled images of a seed, and those of them that are held out."""
     if across is not None:
         return across.draw(config.labels, config.downstream, seed)
     return draw(config.labels, config.downstream, pool, seed)
@@ -288,13 +288,13 @@ def open_unlabeled(
     config: FinetuneConfig, blueprint: EncoderSpec, pool: IndexedDataset, seed: int
 ) -> UnlabeledImages | None:
     """What a seed learns from without labels; None where nothing is asked for."""
-    if config.unlabelled is None:
+    if config.unlabeled is None:
         return None
-    policy, _ = config.unlabelled.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
+    policy, _ = config.unlabeled.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     views = Views(policy, blueprint.mean, blueprint.std, derive_seed(seed, "unlabelled"))
-    images = config.unlabelled.open(pool.channels)
+    images = config.unlabeled.open(pool.channels)
     return UnlabeledImages(
-        config.unlabelled, images or unlabeled_pool(config.labels, config.downstream, pool, seed), views
+        config.unlabeled, images or unlabeled_pool(config.labels, config.downstream, pool, seed), views
     )
 
 
@@ -343,7 +343,7 @@ def measure(
     if across is None:
         return task.evaluate(held_out, around.preprocessing, around.share)
     assert isinstance(task, Classification)
-    return across.evaluate(task, around.labelled, around.preprocessing, around.share)
+    return across.evaluate(task, around.labeled, around.preprocessing, around.share)
 
 
 def log_confusion_matrix(
@@ -360,10 +360,10 @@ def log_confusion_matrix(
 
 def model_card(config: FinetuneConfig, blueprint: EncoderSpec, pool: IndexedDataset, figures: dict[str, float]) -> Card:
     """What a model is, and whether its encoder was pretrained: ``regime=scratch`` alone says that it was not."""
-    settings = redact(dump(config)) | {"initialisation": "random" if config.starts_fresh else "pretrained"}
+    settings = redact(dump(config)) | {"initialization": "random" if config.starts_fresh else "pretrained"}
     return Card(
         kind="model", blueprint=blueprint, config=settings, figures=figures, versions=versions(), classes=pool.classes,
-        data={"name": pool.name, "fingerprint": pool.fingerprint(), "licence": pool.licence},
+        data={"name": pool.name, "fingerprint": pool.fingerprint(), "license": pool.license},
     )  # fmt: skip
 
 

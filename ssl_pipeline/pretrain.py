@@ -90,7 +90,7 @@ class PretrainConfig(FrozenModel):
         batch: how many images a step sees.
         epochs: the run's length.
         steps: a length in optimizer steps instead.
-        seed: of every draw: initialisation, order, views.
+        seed: of every draw: initialization, order, views.
         output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
         resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
         evaluate_every: how often kNN and the signs of collapse are measured; ``0 steps`` at the end only.
@@ -388,7 +388,7 @@ def encoder_card(
     """What an encoder is."""
     return Card(
         kind="encoder", blueprint=blueprint, config=redact(dump(config)), figures=figures, versions=versions(),
-        data={"name": train.name, "fingerprint": fingerprint, "licence": train.licence},
+        data={"name": train.name, "fingerprint": fingerprint, "license": train.license},
     )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def scene(seed: int, height: int = 32, width: int = 32, most: int = 2) -> Scene:
         kind = int(rng.integers(1, 3))
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         if kind == 2:
-            centre = (side - 1) / 2
-            inside &= (rows - top - centre) ** 2 + (columns - left - centre) ** 2 <= (side / 2) ** 2
+            center = (side - 1) / 2
+            inside &= (rows - top - center) ** 2 + (columns - left - center) ** 2 <= (side / 2) ** 2
         if mask[inside].any():
             continue
         mask[inside] = kind

@@ -1,4 +1,4 @@
-"""Tar shards for tests: tiny images whose grey value says which they are."""
+"""Tar shards for tests: tiny images whose grayscale value says which they are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 
-def png(grey: int, size: tuple[int, int] = (12, 10)) -> bytes:
+def png(grayscale: int, size: tuple[int, int] = (12, 10)) -> bytes:
     data = io.BytesIO()
-    Image.new("L", size, grey).save(data, "png")
+    Image.new("L", size, grayscale).save(data, "png")
     return data.getvalue()
 
 
@@ -31,7 +31,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes] | tarfile.TarInfo]
 
 
 def write_shards(folder: Path, sizes: Iterable[int], classes: int = 2) -> list[Path]:
-    """One archive per size; sample ``n`` of all is a grey image of value ``n % 256`` with label ``n % classes``."""
+    """One archive per size; sample ``n`` of all is a grayscale image of value ``n % 256`` with label ``n % classes``."""
     paths, n = [], 0
     for number, size in enumerate(sizes):
         members: list[tuple[str, bytes]] = []

@@ -105,7 +105,7 @@ def export() -> Parser:
     parser.add_argument("--part", choices=["model", "encoder"], help="the encoder of a model; by default all there is")
     parser.add_argument("--output", type=path, help="file or folder; by default in exports/ beside the model")
     parser.add_argument(
-        "--preprocessing", action="store_true", help="put crop, resize and normalisation into the graph"
+        "--preprocessing", action="store_true", help="put crop, resize and normalization into the graph"
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="with --to hub: also send it, to a private repository")
     parser.add_argument("--public", action="store_true", help="with --push: to a public one")

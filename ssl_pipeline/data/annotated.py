@@ -108,11 +108,11 @@ class AnnotatedDataset(IndexedDataset):
     def __init__(self, images: IndexedDataset, annotations: Annotations) -> None:
         assert len(images) == len(annotations)
         self.images, self.annotations = images, annotations
-        self.name, self.channels, self.pixels, self.licence = (
+        self.name, self.channels, self.pixels, self.license = (
             images.name,
             images.channels,
             images.pixels,
-            images.licence,
+            images.license,
         )
         self.mean, self.std, self.classes = images.mean, images.std, annotations.names
         self.bad_files, self.value_range = images.bad_files, images.value_range
@@ -213,13 +213,13 @@ def read_whole(
 
     Args:
         source: numbered samples.
-        preprocessing: size and normalisation.
+        preprocessing: size and normalization.
         device: where the images are wanted.
         index: which samples, int64 of shape (N,).
         chunk: samples at a time.
 
     Yields:
-        The samples' numbers, and their images, resized to a square without regard to their shape and normalised: float32 of
+        The samples' numbers, and their images, resized to a square without regard to their shape and normalized: float32 of
         shape (≤ chunk, C, size, size).
     """
     size = preprocessing.size

@@ -78,7 +78,7 @@ class BadFiles:
         for file, fault in faults.items():
             if file not in self.faults:
                 self.faults[file] = fault
-                _log.warning("%s can't be read as an image: %s. A neighbour takes its place.", file, fault)
+                _log.warning("%s can't be read as an image: %s. A neighbor takes its place.", file, fault)
 
     def stop_if_too_many(self, count: int) -> None:
         """Ends the run when ``count`` files, over all processes, are more than is borne.

@@ -17,7 +17,7 @@ class Batch:
     Attributes:
         clock: the step it belongs to.
         index: the samples' numbers in their source, int64 of shape (B,).
-        views: per view the normalised images, float32 of shape (B, C, H, W).
+        views: per view the normalized images, float32 of shape (B, C, H, W).
         label: int64 of shape (B,), or None where the task does not read labels.
         domain: int64 of shape (B,), or None where the source has no domains.
         target: what stands beside the first view where a class is not enough (``data.annotated``): a tensor with the samples

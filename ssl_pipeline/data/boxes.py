@@ -61,7 +61,7 @@ class Boxes(Annotations):
     def of_views(self, index: Tensor, views: Views, epoch: int) -> list[dict[str, Tensor]]:
         """The boxes in the first views, per sample ``boxes`` (n, 4) in the view's pixels and ``labels`` (n,).
 
-        A box whose centre lies outside of the crop is dropped (Liu et al. 2016); one that reaches out of it is cut off.
+        A box whose center lies outside of the crop is dropped (Liu et al. 2016); one that reaches out of it is cut off.
         """
         crops, mirrored = place_of_views(index, views, epoch, self.sizes)
         size, targets = views.config.size, []
@@ -71,8 +71,8 @@ class Boxes(Annotations):
             boxes = (boxes - torch.stack([left, top, left, top])) * scale
             if mirror:
                 boxes = torch.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], 1)
-            centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-            boxes, inside = boxes.clamp(0, size), ((centre > 0) & (centre < size)).all(1)
+            center = (boxes[:, :2] + boxes[:, 2:]) / 2
+            boxes, inside = boxes.clamp(0, size), ((center > 0) & (center < size)).all(1)
             kept = inside & (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # less than a pixel is nothing to look at
             targets.append({"boxes": boxes[kept], "labels": self.labels[i][kept]})
         return targets

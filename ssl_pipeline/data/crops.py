@@ -11,7 +11,7 @@ from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.transforms.policy import Views
 
-NEIGHBOURS = 64  # that are tried in the place of a file that can't be decoded
+NEIGHBORS = 64  # that are tried in the place of a file that can't be decoded
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Crops:
     """A step's cropped images.
 
     Attributes:
-        index: the samples, int64 of shape (B,); one that can't be decoded is replaced by a neighbour, here too.
+        index: the samples, int64 of shape (B,); one that can't be decoded is replaced by a neighbor, here too.
         views: per view uint8 of shape (B, C, S, S).
         faults: of the samples that were replaced, what is wrong with them.
     """
@@ -33,11 +33,11 @@ def read_crops(source: IndexedDataset, views: Views, index: Tensor, epoch: int) 
     """Decodes files, each once for all its views and as small as they allow, and crops them.
 
     Raises:
-        DecodeError: so many neighbours can't be decoded either that something else must be wrong.
+        DecodeError: so many neighbors can't be decoded either that something else must be wrong.
     """
     index, images, faults = index.clone(), dict[int, Image.Image](), dict[int, DecodeError]()
     pending = list(range(len(index)))
-    for _ in range(NEIGHBOURS):
+    for _ in range(NEIGHBORS):
         sizes = source.sizes(index)
         factors = [1] * len(index) if sizes is None else views.reductions(sizes, index, epoch)
         failed = []
@@ -50,6 +50,6 @@ def read_crops(source: IndexedDataset, views: Views, index: Tensor, epoch: int) 
         if not failed:
             return Crops(index, views.of_files([images[i] for i in range(len(index))], index, epoch, sizes), faults)
         for place in failed:
-            index[place] = source.neighbour(int(index[place]))
+            index[place] = source.neighbor(int(index[place]))
         pending = failed
     raise next(reversed(faults.values()))

@@ -16,7 +16,7 @@ from ssl_pipeline.data.value_range import Values, kind_of, measure
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
 GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
-_READ = "Grey of up to 32 bits and colours of 8 bits are read: write the bands that matter as such files"
+_READ = "Grayscale of up to 32 bits and colors of 8 bits are read: write the bands that matter as such files"
 _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
@@ -51,13 +51,13 @@ def decode(
 
     Args:
         path: the file.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grayscale, 3 for RGB.
         min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, several times faster, as long as its
             shorter side keeps this many pixels. Other formats ignore it.
         value_range: the stored values that are black and white, where they have more than 8 bits.
 
     Returns:
-        An image of mode ``L`` or ``RGB``; or, of more than 8 bits and with a range, of mode ``F``: grey in [0, 1].
+        An image of mode ``L`` or ``RGB``; or, of more than 8 bits and with a range, of mode ``F``: grayscale in [0, 1].
 
     Raises:
         DecodeError: naming the file and what is wrong with it.
@@ -76,7 +76,7 @@ def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = 
     Args:
         data: the whole file.
         name: what a message calls it.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grayscale, 3 for RGB.
         min_size: as in :func:`decode`.
 
     Raises:
@@ -147,7 +147,7 @@ class EncodedImage:
         """The image, once: a JPEG at 1/factor of its size.
 
         Args:
-            channels: 1 for grey, 3 for RGB.
+            channels: 1 for grayscale, 3 for RGB.
             factor: 1, 2, 4 or 8.
 
         Raises:
@@ -197,14 +197,14 @@ def read_header(stored: Path | BytesIO) -> Header:
 
 
 def _refuse_other_bands(file: Image.Image) -> None:
-    """Pillow drops a TIFF's bands behind the colours without a word."""
+    """Pillow drops a TIFF's bands behind the colors without a word."""
     bands = getattr(file, "tag_v2", {}).get(TiffImagePlugin.SAMPLESPERPIXEL, 0)
     if bands > len(file.getbands()):
         raise ValueError(f"it has {bands} bands. {_READ}")
 
 
 def _stored_mode(file: Image.Image) -> str:
-    """Pillow's mode; ``RGB;16`` where it holds 16 bits a colour, of which Pillow reads the upper 8."""
+    """Pillow's mode; ``RGB;16`` where it holds 16 bits a color, of which Pillow reads the upper 8."""
     told = " ".join(str(tile[3]) for tile in getattr(file, "tile", []))
     return "RGB;16" if file.mode in ("RGB", "RGBA") and ";16" in told else file.mode
 
@@ -278,7 +278,7 @@ def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Ima
 
 
 def _scaled(stored: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
-    """Numbers of shape (H, W) to grey in [0, 1], in float32: no bit of 16 is lost; what is no number is black."""
+    """Numbers of shape (H, W) to grayscale in [0, 1], in float32: no bit of 16 is lost; what is no number is black."""
     low, high = value_range
     shares = (stored.astype(np.float64) - low) / (high - low)
     return Image.fromarray(np.nan_to_num(shares, nan=0.0).clip(0, 1).astype(np.float32))
@@ -292,7 +292,7 @@ def as_8_bit(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _rescale(stored: np.ndarray, whole_16_bits: bool) -> Image.Image:
-    """Numbers of shape (H, W) to grey; infinities become black or white, and what is no number black."""
+    """Numbers of shape (H, W) to grayscale; infinities become black or white, and what is no number black."""
     values = stored.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)

@@ -31,7 +31,7 @@ class FileDataset(IndexedDataset):
         name: for messages.
         root: the folder that all files are in or below.
         files: their posix paths relative to it, perhaps with the columns of a manifest.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grayscale, 3 for RGB.
         labels: int64 of shape (N,).
         classes: names, in the order of the labels.
         skipped: files that were left out because they are no images.

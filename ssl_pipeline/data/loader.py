@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.crops import NEIGHBOURS, Crops, read_crops
+from ssl_pipeline.data.crops import NEIGHBORS, Crops, read_crops
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
 from ssl_pipeline.data.source import IndexedDataset
@@ -69,7 +69,7 @@ class IndexedLoader:
 
     Attributes:
         offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.
-        replaced: the samples of the batch that was given last, where neighbours have taken the place of some; None otherwise.
+        replaced: the samples of the batch that was given last, where neighbors have taken the place of some; None otherwise.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ def note_bad(source: IndexedDataset, sample: int, error: DecodeError) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to an image: resized, cut to the central square, normalised.
+    """What evaluation and prediction do to an image: resized, cut to the central square, normalized.
 
     Attributes:
         size: height and width that the network sees, in pixels.
@@ -243,48 +243,48 @@ class Preprocessing:
         """What an encoder's card says of its images."""
         return cls(blueprint.size, blueprint.mean, blueprint.std, blueprint.resize)
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values)[None, :, None, None] for values in (self.mean, self.std))
         return images.sub(mean).div_(std)
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) to normalised float32 (B, C, size, size), on the pixels' device."""
+        """uint8 (B, C, H, W) to normalized float32 (B, C, size, size), on the pixels' device."""
         if self.resize is not None:
             fill = torch.tensor(self.mean)[:, None, None]
-            return self._normalise(resize_and_crop(pixels, self.size, self.resize, fill))
+            return self._normalize(resize_and_crop(pixels, self.size, self.resize, fill))
         heights, widths = (torch.full((len(pixels),), side) for side in pixels.shape[2:])
-        return self._normalise(resize_boxes(pixels, central_boxes(heights, widths), self.size))
+        return self._normalize(resize_boxes(pixels, central_boxes(heights, widths), self.size))
 
     def of_files(self, images: list[Image.Image]) -> Tensor:
-        """Decoded files to normalised float32 (B, C, size, size)."""
+        """Decoded files to normalized float32 (B, C, size, size)."""
         if self.resize is not None:
             cut = [resize_and_crop_image(image, self.size, self.resize, self.mean) for image in images]
-            return self._normalise(as_float(stack_views([as_tensor(image) for image in cut], len(self.mean))))
+            return self._normalize(as_float(stack_views([as_tensor(image) for image in cut], len(self.mean))))
         boxes = central_boxes(torch.tensor([i.height for i in images]), torch.tensor([i.width for i in images]))
         views = [resize_box_of_file(image, box, self.size) for image, box in zip(images, boxes, strict=True)]
-        return self._normalise(as_float(stack_views(views, len(self.mean))))
+        return self._normalize(as_float(stack_views(views, len(self.mean))))
 
 
 def open_or_replace(source: IndexedDataset, index: int) -> Image.Image:
-    """A decoded image; of one that can't be decoded its neighbour, of the same class, which is counted.
+    """A decoded image; of one that can't be decoded its neighbor, of the same class, which is counted.
 
     Raises:
-        DecodeError: the source bears no such image, or the neighbours can't be decoded either.
+        DecodeError: the source bears no such image, or the neighbors can't be decoded either.
         ConfigError: it bears no more.
     """
-    for _ in range(NEIGHBOURS):
+    for _ in range(NEIGHBORS):
         try:
             return source.open_image(index)
         except DecodeError as error:
             note_bad(source, index, error)
-            index, last = source.neighbour(index), error
+            index, last = source.neighbor(index), error
     raise last
 
 
 def open_readable(source: IndexedDataset, index: int) -> Image.Image | None:
     """A decoded image; None for one that can't be decoded, which is counted.
 
-    Figures and probes leave such an image out: a neighbour would be measured against another image's target.
+    Figures and probes leave such an image out: a neighbor would be measured against another image's target.
 
     Raises:
         DecodeError: the source bears no such image.
@@ -304,7 +304,7 @@ def read_readable(
 
     Args:
         source: numbered samples.
-        preprocessing: the central square, resized and normalised.
+        preprocessing: the central square, resized and normalized.
         device: where the images are wanted.
         index: which samples, int64 of shape (N,).
         chunk: samples at a time.
@@ -335,7 +335,7 @@ def read_in_order(
 
     Args:
         source: numbered samples.
-        preprocessing: the central square, resized and normalised.
+        preprocessing: the central square, resized and normalized.
         device: where the images are wanted.
         index: which samples, int64 of shape (N,); all by default.
         chunk: samples at a time.

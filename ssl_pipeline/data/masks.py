@@ -83,13 +83,13 @@ def read_mask(path: Path) -> Image.Image:
     """A mask as an image of mode ``L`` that holds the file's numbers.
 
     Raises:
-        ConfigError: it can't be read, or holds colours.
+        ConfigError: it can't be read, or holds colors.
     """
     try:
         with Image.open(path) as file:
             file.load()
             mode = file.mode
-            if mode in ("L", "P"):  # a palette's colours are for people; its indices are the classes
+            if mode in ("L", "P"):  # a palette's colors are for people; its indices are the classes
                 return Image.fromarray(np.asarray(file))
             if mode == "1":
                 return Image.fromarray(np.asarray(file).astype(np.uint8))
@@ -101,7 +101,7 @@ def read_mask(path: Path) -> Image.Image:
         raise ConfigError(f"{path} can't be read as a mask ({error}): write it anew.") from error
     raise ConfigError(
         f"{path} is a mask of mode {mode}, and a mask has one channel with the classes' numbers from 0 to 254 ({IGNORE}: no "
-        "class): save it as a grey or palette PNG."
+        "class): save it as a grayscale or palette PNG."
     )
 
 

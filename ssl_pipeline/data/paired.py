@@ -1,4 +1,4 @@
-"""Batches of two sides: labelled images, and beside them others whose labels are not looked at."""
+"""Batches of two sides: labeled images, and beside them others whose labels are not looked at."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ssl_pipeline.transforms.policy import Views
 
 
 class PairedLoader(IndexedLoader):
-    """Labelled samples, then the target's, with label −1 and numbered in the target's own source.
+    """Labeled samples, then the target's, with label −1 and numbered in the target's own source.
 
-    Each side has epochs of its own length and an order of its own; time is counted in the labelled side's epochs. Where one side
+    Each side has epochs of its own length and an order of its own; time is counted in the labeled side's epochs. Where one side
     has more views than the other, the later ones are that side's alone.
 
     Args:
-        source: labelled samples.
+        source: labeled samples.
         target: samples whose labels are not looked at.
-        views: of the labelled samples.
+        views: of the labeled samples.
         target_views: of the target's.
-        size: labelled samples of a step, over all processes.
+        size: labeled samples of a step, over all processes.
         seed: of the run.
         share: this process's.
         total_steps: the run's length.
         workers: as for :class:`IndexedLoader`; shared by the two sides.
-        target_size: samples of the target in a step; as many as labelled ones by default.
+        target_size: samples of the target in a step; as many as labeled ones by default.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class PairedLoader(IndexedLoader):
         return {**super().position(step), "target": self.target.position(self._of_target(step))}
 
     def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
-        """Continues both sides; the run's length is the labelled side's."""
+        """Continues both sides; the run's length is the labeled side's."""
         step = super().go_on(position, taken, in_steps)
         own = self.target.go_on(position["target"], taken, in_steps=False)
         self.target.total_steps = own + self.total_steps - step
         return step
 
     def _of_target(self, step: int) -> int:
-        """The target's step that goes with one of the labelled side: the two end together."""
+        """The target's step that goes with one of the labeled side: the two end together."""
         return step + self.target.total_steps - self.total_steps
 
     @property

@@ -41,9 +41,9 @@ class PreparedConfig(SourceConfig, ABC):
     """The keys of a source of files.
 
     Attributes:
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for grayscale.
         bad_files: how many files that can't be read as images are borne, ``20`` or ``1%`` of all: those known at the start
-            are left out, one found later is replaced by its neighbour. More stop the run, with a list.
+            are left out, one found later is replaced by its neighbor. More stop the run, with a list.
         prepared: where ``ssl-pipeline prepare --output`` was told to write; null is this user's cache.
         cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
         range: which stored values are black and white in images of more than 8 bits, for all files alike: ``[0, 4095]``; ``dtype``,
@@ -174,7 +174,7 @@ def scan_folder(root: Path, base: Path | None, limit: BadFilesLimit, depth: int 
     kept = files.select((codes == 0).nonzero()[:, 0]) if faults else files
     if "RGB;16" in manifest.modes:
         cut = int((_column(kept, "mode") == manifest.modes.index("RGB;16")).sum())
-        _log.warning("%s: %d images hold colours of 16 bits, of which Pillow reads the upper 8", root, cut)
+        _log.warning("%s: %d images hold colors of 16 bits, of which Pillow reads the upper 8", root, cut)
     return ImageFiles(root, kept, faults, place, manifest.cache_side, folders, manifest.others)
 
 

@@ -58,7 +58,7 @@ class HFDataset(IndexedDataset):
         classes: names, in the order of the labels.
         domains: int64 of shape (N,).
         domain_names: in the order of the domains' numbers.
-        licence: of the images.
+        license: of the images.
         index: which rows, int64 of shape (N,); all by default.
     """
 
@@ -72,10 +72,10 @@ class HFDataset(IndexedDataset):
         classes: tuple[str, ...] | None,
         domains: Tensor | None = None,
         domain_names: tuple[str, ...] | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         index: Tensor | None = None,
     ) -> None:
-        self.name, self.channels, self.labels, self.classes, self.licence = name, channels, labels, classes, licence
+        self.name, self.channels, self.labels, self.classes, self.license = name, channels, labels, classes, license
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
         self._index = torch.arange(len(rows)) if index is None else index
@@ -133,7 +133,7 @@ class HFDataset(IndexedDataset):
         labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
         chosen = HFDataset(
             self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
-            self.licence, self._index[index],
+            self.license, self._index[index],
         )  # fmt: skip
         chosen.bad_files = self.bad_files
         return chosen

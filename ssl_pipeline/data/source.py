@@ -30,12 +30,12 @@ class IndexedDataset(ABC):
         unlabeled_because: where there are no labels and the source knows why, a sentence that says so and what to do.
         domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
         domain_names: in the order of the domains' numbers; None without domains.
-        licence: of the images, where known.
+        license: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
         value_range: the stored values that are black and white, where images have more than 8 bits; None where none has.
         pixels: uint8 of shape (N, C, H, W) where all images have one size and are in memory; None where files are decoded.
-        bad_files: bears images that can't be decoded, which neighbours then replace; None bears none.
+        bad_files: bears images that can't be decoded, which neighbors then replace; None bears none.
     """
 
     name: str
@@ -45,7 +45,7 @@ class IndexedDataset(ABC):
     unlabeled_because: str | None = None
     domains: Tensor | None = None
     domain_names: tuple[str, ...] | None = None
-    licence: str | None = None
+    license: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     value_range: tuple[float, float] | None = None
@@ -81,7 +81,7 @@ class IndexedDataset(ABC):
         del factor
         return self.open_image(index)
 
-    def neighbour(self, index: int) -> int:
+    def neighbor(self, index: int) -> int:
         """Which sample takes the place of one that can't be decoded: the next, or with labels the next of its class."""
         if self.labels is None:
             return (index + 1) % len(self)
@@ -109,7 +109,7 @@ class ArrayDataset(IndexedDataset):
         pixels: uint8 of shape (N, C, H, W).
         labels: int64 of shape (N,).
         classes: names, in the order of the labels.
-        licence: of the images.
+        license: of the images.
         mean: per channel, of values in [0, 1].
         std: per channel.
         domains: int64 of shape (N,).
@@ -122,7 +122,7 @@ class ArrayDataset(IndexedDataset):
         pixels: Tensor,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         domains: Tensor | None = None,
@@ -130,7 +130,7 @@ class ArrayDataset(IndexedDataset):
     ) -> None:
         assert pixels.dtype == torch.uint8
         assert pixels.ndim == 4
-        self.name, self.pixels, self.labels, self.classes, self.licence = name, pixels, labels, classes, licence
+        self.name, self.pixels, self.labels, self.classes, self.license = name, pixels, labels, classes, license
         self.channels, self.mean, self.std = pixels.shape[1], mean, std
         self.domains, self.domain_names = domains, domain_names
         self._pixels = pixels
@@ -155,7 +155,7 @@ class ArrayDataset(IndexedDataset):
         labels = None if self.labels is None else self.labels[index]
         domains = None if self.domains is None else self.domains[index]
         return ArrayDataset(
-            self.name, self._pixels[index], labels, self.classes, self.licence, self.mean, self.std, domains,
+            self.name, self._pixels[index], labels, self.classes, self.license, self.mean, self.std, domains,
             self.domain_names,
         )  # fmt: skip
 

@@ -189,7 +189,7 @@ def draw_labels(
             if per_class > count:
                 name = repr(classes[c]) if classes is not None else str(c)
                 raise ConfigError(
-                    f"`labels.per_class` is {per_class}, and class {name} has only {count} labelled images: "
+                    f"`labels.per_class` is {per_class}, and class {name} has only {count} labeled images: "
                     f"ask for at most {count}, or add images."
                 )
             count = per_class

@@ -20,7 +20,7 @@ from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import GRAYSCALE_MODES, decode_bytes
 from ssl_pipeline.data.source import IndexedDataset, SourceConfig
 
-LOOKED_AT = 64  # images that say whether all are grey
+LOOKED_AT = 64  # images that say whether all are grayscale
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StreamDataset(ABC):
         length: samples of all shards, as far as it is known.
         block: samples that a process holds to be shuffled, encoded.
         skip_unreadable: whether an image that can't be decoded is left out rather than an error.
-        licence: of the images, where known.
+        license: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
         value_range: the stored values that are black and white, where images have more than 8 bits; None where none has.
@@ -71,7 +71,7 @@ class StreamDataset(ABC):
     length: int | None = None
     block: int = 4096
     skip_unreadable: bool = False
-    licence: str | None = None
+    license: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     value_range: tuple[float, float] | None = None
@@ -95,7 +95,7 @@ class StreamDataset(ABC):
     def head(self, count: int) -> InMemoryDataset:
         """The first samples, as they lie, held in memory: something to look at while training runs.
 
-        Where training leaves out what can't be decoded, a neighbour takes its place here.
+        Where training leaves out what can't be decoded, a neighbor takes its place here.
         """
         every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
         held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
@@ -208,7 +208,7 @@ def preview(source: IndexedDataset | StreamDataset, count: int = 1024) -> Indexe
 
 
 def channels_of(samples: Sequence[Sample]) -> int:
-    """What a few images say of all: 1 if they are all grey, 3 otherwise. One alone may be the only grey one.
+    """What a few images say of all: 1 if they are all grayscale, 3 otherwise. One alone may be the only grayscale one.
 
     Raises:
         ConfigError: none of them is an image.

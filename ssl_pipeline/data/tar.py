@@ -1,4 +1,4 @@
-"""Samples in tar archives, as WebDataset lays them out: neighbouring members ``KEY.jpg``, ``KEY.cls`` are one sample.
+"""Samples in tar archives, as WebDataset lays them out: neighboring members ``KEY.jpg``, ``KEY.cls`` are one sample.
 
 Nothing is extracted to disk, and nothing is unpickled: members are read as bytes, and only those that are asked for.
 """
@@ -79,7 +79,7 @@ def read_groups(
 
     for bundle in _bundles(url, refused, reads):
         for group in _samples_of(bundle, is_image, is_wanted, refused):
-            _check_neighbours(group, seen, url)
+            _check_neighbors(group, seen, url)
             place += group.has_image
             if group.has_image and place > start:
                 yield group
@@ -110,7 +110,7 @@ class _Entry:
 
 
 def _bundles(url: str, refused: dict[str, str], reads: Callable[[_Entry, int], bool]) -> Iterator[list[_Entry]]:
-    """Neighbouring members whose names are alike up to their first dot; each is read when it comes, or never."""
+    """Neighboring members whose names are alike up to their first dot; each is read when it comes, or never."""
     bundle = list[_Entry]()
     with _opened(url) as archive:
         for member in archive:
@@ -156,7 +156,7 @@ def _samples_of(
         yield group
 
 
-def _check_neighbours(group: Group, seen: dict[str, bool], url: str) -> None:
+def _check_neighbors(group: Group, seen: dict[str, bool], url: str) -> None:
     """Refuses an archive in which a sample's image and its other members lie apart: they would not find each other.
 
     Args:

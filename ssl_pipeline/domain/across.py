@@ -28,7 +28,7 @@ class DomainSplit:
 
     Attributes:
         method: what was asked for.
-        source: the training images of the source domains, labelled; none where a finished model is adapted without them.
+        source: the training images of the source domains, labeled; none where a finished model is adapted without them.
         target: those of the target domains, without labels.
         measured: per domain its held-out images of known classes; read by the final evaluation alone.
         targets: which of those domains are targets.
@@ -56,12 +56,12 @@ class DomainSplit:
             return LabeledSplit(self.source, None)
         train, held_out = draw_index(labels, downstream, self.source, seed)
         folds = draw_folds(labels, downstream, self.source, (train, held_out), seed)
-        learned = self.labelled(seed, train)
+        learned = self.labeled(seed, train)
         if folds is not None:  # the target's images come after the source's
             folds = F.pad(folds, (0, len(learned) - len(train)), value=-1)
         return LabeledSplit(learned, None if held_out is None else self.source.select(held_out), folds)
 
-    def labelled(self, seed: int, taught: Tensor | None = None) -> IndexedDataset:
+    def labeled(self, seed: int, taught: Tensor | None = None) -> IndexedDataset:
         """Images of the source, and with them ``target_labels`` of each class of the target, drawn by the seed.
 
         Args:
@@ -156,9 +156,9 @@ def split_domains(
         )
     known, names = _known(config, pool, classes)
     of_source, of_target = _in(pool, sources), _in(pool, targets)
-    unlabelled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
-    if unlabelled:
-        raise ConfigError(f"`domain.source`: no image of {', '.join(unlabelled)} has a label to learn from.")
+    unlabeled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
+    if unlabeled:
+        raise ConfigError(f"`domain.source`: no image of {', '.join(unlabeled)} has a label to learn from.")
     if config.control == "no_shift":
         labels = pool.labels[of_source]
         rest, held = stratified_split(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
@@ -249,9 +249,7 @@ def _measured(
 ) -> tuple[dict[str, IndexedDataset], IndexedDataset | None]:
     """Per domain the images to measure on, and the target's of unknown classes."""
     if held_out is None or held_out.labels is None or held_out.domains is None or held_out.domain_names is None:
-        raise ConfigError(
-            "there are no labelled images of known domains to measure on: see the keys in `configs/data`."
-        )
+        raise ConfigError("there are no labeled images of known domains to measure on: see the keys in `configs/data`.")
     measured = {}
     for name in domains:
         index = _in(held_out, [name]) if name in held_out.domain_names else torch.arange(0)
@@ -261,7 +259,7 @@ def _measured(
     missing = [name for name in targets if name not in measured]
     if missing:
         raise ConfigError(
-            f"`domain.target`: {held_out.name} has no labelled image of {', '.join(missing)} to measure on"
+            f"`domain.target`: {held_out.name} has no labeled image of {', '.join(missing)} to measure on"
             + (" of the known classes." if config.known else ".")
         )
     for name in targets:

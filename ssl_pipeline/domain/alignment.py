@@ -10,8 +10,8 @@ from torch import Tensor
 
 def covariance(rows: Tensor) -> Tensor:
     """Of rows (N, D), over N − 1: (D, D)."""
-    centred = rows - rows.mean(0)
-    return centred.T @ centred / (len(rows) - 1)
+    centered = rows - rows.mean(0)
+    return centered.T @ centered / (len(rows) - 1)
 
 
 def coral_loss(first: Tensor, second: Tensor) -> Tensor:

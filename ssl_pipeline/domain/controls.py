@@ -24,7 +24,7 @@ def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _shuffled(image: Tensor, generator: torch.Generator) -> Tensor:
-    """The pixels stand anywhere: the same colours, and no shape."""
+    """The pixels stand anywhere: the same colors, and no shape."""
     order = torch.randperm(image.shape[1] * image.shape[2], generator=generator)
     return image.flatten(1)[:, order].view_as(image)
 
@@ -43,7 +43,7 @@ def make_control(name: Control, images: IndexedDataset) -> IndexedDataset:
         return _StandIn(name, images)
     changed = [_changed(name, number, image) for number, image in enumerate(images.pixels)]
     return ArrayDataset(
-        images.name, torch.stack(changed), licence=images.licence, mean=images.mean, std=images.std, domains=images.domains,
+        images.name, torch.stack(changed), license=images.license, mean=images.mean, std=images.std, domains=images.domains,
         domain_names=images.domain_names,
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ class _StandIn(IndexedDataset):
     """For images in files: see :func:`make_control`."""
 
     def __init__(self, name: str, images: IndexedDataset, numbers: Tensor | None = None) -> None:
-        self.name, self.channels, self.licence = images.name, images.channels, images.licence
+        self.name, self.channels, self.license = images.name, images.channels, images.license
         self.domains, self.domain_names, self.bad_files = images.domains, images.domain_names, images.bad_files
         self.mean, self.std = images.mean, images.std
         self._how, self._images = name, images

@@ -1,4 +1,4 @@
-"""The contract of a method across domains: a task around a classifier, over labelled and unlabelled images at once."""
+"""The contract of a method across domains: a task around a classifier, over labeled and unlabeled images at once."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class MethodConfig(ComponentConfig, ABC):
             half of the source's (the other half teaches, and the source is measured), ``noise`` and ``shuffled`` pixels take
             their places while the real target is measured. Null: what they are.
         known: the classes to learn; images of other classes are left out of the source, and unknown in the target. Null: all.
-        phases: the trainings, one after the other: ``source`` sees labelled images alone, ``joint`` as many of the target
+        phases: the trainings, one after the other: ``source`` sees labeled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
         fits_bare_encoder: whether the method makes sense where nothing but the head is trained.
         head: the one ``downstream.head`` that the method is made for; None takes any.
-        selects: whether labelled images held out of the *source* choose the step that is kept; otherwise it is the last one.
+        selects: whether labeled images held out of the *source* choose the step that is kept; otherwise it is the last one.
         keeps_statistics: whether it works with ``regime.statistics=kept``: it does not estimate the encoder's anew.
     """
 
@@ -112,7 +112,7 @@ class JointConfig(MethodConfig, ABC):
 
 
 class GeneralizationConfig(MethodConfig, ABC):
-    """The base of the methods that never see the target: labelled images held out of the *sources* choose the step that is kept."""
+    """The base of the methods that never see the target: labeled images held out of the *sources* choose the step that is kept."""
 
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
     selects: ClassVar[bool] = True
@@ -121,7 +121,7 @@ class GeneralizationConfig(MethodConfig, ABC):
 class Method(Task, ABC):
     """A classifier that is trained across domains; see :class:`MethodConfig`.
 
-    In a joint batch the first half of the samples is labelled, and the second half is the target's, with label −1.
+    In a joint batch the first half of the samples is labeled, and the second half is the target's, with label −1.
     """
 
     reads_labels = True
@@ -148,14 +148,14 @@ class Method(Task, ABC):
         return [*groups, {"params": own, "lr_factor": 1.0}] if own else groups
 
     def finish(
-        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
         """What follows the last step: statistics estimated anew, averaged weights put into place."""
-        del labelled, target, preprocessing, share
+        del labeled, target, preprocessing, share
 
 
 class SourceTask(Method):
-    """Cross-entropy on labelled images: the beginning of every comparison."""
+    """Cross-entropy on labeled images: the beginning of every comparison."""
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy; accuracy beside it."""

@@ -128,8 +128,8 @@ def open_set_metrics(
 
     Args:
         classifier: as it was trained.
-        taught: the labelled images that it learned from.
-        held_back: labelled images that were held out of them; None takes ``taught`` for the threshold.
+        taught: the labeled images that it learned from.
+        held_back: labeled images that were held out of them; None takes ``taught`` for the threshold.
         known: per domain the images of known classes to measure on.
         targets: which of the domains are targets.
         unknown: the target's images of unknown classes.

@@ -16,12 +16,12 @@ from ssl_pipeline.rng import permutation
 _MOST = 4000
 
 
-def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> float:
+def soft_neighborhood_density(logits: Tensor, temperature: float = 0.05) -> float:
     """How densely the predictions lie: larger is better (Saito et al. 2021).
 
     Args:
         logits: shape (N, K).
-        temperature: divides the similarities of the normalised shares.
+        temperature: divides the similarities of the normalized shares.
     """
     rows = F.normalize(logits.softmax(1), dim=1)
     similarity = (rows @ rows.T / temperature).fill_diagonal_(-1e4)
@@ -41,7 +41,7 @@ def unlabeled_metrics(
     Args:
         classifier: as it was trained.
         target: its training images; labels are not read.
-        validation: labelled images of the source that were held out.
+        validation: labeled images of the source that were held out.
         preprocessing: what the classifier expects.
         share: this process's.
     """
@@ -50,7 +50,7 @@ def unlabeled_metrics(
     logits = extract(classifier, target, preprocessing, share, index, classifier.predict)
     figures = {
         "label_free/entropy": float(entropy(logits).mean()),
-        "label_free/snd": soft_neighbourhood_density(logits),
+        "label_free/snd": soft_neighborhood_density(logits),
     }
     if validation is not None:
         figures["source_validation"] = classifier.evaluate(validation, preprocessing, share)["accuracy"]

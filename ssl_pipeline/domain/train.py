@@ -33,12 +33,12 @@ def train_across(
         regime: where the head starts, and how long and at which rate all layers train.
         classifier: on its device.
         target: its training images, without labels.
-        around: the labelled images and what they are trained with.
+        around: the labeled images and what they are trained with.
     """
-    labelled, share = around.labelled, around.share
+    labeled, share = around.labeled, around.share
     has_source = method.starts_from is None
     if has_source:
-        classifier.look_at(labelled.train)
+        classifier.look_at(labeled.train)
     regime.settle(classifier)
     if regime.probes and has_source:
         fit_linear_probe(regime, classifier, around)
@@ -49,7 +49,7 @@ def train_across(
         elif regime.trains_all and has_source:
             stage = SourceTask(classifier) if "target" in method.phases else task
             _run_phase(phase, method, regime, regime, stage, target, around)
-    task.finish(labelled.train, target, around.preprocessing, share)
+    task.finish(labeled.train, target, around.preprocessing, share)
 
 
 def _run_phase(
@@ -61,8 +61,8 @@ def _run_phase(
     target: IndexedDataset,
     around: TrainContext,
 ) -> None:
-    share, labelled = around.share, around.labelled
-    images = target if phase == "target" else labelled.train
+    share, labeled = around.share, around.labeled
+    images = target if phase == "target" else labeled.train
     # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
     most = min(regime.batch, len(target)) if phase == "joint" else regime.batch
     size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
@@ -85,6 +85,6 @@ def _run_phase(
     task.prime(lambda forward: extract(task, target, around.preprocessing, share, forward=forward))
     optimizer = build_optimizer(training.optim, task, size)
     # The held-out labels also measure (``source_validation``): no probe is fitted to them, whichever step is kept.
-    chooses = method.selects and labelled.validation is not None
+    chooses = method.selects and labeled.validation is not None
     best = Best(task.classifier, around, starts_trained=regime.probes) if chooses else None
     fit_with_checkpoints(training, task, batches, optimizer, around, phase, best, max(1, total // 20) if best else 0)

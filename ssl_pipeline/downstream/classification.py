@@ -29,7 +29,7 @@ class Config(PooledConfig):
     """Single-label classification by cross-entropy.
 
     Attributes:
-        head: ``linear``, or ``cosine`` (normalised features and weights over a temperature).
+        head: ``linear``, or ``cosine`` (normalized features and weights over a temperature).
         label_smoothing: share of the target that is spread over all classes; the solved probe has none.
         class_weights: ``balanced`` weights a sample by one over its class's number of training labels (mean 1).
     """

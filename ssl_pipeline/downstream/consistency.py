@@ -1,7 +1,7 @@
 """Learning from images without labels, beside those with: what the model is sure of in a mild view holds in a strong one.
 
     p  = align(softmax(teacher(mild view)))           align(p) ∝ p · (share of the class among labels) / (mean of p so far)
-    ℓ  = ℓ_labelled + weight · mean(1[max p ≥ confidence] · −log softmax(f(strong view))_argmax p)
+    ℓ  = ℓ_labeled + weight · mean(1[max p ≥ confidence] · −log softmax(f(strong view))_argmax p)
 
 FixMatch (Sohn et al. 2020, arXiv 2001.07685), with a moving average of the weights as the teacher (Tarvainen and Valpola 2017, arXiv
 1703.01780) and distribution alignment (Berthelot et al. 2020, arXiv 1911.09785). When to use: few labels, and many images of the
@@ -35,9 +35,9 @@ class ConsistencyConfig(FrozenModel):
 
     Attributes:
         path: a folder of images without labels, with all that lies below it; null takes the data's own training images.
-        weight: of the unlabelled term.
+        weight: of the unlabeled term.
         confidence: what the teacher's probability of a class must be, so that the image counts as one of it.
-        ratio: images without labels in a step, for each labelled one.
+        ratio: images without labels in a step, for each labeled one.
         momentum: what is kept of the teacher at each step.
         views: of the images without labels: the first one is learned from, and the second one, a mild one, is what the teacher sees. Their
             size is the encoder's.
@@ -61,13 +61,13 @@ class ConsistencyConfig(FrozenModel):
             return None
         if channels not in (1, 3):
             raise ConfigError(
-                f"`unlabelled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabelled.path=null."
+                f"`unlabeled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabeled.path=null."
             )
         config = folder.Config(name="folder", path=self.path, channels=channels)
-        found = scan_folder(folder.existing_folder(self.path, "unlabelled.path"), config.base, config.bad_files)
+        found = scan_folder(folder.existing_folder(self.path, "unlabeled.path"), config.base, config.bad_files)
         if len(found.files) < 2:
             raise ConfigError(
-                f"`unlabelled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
+                f"`unlabeled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
             )
         return found.source(config, self.path)
 
@@ -82,31 +82,31 @@ class ConsistencyConfig(FrozenModel):
         """
         problems = []
         if task != "classification":
-            problems.append(f"`unlabelled` is for downstream=classification, and this is {task}: set unlabelled=null.")
+            problems.append(f"`unlabeled` is for downstream=classification, and this is {task}: set unlabeled=null.")
         if regime == "frozen":
             problems.append(
-                "`unlabelled` trains all layers, and regime `frozen` the head alone: take another regime, or unlabelled=null."
+                "`unlabeled` trains all layers, and regime `frozen` the head alone: take another regime, or unlabeled=null."
             )
         if across_domains:
             problems.append(
-                "`domain` and `unlabelled` both bring images without labels into a step: take one of them. "
+                "`domain` and `unlabeled` both bring images without labels into a step: take one of them. "
                 "`domain=mcc` and others learn from a target without labels."
             )
         if self.views.count != 2 or self.views.local.count:
             problems.append(
-                f"`unlabelled.views` makes {self.views.total} view(s) of an image, and 2 are needed: the one to learn from and "
+                f"`unlabeled.views` makes {self.views.total} view(s) of an image, and 2 are needed: the one to learn from and "
                 "the teacher's."
             )
         if any(view.restyle.probability for view in self.views.each()):
-            problems.append("`unlabelled.views.restyle` is for stage one: set its probability to 0.")
+            problems.append("`unlabeled.views.restyle` is for stage one: set its probability to 0.")
         try:
-            self.views.for_channels(data.channels, "unlabelled.views")
+            self.views.for_channels(data.channels, "unlabeled.views")
             images = self.open(data.channels) or data
         except ConfigError as error:
             return [*problems, *error.problems]
         if self.ratio > len(images) // 2:
             problems.append(
-                f"`unlabelled.ratio` is {self.ratio}, and {images.name} has {len(images)} images: take at most {len(images) // 2}."
+                f"`unlabeled.ratio` is {self.ratio}, and {images.name} has {len(images)} images: take at most {len(images) // 2}."
             )
         return problems
 
@@ -129,7 +129,7 @@ class UnlabeledImages:
 class Consistency(Task):
     """A classifier, and the teacher that names images for it; see the module.
 
-    In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labelled. The others have two views.
+    In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labeled. The others have two views.
 
     Args:
         config: how.
@@ -161,9 +161,9 @@ class Consistency(Task):
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """Cross-entropy on labels, and on the names that the teacher is sure of."""
         assert batch.label is not None
-        labelled = len(batch.label) // (1 + self.config.ratio)
-        logits, label = embeddings["logits"].float(), batch.label[:labelled]
-        supervised = self.classifier.supervised(logits[:labelled], label)
+        labeled = len(batch.label) // (1 + self.config.ratio)
+        logits, label = embeddings["logits"].float(), batch.label[:labeled]
+        supervised = self.classifier.supervised(logits[:labeled], label)
         with torch.no_grad():
             probabilities = embeddings["taught"].float().softmax(1)
             self._seen = all_gather_rows(probabilities.mean(0, keepdim=True)).mean(0)
@@ -171,10 +171,10 @@ class Consistency(Task):
             sure = (surest >= self.config.confidence).float()
         # A teacher's answer that is no number is never sure, and the loss would stay finite while the mean is spoiled.
         sure = torch.where(surest.isnan(), surest, sure)
-        term = (sure * F.cross_entropy(logits[labelled:], name, reduction="none")).mean()
-        right = (logits[:labelled].argmax(1) == label).float().mean()
+        term = (sure * F.cross_entropy(logits[labeled:], name, reduction="none")).mean()
+        right = (logits[:labeled].argmax(1) == label).float().mean()
         metrics: dict[str, Tensor | float] = {
-            "supervised": supervised.detach(), "unlabelled": term.detach(), "sure": sure.mean(), "accuracy": right,
+            "supervised": supervised.detach(), "unlabeled": term.detach(), "sure": sure.mean(), "accuracy": right,
         }  # fmt: skip
         return StepOutput(supervised + self.config.weight * term, metrics)
 

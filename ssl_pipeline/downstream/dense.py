@@ -44,7 +44,7 @@ class DenseTask(DownstreamTask):
         self.fix_encoder(False)
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-        """Whole images, resized to a square and normalised."""
+        """Whole images, resized to a square and normalized."""
         return whole_images(images, preprocessing)
 
     @abstractmethod
@@ -86,7 +86,7 @@ class DenseTask(DownstreamTask):
 
 
 def whole_images(images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-    """Decoded images, resized to a square without regard to their shape and normalised: float32 of shape (B, C, size, size)."""
+    """Decoded images, resized to a square without regard to their shape and normalized: float32 of shape (B, C, size, size)."""
     views = as_float(stack_views([whole_view(image, preprocessing.size) for image in images], len(preprocessing.mean)))
     mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return (views - mean) / std

@@ -39,7 +39,7 @@ class Model:
 
     @property
     def channels(self) -> int:
-        """How images must be decoded: 1 for grey, 3 for RGB."""
+        """How images must be decoded: 1 for grayscale, 3 for RGB."""
         return self.card.blueprint.channels
 
     @property

@@ -67,7 +67,7 @@ class RegimeConfig(TrainingConfig):
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
         statistics: ``batch``: the encoder's BatchNorms go by each batch, and their running statistics follow; ``kept``: they go by
-            stage one's, which stay. Where stage one saw more domains than there are labels of, the labelled ones' would replace
+            stage one's, which stay. Where stage one saw more domains than there are labels of, the labeled ones' would replace
             those of all.
     """
 
@@ -117,7 +117,7 @@ class TrainContext:
     """What a regime trains with, the same for probe and training.
 
     Attributes:
-        labelled: the images to learn from.
+        labeled: the images to learn from.
         views: the random views of a training image.
         preprocessing: what is done to an image without randomness.
         seed: of this training.
@@ -127,10 +127,10 @@ class TrainContext:
         keeping: where and how often the state is kept to continue from; None keeps none.
         curves: hears the loops; None hears nothing.
         features: the encoder's, of the images to learn from and of those held out, where they were taken before.
-        unlabelled: images that are learned from without labels while all layers are trained; None takes the labelled ones alone.
+        unlabeled: images that are learned from without labels while all layers are trained; None takes the labeled ones alone.
     """
 
-    labelled: LabeledSplit
+    labeled: LabeledSplit
     views: Views
     preprocessing: Preprocessing
     seed: int
@@ -140,7 +140,7 @@ class TrainContext:
     keeping: CheckpointConfig | None = None
     curves: TrainingCurves | None = None
     features: tuple[Rows, Rows | None] | None = None
-    unlabelled: UnlabeledImages | None = None
+    unlabeled: UnlabeledImages | None = None
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, around: TrainContext) -> None:
@@ -149,7 +149,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: TrainContext) -> N
     A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
     last checkpoint, or from its end.
     """
-    task.look_at(around.labelled.train)
+    task.look_at(around.labeled.train)
     regime.settle(task)
     on_all_labels: Callable[[], None] | None = None
     if regime.probes and isinstance(task, PooledTask):
@@ -163,9 +163,9 @@ def train(regime: RegimeConfig, task: DownstreamTask, around: TrainContext) -> N
     if not regime.trains_all:
         return
     best = Best(task, around, starts_trained=regime.probes, on_all_labels=on_all_labels)
-    if around.unlabelled is not None:
+    if around.unlabeled is not None:
         assert isinstance(task, Classification)  # finetune's `check` allows no other
-        _run_consistency(regime, task, around, around.unlabelled, best)
+        _run_consistency(regime, task, around, around.unlabeled, best)
     else:
         _run_loop(regime, regime.batch, task, around, "all_layers", best)
 
@@ -178,12 +178,12 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContex
     Returns:
         What fits the head again, on the held-out labels too, once they have nothing left to choose; None where none are held out.
     """
-    labelled, device = around.labelled, around.share.device
+    labeled, device = around.labeled, around.share.device
     train, held_out = around.features or (None, None)
     if train is None:
-        train = task.read(labelled.train, around.preprocessing, around.share, task.encoder.features)
-    if held_out is None and labelled.validation is not None:
-        held_out = task.read(labelled.validation, around.preprocessing, around.share, task.encoder.features)
+        train = task.read(labeled.train, around.preprocessing, around.share, task.encoder.features)
+    if held_out is None and labeled.validation is not None:
+        held_out = task.read(labeled.validation, around.preprocessing, around.share, task.encoder.features)
     was_training = task.training
     task.eval()
     estimate_bottleneck(task.bottleneck, train.features.to(device))
@@ -192,7 +192,7 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContex
         held_out and _behind_bottleneck(task, held_out.to(device)),
     )
     task.train(was_training)
-    folds = None if labelled.folds is None else labelled.folds[train.index]
+    folds = None if labeled.folds is None else labeled.folds[train.index]
     decay = broadcast_from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
 
     def fit_on(*parts: Rows) -> None:
@@ -211,37 +211,37 @@ def _behind_bottleneck(task: PooledTask, rows: Rows) -> Rows:
 def _run_loop(
     training: TrainingConfig, batch: int, task: DownstreamTask, around: TrainContext, name: str, best: Best
 ) -> None:
-    labelled, share = around.labelled, around.share
+    labeled, share = around.labeled, around.share
     size, total = _steps(training, batch, around)
-    make = AnnotatedLoader if isinstance(labelled.train, AnnotatedDataset) else IndexedLoader
-    batches = make(labelled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
+    make = AnnotatedLoader if isinstance(labeled.train, AnnotatedDataset) else IndexedLoader
+    batches = make(labeled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
     _run(training, task, batches, around, name, best)
 
 
 def _run_consistency(
-    regime: RegimeConfig, task: Classification, around: TrainContext, unlabelled: UnlabeledImages, best: Best
+    regime: RegimeConfig, task: Classification, around: TrainContext, unlabeled: UnlabeledImages, best: Best
 ) -> None:
-    """All layers, from labelled images and as many times ``ratio`` others."""
-    labelled, ratio = around.labelled, unlabelled.config.ratio
-    size, total = _steps(regime, min(regime.batch, len(unlabelled.images) // ratio), around)
+    """All layers, from labeled images and as many times ``ratio`` others."""
+    labeled, ratio = around.labeled, unlabeled.config.ratio
+    size, total = _steps(regime, min(regime.batch, len(unlabeled.images) // ratio), around)
     batches = PairedLoader(
-        labelled.train, unlabelled.images, around.views, unlabelled.views, size, around.seed, around.share, total, around.workers,
+        labeled.train, unlabeled.images, around.views, unlabeled.views, size, around.seed, around.share, total, around.workers,
         ratio * size,
     )  # fmt: skip
-    learner = Consistency(unlabelled.config, task, targets_of(labelled.train)).to(around.share.device)
+    learner = Consistency(unlabeled.config, task, targets_of(labeled.train)).to(around.share.device)
     _run(regime, learner, batches, around, "all_layers", best)
 
 
 def _steps(training: TrainingConfig, batch: int, around: TrainContext) -> tuple[int, int]:
-    """Labelled samples of a step, as even as an epoch allows, and the number of steps.
+    """Labeled samples of a step, as even as an epoch allows, and the number of steps.
 
     Raises:
-        ConfigError: there are fewer labelled samples than processes.
+        ConfigError: there are fewer labeled samples than processes.
     """
-    labels, processes = len(around.labelled.train), around.share.processes
+    labels, processes = len(around.labeled.train), around.share.processes
     if labels < processes:
         raise ConfigError(
-            f"{labels} labelled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
+            f"{labels} labeled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
         )
     size = max(labels // math.ceil(labels / batch) // processes, 1) * processes
     return size, max(1, training.least_steps, training.length.steps(labels // size, 0))
@@ -252,7 +252,7 @@ def _run(
 ) -> None:
     """A loop that keeps the best weights where held-out labels tell them."""
     optimizer = build_optimizer(training.optim, learner, batches.batch_size)
-    chooses = around.labelled.validation is not None
+    chooses = around.labeled.validation is not None
     every = max(batches.steps_per_epoch, batches.total_steps // 20) if chooses else 0
     fit_with_checkpoints(training, learner, batches, optimizer, around, name, best if chooses else None, every)
 
@@ -342,7 +342,7 @@ class Best:
         return {f"finetune/validation_{name}": value for name, value in figures.items()}
 
     def _measure(self, is_start: bool) -> dict[str, float]:
-        held_out, around = self._around.labelled.validation, self._around
+        held_out, around = self._around.labeled.validation, self._around
         assert held_out is not None
         figures = self._task.evaluate(held_out, around.preprocessing, around.share)
         if first_figure(figures) >= self._value:

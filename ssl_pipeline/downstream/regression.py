@@ -29,7 +29,7 @@ from ssl_pipeline.models.head import LinearHead
 
 
 class Config(PooledConfig):
-    """Regression of numbers, each standardised by its training values; one that is not known counts for nothing.
+    """Regression of numbers, each standardized by its training values; one that is not known counts for nothing.
 
     Attributes:
         loss: ``squared``, or ``huber`` (linear beyond one standard deviation), which outliers move less; the solved probe is
@@ -63,7 +63,7 @@ class Config(PooledConfig):
 
 
 class Regression(PooledTask):
-    """See :class:`Config`. The head predicts standardised values, ``predict`` the values themselves."""
+    """See :class:`Config`. The head predicts standardized values, ``predict`` the values themselves."""
 
     mean: Tensor
     std: Tensor
@@ -83,13 +83,13 @@ class Regression(PooledTask):
         self.std.copy_((values - mean).square().nanmean(0).sqrt().clamp_min(1e-6))
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Standardised predictions of the first view."""
-        return {"standardised": self.head(self.neck_features(batch.views[0]))}
+        """Standardized predictions of the first view."""
+        return {"standardized": self.head(self.neck_features(batch.views[0]))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """The mean of the values' losses."""
         targets = (batch.target - self.mean) / self.std
-        return StepOutput(known_mean(self.loss, embeddings["standardised"].float(), targets).mean())
+        return StepOutput(known_mean(self.loss, embeddings["standardized"].float(), targets).mean())
 
     def of_features(self, features: Tensor) -> Tensor:
         """(B, values), in their own units."""

@@ -1,6 +1,6 @@
-"""Retrieval and kNN: nothing is trained, an image is answered by the labelled images that look most like it.
+"""Retrieval and kNN: nothing is trained, an image is answered by the labeled images that look most like it.
 
-    p(y | x) ∝ Σ over the k nearest labelled images n of [yₙ = y] exp(cos(f(x), f(n)) ÷ τ)
+    p(y | x) ∝ Σ over the k nearest labeled images n of [yₙ = y] exp(cos(f(x), f(n)) ÷ τ)
 
 When to use: to look at features without training anything, and where classes come and go. The first figure is the kNN
 accuracy. Wu et al. 2018, arXiv 1805.01978, section 3.4.
@@ -29,9 +29,9 @@ class Config(PooledConfig):
     """Retrieval by cosine similarity of features.
 
     Attributes:
-        k: neighbours that vote (Wu et al. 2018).
+        k: neighbors that vote (Wu et al. 2018).
         temperature: sharpness of the votes.
-        recall_at: an image counts as found when one of so many neighbours is of its class.
+        recall_at: an image counts as found when one of so many neighbors is of its class.
     """
 
     gives = "classes"
@@ -77,7 +77,7 @@ class Retrieval(PooledTask):
         raise AssertionError("retrieval trains nothing")
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """Keeps the labelled images' features."""
+        """Keeps the labeled images' features."""
         del decay
         self.head.remember(features, targets)
 
@@ -88,7 +88,7 @@ class Retrieval(PooledTask):
             self.head.remember(torch.zeros_like(rows), torch.zeros_like(labels))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """The share of images whose neighbours' vote is right."""
+        """The share of images whose neighbors' vote is right."""
         return {"knn_accuracy": float((predictions.argmax(1) == targets).float().mean())}
 
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:

@@ -11,14 +11,14 @@ from ssl_pipeline.downstream.vector import PooledConfig
 
 
 def selection(
-    labels: LabelsConfig, downstream: DownstreamConfig, regime: RegimeConfig, labelled: LabeledSplit
+    labels: LabelsConfig, downstream: DownstreamConfig, regime: RegimeConfig, labeled: LabeledSplit
 ) -> dict[str, Any]:
     """How many labels are learned from and held out, how many folds a cross-validation has, and why, for ``results.json``."""
-    held_out = 0 if labelled.validation is None else len(labelled.validation)
-    parts = 0 if labelled.folds is None else int(labelled.folds.max()) + 1
+    held_out = 0 if labeled.validation is None else len(labeled.validation)
+    parts = 0 if labeled.folds is None else int(labeled.folds.max()) + 1
     counts = {
         "validation": labels.validation,
-        "learned_from": len(labelled.train),
+        "learned_from": len(labeled.train),
         "held_out": held_out,
         "folds": parts,
     }

@@ -1,6 +1,6 @@
 """Heads for numbers, solved on fixed features: ridge regression, and one logistic regression a label.
 
-As in :mod:`ssl_pipeline.metrics.linear_probe`, features are standardised for the fit and the result is folded back. A target of
+As in :mod:`ssl_pipeline.metrics.linear_probe`, features are standardized for the fit and the result is folded back. A target of
 NaN is not known and counts for nothing.
 """
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     features = features.double()
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
     return (features - mean) / std, mean, std
@@ -28,15 +28,15 @@ def fit_ridge(features: Tensor, targets: Tensor, decay: float) -> tuple[Tensor, 
     Returns:
         Weight of shape (K, D) and bias of shape (K,), float32.
     """
-    standard, mean, std = _standardised(features)
+    standard, mean, std = _standardized(features)
     weights, biases = [], []
     for column in targets.double().unbind(1):
         known = ~column.isnan()
         rows, values = standard[known], column[known]
         rows_mean, value_mean = rows.mean(0), values.mean()
-        centred = rows - rows_mean
+        centered = rows - rows_mean
         penalty = decay * len(rows) * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        weight = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (values - value_mean)) / std
+        weight = torch.linalg.solve(centered.T @ centered + penalty, centered.T @ (values - value_mean)) / std
         weights.append(weight)
         biases.append(value_mean - (rows_mean * std + mean) @ weight)
     return torch.stack(weights).float(), torch.stack(biases).float()
@@ -54,7 +54,7 @@ def fit_labels(features: Tensor, targets: Tensor, decay: float, iterations: int 
     Returns:
         Weight of shape (K, D) and bias of shape (K,), float32.
     """
-    standard, mean, std = _standardised(features)
+    standard, mean, std = _standardized(features)
     targets = targets.double()
     weight = standard.new_zeros(targets.shape[1], features.shape[1], requires_grad=True)
     bias = standard.new_zeros(targets.shape[1], requires_grad=True)

@@ -43,7 +43,7 @@ class DownstreamTask(Task, ABC):
 
     @abstractmethod
     def predict(self, images: Tensor) -> Any:
-        """The prediction for normalised images (B, C, H, W), one entry a sample."""
+        """The prediction for normalized images (B, C, H, W), one entry a sample."""
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
         """Decoded images as ``predict`` wants them, float32 of shape (B, C, H, W)."""

@@ -1,1 +1,1 @@
-"""Figures: neighbours, probe, collapse, intervals."""
+"""Figures: neighbors, probe, collapse, intervals."""

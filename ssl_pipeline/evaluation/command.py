@@ -30,10 +30,10 @@ _ALL: tuple[What, ...] = ("knn", "probe", "few_shot", "spread", "robustness")
 
 
 class KnnConfig(FrozenModel):
-    """Neighbours.
+    """Neighbors.
 
     Attributes:
-        k: numbers of neighbours; each gives a figure.
+        k: numbers of neighbors; each gives a figure.
         temperature: sharpness of their weights.
     """
 
@@ -78,7 +78,7 @@ class EvaluateConfig(EncoderConfig):
         what: some of ``knn``, ``probe``, ``few_shot``, ``spread``, ``robustness``; null takes all that the data allows.
         split: what the figures are of; everything is learned and chosen on ``train``.
         views: the random views that alignment compares.
-        knn: neighbours.
+        knn: neighbors.
         probe: the linear probe.
         few_shot: few labels.
         images: at most so many images of a split, drawn by name; null for all.
@@ -154,10 +154,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         assert chosen is not None
         k = min(max(config.knn.k), len(bank.labels))
 
-        def by_neighbours(rows: Features) -> float:
+        def by_neighbors(rows: Features) -> float:
             return knn_accuracy(rows.neck, rows.labels, bank.neck, bank.labels, len(classes), k, config.knn.temperature)
 
-        judges = {"probe": chosen.accuracy, f"knn_{k}": by_neighbours}
+        judges = {"probe": chosen.accuracy, f"knn_{k}": by_neighbors}
         hard = _at_most(test, config.corrupted, config.seed)
         figures += protocol.robustness_figures(opened, hard, judges, chosen.layer, config.seed)
     return _finite(figures, trials, notes)
@@ -176,13 +176,13 @@ def _settle(
     config: EvaluateConfig, train: IndexedDataset, test: IndexedDataset | None
 ) -> tuple[tuple[What, ...], list[str]]:
     """What can be measured; an error where something was asked for by name that can't."""
-    labelled = train.labels is not None and bool((train.labels >= 0).any()) and test is not None
-    if labelled and test is not None and test.labels is not None:
+    labeled = train.labels is not None and bool((train.labels >= 0).any()) and test is not None
+    if labeled and test is not None and test.labels is not None:
         return config.what or _ALL, []
     lack = (
         f"{train.name} has no labels: one folder per class would give them"
         if train.labels is None
-        else f"{train.name} has no labelled `{config.split}` split"
+        else f"{train.name} has no labeled `{config.split}` split"
     )
     if config.what is None:
         return ("spread",), [f"{lack}; only what needs none is measured"]

@@ -99,7 +99,7 @@ class Corrupted(IndexedDataset):
     """A source whose images are the central squares that an encoder sees, corrupted.
 
     Args:
-        source: the clean images, grey or RGB.
+        source: the clean images, grayscale or RGB.
         size: the encoder's, in pixels.
         name: of :data:`CORRUPTIONS`.
         strength: 1 to 5.

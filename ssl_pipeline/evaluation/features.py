@@ -26,7 +26,7 @@ def extract(
 ) -> Tensor:
     """Runs a network over samples without randomness, and gathers the outputs in the samples' order.
 
-    A sample that can't be decoded has its neighbour's row. What pairs rows with labels or other targets takes
+    A sample that can't be decoded has its neighbor's row. What pairs rows with labels or other targets takes
     :func:`extract_readable`.
 
     Args:

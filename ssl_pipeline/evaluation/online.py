@@ -29,7 +29,7 @@ class OnlineEvaluation:
         views: two random views of an image give alignment.
         preprocessing: what the encoder expects.
         share: this process's share.
-        k: neighbours.
+        k: neighbors.
         bank_size: most rows in kNN's bank.
         sample: most images for the collapse figures.
 
@@ -64,7 +64,7 @@ class OnlineEvaluation:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The figures of an encoder: ``eval/knn``, ``eval/feature_std``, ``eval/effective_rank`` and others.
 
-        Each one is finite; what can't be measured, such as kNN without a labelled image, is absent.
+        Each one is finite; what can't be measured, such as kNN without a labeled image, is absent.
         """
         figures = self._collapse(encoder)
         if self.knn_images:

@@ -25,8 +25,8 @@ from ssl_pipeline.transforms.policy import ViewsConfig
 _log = logging.getLogger("ssl_pipeline")
 _MOST_OF_THE_TIME = 0.005
 _MAP, _THUMBNAIL, _TILE, _EDGE = 800, 28, 64, 3
-_QUERIES, _NEIGHBOURS = 8, 7
-_OTHER_CLASS, _SAME_CLASS, _NO_CLASS = "#d55e00", "#009e73", "#999999"  # told apart by the colour-blind, too
+_QUERIES, _NEIGHBORS = 8, 7
+_OTHER_CLASS, _SAME_CLASS, _NO_CLASS = "#d55e00", "#009e73", "#999999"  # told apart by the color-blind, too
 _CLASSES = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#444444", "#8c564b", "#b3b3b3",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class ImageLogger:
         self._draw(step, {"views": partial(views_picture, source, config, seed)})
 
     def evaluation(self, step: int, evaluation: OnlineEvaluation, must: bool) -> None:
-        """Neighbours and map of the images that an evaluation has just looked at.
+        """Neighbors and map of the images that an evaluation has just looked at.
 
         Args:
             step: steps done.
@@ -60,7 +60,7 @@ class ImageLogger:
         """
         affordable = self._spent <= _MOST_OF_THE_TIME * (self._clock() - self._began)
         if evaluation.seen is not None and (must or affordable):
-            makers = {"neighbours": neighbour_strips, "embedding_map": embedding_map}
+            makers = {"neighbors": neighbor_strips, "embedding_map": embedding_map}
             self._draw(step, {name: partial(make, *evaluation.seen) for name, make in makers.items()})
 
     def confusion(self, step: int, matrix: Tensor, classes: tuple[str, ...]) -> None:
@@ -79,7 +79,7 @@ class ImageLogger:
         self._spent += self._clock() - began
 
 
-def neighbour_strips(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
+def neighbor_strips(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
     """Rows of an image and those nearest to it by cosine; a frame is green where the class is the same, red where not.
 
     Args:
@@ -87,7 +87,7 @@ def neighbour_strips(source: IndexedDataset, index: Tensor, features: Tensor) ->
         index: numbers of some, int64 of shape (N,).
         features: theirs, shape (N, D).
     """
-    count = min(_NEIGHBOURS, len(index) - 1)
+    count = min(_NEIGHBORS, len(index) - 1)
     queries = one_of_each_class(source, index)[:_QUERIES]
     _, places = next(nearest_neighbors(features[queries], features, count + 1))
     cell, gap = _TILE + 2 * _EDGE + 2, 8
@@ -97,14 +97,14 @@ def neighbour_strips(source: IndexedDataset, index: Tensor, features: Tensor) ->
         picture.paste(_framed(source, int(index[query]), _TILE, _NO_CLASS), (0, row * cell))
         for column, place in enumerate([place for place in places[row].tolist() if place != query][:count]):
             label = _label(source, index, place)
-            colour = _NO_CLASS if label is None else _SAME_CLASS if label == wanted else _OTHER_CLASS
-            tile = _framed(source, int(index[place]), _TILE, colour)
+            color = _NO_CLASS if label is None else _SAME_CLASS if label == wanted else _OTHER_CLASS
+            tile = _framed(source, int(index[place]), _TILE, color)
             picture.paste(tile, (gap + (column + 1) * cell, row * cell))
     return picture
 
 
 def embedding_map(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
-    """The images at their features' first two principal components; the colour of a frame is the class."""
+    """The images at their features' first two principal components; the color of a frame is the class."""
     unit = F.normalize(features.double(), dim=1)
     u, s, _ = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
     plane = F.pad(u * s, (0, 2))[:, :2]  # two columns also of features of width 1
@@ -114,8 +114,8 @@ def embedding_map(source: IndexedDataset, index: Tensor, features: Tensor) -> Im
     picture = Image.new("RGB", (_MAP, _MAP), "white")
     for place, (x, y) in enumerate(spots):
         label = _label(source, index, place)
-        colour = _NO_CLASS if label is None else _CLASSES[label % len(_CLASSES)]
-        picture.paste(_framed(source, int(index[place]), _THUMBNAIL, colour), (x, room - y))
+        color = _NO_CLASS if label is None else _CLASSES[label % len(_CLASSES)]
+        picture.paste(_framed(source, int(index[place]), _THUMBNAIL, color), (x, room - y))
     return picture
 
 
@@ -143,8 +143,8 @@ def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
     return picture
 
 
-def _framed(source: IndexedDataset, sample: int, size: int, colour: str) -> Image.Image:
-    tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), colour)
+def _framed(source: IndexedDataset, sample: int, size: int, color: str) -> Image.Image:
+    tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), color)
     image = as_8_bit(open_or_replace(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
     tile.paste(image, (_EDGE, _EDGE))
     return tile

@@ -99,7 +99,7 @@ def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:
 
 
 def tile(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in [0, 1] as Pillow's: RGB as it is; the mean of any other channels in grey."""
+    """An image (C, H, W) in [0, 1] as Pillow's: RGB as it is; the mean of any other channels in grayscale."""
     values = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 

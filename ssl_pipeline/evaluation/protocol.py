@@ -52,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a labelled source, by layer.
+    """The features of a labeled source, by layer.
 
     Attributes:
         layers: ``neck`` and the pooled levels, float32 of shape (N, width) each.
@@ -80,7 +80,7 @@ def layer_names(opened: LoadedEncoder) -> list[str]:
 
 
 def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequence[str]) -> Features:
-    """All layers of a source's labelled images in one pass."""
+    """All layers of a source's labeled images in one pass."""
     assert source.labels is not None
     encoder = opened.encoder
 
@@ -91,22 +91,22 @@ def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequenc
         maps = encoder.feature_maps(images)
         return torch.cat([encoder.features(images), *(maps[name].mean((2, 3)) for name in levels)], 1)
 
-    labelled = (source.labels >= 0).nonzero()[:, 0]
-    rows, read = extract_readable(encoder, source, opened.preprocessing, opened.share, labelled, forward)
+    labeled = (source.labels >= 0).nonzero()[:, 0]
+    rows, read = extract_readable(encoder, source, opened.preprocessing, opened.share, labeled, forward)
     widths = {"neck": encoder.width, **encoder.widths}
     parts = rows.split([widths[name] for name in layers], 1)
     return Features(dict(zip(layers, parts, strict=True)), source.labels[read])
 
 
 def knn_figures(train: Features, test: Features, classes: int, ks: Sequence[int], temperature: float) -> list[Figure]:
-    """The accuracy by each of some numbers of neighbours; all are reported, none is chosen.
+    """The accuracy by each of some numbers of neighbors; all are reported, none is chosen.
 
     Raises:
-        ConfigError: more neighbours than there are rows.
+        ConfigError: more neighbors than there are rows.
     """
     if max(ks) > len(train.labels):
         raise ConfigError(
-            f"`knn.k` is {max(ks)}, and the bank has only {len(train.labels)} labelled training images: ask for at most that many."
+            f"`knn.k` is {max(ks)}, and the bank has only {len(train.labels)} labeled training images: ask for at most that many."
         )
     how = f"τ = {temperature:g}, {len(train.labels)} in the bank, exact"
     return [
@@ -219,7 +219,7 @@ def robustness_figures(
     """
     if source.channels not in (1, 3):
         raise ConfigError(
-            f"`robustness` corrupts grey and RGB images, and {source.name} has {source.channels} channels."
+            f"`robustness` corrupts grayscale and RGB images, and {source.name} has {source.channels} channels."
         )
     seen, layers = opened.preprocessing, list(dict.fromkeys(["neck", layer]))
     # What is corrupted is what the encoder sees: already resized and cut.

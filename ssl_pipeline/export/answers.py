@@ -233,10 +233,10 @@ def build_formatter(
 
 
 def palette(classes: int) -> list[int]:
-    """Colours that differ in every bit of the class's number, as Pascal VOC has them; 0 is black."""
-    colours = np.zeros((classes, 3), np.uint8)
+    """Colors that differ in every bit of the class's number, as Pascal VOC has them; 0 is black."""
+    colors = np.zeros((classes, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= ((np.arange(classes) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
-    flat: list[int] = colours.flatten().tolist()
+            colors[:, channel] |= ((np.arange(classes) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+    flat: list[int] = colors.flatten().tolist()
     return flat

@@ -124,7 +124,7 @@ def embed(config: EmbedConfig) -> Embeddings:
 def open_split(config: EncoderConfig, split: Split) -> IndexedDataset:
     """A split that must be there; a file of it that can't be decoded will be an error.
 
-    While training its neighbour would take its place; here the neighbour's features would stand under its name.
+    While training its neighbor would take its place; here the neighbor's features would stand under its name.
     """
     source = config.scaled_data.open(split)
     if source is None:

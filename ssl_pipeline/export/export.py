@@ -72,7 +72,7 @@ def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = Fal
             return write_state_dict(parts, path, "timm")
         far = (write_onnx if form == "onnx" else write_torch_export)(parts, path, preprocessing)
         runner = "onnxruntime" if form == "onnx" else "torch"
-        takes = "raw uint8 images of any size" if preprocessing else "normalised images"
+        takes = "raw uint8 images of any size" if preprocessing else "normalized images"
         return [
             f"takes batches of any length of {takes}; read again in {runner}, it differs from the model by {far:.1e}"
         ]

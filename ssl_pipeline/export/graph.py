@@ -36,8 +36,8 @@ class ExportWrapper(nn.Module):
 
     Args:
         parts: what is exported.
-        raw: whether the central square (for masks all of the image), its resize and the normalisation are inside: uint8
-            (B, C, H, W) of any height and width goes in. Otherwise it is normalised float32 (B, C, size, size).
+        raw: whether the central square (for masks all of the image), its resize and the normalization are inside: uint8
+            (B, C, H, W) of any height and width goes in. Otherwise it is normalized float32 (B, C, size, size).
     """
 
     mean: Tensor

@@ -49,9 +49,9 @@ def page(card: Card, name: str) -> str:
     facts = {
         "backbone": f"{blueprint.backbone.name}, neck {blueprint.neck.name}",
         "learned by": f"pretext task {method}" if method else "stage two on labels" if model else "not recorded",
-        "images": f"{card.data.get('name')} (licence: {card.data.get('licence') or 'not known'})",
+        "images": f"{card.data.get('name')} (license: {card.data.get('license') or 'not known'})",
         "input": f"{blueprint.channels} channel(s), {shape}",
-        "normalisation": f"mean {_numbers(blueprint.mean)}, std {_numbers(blueprint.std)} of values in [0, 1]",
+        "normalization": f"mean {_numbers(blueprint.mean)}, std {_numbers(blueprint.std)} of values in [0, 1]",
         "made": f"{card.created or 'now'}, torch {card.versions.get('torch', '?')}",
     }
     lines = [f"---\n{head.to_yaml()}\n---\n", f"# {name}", ""]

@@ -51,7 +51,7 @@ class ExportBundle:
         return self.gives == "mask"
 
     def run(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, H, W) to features (B, D), logits (B, classes) or (B, classes, H, W), or values (B, K)."""
+        """Normalized images (B, C, H, W) to features (B, D), logits (B, classes) or (B, classes, H, W), or values (B, K)."""
         return self.encoder.features(images) if self.task is None else self.task.predict(images)
 
 
@@ -98,7 +98,7 @@ def _without_places(tree: Any) -> Any:
 
 
 def example(card: Card, count: int = 2, seed: int = 0) -> Tensor:
-    """Normalised noise in the shape of the images, to trace and to compare with."""
+    """Normalized noise in the shape of the images, to trace and to compare with."""
     blueprint = card.blueprint
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, blueprint.channels, blueprint.size, blueprint.size, generator=generator)

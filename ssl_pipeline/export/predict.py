@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
     @property
     def channels(self) -> int:
-        """How images must be decoded: 1 for grey, 3 for RGB."""
+        """How images must be decoded: 1 for grayscale, 3 for RGB."""
 
     @property
     def gives(self) -> str:

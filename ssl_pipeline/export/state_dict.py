@@ -24,7 +24,7 @@ Library = Literal["torchvision", "timm"]
 def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[str]:
     """Writes a ``.safetensors`` of a network that the library builds by name, after having loaded it there.
 
-    A model's linear head becomes the library's classifier. Kernels for grey images are shared out over RGB, so that a grey image
+    A model's linear head becomes the library's classifier. Kernels for grayscale images are shared out over RGB, so that a grayscale image
     in three equal channels gives what it gave.
 
     Returns:
@@ -42,7 +42,7 @@ def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[
     if card.blueprint.channels == 1:
         key = f"{first_convolution(theirs)[0]}.weight"
         state[key] = state[key].expand(-1, 3, -1, -1) / 3
-        notes.append("kernels for grey images were shared out over three channels: feed grey images as RGB")
+        notes.append("kernels for grayscale images were shared out over three channels: feed grayscale images as RGB")
     _load(theirs, state, name, library)
     if parts.task is None and card.blueprint.neck.name not in ("gap", "tokens"):
         notes.append(f"the neck {card.blueprint.neck.name!r} is not in it: no library's network has one")
@@ -149,7 +149,7 @@ def _compare(parts: ExportBundle, theirs: nn.Module, library: Library) -> list[s
     if far <= TOLERANCE:
         return []
     if parts.task is None:
-        return [f"{library} pools or normalises otherwise: its network gives other features than this encoder"]
+        return [f"{library} pools or normalizes otherwise: its network gives other features than this encoder"]
     raise ConfigError(
         f"{library}'s network computes other values with these weights (by {far:.1e}): a neck or a stem of its own stands "
         "between. Export --to torch.export or onnx."

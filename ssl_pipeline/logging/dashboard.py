@@ -22,7 +22,7 @@ CURVES = {
     "finetune": ("loss", "lr", "validation_accuracy"),
     "system": ("images_per_s", "data_wait"),
 }
-MEDIA = ("views", "neighbours", "embedding_map", "confusion")
+MEDIA = ("views", "neighbors", "embedding_map", "confusion")
 SPLITS = ("test", "dev")
 
 

@@ -10,7 +10,7 @@ GROUPS = {
     "finetune": "stage two while it trains, by its own axis `finetune/step`",
     "dev": "stage two on `dev`, by seed",
     "test": "stage two on `test`, by seed",
-    "study": "a study's means, by the number of labelled images",
+    "study": "a study's means, by the number of labeled images",
     "system": "speed, waiting, bad files",
     "media": "pictures: their files in the run's folder",
 }

@@ -30,7 +30,7 @@ class TrackingConfig(FrozenModel):
         name: ``auto`` and ``wandb``: W&B, online when a key is there and the server answers, offline otherwise.
             ``off``: no W&B.
         mirrors: further mirrors, by the names that Accelerate has for its trackers, such as ``tensorboard``.
-        pictures: whether views, neighbours and maps are drawn into the run's ``media/``.
+        pictures: whether views, neighbors and maps are drawn into the run's ``media/``.
         terminal: ``rich``: a bar. ``plain``: lines, for a batch system's log. ``quiet``: nothing but warnings and mistakes.
             ``auto``: a bar in a terminal, lines elsewhere.
         project: W&B project.

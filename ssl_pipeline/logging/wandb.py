@@ -29,7 +29,7 @@ class WandbLogger:
     Args:
         run: W&B's.
         stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed, those of its trainings by
-            ``finetune/step``, or ``study``, whose figures come by the number of labelled images.
+            ``finetune/step``, or ``study``, whose figures come by the number of labeled images.
         identity: of the run's folder.
     """
 

@@ -23,7 +23,7 @@ def to_float32(rows: Tensor) -> Tensor:
 
 
 def normalize_rows(rows: Tensor) -> Tensor:
-    """L2-normalised rows in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12.
+    """L2-normalized rows in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12.
 
     Args:
         rows: shape (N, D), any floating type.
@@ -51,7 +51,7 @@ def info_nce(
 
     .. math:: p(j \mid i) = \frac{\exp(\bar q_i^\top \bar k_j / \tau)}{\sum_{l \in C(i)} \exp(\bar q_i^\top \bar k_l / \tau)}
 
-    where a bar is L2 normalisation and :math:`C(i)` are the candidates: all keys but ``own`` and those ``left_out``. Several
+    where a bar is L2 normalization and :math:`C(i)` are the candidates: all keys but ``own`` and those ``left_out``. Several
     positives of a query each count as a target, and their mean is taken (the form called *out* by Khosla et al. 2020). A
     query without any positive (or, decoupled, without any negative) does not count. The mean runs over the queries of all
     processes, scaled so that the mean over processes (DistributedDataParallel's) of the loss and of its gradient are those

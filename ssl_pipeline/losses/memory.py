@@ -40,7 +40,7 @@ class MemoryQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, sample: Tensor) -> None:
-        """Adds the rows of all processes, L2-normalised; the oldest make room.
+        """Adds the rows of all processes, L2-normalized; the oldest make room.
 
         Args:
             rows: shape (B, width), this process's.
@@ -54,7 +54,7 @@ class MemoryQueue(nn.Module):
 
 
 class MemoryBank(nn.Module):
-    """An exemplar memory: one L2-normalised row a sample (Wu et al. 2018; Zhong et al. 2019).
+    """An exemplar memory: one L2-normalized row a sample (Wu et al. 2018; Zhong et al. 2019).
 
     Args:
         samples: of the source.
@@ -74,7 +74,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, rows: Tensor, momentum: float) -> None:
-        """``K[i] ← normalise(m·K[i] + (1 − m)·f_i)`` for the samples of all processes; of a repeated one the first counts.
+        """``K[i] ← normalize(m·K[i] + (1 − m)·f_i)`` for the samples of all processes; of a repeated one the first counts.
 
         Args:
             index: int64 of shape (B,), this process's.

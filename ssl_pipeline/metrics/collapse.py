@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def feature_std(features: Tensor) -> float:
-    """The mean over dimensions of the standard deviation of L2-normalised features, times √D (Chen and He 2021).
+    """The mean over dimensions of the standard deviation of L2-normalized features, times √D (Chen and He 2021).
 
     1 for features spread evenly over the sphere, 0 for features that are all alike, NaN of fewer than two rows.
     """
@@ -22,7 +22,7 @@ def feature_std(features: Tensor) -> float:
 
 
 def effective_rank(features: Tensor) -> float:
-    """The exponential of the entropy of the singular values' shares (Roy and Vetterli 2007), of centred features.
+    """The exponential of the entropy of the singular values' shares (Roy and Vetterli 2007), of centered features.
 
     Between 1 (one direction carries all) and min(N - 1, D); NaN of fewer than two rows or of values that are not finite.
     """

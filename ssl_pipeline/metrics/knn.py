@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour accuracy: how good the features are before anything is trained on them."""
+"""Weighted k-nearest-neighbor accuracy: how good the features are before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def nearest_neighbors(queries: Tensor, bank: Tensor, k: int) -> Iterator[tuple[T
     Args:
         queries: shape (Q, D).
         bank: shape (N, D).
-        k: neighbours; all rows if there are fewer.
+        k: neighbors; all rows if there are fewer.
 
     Yields:
         For consecutive queries the similarities, float32, and the rows' numbers, int64, both of shape (part, k), the most
@@ -58,7 +58,7 @@ def knn_predict(
         bank: shape (N, D).
         bank_labels: int64 of shape (N,); a row of −1 has no label and no vote.
         classes: number of classes.
-        k: neighbours; all rows if there are fewer.
+        k: neighbors; all rows if there are fewer.
         temperature: sharpness of the weights.
 
     Returns:

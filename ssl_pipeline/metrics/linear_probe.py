@@ -17,7 +17,7 @@ def fit_linear(
 ) -> tuple[Tensor, Tensor]:
     """Fits a linear classifier by L-BFGS, without any randomness.
 
-    Features are standardised for the fit and the result is folded back, so that the returned layer reads raw features.
+    Features are standardized for the fit and the result is folded back, so that the returned layer reads raw features.
 
     Args:
         features: shape (N, D).

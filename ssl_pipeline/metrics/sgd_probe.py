@@ -47,13 +47,13 @@ def sweep(
     """Trains one linear classifier per learning rate by SGD with momentum 0.9, a cosine to 0 and no weight decay.
 
     All rates see the same batches, so a step is one product (batch, D) × (D, R·classes) forward and one backward. Features
-    are standardised by their own statistics, and the result is folded back: the probes read raw features.
+    are standardized by their own statistics, and the result is folded back: the probes read raw features.
 
     Args:
         features: shape (N, D).
         labels: int64 of shape (N,).
         classes: number of classes.
-        rates: learning rates, for this batch size and standardised features.
+        rates: learning rates, for this batch size and standardized features.
         epochs: passes over the features.
         batch: rows of a step; all rows if there are fewer. An epoch's uneven rest is left out.
         seed: of the order.

@@ -104,7 +104,7 @@ class Card(FrozenModel):
         kind: ``encoder`` (stage one) or ``model`` (stage two).
         blueprint: architecture and preprocessing.
         config: the whole configuration of the run.
-        data: name, fingerprint and licence of what it learned from.
+        data: name, fingerprint and license of what it learned from.
         figures: measured ones; those that are not finite are left out.
         versions: of what made it.
         classes: names, in the order of a model's outputs.

@@ -90,11 +90,11 @@ class Backbone(nn.Module):
         """What leads to each level, from fine to coarse; timm's trunks and transformers don't say."""
         return self._anatomy.levels
 
-    def normalise(self, features: Tensor) -> Tensor:
-        """Pooled features (B, D) as the library normalises them."""
+    def normalize(self, features: Tensor) -> Tensor:
+        """Pooled features (B, D) as the library normalizes them."""
         rows = self._anatomy.norm_reads_rows
-        normalised: Tensor = self.final_norm(features if rows else features[:, :, None, None])
-        return normalised.flatten(1)
+        normalized: Tensor = self.final_norm(features if rows else features[:, :, None, None])
+        return normalized.flatten(1)
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:

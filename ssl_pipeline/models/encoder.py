@@ -27,8 +27,8 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.neck = build_neck(neck, backbone)
         self.width, self.widths, self.strides = self.neck.width, backbone.widths, backbone.strides
-        # Some libraries normalise after pooling; what is not the pooled last level has another width, or had its norm.
-        self._normalise = neck.name in ("gap", "gem")
+        # Some libraries normalize after pooling; what is not the pooled last level has another width, or had its norm.
+        self._normalize = neck.name in ("gap", "gem")
         # What the library itself keeps fixed, such as a table of sines, stays so.
         self._never = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         self._never |= {f"backbone.{name}" for name in backbone.unused}
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in self._never)
-        self.backbone.final_norm.requires_grad_(self._normalise and not maps)
+        self.backbone.final_norm.requires_grad_(self._normalize and not maps)
         self.neck.requires_grad_(not maps)
 
     def train(self, mode: bool = True) -> Encoder:
@@ -56,9 +56,9 @@ class Encoder(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, width)."""
         features: Tensor = self.neck(self.backbone(images))
-        if not self._normalise:
+        if not self._normalize:
             return features
-        return self.backbone.normalise(features)
+        return self.backbone.normalize(features)
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) to a map (B, widths[level], …) per level, for dense tasks."""

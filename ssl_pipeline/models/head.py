@@ -64,12 +64,12 @@ class CosineHead(nn.Module):
 
 
 class KNNHead(nn.Module):
-    """Votes of the nearest labelled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); nothing in it learns.
+    """Votes of the nearest labeled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); nothing in it learns.
 
     Args:
         in_width: features.
         classes: number of classes.
-        k: neighbours that vote; all rows if there are fewer.
+        k: neighbors that vote; all rows if there are fewer.
         temperature: sharpness of the weights.
     """
 
@@ -88,18 +88,18 @@ class KNNHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_width) to the logarithm of the classes' shares of the votes, (B, classes)."""
-        similarity, neighbours = (F.normalize(features.float(), dim=1) @ self.rows.T).topk(
+        similarity, neighbors = (F.normalize(features.float(), dim=1) @ self.rows.T).topk(
             min(self.k, len(self.rows)), dim=1
         )
         shares = (similarity / self.temperature).softmax(1)
-        votes = shares.new_zeros(len(features), self.classes).scatter_add_(1, self.labels[neighbours], shares)
+        votes = shares.new_zeros(len(features), self.classes).scatter_add_(1, self.labels[neighbors], shares)
         return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
 class PrototypeHead(nn.Module):
     """Cosine similarity to learned prototypes (Caron et al. 2020); (B, in_width) to (B, prototypes).
 
-    Only a prototype's direction counts, so nothing has to be normalised after a step.
+    Only a prototype's direction counts, so nothing has to be normalized after a step.
 
     Args:
         in_width: of a row.

@@ -16,7 +16,7 @@ class NeckConfig(FrozenModel):
     """How maps become features.
 
     Attributes:
-        name: ``gap``: global average pooling of the last level. ``gem``: generalised-mean pooling (Radenović et al. 2019).
+        name: ``gap``: global average pooling of the last level. ``gem``: generalized-mean pooling (Radenović et al. 2019).
             ``tokens``: a vision transformer's class token. ``multi_level``: global average pooling of all levels, side by side.
         power: where GeM's learned power starts.
     """
@@ -41,7 +41,7 @@ class GAP(nn.Module):
 
 
 class GeM(nn.Module):
-    """Generalised-mean pooling: between the mean (power 1) and the maximum (power ∞), learned."""
+    """Generalized-mean pooling: between the mean (power 1) and the maximum (power ∞), learned."""
 
     def __init__(self, width: int, power: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class GeM(nn.Module):
         self.power = nn.Parameter(torch.tensor(power))
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        """The last level's generalised means, (B, D)."""
+        """The last level's generalized means, (B, D)."""
         positive = maps["c5"].float().clamp_min(1e-6)
         return positive.pow(self.power).mean((2, 3)).pow(1 / self.power)
 

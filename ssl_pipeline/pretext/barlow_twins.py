@@ -2,7 +2,7 @@
 
     ℓ = Σ_d (1 − C_dd)² + λ Σ_{d≠e} C_de²,   C = Aᵀ B ÷ N
 
-with A and B both views' projections, each feature standardised over the batch, and λ ``off_diagonal``.
+with A and B both views' projections, each feature standardized over the batch, and λ ``off_diagonal``.
 
 When to use: neither negatives nor a teacher; wants a wide projection. Zbontar et al. 2021, arXiv 2103.03230,
 equations 1 and 2.

@@ -39,7 +39,7 @@ class Config(PretextConfig):
         temperature: of the student.
         teacher_temperature: warmed from ``start`` to ``value``; lower than the student's, which sharpens the targets.
         hidden_width: of the head.
-        bottleneck_width: where the head's rows are normalised.
+        bottleneck_width: where the head's rows are normalized.
         layers: of the head, before the prototypes.
         prototypes: the answers to choose from.
         momentum: of the teacher.

@@ -1,6 +1,6 @@
 """Instance discrimination with an exemplar memory: which of all N images is this?
 
-    p(i | x) = exp(Kᵢ·f(x) ÷ τ) ÷ Σ_{j=1…N} exp(Kⱼ·f(x) ÷ τ),   ℓ = −log p(i | xᵢ),   Kᵢ ← normalise(m Kᵢ + (1 − m) f(xᵢ))
+    p(i | x) = exp(Kᵢ·f(x) ÷ τ) ÷ Σ_{j=1…N} exp(Kⱼ·f(x) ÷ τ),   ℓ = −log p(i | xᵢ),   Kᵢ ← normalize(m Kᵢ + (1 − m) f(xᵢ))
 
 with one memory row K an image; the softmax is the full one, without sampling.
 

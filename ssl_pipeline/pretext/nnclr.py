@@ -1,10 +1,10 @@
-"""NNCLR: the positive of a view is the nearest neighbour, among many past images, of the image's other view.
+"""NNCLR: the positive of a view is the nearest neighbor, among many past images, of the image's other view.
 
     ℓ(i) = −log( exp(NN(zᵢ)·p₊ ÷ τ) ÷ Σⱼ exp(NN(zᵢ)·pⱼ ÷ τ) ),   NN(z) = argmax over the support set of z·s
 
 with p the predictions of the batch's other views.
 
-When to use: where positives should differ by more than augmentation can make them. The neighbours are noise at first.
+When to use: where positives should differ by more than augmentation can make them. The neighbors are noise at first.
 Dwibedi et al. 2021, arXiv 2104.14548.
 """
 
@@ -36,14 +36,14 @@ class Config(ContrastiveConfig):
     Attributes:
         queue: the support set's rows.
         predictor_width: between the predictor's two layers.
-        normalised_projection: whether a batch norm follows the projection head, as in the paper.
+        normalized_projection: whether a batch norm follows the projection head, as in the paper.
     """
 
     layers: int = Field(3, ge=1)
     projection_width: int = Field(256, ge=2)
     queue: int = Field(65536, ge=1)
     predictor_width: int = Field(4096, ge=1)
-    normalised_projection: bool = True
+    normalized_projection: bool = True
 
     def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> NNCLR:
         """The task around an encoder.
@@ -53,15 +53,15 @@ class Config(ContrastiveConfig):
         """
         del source
         if self.temperature.other_domain is not None:
-            raise ConfigError("`pretext.temperature.other_domain` has no meaning for neighbours: use simclr.")
+            raise ConfigError("`pretext.temperature.other_domain` has no meaning for neighbors: use simclr.")
         return NNCLR(self, encoder)
 
 
 class NNCLR(Contrastive):
-    """See :class:`Config`. An image's own older rows may be its neighbours, as in the paper: they are positives anyway."""
+    """See :class:`Config`. An image's own older rows may be its neighbors, as in the paper: they are positives anyway."""
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__(config, encoder, final_norm=config.normalised_projection)
+        super().__init__(config, encoder, final_norm=config.normalized_projection)
         self.predictor = prediction_head(config.projection_width, config.predictor_width)
         self.queue = MemoryQueue(config.queue, config.projection_width)
         self._projections: Tensor | None = None
@@ -71,15 +71,15 @@ class NNCLR(Contrastive):
         return with_predictions(forward_views(self.project, batch.views), self.predictor)
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """A view's neighbour tells the other view's prediction from those of all other images."""
+        """A view's neighbor tells the other view's prediction from those of all other images."""
         temperature = self.temperature(batch.clock)
         match = batch.index, all_gather_ids(batch.index)
         projections = [embeddings[f"projection {i}"].detach() for i in (0, 1)]
         self._projections = projections[0]
-        neighbours = [self.nearest(rows) for rows in projections]
+        neighbors = [self.nearest(rows) for rows in projections]
         keys = [all_gather_rows(embeddings[f"prediction {i}"]) for i in (0, 1)]
-        losses = [info_nce(neighbours[i], keys[1 - i], match, temperature) for i in (0, 1)]
-        details = partial(temperature_figures, neighbours[0], keys[1].detach(), match, temperature)
+        losses = [info_nce(neighbors[i], keys[1 - i], match, temperature) for i in (0, 1)]
+        details = partial(temperature_figures, neighbors[0], keys[1].detach(), match, temperature)
         return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
 
     def nearest(self, rows: Tensor) -> Tensor:

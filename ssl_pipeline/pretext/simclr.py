@@ -53,7 +53,7 @@ class SimCLR(Contrastive):
         return StepOutput(loss, {"temperature": temperature}, details)
 
     def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
-        """InfoNCE; an image that comes twice, for a damaged neighbour, is no negative of itself."""
+        """InfoNCE; an image that comes twice, for a damaged neighbor, is no negative of itself."""
         return two_view_info_nce(
             first,
             second,

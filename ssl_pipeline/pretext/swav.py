@@ -36,7 +36,7 @@ class Config(ProjectedConfig):
 
     Attributes:
         temperature: of the predictions' softmax.
-        prototypes: cluster centres.
+        prototypes: cluster centers.
         sharpness: ε of Sinkhorn's assignment; small is sharp.
         sinkhorn_iterations: alternations between equal clusters and whole samples.
         queue: rows of past batches that join the assignment where batches are small; 0 for none.

@@ -98,7 +98,7 @@ class Chart {
         const number = line.run ?? place;
         return {
           name: line.name ?? data.runs[line.run],
-          colour: `var(--run-${number % 8})`,
+          color: `var(--run-${number % 8})`,
           points: points.filter((point) => point.x >= low && point.x <= high),
         };
       })
@@ -184,7 +184,7 @@ class Chart {
       }
       return path;
     };
-    const style = `stroke:${line.colour}`;
+    const style = `stroke:${line.color}`;
     if (this.shared() && state.smoothing > 0) this.svg.append(svg("path", { class: "raw", d: trace("raw"), style }));
     this.svg.append(svg("path", { class: "line", d: trace("y"), style }));
     for (const point of line.points) {
@@ -195,7 +195,7 @@ class Chart {
     if (line.points.length <= 12) {
       for (const point of line.points) {
         if (point.y === null || (this.log && point.y <= 0)) continue;
-        this.svg.append(svg("circle", { cx: this.x(point.x), cy: this.y(point.y), r: 3, style: `fill:${line.colour}` }));
+        this.svg.append(svg("circle", { cx: this.x(point.x), cy: this.y(point.y), r: 3, style: `fill:${line.color}` }));
       }
     }
   }
@@ -218,7 +218,7 @@ class Chart {
       const point = place === null ? seen.at(-1) : nearest(seen, place);
       const entry = html("span", this.drawn.length > 1 ? `${line.name} ` : "");
       const value = html("b", write(point.y, this.chart.unit));
-      value.style.color = this.drawn.length > 1 ? line.colour : "";
+      value.style.color = this.drawn.length > 1 ? line.color : "";
       entry.append(value);
       nodes.push(entry);
     }
@@ -235,7 +235,7 @@ class Chart {
     for (const line of this.drawn) {
       const point = line.points.find((other) => other.x === this.cursor && other.y !== null);
       if (!point || (this.log && point.y <= 0)) continue;
-      this.svg.append(svg("circle", { class: "cross", cx: at, cy: this.y(point.y), r: 3.5, style: `fill:${line.colour};stroke:none` }));
+      this.svg.append(svg("circle", { class: "cross", cx: at, cy: this.y(point.y), r: 3.5, style: `fill:${line.color};stroke:none` }));
     }
     this.read();
   }

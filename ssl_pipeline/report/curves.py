@@ -40,7 +40,7 @@ class Chart:
 
 CHARTS = (
     Chart("loss", "curves", "Loss", ("loss",), "number", "The pretext task's own loss; its value compares within a task only.", step_only=True),
-    Chart("knn", "curves", "kNN accuracy on dev", ("knn",), "percent", "How many held-out images their nearest neighbours name rightly; step 0 is untrained."),
+    Chart("knn", "curves", "kNN accuracy on dev", ("knn",), "percent", "How many held-out images their nearest neighbors name rightly; step 0 is untrained."),
     Chart("lr", "curves", "Learning rate", ("lr",), "number", "Warm-up, then the schedule."),
     Chart("images_per_s", "curves", "Images per second", ("images_per_s",), "count", "Of all processes together."),
     Chart("data_wait", "curves", "Waiting for data", ("data_wait",), "percent", "The share of the time in which the model starved."),

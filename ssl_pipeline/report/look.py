@@ -1,4 +1,4 @@
-"""What the page shows of a run's images: its views, neighbours, a map of the features, and how their spread decays.
+"""What the page shows of a run's images: its views, neighbors, a map of the features, and how their spread decays.
 
 All of it is made when the page is made, from the run's own config and its encoder: training pays nothing for it, the run's
 folder stays small, and runs from before the report have it too. The test images are never read.
@@ -33,7 +33,7 @@ from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.rng import permutation
 
 _MOST_IMAGES = 1000  # on the map: the page holds a thumbnail of each
-_QUERIES, _NEIGHBOURS = 8, 7
+_QUERIES, _NEIGHBORS = 8, 7
 _VIEW_ROWS, _VIEW_EPOCHS = 6, 3
 _PIXELS = 96  # of a picture's longer side
 _SPRITE_PIXELS, _SPRITE_COLUMNS = 48, 32
@@ -52,7 +52,7 @@ class RunImages:
 
     Attributes:
         views: the views grid.
-        neighbours: queries with their nearest images.
+        neighbors: queries with their nearest images.
         map: the features in the plane.
         spectrum: the spread of the features by direction and by dimension.
         notes: sentences for the page.
@@ -82,11 +82,11 @@ def run_images(run: RunRecord) -> RunImages:
     except _WHAT_CAN_FAIL as error:
         return RunImages(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
     if not (run.folder / "encoder.safetensors").is_file():
-        return RunImages(views, notes=("Neighbours, map and spectrum appear once the run has written its encoder.",))
+        return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
     try:
         return _of_features(run.folder, dev if dev is not None else train, views)
     except _WHAT_CAN_FAIL as error:
-        return RunImages(views, notes=(f"Neighbours, map and spectrum can't be shown ({_line(error)}).",))
+        return RunImages(views, notes=(f"Neighbors, map and spectrum can't be shown ({_line(error)}).",))
 
 
 def _line(error: BaseException) -> str:
@@ -114,12 +114,12 @@ def _of_features(folder: Path, source: IndexedDataset, views: dict[str, Any]) ->
     preprocessing = Preprocessing.of(blueprint)
     features = extract(encoder.to(share.device), source, preprocessing, share, index)
     return RunImages(
-        views, neighbour_strips(features, source, index), map_of(features, source, index), spectrum(features)
+        views, neighbor_strips(features, source, index), map_of(features, source, index), spectrum(features)
     )
 
 
 def spectrum(features: Tensor) -> dict[str, Any]:
-    """How the spread of L2-normalised features is shared out.
+    """How the spread of L2-normalized features is shared out.
 
     Args:
         features: shape (N, D), N at least 2.
@@ -147,9 +147,9 @@ def map_of(features: Tensor, source: IndexedDataset, index: Tensor) -> dict[str,
     }  # fmt: skip
 
 
-def neighbour_strips(features: Tensor, source: IndexedDataset, index: Tensor) -> list[dict[str, Any]]:
+def neighbor_strips(features: Tensor, source: IndexedDataset, index: Tensor) -> list[dict[str, Any]]:
     """A few images, one of each class as long as there are classes, with the images nearest to each by cosine."""
-    count = min(_NEIGHBOURS, len(features) - 1)
+    count = min(_NEIGHBORS, len(features) - 1)
     queries = one_of_each_class(source, index)[:_QUERIES]
     strips = []
     similarity, place = next(nearest_neighbors(features[queries], features, count + 1))

@@ -1,8 +1,8 @@
 // The map of the features: a dot an image, its thumbnail where one points.
 const REACH = 18;
 
-function classColour(number) {
-  // The golden angle keeps the hues of neighbouring numbers apart, however many there are.
+function classColor(number) {
+  // The golden angle keeps the hues of neighboring numbers apart, however many there are.
   const hue = (25 + number * 137.508) % 360;
   const light = number % 2 ? 0.72 : 0.62;
   return `oklch(${light} 0.15 ${hue.toFixed(1)})`;

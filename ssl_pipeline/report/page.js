@@ -32,7 +32,7 @@ function setTheme(theme) {
 const numberOf = (input) => (input.value === "" || Number.isNaN(Number(input.value)) ? null : Number(input.value));
 
 for (let number = 0; number < data.classes; number += 1) {
-  document.documentElement.style.setProperty(`--class-${number}`, classColour(number));
+  document.documentElement.style.setProperty(`--class-${number}`, classColor(number));
 }
 for (const button of all("[data-axis]")) {
   button.addEventListener("click", () => {

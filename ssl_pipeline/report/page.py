@@ -26,7 +26,7 @@ from ssl_pipeline.report.summary import duration, summary
 
 _PANELS = {
     "curves": "Curves", "stage-two": "Stage two", "temperature": "Temperature", "collapse": "Collapse", "map": "Map",
-    "neighbours": "Neighbours", "views": "Views", "domains": "Domains", "settings": "Settings", "system": "System",
+    "neighbors": "Neighbors", "views": "Views", "domains": "Domains", "settings": "Settings", "system": "System",
 }  # fmt: skip
 _SCRIPTS = ("state.js", "chart.js", "map.js", "page.js")
 
@@ -46,7 +46,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
     confusions = [found for run in runs if run.stage == "finetune" and (found := stage_two.confusion(run))]
     domains = [asdict(table) for run in runs if (table := stage_two.domain_table(run))]
     shown = {chart["panel"] for chart in drawn} | {"settings", "system"}
-    shown |= {key for key in ("views", "neighbours", "map") if any(entry[key] for entry in seen)}
+    shown |= {key for key in ("views", "neighbors", "map") if any(entry[key] for entry in seen)}
     shown |= {"stage-two"} if tables or confusions else set()
     shown |= {"domains"} if domains else set()
     curve_runs = sorted({line["run"] for chart in drawn for line in chart["lines"] if "run" in line})
@@ -60,7 +60,7 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, looking: Callable[[RunReco
         panels=[(key, name) for key, name in _PANELS.items() if key in shown], looks=seen, stage_two=tables,
         confusions=confusions, domains=domains, difference=settings.difference(runs), system=settings.system(runs),
         over_steps=any("axis" not in chart for chart in drawn), alike=len(set(stages)) < len(stages),
-        several_looks=sum(bool(entry["map"] or entry["neighbours"]) for entry in seen) > 1,
+        several_looks=sum(bool(entry["map"] or entry["neighbors"]) for entry in seen) > 1,
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def _seen(looks: Sequence[tuple[int, RunRecord, RunImages]]) -> list[dict[str, A
             same["views_of"].append(run.name)
         entries.append({
             "index": number, "name": run.name, "views": found.views if same is None else None, "views_of": [run.name],
-            "neighbours": found.neighbors, "map": found.map,
+            "neighbors": found.neighbors, "map": found.map,
         })  # fmt: skip
     return entries
 

@@ -32,18 +32,18 @@ def projections(features: Tensor) -> list[dict[str, Any]]:
             f"Two principal components: distances mean something, and {share:.0f} % of the variance is here.",
         )
     ]
-    by_neighbours = tsne_projection(features)
-    if by_neighbours is not None:
+    by_neighbors = tsne_projection(features)
+    if by_neighbors is not None:
         found.append(
             _layout(
-                "t-SNE", by_neighbours, "t-SNE keeps neighbours together: groups mean something, their distances don't."
+                "t-SNE", by_neighbors, "t-SNE keeps neighbors together: groups mean something, their distances don't."
             )
         )
     return found
 
 
 def pca_projection(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two principal components of L2-normalised features.
+    """The first two principal components of L2-normalized features.
 
     Returns:
         Coordinates of shape (N, 2), and the two components' shares of the variance, shape (2,).
@@ -55,7 +55,7 @@ def pca_projection(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tsne_projection(features: Tensor) -> Tensor | None:
-    """The t-SNE of L2-normalised features (van der Maaten and Hinton 2008), started from the principal components.
+    """The t-SNE of L2-normalized features (van der Maaten and Hinton 2008), started from the principal components.
 
     Returns:
         Coordinates of shape (N, 2), the same at every call; None without scikit-learn, or for too few images.

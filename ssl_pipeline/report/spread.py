@@ -28,7 +28,7 @@ def spectra(looks: Sequence[tuple[int, RunRecord, RunImages]]) -> list[dict[str,
 
 
 def label_efficiency(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The figure over the number of labels, a line an initialisation and regime; for studies of several numbers."""
+    """The figure over the number of labels, a line an initialization and regime; for studies of several numbers."""
     lines, percent = [], True
     for run in runs:
         in_percent = run.study.get("in_percent") is not False

@@ -119,4 +119,4 @@ def duration(seconds: float | None) -> str:
 
 
 def _starts_fresh(run: RunRecord) -> bool:
-    return run.config.get("initialisation") == "random" or run.named("regime") == "scratch"
+    return run.config.get("initialization") == "random" or run.named("regime") == "scratch"

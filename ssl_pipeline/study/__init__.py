@@ -1,1 +1,1 @@
-"""Comparisons over initialisations, regimes and seeds."""
+"""Comparisons over initializations, regimes and seeds."""

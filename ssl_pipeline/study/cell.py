@@ -148,21 +148,21 @@ class CellRunner:
         preprocessing = Preprocessing.of(blueprint)
         index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
         folds = draw_folds(config.labels, config.downstream, pool, (index, validation), config.seed)
-        labelled = LabeledSplit(pool.select(index), None if validation is None else pool.select(validation), folds)
+        labeled = LabeledSplit(pool.select(index), None if validation is None else pool.select(validation), folds)
         rows = load_file(task.features) if task.features is not None else None
         cached = None
         if rows is not None:
             cached = _of(rows, index, pool), None if validation is None else _of(rows, validation, pool)
         around = TrainContext(
-            labelled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
-            unlabelled=open_unlabeled(config, blueprint, pool, config.seed),
+            labeled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
+            unlabeled=open_unlabeled(config, blueprint, pool, config.seed),
         )  # fmt: skip
         train(config.regime, model, around)
         figures = _measure(model, config, held_out, rows, preprocessing, self.share)
         if task.model is not None:
             task.model.mkdir(parents=True, exist_ok=True)
             save(task.model, model, model_card(config, blueprint, pool, figures))
-        chosen_by = selection(config.labels, config.downstream, config.regime, labelled)
+        chosen_by = selection(config.labels, config.downstream, config.regime, labeled)
         count = chosen_by["learned_from"] + chosen_by["held_out"]
         row = {
             "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "held_out": chosen_by["held_out"], "seed": cell.seed, "split": config.split,

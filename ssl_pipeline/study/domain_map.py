@@ -69,7 +69,7 @@ def spots(run: Path, overrides: Sequence[str]) -> EmbeddingPlot:
 
 
 def draw(title: str, panels: Mapping[str, EmbeddingPlot], file: Path) -> None:
-    """Saves the picture: a column for each model, coloured by domain above and by class below.
+    """Saves the picture: a column for each model, colored by domain above and by class below.
 
     Args:
         title: of the picture.
@@ -100,7 +100,7 @@ def draw(title: str, panels: Mapping[str, EmbeddingPlot], file: Path) -> None:
             panel.spines[:].set_linewidth(0.4)
     axes[0, 0].set_ylabel("by domain")
     axes[1, 0].set_ylabel("by class (large: target)")
-    for row, (colours, names) in enumerate(((_DOMAINS, ("source", "target")), (palette, classes))):
+    for row, (colors, names) in enumerate(((_DOMAINS, ("source", "target")), (palette, classes))):
         marks = [
             Line2D(
                 [],
@@ -108,7 +108,7 @@ def draw(title: str, panels: Mapping[str, EmbeddingPlot], file: Path) -> None:
                 marker="o",
                 linestyle="",
                 markersize=5,
-                color=colours[n % len(colours)],
+                color=colors[n % len(colors)],
                 label=name.replace("$", r"\$"),
             )
             for n, name in enumerate(names)

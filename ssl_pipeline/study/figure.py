@@ -8,8 +8,8 @@ from pathlib import Path
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.study.verdict import Condition, StudyTable, named
 
-# Okabe and Ito's colours, told apart by people with any kind of colour vision; marks and dashes say the same in black and white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, told apart by people with any kind of color vision; marks and dashes say the same in black and white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = "osD^vP"
 _FRESH = "#555555"
 
@@ -22,7 +22,7 @@ def draw(findings: StudyTable, files: Sequence[Path]) -> None:
     picture = Figure(figsize=(0.6 + 3.9 * len(regimes), 3.9), layout="constrained")
     axes = picture.subplots(1, len(regimes), sharey=True, squeeze=False)[0]
     scale = 100 if findings.in_percent else 1
-    pretrained = [name for name in findings.config.initialisations if findings.config.initialisations[name] != "random"]
+    pretrained = [name for name in findings.config.initializations if findings.config.initializations[name] != "random"]
     places = {labels: findings.count(labels) for labels in findings.labels}
     for panel, regime in zip(axes, regimes, strict=True):
         # What is trained from fresh weights stands in each panel of what is trained, to compare with.
@@ -37,10 +37,10 @@ def draw(findings: StudyTable, files: Sequence[Path]) -> None:
                 [scale * value.mean for value in values],
                 [0 if value.half == float("inf") else scale * value.half for value in values],
                 label=_label(condition), capsize=3, linewidth=1.6, markersize=6,
-                color=_FRESH if fresh else _COLOURS[index % len(_COLOURS)],
+                color=_FRESH if fresh else _COLORS[index % len(_COLORS)],
                 marker="x" if fresh else _MARKS[index % len(_MARKS)], linestyle="--" if fresh else "-",
             )  # fmt: skip
-        panel.set(title=regime, xscale="log", xlabel="labelled images")
+        panel.set(title=regime, xscale="log", xlabel="labeled images")
         panel.set_xticks(
             list(places.values()), [f"{count}\n{named(labels)}" for labels, count in places.items()], fontsize=8
         )

@@ -1,4 +1,4 @@
-"""What a study compares: initialisations × regimes × label counts × seeds, each a cell with its settled configuration."""
+"""What a study compares: initializations × regimes × label counts × seeds, each a cell with its settled configuration."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class StudyConfig(FrozenModel):
     """What is compared.
 
     Attributes:
-        initialisations: by name what stage two starts from: ``random``; a stage-one run's folder; a list of such folders, of
+        initializations: by name what stage two starts from: ``random``; a stage-one run's folder; a list of such folders, of
             which each seed takes its own; or ``NETWORK:WEIGHTS`` of torchvision or timm, where the weights are official ones
             or a file. ``random`` is the first pretrained one's architecture with fresh weights.
         regimes: what is done with pretrained weights. Fresh ones are trained by ``scratch`` where any of them trains all layers,
             and kept as they are by ``frozen``.
         labels: how many: a number of each class, a share such as ``"10%"``, or ``all``.
-        seeds: label draws, heads and views of each; paired over the initialisations.
+        seeds: label draws, heads and views of each; paired over the initializations.
         common: overrides of ``finetune.yaml`` for all cells.
         overrides: likewise, of the cells of one regime, by its name.
         claimed: the regime that the summary speaks of, fixed beforehand.
@@ -46,7 +46,7 @@ class StudyConfig(FrozenModel):
         output: the study's folder; one that holds a part of this study is completed.
     """
 
-    initialisations: dict[str, str | tuple[str, ...]] = Field(min_length=1)
+    initializations: dict[str, str | tuple[str, ...]] = Field(min_length=1)
     regimes: tuple[RegimeName, ...] = Field(("frozen", "lp_ft", "end_to_end"), min_length=1)
     labels: tuple[int | str, ...] = Field((10,), min_length=1)
     seeds: int = Field(3, ge=1)
@@ -86,7 +86,7 @@ class Cell:
     """One training and its measurement.
 
     Attributes:
-        init: the initialisation's name.
+        init: the initialization's name.
         regime: the regime's.
         labels: as the study names them.
         seed: of label draw, head, order and views.
@@ -116,26 +116,26 @@ def settings_of(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def cells(config: StudyConfig) -> dict[str, list[Cell]]:
-    """The grid, by initialisation.
+    """The grid, by initialization.
 
     Raises:
         ConfigError: a key is wrong, or a name occurs twice.
     """
-    architecture = next((what for what in config.initialisations.values() if what != "random"), None)
-    names = [slug(name) for name in config.initialisations]
+    architecture = next((what for what in config.initializations.values() if what != "random"), None)
+    names = [slug(name) for name in config.initializations]
     if len(set(names)) < len(names):
-        raise ConfigError(f"`initialisations`: two names would share files: {', '.join(config.initialisations)}.")
+        raise ConfigError(f"`initializations`: two names would share files: {', '.join(config.initializations)}.")
     grid = {}
-    for name, what in config.initialisations.items():
+    for name, what in config.initializations.items():
         fresh = what == "random"
         if isinstance(what, tuple) and len(what) != config.seeds:
             raise ConfigError(
-                f"`initialisations.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
+                f"`initializations.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
                 "its own. Give as many, or one name for each run."
             )
         regimes: Sequence[str] = _with_fresh_weights(config.regimes) if fresh else config.regimes
-        start = [*_start(architecture if fresh else what, fresh), *(["initialisation=random"] if fresh else [])]
-        grid[name] = list(_of_initialisation(config, name, regimes, start, () if isinstance(what, str) else what))
+        start = [*_start(architecture if fresh else what, fresh), *(["initialization=random"] if fresh else [])]
+        grid[name] = list(_of_initialization(config, name, regimes, start, () if isinstance(what, str) else what))
     return grid
 
 
@@ -147,7 +147,7 @@ def _with_fresh_weights(regimes: Sequence[str]) -> list[str]:
     ]
 
 
-def _of_initialisation(
+def _of_initialization(
     config: StudyConfig, name: str, regimes: Sequence[str], start: list[str], runs: Sequence[str]
 ) -> Iterator[Cell]:
     for regime in regimes:
@@ -179,7 +179,7 @@ def _asked(labels: int | str) -> dict[str, Any]:
 
 
 def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
-    """An initialisation as overrides of ``finetune.yaml``; of a fresh one the architecture alone."""
+    """An initialization as overrides of ``finetune.yaml``; of a fresh one the architecture alone."""
     if what is None:
         return []
     place = what if isinstance(what, str) else what[0]

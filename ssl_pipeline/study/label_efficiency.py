@@ -1,4 +1,4 @@
-"""``ssl-pipeline study RUN…``: did pretraining help? Initialisations × regimes × label counts × seeds, in one table and picture.
+"""``ssl-pipeline study RUN…``: did pretraining help? Initializations × regimes × label counts × seeds, in one table and picture.
 
 Every cell of the grid is a file of its own, so that a study that was killed does only what is missing.
 """
@@ -40,17 +40,17 @@ _FEATURES_FORM = 2  # of the files of features: another number, and those of an 
 
 
 def study(config: StudyConfig) -> Path:
-    """Compares initialisations, regimes and label counts of stage two, and says what pretraining bought."""
+    """Compares initializations, regimes and label counts of stage two, and says what pretraining bought."""
     grid = cells(config)
     pool, held_out = _open(grid)
     left_out = _check(grid, pool, held_out)
     for name, why in left_out.items():
         console().print(f"{name} is left out: {why}", markup=False)
     if left_out:  # fresh weights are of an architecture that is compared
-        known = {name: what for name, what in config.initialisations.items() if name not in left_out}
+        known = {name: what for name, what in config.initializations.items() if name not in left_out}
         if not set(known.values()) - {"random"}:
-            raise ConfigError("none of the pretrained `initialisations` can be had: give a run of stage one.")
-        grid = cells(config.model_copy(update={"initialisations": known}))
+            raise ConfigError("none of the pretrained `initializations` can be had: give a run of stage one.")
+        grid = cells(config.model_copy(update={"initializations": known}))
     facts = {name: _facts(of_init, pool, held_out) for name, of_init in grid.items()}
     settings = {"common": list(config.common), "overrides": dump(config)["overrides"]}
     with open_run(config.output, "study", "auto" if config.output else "no", settings) as run:
@@ -83,7 +83,7 @@ def _open(grid: dict[str, list[Cell]]) -> tuple[IndexedDataset, IndexedDataset]:
 
 
 def _check(grid: dict[str, list[Cell]], pool: IndexedDataset, held_out: IndexedDataset) -> dict[str, str]:
-    """Looks at each initialisation and draw before anything is written; returns those that are left out, and why.
+    """Looks at each initialization and draw before anything is written; returns those that are left out, and why.
 
     Official weights that can't be had (no network, most likely) are no reason to stop; what a person named wrongly is.
     """
@@ -233,7 +233,7 @@ def _tell(
         "figure": findings.figure,
         "in_percent": findings.in_percent,
         "split": first.split,
-        "initialisations": dump(config)["initialisations"],
+        "initializations": dump(config)["initializations"],
         "left_out": left_out,
         "baseline": None if base is None else {"init": base[0], "regime": base[1]},
         "claimed": config.trained_regime,
@@ -266,8 +266,8 @@ def _track(config: StudyConfig, findings: StudyTable, run: Run) -> None:
 
 def _shared(config: StudyConfig) -> Iterator[str]:
     """Which of stage one's chance is in the intervals, and which is not."""
-    several = [name for name, what in config.initialisations.items() if isinstance(what, tuple)]
-    one = [name for name, what in config.initialisations.items() if isinstance(what, str) and what != "random"]
+    several = [name for name, what in config.initializations.items() if isinstance(what, tuple)]
+    one = [name for name, what in config.initializations.items() if isinstance(what, str) and what != "random"]
     if one:
         yield f"Stage one of {', '.join(one)} is one run, shared by all seeds: the intervals hold label draw and head alone."
     if several:
@@ -275,7 +275,7 @@ def _shared(config: StudyConfig) -> Iterator[str]:
 
 
 def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Of each initialisation's first encoder, in the file that the study has for it."""
+    """Of each initialization's first encoder, in the file that the study has for it."""
     found = {}
     for name, (first, *_) in grid.items():
         own = {"settings": first.settings, **facts[name][str(first.config.encoder)]}
@@ -285,10 +285,10 @@ def _knn(grid: dict[str, list[Cell]], facts: dict[str, Any], folder: Path) -> di
     return found
 
 
-def initialisations_of(words: Sequence[str]) -> list[str]:
-    """The command's leading words that are no overrides, each an initialisation by its folder's name; after ``--`` all are common.
+def initializations_of(words: Sequence[str]) -> list[str]:
+    """The command's leading words that are no overrides, each an initialization by its folder's name; after ``--`` all are common.
 
-    ``RUN seeds=3 -- data=folder`` is ``initialisations.run="RUN" seeds=3 common=["data=folder"]``.
+    ``RUN seeds=3 -- data=folder`` is ``initializations.run="RUN" seeds=3 common=["data=folder"]``.
     """
     words = list(words)
     common = words[words.index("--") + 1 :] if "--" in words else []
@@ -301,7 +301,7 @@ def initialisations_of(words: Sequence[str]) -> list[str]:
         names = [short, long, *(f"{short}_{number}" for number in range(2, len(named) + 3))]
         named[next(name for name in names if name not in named)] = place  # none takes another's place
     return [
-        *(f"initialisations.{name}={quoted(place)}" for name, place in named.items()),
+        *(f"initializations.{name}={quoted(place)}" for name, place in named.items()),
         *words,
         *([f"common={listed(common)}"] if common else []),
     ]
@@ -309,7 +309,7 @@ def initialisations_of(words: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    run_command("study", StudyConfig, study, initialisations_of(sys.argv[1:]))
+    run_command("study", StudyConfig, study, initializations_of(sys.argv[1:]))
 
 
 if __name__ == "__main__":

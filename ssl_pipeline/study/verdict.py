@@ -10,7 +10,7 @@ from ssl_pipeline.metrics.interval import LEVEL, Interval, holm, interval, paire
 from ssl_pipeline.study.grid import StudyConfig
 
 Row = dict[str, Any]
-Condition = tuple[str, str]  # initialisation and regime
+Condition = tuple[str, str]  # initialization and regime
 
 
 class StudyTable:
@@ -34,13 +34,13 @@ class StudyTable:
         return [row["figures"][self.figure] for row in sorted(found, key=lambda row: row["seed"])]
 
     def count(self, labels: int | str) -> int:
-        """How many labelled images that is."""
+        """How many labeled images that is."""
         return int(next(row["label_count"] for row in self.rows if row["labels"] == labels))
 
     @property
     def baseline(self) -> Condition | None:
         """What pretraining is compared with: fresh weights, trained if anything is; None where there are none."""
-        fresh = [c for c in self.conditions if self.config.initialisations[c[0]] == "random"]
+        fresh = [c for c in self.conditions if self.config.initializations[c[0]] == "random"]
         trained = [c for c in fresh if c[1] == "scratch"]
         return next(iter(trained or fresh), None)
 
@@ -73,12 +73,12 @@ class StudyTable:
         return ["", *map(named, self.labels)], rows
 
     def sentences(self) -> list[str]:
-        """What each pretrained initialisation brought in the claimed regime, a label count each; the last one sums up."""
+        """What each pretrained initialization brought in the claimed regime, a label count each; the last one sums up."""
         base, regime = self.baseline, self.config.trained_regime
         if base is None:
-            return ["There is no random initialisation among them, so nothing is said of what pretraining brought."]
+            return ["There is no random initialization among them, so nothing is said of what pretraining brought."]
         told, gains, losses, open_ones = list[str](), list[str](), list[str](), list[str]()
-        claimed = [c for c in self.conditions if c[1] == regime and self.config.initialisations[c[0]] != "random"]
+        claimed = [c for c in self.conditions if c[1] == regime and self.config.initializations[c[0]] != "random"]
         unit = " points" if self.in_percent else ""
         found = {(c, labels): self.against(c, labels) for c in claimed for labels in self.labels}
         differences = {key: one for key, one in found.items() if one is not None}

@@ -1,4 +1,4 @@
-"""What follows the crop: restyling, rotation, colour jitter, grey, blur, solarise, normalisation, erasing, on views of one size.
+"""What follows the crop: restyling, rotation, color jitter, grayscale, blur, solarize, normalization, erasing, on views of one size.
 
 The draws are made on the CPU, whatever the device: it is known there which samples an operation spares, and nothing waits
 for the device.
@@ -44,8 +44,8 @@ class Augmentation:
         self._scale, self._shift = (1 / spread).float(), (-expected / spread).float()
         assert jitter.saturation != "auto"
         assert jitter.hue != "auto"
-        assert config.grey != "auto"
-        self._grey = config.grey
+        assert config.grayscale != "auto"
+        self._grayscale = config.grayscale
         assert styles is not None or config.restyle.probability == 0
         self._styles = styles
         operations: list[tuple[str, Callable[[Tensor, Tensor], Tensor], float, float]] = [
@@ -65,7 +65,7 @@ class Augmentation:
             draws: the samples' named draws, on the CPU.
 
         Returns:
-            float32 of the same shape, normalised.
+            float32 of the same shape, normalized.
         """
         finished = torch.empty(crops.shape, device=crops.device)
         # Saves autograd's share of each small operation; ``finished`` was made outside, so a network may train on it.
@@ -81,9 +81,9 @@ class Augmentation:
         chances = {
             "restyle": config.restyle.probability,
             "rotation": config.rotation.probability,
-            "grey": self._grey,
+            "grayscale": self._grayscale,
             "blur": config.blur.probability,
-            "solarise": config.solarise,
+            "solarize": config.solarize,
         }
         chances = {name: chance for name, chance in chances.items() if chance > 0}
         ranges = {
@@ -120,13 +120,13 @@ class Augmentation:
             for number in set(place.tolist()) - {_SPARED}:
                 name, operation, _, _ = self._jitter[number]
                 images = _where(place == number, images, operation, drawn[name])
-        if "grey" in drawn:
-            images = _where(drawn["grey"], images, photometry.grayscale)
+        if "grayscale" in drawn:
+            images = _where(drawn["grayscale"], images, photometry.grayscale)
         if "blur" in drawn:
             blur = partial(photometry.gaussian_blur, greatest=float(drawn["blur sigma"].max()))
             images = _where(drawn["blur"], images, blur, drawn["blur sigma"])
-        if "solarise" in drawn:
-            images = _where(drawn["solarise"], images, photometry.solarize)
+        if "solarize" in drawn:
+            images = _where(drawn["solarize"], images, photometry.solarize)
         torch.mul(images, self._scale.to(images.device), out=out).add_(self._shift.to(images.device))
         if "erasing" in drawn:
             erase_(out, drawn["erasing"].to(images.device))

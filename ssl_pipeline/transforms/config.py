@@ -14,7 +14,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 
 
 class JitterConfig(FrozenModel):
-    """Colour jitter in a random order (SimCLR, Chen et al. 2020, appendix A).
+    """Color jitter in a random order (SimCLR, Chen et al. 2020, appendix A).
 
     Attributes:
         probability: how often it is applied.
@@ -44,7 +44,7 @@ class BlurConfig(FrozenModel):
 
 
 class RotationConfig(FrozenModel):
-    """Rotation about the view's centre, after the crop.
+    """Rotation about the view's center, after the crop.
 
     Attributes:
         probability: how often it is applied.
@@ -73,7 +73,7 @@ class RestyleConfig(FrozenModel):
 
 
 class ErasingConfig(BoxConfig):
-    """Erasing of a random box (Zhong et al. 2020): it takes the encoder's mean colour, which normalises to 0.
+    """Erasing of a random box (Zhong et al. 2020): it takes the encoder's mean color, which normalizes to 0.
 
     Attributes:
         probability: how often it is applied.
@@ -91,10 +91,10 @@ class ViewConfig(FrozenModel):
         size: height and width of the view in pixels.
         crop: the random resized crop.
         flip: probability of a horizontal mirror.
-        jitter: colour jitter.
-        grey: probability of dropping the colours; ``auto`` is 0.2 on RGB, 0 otherwise.
+        jitter: color jitter.
+        grayscale: probability of dropping the colors; ``auto`` is 0.2 on RGB, 0 otherwise.
         blur: Gaussian blur.
-        solarise: probability of inverting the bright half of the values.
+        solarize: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
         restyle: the style of another image; stage one's alone.
@@ -104,21 +104,21 @@ class ViewConfig(FrozenModel):
     crop: CropConfig = CropConfig()
     flip: Probability = 0.5
     jitter: JitterConfig = JitterConfig()
-    grey: Probability | Literal["auto"] = "auto"
+    grayscale: Probability | Literal["auto"] = "auto"
     blur: BlurConfig = BlurConfig()
-    solarise: Probability = 0.0
+    solarize: Probability = 0.0
     rotation: RotationConfig = RotationConfig()
     erasing: ErasingConfig = ErasingConfig()
     restyle: RestyleConfig = RestyleConfig()
 
     def settled(self, channels: int, key: str) -> tuple[ViewConfig, list[str]]:
-        """This policy without ``auto``, and the names of the colour operations that the images' channels forbid.
+        """This policy without ``auto``, and the names of the color operations that the images' channels forbid.
 
         Raises:
-            ConfigError: a colour operation was asked for by name on images that have no colours.
+            ConfigError: a color operation was asked for by name on images that have no colors.
         """
         jitter, rgb = self.jitter, channels == 3
-        asked = {"jitter.saturation": jitter.saturation, "jitter.hue": jitter.hue, "grey": self.grey}
+        asked = {"jitter.saturation": jitter.saturation, "jitter.hue": jitter.hue, "grayscale": self.grayscale}
         refused = [name for name, value in asked.items() if not rgb and value not in ("auto", 0)]
         if refused:
             raise ConfigError(
@@ -127,9 +127,9 @@ class ViewConfig(FrozenModel):
                     for name in refused
                 ]
             )
-        defaults = {"jitter.saturation": jitter.brightness, "jitter.hue": jitter.brightness / 4, "grey": 0.2}
+        defaults = {"jitter.saturation": jitter.brightness, "jitter.hue": jitter.brightness / 4, "grayscale": 0.2}
         value = {name: (defaults[name] if rgb else 0.0) if asked[name] == "auto" else asked[name] for name in asked}
         dropped = [name.removeprefix("jitter.") for name in asked if not rgb and asked[name] == "auto"]
-        colours = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
-        settled = self.model_copy(update={"jitter": jitter.model_copy(update=colours), "grey": value["grey"]})
+        colors = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
+        settled = self.model_copy(update={"jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]})
         return settled, dropped

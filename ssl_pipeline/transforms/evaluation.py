@@ -113,7 +113,7 @@ def resize_and_crop_image(image: Image.Image, size: int, resize: Resize, fill: t
     """One decoded image, by Pillow.
 
     Args:
-        image: of mode ``L`` or ``RGB``, or grey in [0, 1] of mode ``F``.
+        image: of mode ``L`` or ``RGB``, or grayscale in [0, 1] of mode ``F``.
         size: the network's height and width.
         resize: how.
         fill: the color of a border, in [0, 1], a value a channel.

@@ -223,7 +223,7 @@ def stack_views(views: list[Tensor], channels: int) -> Tensor:
     """Views of one size, each (C, S, S), as a batch.
 
     Returns:
-        uint8 of shape (B, C, S, S) if all are; otherwise float32 in [0, 1], in which grey views fill all ``channels``.
+        uint8 of shape (B, C, S, S) if all are; otherwise float32 in [0, 1], in which grayscale views fill all ``channels``.
     """
     if all(view.dtype == torch.uint8 for view in views):
         return torch.stack(views)
@@ -257,7 +257,7 @@ def reductions(boxes: Tensor, size: int) -> Tensor:
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Rotates square views about their centre, counter-clockwise, bilinear.
+    """Rotates square views about their center, counter-clockwise, bilinear.
 
     What lies outside is mirrored: black corners would tell a network the angle.
 

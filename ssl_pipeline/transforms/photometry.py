@@ -1,4 +1,4 @@
-"""What a view looks like: batched colour and blur operations, one strength per sample.
+"""What a view looks like: batched color and blur operations, one strength per sample.
 
 Every function takes float images in [0, 1] of shape (B, C, H, W) and strengths of shape (B,), and returns new images of
 the same shape in [0, 1]. Their meaning is torchvision's; their tests hold them to it. None uses ``torch.where`` on
@@ -22,7 +22,7 @@ def _per_sample(strength: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """The grey image, (B, 1, H, W): ITU-R 601 luma of RGB, the image itself if grey, the channels' mean otherwise."""
+    """The grayscale image, (B, 1, H, W): ITU-R 601 luma of RGB, the image itself if grayscale, the channels' mean otherwise."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, 1)
@@ -36,14 +36,14 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scales the distance from the image's mean grey."""
+    """Scales the distance from the image's mean grayscale."""
     means = images.mean((2, 3))
     mean = means @ means.new_tensor(_LUMA) if images.shape[1] == 3 else means.mean(1)
     return (images * _per_sample(factor)).add_(_per_sample((1 - factor) * mean)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Scales the distance from the pixel's grey."""
+    """Scales the distance from the pixel's grayscale."""
     return torch.lerp(luma(images).expand_as(images), images, _per_sample(factor)).clamp_(0, 1)
 
 
@@ -71,7 +71,7 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """The grey image in all channels."""
+    """The grayscale image in all channels."""
     return luma(images).repeat(1, images.shape[1], 1, 1)
 
 
@@ -81,7 +81,7 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, greatest: float) -> Tensor:
-    """Gaussian blur, its kernel cut at five sigmas and renormalised at the border.
+    """Gaussian blur, its kernel cut at five sigmas and renormalized at the border.
 
     A block of rows needs no more than the rows that its kernels reach, so each is a small matrix product.
 

@@ -43,10 +43,10 @@ class ViewChanges(FrozenModel):
     Attributes:
         crop: the random resized crop.
         flip: probability of a horizontal mirror.
-        jitter: colour jitter.
-        grey: probability of dropping the colours.
+        jitter: color jitter.
+        grayscale: probability of dropping the colors.
         blur: Gaussian blur.
-        solarise: probability of inverting the bright half of the values.
+        solarize: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
         restyle: the style of another image.
@@ -55,9 +55,9 @@ class ViewChanges(FrozenModel):
     crop: CropConfig | None = None
     flip: Probability | None = None
     jitter: JitterConfig | None = None
-    grey: Probability | Literal["auto"] | None = None
+    grayscale: Probability | Literal["auto"] | None = None
     blur: BlurConfig | None = None
-    solarise: Probability | None = None
+    solarize: Probability | None = None
     rotation: RotationConfig | None = None
     erasing: ErasingConfig | None = None
     restyle: RestyleConfig | None = None
@@ -133,7 +133,7 @@ class ViewsConfig(ViewConfig):
         return [base, *[later] * (self.count - 1), *[self.local.on(base)] * self.local.count]
 
     def for_channels(self, channels: int, key: str = "views") -> tuple[ViewsConfig, list[str]]:
-        """Settles what is ``auto``: images that are not RGB keep their channels and lose the colour operations.
+        """Settles what is ``auto``: images that are not RGB keep their channels and lose the color operations.
 
         Args:
             channels: of the images.
@@ -143,18 +143,18 @@ class ViewsConfig(ViewConfig):
             The policy without ``auto``, and notes for the log.
 
         Raises:
-            ConfigError: a colour operation was asked for by name on images that have no colours.
+            ConfigError: a color operation was asked for by name on images that have no colors.
         """
         views = self.each()
         base, dropped = views[0].settled(channels, key)
         update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
         if self.second and self.count > 1:
             second, _ = views[1].settled(channels, f"{key}.second")
-            update["second"] = self.second.model_copy(update={"jitter": second.jitter, "grey": second.grey})
+            update["second"] = self.second.model_copy(update={"jitter": second.jitter, "grayscale": second.grayscale})
         if self.local.count:
             local, _ = views[-1].settled(channels, f"{key}.local")
-            update["local"] = self.local.model_copy(update={"jitter": local.jitter, "grey": local.grey})
-        notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colours"]
+            update["local"] = self.local.model_copy(update={"jitter": local.jitter, "grayscale": local.grayscale})
+        notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colors"]
         return self.model_copy(update=update), notes if dropped else []
 
 
@@ -253,7 +253,7 @@ class Views:
         return samples * channels * sum(policy.size**2 for policy in self._policies)
 
     def finish(self, crops: list[Tensor], index: Tensor, epoch: int) -> list[Tensor]:
-        """What follows the crop: style, rotation, photometry, normalisation and erasing, on the crops' device.
+        """What follows the crop: style, rotation, photometry, normalization and erasing, on the crops' device.
 
         Args:
             crops: per view float in [0, 1] or uint8, of shape (B, C, S, S); float ones are worked on in place.
@@ -261,7 +261,7 @@ class Views:
             epoch: the epoch.
 
         Returns:
-            Per view float32 of the same shape, normalised.
+            Per view float32 of the same shape, normalized.
         """
         index = index.cpu()
         views = zip(self._appearances, crops, strict=True)

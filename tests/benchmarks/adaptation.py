@@ -27,7 +27,7 @@ from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 
 _METHODS = (
-    "source_only", "adabn", "coral", "dann", "mmd", "mcc", "information_maximisation", "shot_im", "exemplar_memory", "dance",
+    "source_only", "adabn", "coral", "dann", "mmd", "mcc", "information_maximization", "shot_im", "exemplar_memory", "dance",
 )  # fmt: skip
 _IMAGES, _STEPS = 64, 12
 

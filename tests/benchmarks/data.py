@@ -85,7 +85,7 @@ def _throughput(folder: Path, share: DistInfo, rounds: int) -> dict[str, float]:
 
 
 def _make_photos(folder: Path) -> None:
-    """Smooth colours, finer structure and a sensor's noise, as JPEG of quality 90: about 3 MB each."""
+    """Smooth colors, finer structure and a sensor's noise, as JPEG of quality 90: about 3 MB each."""
     folder.mkdir()
     for number in range(_PHOTOS):
         path = folder / f"{number:02}.jpg"
@@ -113,7 +113,7 @@ def _views(size: int) -> Views:
         size=size,
         crop=CropConfig(scale=(0.08, 1.0)),
         jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
-        grey=0.2,
+        grayscale=0.2,
         blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
     )
     return Views(config, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), seed=0)

@@ -224,13 +224,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _write_pictures(root: Path, count: int = 40) -> None:
-    """Noise about two colours, something that kNN can tell apart; one of the files is cut, and has to be counted once."""
+    """Noise about two colors, something that kNN can tell apart; one of the files is cut, and has to be counted once."""
     generator = np.random.default_rng(0)
-    for name, colour in (("blue", (40, 80, 200)), ("red", (200, 60, 40))):
+    for name, color in (("blue", (40, 80, 200)), ("red", (200, 60, 40))):
         (root / name).mkdir(parents=True)
         for number in range(count):
             noise = generator.integers(-40, 41, (20, 20, 3))
-            Image.fromarray((np.array(colour) + noise).astype(np.uint8)).save(root / name / f"{number}.png")
+            Image.fromarray((np.array(color) + noise).astype(np.uint8)).save(root / name / f"{number}.png")
     file = root / "red" / "7.png"
     file.write_bytes(file.read_bytes()[:-400])
 

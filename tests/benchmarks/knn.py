@@ -1,6 +1,6 @@
 """kNN of 10,000 queries against 60,000 rows of width 512: ours and lightly's, and the memory of each.
 
-Both get the same rows and normalise them; lightly's takes a batch of 256 queries at a time, as its own evaluation does.
+Both get the same rows and normalize them; lightly's takes a batch of 256 queries at a time, as its own evaluation does.
 Memory is the greatest resident size of a process that does nothing else, above what it held before the call.
 """
 
@@ -46,13 +46,13 @@ def measure(rounds: int) -> dict[str, float]:
 
 
 def _rows(queries: int, bank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy rows about a centre per class: queries, bank and the bank's labels."""
+    """Noisy rows about a center per class: queries, bank and the bank's labels."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(_CLASSES, _WIDTH, generator=generator)
+    centers = torch.randn(_CLASSES, _WIDTH, generator=generator)
     labels = torch.arange(bank) % _CLASSES
     every = torch.randn(queries + bank, _WIDTH, generator=generator)
-    every[:queries].add_(centres[torch.arange(queries) % _CLASSES], alpha=0.2)
-    every[queries:].add_(centres[labels], alpha=0.2)
+    every[:queries].add_(centers[torch.arange(queries) % _CLASSES], alpha=0.2)
+    every[queries:].add_(centers[labels], alpha=0.2)
     return every[:queries], every[queries:], labels
 
 

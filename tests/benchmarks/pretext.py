@@ -196,12 +196,12 @@ class _NNCLR(_TwoViews):
         self.memory = NNMemoryBankModule(size=(QUEUE, WIDTH))
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """As in lightly's example: neighbours against the other view's predictions."""
+        """As in lightly's example: neighbors against the other view's predictions."""
         del batch
         projections = [embeddings["first"], embeddings["second"]]
         predictions = self.predictor(torch.cat(projections)).chunk(2)
-        neighbours = [self.memory(rows.detach(), update=bool(i)) for i, rows in enumerate(projections)]
-        ways = [self.loss(neighbours[i], predictions[1 - i]) for i in (0, 1)]
+        neighbors = [self.memory(rows.detach(), update=bool(i)) for i, rows in enumerate(projections)]
+        ways = [self.loss(neighbors[i], predictions[1 - i]) for i in (0, 1)]
         return StepOutput(torch.stack(ways).mean())
 
 

@@ -21,7 +21,7 @@ from tests.benchmarks.command import run
 from tests.chromium import Chromium, find_chromium
 
 _PANELS = (
-    "curves", "stage-two", "temperature", "collapse", "map", "neighbours", "views", "settings", "system",
+    "curves", "stage-two", "temperature", "collapse", "map", "neighbors", "views", "settings", "system",
 )  # fmt: skip
 
 

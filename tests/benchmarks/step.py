@@ -48,7 +48,7 @@ _VIEWS = ViewsConfig(  # what lightly's SimCLRTransform does by default
     size=_SIZE,
     crop=CropConfig(scale=(0.08, 1.0)),
     jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
-    grey=0.2,
+    grayscale=0.2,
     blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
 )
 
@@ -68,7 +68,7 @@ class Setting:
     steps: int
 
     def source(self) -> ArrayDataset:
-        """Random colour images, as many as the steps take."""
+        """Random color images, as many as the steps take."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch * self.steps, 3, _SIZE, _SIZE)
         return ArrayDataset("random images", torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
@@ -89,7 +89,7 @@ _SETTINGS = {
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """ResNet-18 with either stem, and the quickstart's small ResNet, at 32 px in colour, fp32: images a second, and their ratios."""
+    """ResNet-18 with either stem, and the quickstart's small ResNet, at 32 px in color, fp32: images a second, and their ratios."""
     accelerator, figures = start_accelerator(), dict[str, float]()
     for ending, setting in _SETTINGS.items():
         found = _compare(setting, rounds, accelerator)

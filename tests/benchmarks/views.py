@@ -1,6 +1,6 @@
 """Views against lightly's: images a second with two views of SimCLR's policy, on one thread.
 
-Both sides do the same to each image (crop, mirror, colour jitter, grey, blur, normalisation), from images in memory: ours a
+Both sides do the same to each image (crop, mirror, color jitter, grayscale, blur, normalization), from images in memory: ours a
 batch of bytes, lightly a PIL image each, as its data sets hand them over. torchvision's second version on tensors, and
 kornia where it is installed, run beside them. All alternate within one process, so that a slow minute of a shared machine
 hits all.
@@ -65,7 +65,7 @@ def _compare(size: int, source: int, count: int, rounds: int) -> dict[str, float
 
 
 def _pictures(count: int, side: int) -> Tensor:
-    """Smooth coloured pictures, uint8 of shape (count, 3, side, side): noise would have no edges, and no even parts."""
+    """Smooth colored pictures, uint8 of shape (count, 3, side, side): noise would have no edges, and no even parts."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp_(0, 1)
@@ -77,7 +77,7 @@ def _ours(pixels: Tensor, size: int) -> Side:
         size=size,
         crop=CropConfig(scale=(0.08, 1.0)),
         jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
-        grey=0.2,
+        grayscale=0.2,
         blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
     )
     views, index = Views(config, _MEAN, _STD, seed=0), torch.arange(len(pixels))

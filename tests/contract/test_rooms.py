@@ -83,7 +83,7 @@ def test_every_recipe_is_whole(recipe: str) -> None:
     elif recipe.endswith("finetune"):
         load("finetune", FinetuneConfig, [f"recipe={recipe}"])
     else:
-        study = load("study", StudyConfig, [f"recipe={recipe}", "initialisations.pretrained=x"])
+        study = load("study", StudyConfig, [f"recipe={recipe}", "initializations.pretrained=x"])
         grid = cells(study)
         assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
         assert {cell.regime for cell in grid["pretrained"]} == set(study.regimes)
@@ -154,7 +154,7 @@ def test_a_users_own_downstream_task_is_one_file_and_one_yaml(tmp_path: Path, mo
     (tmp_path / "conf" / "downstream" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_tasks.mine"))
     monkeypatch.syspath_prepend(tmp_path)
     words = [
-        "downstream=mine", "initialisation=random", "backbone.width=4", "views.size=12", "tracking=off", "data.dev=4000",
+        "downstream=mine", "initialization=random", "backbone.width=4", "views.size=12", "tracking=off", "data.dev=4000",
         "labels.per_class=20", "split=dev", "regime.length=4 steps", "regime.least_steps=0", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
     result = finetune(load("finetune", FinetuneConfig, words, tmp_path / "conf"))

@@ -22,7 +22,7 @@ from torchvision.models import resnet18
 from docs.site.commands import Command, all_commands, commands_of
 from docs.site.verbs import configured_verbs
 from ssl_pipeline.cli import VERBS
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 from tests.runs import ROOT
 from tests.shapes import box_folder, mask_folder, number_table
 
@@ -132,7 +132,7 @@ SMALL = {
                  "regime.probe.least_steps=0", "labels.per_class=null", "regime.batch=4", "seeds=2", "tracking=off", "workers=0"],
     "evaluate": ["what=[knn,probe]", "knn.k=[1,3]", "probe.epochs=1", "probe.rates=[0.1]", "size=16"],
     "views": ["rows=2", "epochs=1", "views.size=16"],
-    "neighbours": ["k=3"],
+    "neighbors": ["k=3"],
     "study": ["seeds=2", "knn=false", "jobs=1", SMALL_STUDY],
 }  # fmt: skip
 
@@ -157,10 +157,10 @@ def commands(page: str) -> list[Command]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the guides speak of, and where they are followed."""
-    colour_folder(tmp_path / "labelled", 8)
+    color_folder(tmp_path / "labeled", 8)
     (tmp_path / "photos").mkdir()
     (tmp_path / "new_photos").mkdir()
-    for i, path in enumerate(sorted((tmp_path / "labelled").rglob("*.png"))):
+    for i, path in enumerate(sorted((tmp_path / "labeled").rglob("*.png"))):
         shutil.copyfile(path, tmp_path / "photos" / f"{i:02d}.png")
     for i in range(2):
         shutil.copyfile(tmp_path / "photos" / f"{i:02d}.png", tmp_path / "new_photos" / f"{i}.png")

@@ -33,7 +33,7 @@ def slowly(
     if not trained or os.environ["RANK"] == "0":
         yield from read_in_order(source, preprocessing, device, index)
         return
-    (FOLDER / "signalled").touch()
+    (FOLDER / "signaled").touch()
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(100):
         time.sleep(1)

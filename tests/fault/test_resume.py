@@ -18,7 +18,7 @@ from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 
 LENGTH = ["steps=6", "checkpoint_every=3 steps"]
@@ -142,7 +142,7 @@ def test_a_change_that_leaves_no_step_is_refused_and_writes_nothing(tmp_path: Pa
 def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos = colour_folder(tmp_path / "photos", 24)
+    photos = color_folder(tmp_path / "photos", 24)
     tiny = [word for word in TINY if not word.startswith(("data.", "batch."))] + [
         "data=folder",
         f"data.path={photos}",

@@ -103,7 +103,7 @@ def mask_encoder(masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "saves"), [
         (["regime=lp_ft"], 1), (["regime=lp_ft"], 5), (["regime=lp_ft", "labels.validation=auto"], 4), (["regime=end_to_end"], 2), (["regime=scratch"], 3),
-        (["regime=lp_ft", "unlabelled=consistency", "unlabelled.confidence=0.2"], 2),
+        (["regime=lp_ft", "unlabeled=consistency", "unlabeled.confidence=0.2"], 2),
     ],
 )  # fmt: skip  # a loop of 6 steps saves 3 times: stopped in the first seed's middle, in the second's, and between the two
 def test_a_classifier(

@@ -51,7 +51,7 @@ def send_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int, workers: bo
 
 
 @pytest.mark.parametrize("number", signals.HEARD)
-def test_a_signalled_run_is_saved_and_continues_to_the_same_bits(
+def test_a_signaled_run_is_saved_and_continues_to_the_same_bits(
     number: signal.Signals, listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send_at(monkeypatch, 2, number)
@@ -86,11 +86,11 @@ def test_a_signal_while_it_evaluates_waits_for_the_figures(
 ) -> None:
     looks = OnlineEvaluation.__call__
 
-    def signalled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
+    def signaled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGUSR1)
         return looks(self, encoder)
 
-    monkeypatch.setattr(OnlineEvaluation, "__call__", signalled)
+    monkeypatch.setattr(OnlineEvaluation, "__call__", signaled)
     with pytest.raises(StoppedError, match="after step 1 of 8"):  # the first look is at the untrained backbone
         pretrain(tiny_pretrain(tmp_path / "run", "steps=8", "evaluate_every=1 steps"))
     assert ["eval/knn" in line for line in read_metrics(tmp_path / "run")] == [False, True]
@@ -104,12 +104,12 @@ def test_an_evaluation_that_lasts_is_cut_short_and_made_up_for(
     whole = pretrain(tiny_pretrain(tmp_path / "whole", *words))
     before = iter(range(step // 4))  # after the look at the untrained backbone
 
-    def signalled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
+    def signaled(self: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
         if next(before, None) is None:
             os.kill(os.getpid(), signal.SIGTERM)
         return looks(self, encoder)
 
-    monkeypatch.setattr(OnlineEvaluation, "_collapse", signalled)
+    monkeypatch.setattr(OnlineEvaluation, "_collapse", signaled)
     monkeypatch.setattr(signals, "_SECONDS_FOR_AN_EVALUATION", -1.0)
     with pytest.raises(StoppedError, match=f"after step {step} of 8: its state is saved"):
         pretrain(tiny_pretrain(tmp_path / "parts", *words))
@@ -134,7 +134,7 @@ def test_a_signal_to_one_process_cuts_the_evaluation_of_all(tmp_path: Path) -> N
     assert done.stderr.count("stopped by SIGTERM after step 3 of 9: its state is saved") == 1
     assert (run / "requeue").is_file()
     saved = run / "checkpoints" / "step-000000003.pt"
-    assert saved.stat().st_mtime - (run / "signalled").stat().st_mtime < 20
+    assert saved.stat().st_mtime - (run / "signaled").stat().st_mtime < 20
 
 
 def test_the_last_step_is_finished(listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ PRETEXT: dict[str, list[str]] = {
 }  # fmt: skip
 
 DOMAIN = [
-    "adabn", "coral", "coral_over_sources", "dance", "dann", "erm", "exemplar_memory", "information_maximisation", "mcc",
+    "adabn", "coral", "coral_over_sources", "dance", "dann", "erm", "exemplar_memory", "information_maximization", "mcc",
     "mixstyle", "mmd", "source_only", "weight_averaging",
 ]  # fmt: skip
 DOMAIN_EXTRA = {
@@ -115,7 +115,7 @@ TRACES: dict[str, list[str]] = {
     "regime/end_to_end": ["finetune", *CLASSIFY, "regime=end_to_end", *LENGTH],
     "regime/scratch": ["finetune", *CLASSIFY, "regime=scratch", *LENGTH, "seeds=2"],
     "regime/held_out": ["finetune", *CLASSIFY, "regime=lp_ft", *LENGTH, "labels.validation=0.2"],
-    "regime/consistency": ["finetune", *CLASSIFY, "regime=lp_ft", *LENGTH, "unlabelled=consistency"],
+    "regime/consistency": ["finetune", *CLASSIFY, "regime=lp_ft", *LENGTH, "unlabeled=consistency"],
     "downstream/multi_label": [
         "finetune", *FINETUNE, "data=table", "data.path=<table>", "downstream=multi_label", "data.target_columns=[square,circle]",
         "encoder=<source/table>", "regime=lp_ft", *LENGTH,
@@ -294,7 +294,7 @@ def fixtures(root: Path) -> dict[str, Callable[[], Path]]:
 
     def domains() -> Path:
         for name in ("photo", "sketch"):
-            pictures.colour_folder(root / "domains" / name)
+            pictures.color_folder(root / "domains" / name)
         return root / "domains"
 
     def parquet() -> Path:
@@ -316,11 +316,11 @@ def fixtures(root: Path) -> dict[str, Callable[[], Path]]:
         raw.mkdir(parents=True)
         for file in fashion().glob("*.gz"):
             (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
-        pictures.colour_folder(root / "torchvision" / "eurosat" / "2750")
+        pictures.color_folder(root / "torchvision" / "eurosat" / "2750")
         return root / "torchvision"
 
     return {
-        "photos": lambda: pictures.colour_folder(root / "photos"),
+        "photos": lambda: pictures.color_folder(root / "photos"),
         "domains": domains,
         "table": lambda: shapes.number_table(root / "table", 60),
         "masks": lambda: shapes.mask_folder(root / "masks", 60),

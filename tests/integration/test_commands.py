@@ -90,7 +90,7 @@ def test_help_imports_no_library_of_tensors(told: dict[str, Any]) -> None:
         ("pretrain", ["pretext=simclr", "batch.size=256 ", "quickstart_pretrain"], ["regime=", "quickstart_study", "per_class"]),
         ("finetune", ["regime=lp_ft", "labels.per_class=null"], ["pretext=", "recipe/", "quickstart_pretrain"]),
         ("views", ["rows=8", "epochs=4", "views=small"], ["pretext=", "batch.size", "optim="]),
-        ("study", ["initialisations", "quickstart_study"], ["backbone=", "quickstart_pretrain"]),
+        ("study", ["initializations", "quickstart_study"], ["backbone=", "quickstart_pretrain"]),
         ("study domain", ["compared=methods", "targets=[textured, edges]"], ["pretext=", "data="]),
         ("export", ["--to FORMAT", "torch.export"], ["key=value"]),
     ],

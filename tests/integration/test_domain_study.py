@@ -108,7 +108,7 @@ def test_joint_methods_stand_beside_both_domains_without_their_term(tmp_path: Pa
     overrides = config.overrides("both domains, weight 0", config.shifts()[0], 0)
     short = [text for text in COMMON if not text.startswith("data=")]
     weights = []
-    for name in ("mcc", "information_maximisation", "source_only"):  # whose term it is does not matter
+    for name in ("mcc", "information_maximization", "source_only"):  # whose term it is does not matter
         own = [text.replace("domain=mcc", f"domain={name}") for text in overrides]
         own = own if name != "source_only" else [text for text in own if "weight" not in text]
         run = finetune(load("finetune", FinetuneConfig, [*own, *short, f"output={tmp_path / name}"]))

@@ -97,14 +97,14 @@ def test_figures_are_the_targets_then_each_domains(tmp_path: Path) -> None:
 
 def test_a_few_labels_of_the_target_join_the_sources() -> None:
     across = split_domains(method(target_labels=1), few(), few())
-    joined = across.labelled(seed=0)
+    joined = across.labeled(seed=0)
     assert joined.domains is not None
     assert joined.labels is not None
     assert joined.labels[joined.domains == 1].sort().values.tolist() == [0, 1, 2]
     assert int((joined.domains == 0).sum()) == 6
     assert across.target.labels is None
     with pytest.raises(ConfigError, match=r"`domain.target_labels` is 3, and class 'cat' has only 2"):
-        split_domains(method(target_labels=3), few(), few()).labelled(seed=0)
+        split_domains(method(target_labels=3), few(), few()).labeled(seed=0)
 
 
 def test_labels_of_the_target_are_added_and_choose_nothing() -> None:
@@ -220,8 +220,8 @@ def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_fi
     for number in range(len(plain)):
         real, found = values(plain, number), values(across.target, number)
         assert not torch.equal(real, found)
-        same_colours = torch.equal(real.flatten().sort().values, found.flatten().sort().values)
-        assert same_colours == (control == "shuffled")
+        same_colors = torch.equal(real.flatten().sort().values, found.flatten().sort().values)
+        assert same_colors == (control == "shuffled")
     again = split_domains(method(control=control), images, images).target
     assert torch.equal(values(again, 3), values(across.target, 3))
     assert torch.equal(values(across.target.select(torch.tensor([3])), 0), values(across.target, 3))
@@ -297,13 +297,13 @@ def test_classes_of_the_target_alone_are_told() -> None:
     held_out.labels[6:] = 2
     with pytest.raises(ConfigError, match="sketch shares no class with the source: it has elk"):
         split_domains(method(), pool, held_out)
-    with pytest.raises(ConfigError, match="few has no labelled image of sketch to measure on"):
+    with pytest.raises(ConfigError, match="few has no labeled image of sketch to measure on"):
         split_domains(method(), few(), few().select(torch.arange(6)))
 
 
 def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`domain=dann` moves the encoder"):
-        tiny(tmp_path / "run", "domain=dann", "regime=frozen", "initialisation=random")
+        tiny(tmp_path / "run", "domain=dann", "regime=frozen", "initialization=random")
     with pytest.raises(ConfigError, match=r"hides the target, and `domain.target_labels` teaches 2"):
         tiny(tmp_path / "run", "domain=dann", "domain.control=noise", "domain.target_labels=2")
     with pytest.raises(ConfigError, match="this is retrieval"):
@@ -314,11 +314,11 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_the_shift_is_refused(tmp_path: Path) -> None:
-    inverted = ["domain=source_only", "domain.target=[inverted]", "views.solarise=0.2"]
-    with pytest.raises(ConfigError, match=r"`views.solarise` inverts images, and that is what the domain inverted is"):
+    inverted = ["domain=source_only", "domain.target=[inverted]", "views.solarize=0.2"]
+    with pytest.raises(ConfigError, match=r"`views.solarize` inverts images, and that is what the domain inverted is"):
         tiny(tmp_path / "run", *inverted)
     tiny(tmp_path / "edges", *inverted[::2], "domain.target=[edges]")
-    data, second = Config(name="fashion_domains", domains=("original",)), ["views.second.solarise=0.2"]
+    data, second = Config(name="fashion_domains", domains=("original",)), ["views.second.solarize=0.2"]
     assert data.shown_by_views(tiny_pretrain(None, *second).views.each(), data.open("dev").absent_domains)
     assert not data.shown_by_views(tiny_pretrain(None, *second).views.each(), ["edges"])
     assert not data.shown_by_views(tiny_pretrain(None).views.each(), data.open("dev").absent_domains)

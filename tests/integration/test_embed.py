@@ -1,4 +1,4 @@
-"""Features in files, and the neighbours of an image."""
+"""Features in files, and the neighbors of an image."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.encoder import describe_encoder
-from ssl_pipeline.export import embed, neighbours
+from ssl_pipeline.export import embed, neighbors
 from ssl_pipeline.export.embed import EmbedConfig
-from ssl_pipeline.export.neighbours import NeighboursConfig, find
+from ssl_pipeline.export.neighbors import NeighborsConfig, find
 from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("images"), 10)
+    return color_folder(tmp_path_factory.mktemp("images"), 10)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_every_image_is_embedded_unless_a_split_is_asked_for(
 def test_no_features_stand_under_the_name_of_a_broken_file(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = colour_folder(tmp_path / "images", 4)
+    images = color_folder(tmp_path / "images", 4)
     broken = images / "red" / "broken.png"
     broken.write_bytes((images / "red" / "0.png").read_bytes()[:-500])
     monkeypatch.setattr(
@@ -122,17 +122,17 @@ def test_no_features_stand_under_the_name_of_a_broken_file(
     assert not (tmp_path / "f.npz").exists()
 
 
-def test_the_neighbours_are_those_of_the_features(run: Path, images: Path) -> None:
+def test_the_neighbors_are_those_of_the_features(run: Path, images: Path) -> None:
     words = [*describe_encoder([str(run), "4"], ["encoder", "image"]), "data=folder", f"data.path={images}", "k=5"]
-    config = load("neighbours", NeighboursConfig, words)
+    config = load("neighbors", NeighborsConfig, words)
     source = source_of(images)
     _, found = find(config, source)
     features = embed.embed(load("embed", EmbedConfig, [words[0], *words[2:4], "split=train"])).features
     cosines = F.cosine_similarity(features[4:5], features)
     cosines[4] = -2
-    assert [neighbour.index for neighbour in found] == cosines.topk(5).indices.tolist()
-    assert [neighbour.similarity for neighbour in found] == pytest.approx(cosines.topk(5).values.tolist(), abs=1e-5)
-    assert {neighbour.label for neighbour in found} == {Path(source.describe(4)).parent.name}
+    assert [neighbor.index for neighbor in found] == cosines.topk(5).indices.tolist()
+    assert [neighbor.similarity for neighbor in found] == pytest.approx(cosines.topk(5).values.tolist(), abs=1e-5)
+    assert {neighbor.label for neighbor in found} == {Path(source.describe(4)).parent.name}
 
 
 def test_a_file_finds_itself_and_the_picture_is_drawn(
@@ -141,7 +141,7 @@ def test_a_file_finds_itself_and_the_picture_is_drawn(
     file = source_of(images).describe(7)
     words = [str(run), file, "data=folder", f"data.path={images}", "k=12", f"output={tmp_path / 'strip.png'}"]
     monkeypatch.setattr(sys, "argv", ["x", *words])
-    neighbours.main()
+    neighbors.main()
     first = capsys.readouterr().out.splitlines()[0].split("  ")
     assert first[1] == file
     assert float(first[0]) == pytest.approx(1, abs=1e-4)
@@ -161,14 +161,14 @@ def test_a_file_finds_itself_and_the_picture_is_drawn(
 def test_what_can_not_be_found_is_told(run: Path, images: Path, overrides: list[str], message: str) -> None:
     words = [*describe_encoder([str(run)], ["encoder"]), "data=folder", f"data.path={images}", *overrides]
     with pytest.raises(ConfigError, match=message):
-        find(load("neighbours", NeighboursConfig, words), source_of(images))
+        find(load("neighbors", NeighborsConfig, words), source_of(images))
 
 
 def test_a_query_that_is_no_image_is_named(run: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     words = describe_encoder([str(run), str(tmp_path / "text.png")], ["encoder", "image"])
     with pytest.raises(DecodeError, match=r"text\.png can't be read as an image"):
-        find(load("neighbours", NeighboursConfig, [*words, "data=folder", f"data.path={images}"]), source_of(images))
+        find(load("neighbors", NeighborsConfig, [*words, "data=folder", f"data.path={images}"]), source_of(images))
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_a_flat_folder_has_no_test_split(run: Path, images: Path) -> None:
 
 
 def test_every_new_verb_is_listed() -> None:
-    assert {"evaluate", "embed", "neighbours", "export", "predict"} <= set(VERBS)
+    assert {"evaluate", "embed", "neighbors", "export", "predict"} <= set(VERBS)

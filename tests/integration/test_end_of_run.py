@@ -25,7 +25,7 @@ from ssl_pipeline.models.artifact import load_encoder, read
 from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.summary import summary
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 from tests.runs import TINY, tiny_finetune, tiny_pretrain
 
 FEW = [word for word in TINY if not word.startswith(("data.", "batch."))] + ["data=folder", "workers=0", "batch.size=4"]
@@ -35,7 +35,7 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of twelve images one is dev: no pair to measure uniformity of. The command is the one of a launcher's process, without a verb."""
-    photos = colour_folder(tmp_path / "my photos", 4)
+    photos = color_folder(tmp_path / "my photos", 4)
     words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}", "batch.size=256"]
     monkeypatch.setattr(sys, "argv", ["launch/pretrain", *words])
     run_command("pretrain", PretrainConfig, pretrain)
@@ -106,13 +106,13 @@ def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: p
             finetune(tiny_finetune(stage_one, tmp_path / "two", *words))
     card, kept = read(tmp_path / "two", "model")
     assert card.figures == {}
-    assert card.config["initialisation"] == "random"  # `regime=scratch` alone says that nothing was pretrained
+    assert card.config["initialization"] == "random"  # `regime=scratch` alone says that nothing was pretrained
     finetune(tiny_finetune(stage_one, tmp_path / "two", *words, "resume=auto"))
     card, again = read(tmp_path / "two", "model")
     assert "accuracy" in card.figures
     assert all(kept[name].equal(again[name]) for name in kept)
     frozen = finetune(tiny_finetune(stage_one, tmp_path / "three", "regime=frozen")).folder
-    assert read(frozen, "model")[0].config["initialisation"] == "pretrained"
+    assert read(frozen, "model")[0].config["initialization"] == "pretrained"
 
 
 @pytest.mark.parametrize(

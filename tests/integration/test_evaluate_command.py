@@ -1,4 +1,4 @@
-"""``ssl-pipeline evaluate`` on a planted signal: colours tell the classes apart, and nothing else does."""
+"""``ssl-pipeline evaluate`` on a planted signal: colors tell the classes apart, and nothing else does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("images"))
+    return color_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_planted_signal_is_found_by_every_measure(run: Path, images: Path) -> 
     assert figures["few_shot_2"] > 0.8
     assert 1 <= figures["effective_rank"] <= 32
     assert 0 <= figures["alignment"] <= 4
-    assert figures["probe_pixelate"] > 0.9  # the colour stays
+    assert figures["probe_pixelate"] > 0.9  # the color stays
     assert figures["probe_contrast"] < figures["probe_pixelate"] + 1e-9
     assert {f"knn_5_{name}" for name in ("jpeg", "brightness", "corrupted")} <= set(figures)
     assert len(found.trials) == 4 * 2  # neck, c2, c3, c4 and two rates

@@ -36,17 +36,17 @@ from ssl_pipeline.export.predict import image_files, open_predictor, predict
 from ssl_pipeline.export.predict import main as predict_main
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("images"), 10)
+    return color_folder(tmp_path_factory.mktemp("images"), 10)
 
 
 def trained(images: Path, output: Path, *overrides: str) -> Path:
     wanted = [
-        "data=folder", f"data.path={images}", "initialisation=random", "regime=frozen", "labels.validation=0", "tracking=off",
+        "data=folder", f"data.path={images}", "initialization=random", "regime=frozen", "labels.validation=0", "tracking=off",
         "views.size=16", "backbone.width=4", f"output={output}",
     ]  # fmt: skip
     return finetune(load("finetune", FinetuneConfig, [*wanted, *overrides])).folder
@@ -91,7 +91,7 @@ def logits(model: Any, images: Path) -> Tensor:
     return found
 
 
-def normalised(model: Model, images: Path) -> Tensor:
+def normalized(model: Model, images: Path) -> Tensor:
     blueprint = model.card.blueprint
     return Preprocessing.of(blueprint).of_files([decode(file, blueprint.channels) for file in photos(images)])
 
@@ -169,7 +169,7 @@ def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[st
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == ["blue", "green", "red"]
     model = load_model(small)
-    every = normalised(model, images)
+    every = normalized(model, images)
     for count in (1, len(every)):
         (found,) = session.run(["logits"], {"images": every[:count].numpy()})
         torch.testing.assert_close(
@@ -179,7 +179,7 @@ def test_onnx_stands_alone_and_carries_the_classes(small: Path, exports: dict[st
 
 def test_torchvision_and_timm_load_it_strictly(resnet: Path, images: Path, tmp_path: Path) -> None:
     model = load_model(resnet)
-    expected = model.task.predict(normalised(model, images)).detach()
+    expected = model.task.predict(normalized(model, images)).detach()
     written = dict[str, list[str]]()
     for form in ("torchvision", "timm"):
         written[form] = export(open_parts(resnet), form, tmp_path / f"{form}.safetensors")
@@ -189,7 +189,7 @@ def test_torchvision_and_timm_load_it_strictly(resnet: Path, images: Path, tmp_p
     told = [run_lines(lines) for lines in written.values()]
     with torch.no_grad():
         for network in (theirs.eval(), timms.eval(), *told):
-            torch.testing.assert_close(network(normalised(model, images)), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(network(normalized(model, images)), expected, atol=1e-4, rtol=1e-4)
     with safe_open(tmp_path / "torchvision.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == ["blue", "green", "red"]
 
@@ -215,7 +215,7 @@ def test_every_family_is_loaded_by_the_lines_that_are_told(
     run = trained(images, tmp_path / "run", *words)
     parts = open_parts(run, part)
     theirs = run_lines(export(parts, form, tmp_path / "x.safetensors"))
-    every = normalised(load_model(run), images)
+    every = normalized(load_model(run), images)
     with torch.no_grad():
         expected = parts.run(every)
         torch.testing.assert_close(theirs(every), expected, atol=1e-4, rtol=1e-4)
@@ -227,7 +227,7 @@ def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
     parts = open_parts(resnet, "encoder")
     export(parts, "safetensors", tmp_path / "folder")
     encoder, card = load_encoder(tmp_path / "folder")
-    every = normalised(load_model(resnet), images)
+    every = normalized(load_model(resnet), images)
     with torch.no_grad():
         expected = encoder.eval()(every)
         lines = export(parts, "torchvision", tmp_path / "t.safetensors")
@@ -238,13 +238,13 @@ def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
         open_parts(tmp_path / "folder", "model")
 
 
-def test_grey_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
+def test_grayscale_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
     words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32", "data.channels=1"]
     run = trained(images, tmp_path / "run", *words)
     notes = export(open_parts(run), "torchvision", tmp_path / "t.safetensors")
-    assert any("feed grey images as RGB" in note for note in notes)
+    assert any("feed grayscale images as RGB" in note for note in notes)
     model, theirs = load_model(run), run_lines(notes[:-1])
-    every = normalised(model, images)
+    every = normalized(model, images)
     with torch.no_grad():
         found = theirs.eval()(every.expand(-1, 3, -1, -1))
         torch.testing.assert_close(found, model.task.predict(every), atol=1e-4, rtol=1e-4)

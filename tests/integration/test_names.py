@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline import cli
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 
 NAME = "x~ it's #1, [b] 日本 :x: {ä} (a=b) & 100% $X^$; !"
 TINY = [
@@ -39,7 +39,7 @@ class Shell:
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     home = tmp_path / "home"
-    colour_folder(home / NAME, 14)
+    color_folder(home / NAME, 14)
     work = tmp_path / f"work {NAME}"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -75,7 +75,7 @@ def test_all_verbs_in_folders_of_any_name(shell: Shell) -> None:
     found = list(csv.DictReader(io.StringIO(shell("predict", model, str(folder), "--format", "csv"))))
     assert {row["file"] for row in found} == {str(path) for path in folder.rglob("*.png")}
     shell("embed", run, *data, f"output={NAME}.npz")
-    shell("neighbours", run, found[0]["file"], *data, "k=2", f"output=1e5 {NAME}.png")
+    shell("neighbors", run, found[0]["file"], *data, "k=2", f"output=1e5 {NAME}.png")
     shell("evaluate", run, *data, "what=[knn]", "knn.k=[1]", f"output={NAME}.json")
     shell("export", model, "--to", "safetensors", f"--output=~/out {NAME}")
     assert (Path.home() / f"out {NAME}" / "card.json").is_file()

@@ -19,7 +19,7 @@ from tests.runs import tiny_finetune, tiny_pretrain
 
 BINARY = find_chromium()
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium is installed here")
-PANELS = {"curves", "stage-two", "temperature", "collapse", "map", "neighbours", "views", "settings", "system"}
+PANELS = {"curves", "stage-two", "temperature", "collapse", "map", "neighbors", "views", "settings", "system"}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def test_a_control_without_a_name_or_a_place_too_small_is_none(chromium: Chromiu
 
 
 def test_text_stands_out_from_its_ground(chromium: Chromium, made: Path) -> None:
-    """The contrast of the colours that text is written in, by WCAG's formula: 4.5 or more in both themes."""
+    """The contrast of the colors that text is written in, by WCAG's formula: 4.5 or more in both themes."""
     script = """(() => {
       const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-      const luminance = (colour) => {
-        canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+      const luminance = (color) => {
+        canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
         const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(value => value / 255)
           .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
@@ -165,10 +165,10 @@ def test_a_click_on_each_control_changes_what_is_shown(chromium: Chromium, made:
         assert pressed(chromium, f"[data-map='0'] [data-layout='{layout}']")
         places.add(chromium.run(place))
     assert len(places) == 2
-    for theme, colour in (("light", "rgb(251, 250, 247)"), ("dark", "rgb(19, 20, 23)"), ("auto", "rgb(251, 250, 247)")):
+    for theme, color in (("light", "rgb(251, 250, 247)"), ("dark", "rgb(19, 20, 23)"), ("auto", "rgb(251, 250, 247)")):
         press(chromium, "#theme")
         assert chromium.run("document.querySelector('#theme').textContent") == f"theme: {theme}"
-        assert chromium.run("getComputedStyle(document.body).backgroundColor") == colour
+        assert chromium.run("getComputedStyle(document.body).backgroundColor") == color
     for key in chromium.run("[...document.querySelectorAll('details')].map(node => node.dataset.key)"):
         is_open = f"document.querySelector(\"[data-key='{key}']\").open"
         was = chromium.run(is_open)

@@ -16,33 +16,33 @@ from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
 from ssl_pipeline.report.look import run_images
 from ssl_pipeline.report.read import read_runs
-from tests.pictures import colour_folder
+from tests.pictures import color_folder
 from tests.report_runs import write_pretrain
 from tests.runs import tiny_pretrain
 
-COLOURS = 60
+COLORS = 60
 
 
 @pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder of images without classes, and a run on it."""
-    root = tmp_path_factory.mktemp("unlabelled")
+    root = tmp_path_factory.mktemp("unlabeled")
     (root / "photos").mkdir()
-    for file in colour_folder(root / "colours").rglob("*.png"):
+    for file in color_folder(root / "colors").rglob("*.png"):
         file.rename(root / "photos" / f"{file.parent.name}_{file.name}")
     wanted = ["data=folder", f"data.path={root / 'photos'}", "data.dev=0.2", "steps=2", "workers=0"]
     config = tiny_pretrain(root / "run", *wanted)
     return root / "photos", pretrain(config)
 
 
-def test_a_run_without_labels_shows_all_that_needs_none(unlabelled: tuple[Path, Path], tmp_path: Path) -> None:
-    _, folder = unlabelled
+def test_a_run_without_labels_shows_all_that_needs_none(unlabeled: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folder = unlabeled
     (run,) = read_runs([folder])
     seen = run_images(run)
     assert seen.notes == ()
     assert seen.map is not None
     assert seen.map["labels"] is None
-    assert len(seen.map["names"]) == COLOURS
+    assert len(seen.map["names"]) == COLORS
     assert seen.spectrum is not None
     assert seen.spectrum["width"] == len(seen.spectrum["std"])
     assert seen.neighbors
@@ -81,10 +81,8 @@ def test_before_the_encoder_is_there_the_views_are(tmp_path: Path) -> None:
     assert "once the run has written its encoder" in seen.notes[0]
 
 
-def test_data_that_has_gone_and_weights_that_are_damaged_are_told(
-    unlabelled: tuple[Path, Path], tmp_path: Path
-) -> None:
-    photos, folder = unlabelled
+def test_data_that_has_gone_and_weights_that_are_damaged_are_told(unlabeled: tuple[Path, Path], tmp_path: Path) -> None:
+    photos, folder = unlabeled
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "encoder.safetensors").write_bytes(b"nothing")
     seen = run_images(read_runs([tmp_path / "run"])[0])

@@ -86,7 +86,7 @@ def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_pat
     assert rows[1]["error"] == "it is no image of a known format"
 
 
-@pytest.mark.parametrize("fresh", ["regime=scratch", "initialisation=random"])
+@pytest.mark.parametrize("fresh", ["regime=scratch", "initialization=random"])
 def test_fresh_weights_have_no_statistics_to_keep(stage_one: Path, tmp_path: Path, fresh: str) -> None:
     with pytest.raises(ConfigError, match=r"`regime\.statistics` keeps what stage one has estimated"):
         finetune(tiny_finetune(stage_one, tmp_path / "run", fresh, "regime.statistics=kept"))

@@ -24,7 +24,7 @@ from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.study.cell import CellRunner
 from ssl_pipeline.study.grid import StudyConfig, cells
-from ssl_pipeline.study.label_efficiency import initialisations_of, study
+from ssl_pipeline.study.label_efficiency import initializations_of, study
 from ssl_pipeline.study.verdict import StudyTable
 from tests.report_page import Page, blind, payload
 
@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def words(runs: Sequence[Path], output: Path, *more: str, common: Sequence[str] = ()) -> StudyConfig:
     own = ["labels=[1,5]", "seeds=2", "regimes=[frozen,lp_ft]", "jobs=1", "overrides.lp_ft=['regime.length=2 steps']",
            "overrides.scratch=['regime.length=2 steps']", f"output={output}"]  # fmt: skip
-    return load("study", StudyConfig, initialisations_of([*map(str, runs), *own, *more, "--", *COMMON, *common]))
+    return load("study", StudyConfig, initializations_of([*map(str, runs), *own, *more, "--", *COMMON, *common]))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_cell_is_what_finetune_gives(regime: str, done: Path, runs: list[Path]
 
 
 def test_a_cell_that_learns_without_labels_too_is_what_finetune_gives(runs: list[Path], tmp_path: Path) -> None:
-    own = ["unlabelled=consistency", "unlabelled.confidence=0.2", "regime.length=2 steps"]
+    own = ["unlabeled=consistency", "unlabeled.confidence=0.2", "regime.length=2 steps"]
     config = words(runs[:1], tmp_path / "study", "labels=[5]", "seeds=1", f"overrides.lp_ft={own}")
     cell = json.loads((study(config) / "cells" / "run0_lp_ft_5_0.json").read_text())
     overrides = [*COMMON, *own, "tracking=off", "labels.per_class=5", f"encoder={runs[0]}", f"output={tmp_path / 'x'}"]
@@ -185,14 +185,14 @@ def test_weights_out_of_reach_leave_random_ones_of_what_is_left(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", _unreachable)
-    official = "initialisations.imagenet='resnet18:IMAGENET1K_V1'"
+    official = "initializations.imagenet='resnet18:IMAGENET1K_V1'"
     small = ["labels=[1]", "seeds=1", "regimes=[frozen]"]
-    listed = load("study", StudyConfig, [official, f"initialisations.own='{runs[0]}'", *small, "jobs=1",
+    listed = load("study", StudyConfig, [official, f"initializations.own='{runs[0]}'", *small, "jobs=1",
                                          f"output={tmp_path / 'out'}", "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"])  # fmt: skip
     record = json.loads((study(listed) / "study.json").read_text())
     assert list(record["left_out"]) == ["imagenet"]
     assert {row["init"] for row in record["rows"]} == {"random", "own"}
-    with pytest.raises(ConfigError, match="none of the pretrained `initialisations` can be had"):
+    with pytest.raises(ConfigError, match="none of the pretrained `initializations` can be had"):
         study(load("study", StudyConfig, [official, *small, "jobs=1", f"output={tmp_path / 'none'}",
                                           "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"]))  # fmt: skip
     assert not (tmp_path / "none").exists()
@@ -212,7 +212,7 @@ def test_several_processes_find_the_same(done: Path, runs: list[Path], tmp_path:
 
 
 def test_a_run_for_each_seed(runs: list[Path], tmp_path: Path) -> None:
-    listed = f"initialisations.own=['{runs[0]}','{runs[1]}']"
+    listed = f"initializations.own=['{runs[0]}','{runs[1]}']"
     grid = cells(words([], tmp_path, listed, "labels=[1]", "regimes=[frozen]"))
     assert [cell.config.encoder for cell in grid["own"]] == [str(run) for run in runs]
     with pytest.raises(ConfigError, match="lists 2 run\\(s\\) and `seeds` is 3"):
@@ -229,14 +229,14 @@ def test_official_weights_that_cannot_be_had_are_left_out_with_a_word(
         raise URLError("no network")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
-    own = ["initialisations.imagenet='resnet18:IMAGENET1K_V1'", "labels=[1]", "regimes=[frozen]"]
+    own = ["initializations.imagenet='resnet18:IMAGENET1K_V1'", "labels=[1]", "regimes=[frozen]"]
     folder = study(words(runs[:1], tmp_path / "out", *own))
     record = json.loads((folder / "study.json").read_text())
     assert "can't be downloaded" in record["left_out"]["imagenet"]
     assert {row["init"] for row in record["rows"]} == {"random", "run0"}
     assert "imagenet is left out" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="there is no file"):
-        study(words([], tmp_path / "other", "initialisations.file=resnet18:nowhere.pth"))
+        study(words([], tmp_path / "other", "initializations.file=resnet18:nowhere.pth"))
 
 
 def test_too_few_labels_and_unknown_counts_are_told_before_anything_is_written(

@@ -101,7 +101,7 @@ def test_wandb_holds_what_the_log_holds(runs: tuple[Path, Path]) -> None:
 
 def test_pictures_are_few_and_the_same_in_folder_log_and_wandb(runs: tuple[Path, Path]) -> None:
     assert pictured(read_metrics(runs[0])) >= {
-        (0, "media/views"), (0, "media/neighbours"), (0, "media/embedding_map"), (4, "media/neighbours"),
+        (0, "media/views"), (0, "media/neighbors"), (0, "media/embedding_map"), (4, "media/neighbors"),
     }  # fmt: skip
     assert pictured(read_metrics(runs[1])) == {(0, "media/confusion")}
     for run in runs:

@@ -21,13 +21,13 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.data.source import ArrayDataset
-from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighbourhood_entropy
+from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighborhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
 from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
 from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximization
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
-from ssl_pipeline.domain.selection import soft_neighbourhood_density
+from ssl_pipeline.domain.selection import soft_neighborhood_density
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
@@ -134,7 +134,7 @@ def test_gradients_are_numbers_where_shares_underflow(loss: Any) -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-def test_the_memorys_loss_is_a_sum_over_itself_and_its_neighbours() -> None:
+def test_the_memorys_loss_is_a_sum_over_itself_and_its_neighbors() -> None:
     bank, x, index = F.normalize(rows(9, 4)), rows(3, 4, 1), torch.tensor([2, 0, 7])
     losses = []
     for row, i in zip(F.normalize(x), index.tolist(), strict=True):
@@ -146,14 +146,14 @@ def test_the_memorys_loss_is_a_sum_over_itself_and_its_neighbours() -> None:
     assert float(memory_loss(x, bank, index, 0.05, 2)) == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_neighbourhood_entropy_leaves_a_row_itself_out() -> None:
+def test_neighborhood_entropy_leaves_a_row_itself_out() -> None:
     bank, x, index, prototypes = F.normalize(rows(5, 3)), rows(2, 3, 1), torch.tensor([4, 1]), rows(3, 3, 2)
     entropies = []
     for row, i in zip(F.normalize(x), index.tolist(), strict=True):
         candidates = [bank[j] for j in range(5) if j != i] + list(F.normalize(prototypes))
         p = torch.stack([c @ row / 0.05 for c in candidates]).softmax(0)
         entropies.append(-float((p * p.clamp_min(1e-38).log()).sum()))
-    assert float(neighbourhood_entropy(x, bank, index, prototypes, 0.05)) == pytest.approx(sum(entropies) / 2, abs=1e-5)
+    assert float(neighborhood_entropy(x, bank, index, prototypes, 0.05)) == pytest.approx(sum(entropies) / 2, abs=1e-5)
 
 
 def test_dances_term_is_the_papers_sum_with_the_classes_of_a_cosine_head() -> None:
@@ -198,7 +198,7 @@ def test_predictions_in_dense_groups_have_a_greater_density() -> None:
     torch.manual_seed(0)
     grouped = 20 * F.one_hot(torch.arange(40) % 4, 4).float()
     scattered = 3 * torch.randn(40, 4)
-    assert soft_neighbourhood_density(grouped) > soft_neighbourhood_density(scattered)
+    assert soft_neighborhood_density(grouped) > soft_neighborhood_density(scattered)
 
 
 def images(count: int, seed: int) -> ArrayDataset:

@@ -83,8 +83,8 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str
     features = task.encoder.features
     task.encoder.features = lambda images: scale * features(images)  # type: ignore[method-assign]
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
-    labelled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
-    around = TrainContext(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
+    labeled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
+    around = TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
     for module in ("downstream.regime", "domain.train"):
         monkeypatch.setattr(f"ssl_pipeline.{module}.run_kept_loop", lambda *_: None)
     if config.domain is None:

@@ -38,22 +38,22 @@ SHARE = DistInfo(0, 1, torch.device("cpu"))
 BLUEPRINT = EncoderSpec(
     backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
 )
-TOLD = ["tracking=off", "unlabelled=consistency", "regime=scratch"]
+TOLD = ["tracking=off", "unlabeled=consistency", "regime=scratch"]
 
 
 def settled(*words: str) -> tuple[FinetuneConfig, ConsistencyConfig]:
     config = load("finetune", FinetuneConfig, [*TOLD, *words])
-    assert config.unlabelled is not None
-    return config, config.unlabelled
+    assert config.unlabeled is not None
+    return config, config.unlabeled
 
 
 def tiny(classes: int = 3, *words: str) -> Consistency:
     """A teacher and a tiny classifier; the labels that it is taught have shares of 1/2, 1/4, 1/4."""
-    config, unlabelled = settled(*words)
+    config, unlabeled = settled(*words)
     torch.manual_seed(0)
     classifier = config.downstream.build(BLUEPRINT.build()[0], classes)
     assert isinstance(classifier, Classification)
-    return Consistency(unlabelled, classifier, torch.tensor([0, 0, 1, 2]))
+    return Consistency(unlabeled, classifier, torch.tensor([0, 0, 1, 2]))
 
 
 def images(count: int, seed: int = 0) -> ArrayDataset:
@@ -62,27 +62,27 @@ def images(count: int, seed: int = 0) -> ArrayDataset:
     labels = torch.arange(count) % 2
     phase, width = (torch.rand(count, 1, 1, generator=generator) for _ in range(2))
     across = torch.sin(torch.arange(12) * (0.6 + 1.2 * width) + 6.3 * phase).expand(count, 12, 12)
-    grey = 128 + 50 * torch.where((labels == 1)[:, None, None], across, across.mT)
-    pixels = (grey + 25 * torch.randn(count, 12, 12, generator=generator)).clamp(0, 255).byte()[:, None]
+    grayscale = 128 + 50 * torch.where((labels == 1)[:, None, None], across, across.mT)
+    pixels = (grayscale + 25 * torch.randn(count, 12, 12, generator=generator)).clamp(0, 255).byte()[:, None]
     return ArrayDataset("stripes", pixels, labels, ("along", "across"))
 
 
-def step_of(task: Consistency, labelled: int, step: int = 0, seed: int = 0) -> Batch:
-    """Random images: ``labelled`` ones, and ``ratio`` times as many others, which have two views."""
+def step_of(task: Consistency, labeled: int, step: int = 0, seed: int = 0) -> Batch:
+    """Random images: ``labeled`` ones, and ``ratio`` times as many others, which have two views."""
     generator = torch.Generator().manual_seed(seed)
-    others = labelled * task.config.ratio
-    views = [torch.randn(count, 1, 12, 12, generator=generator) for count in (labelled + others, others)]
-    label = torch.cat([torch.arange(labelled) % task.classifier.classes, torch.full((others,), -1)])
-    return Batch(TrainProgress(step, 10, 1), torch.arange(labelled + others), views, label)
+    others = labeled * task.config.ratio
+    views = [torch.randn(count, 1, 12, 12, generator=generator) for count in (labeled + others, others)]
+    label = torch.cat([torch.arange(labeled) % task.classifier.classes, torch.full((others,), -1)])
+    return Batch(TrainProgress(step, 10, 1), torch.arange(labeled + others), views, label)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(0.2, 0.95), st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_the_loss_is_a_sum_over_what_the_teacher_is_sure_of(
-    labelled: int, ratio: int, confidence: float, seed: int
+    labeled: int, ratio: int, confidence: float, seed: int
 ) -> None:
-    task = tiny(3, f"unlabelled.ratio={ratio}", f"unlabelled.confidence={confidence}", "unlabelled.weight=0.7")
-    batch = step_of(task, labelled)
+    task = tiny(3, f"unlabeled.ratio={ratio}", f"unlabeled.confidence={confidence}", "unlabeled.weight=0.7")
+    batch = step_of(task, labeled)
     generator = torch.Generator().manual_seed(seed)
     logits, taught = (2 * torch.randn(len(view), 3, generator=generator) for view in batch.views)
     task.mean.copy_(torch.tensor([0.2, 0.5, 0.3]))
@@ -92,9 +92,9 @@ def test_the_loss_is_a_sum_over_what_the_teacher_is_sure_of(
         return float(row[of_class]) - math.log(sum(math.exp(float(value)) for value in row))
 
     assert batch.label is not None
-    supervised = -sum(log_share(logits[i], int(batch.label[i])) for i in range(labelled)) / labelled
+    supervised = -sum(log_share(logits[i], int(batch.label[i])) for i in range(labeled)) / labeled
     terms, sure = [], 0
-    for strong, mild in zip(logits[labelled:], taught, strict=True):
+    for strong, mild in zip(logits[labeled:], taught, strict=True):
         p = [math.exp(log_share(mild, c)) * share / mean for c, (share, mean) in enumerate(
             zip((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), strict=True)
         )]  # fmt: skip
@@ -128,8 +128,8 @@ def test_the_teacher_has_no_gradient_and_follows_from_the_start() -> None:
 
 @pytest.mark.parametrize(("statistics", "regime"), [("kept", "lp_ft"), ("kept", "end_to_end"), ("batch", "end_to_end")])
 def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: str, regime: str) -> None:
-    told = ["unlabelled=consistency", f"regime={regime}", f"regime.statistics={statistics}", "regime.length=2 steps",
-            "regime.least_steps=0", "regime.optim.lr=0.01", "unlabelled.ratio=2"]  # fmt: skip
+    told = ["unlabeled=consistency", f"regime={regime}", f"regime.statistics={statistics}", "regime.length=2 steps",
+            "regime.least_steps=0", "regime.optim.lr=0.01", "unlabeled.ratio=2"]  # fmt: skip
     config = load("finetune", FinetuneConfig, ["tracking=off", *told])
     pool, preprocessing = images(24), Preprocessing(12, (0.5,), (0.3,))
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
@@ -137,7 +137,7 @@ def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: s
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
     around = TrainContext(
         LabeledSplit(pool, None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabelled=open_unlabeled(config, BLUEPRINT, pool, 0),
+        unlabeled=open_unlabeled(config, BLUEPRINT, pool, 0),
     )  # fmt: skip
     before, learners = copy.deepcopy(task.encoder.state_dict()), list[Consistency]()
     with pytest.MonkeyPatch.context() as patched:
@@ -158,10 +158,8 @@ def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: s
 
 
 def test_a_batch_has_ratio_times_as_many_images_and_their_second_view_is_theirs_alone() -> None:
-    config, unlabelled = settled("unlabelled.ratio=2")
-    policies = [
-        policy.model_copy(update={"size": 12}).for_channels(1)[0] for policy in (config.views, unlabelled.views)
-    ]
+    config, unlabeled = settled("unlabeled.ratio=2")
+    policies = [policy.model_copy(update={"size": 12}).for_channels(1)[0] for policy in (config.views, unlabeled.views)]
     ours, theirs = (Views(policy, (0.5,), (0.3,), seed) for seed, policy in enumerate(policies))
     others = images(30, 1)
     others.labels = others.classes = None
@@ -180,7 +178,7 @@ def test_a_damaged_file_counts_on_its_own_side() -> None:
     theirs.bad_files.learn({"photo": "truncated"})
     assert batches.unreadable == 1
     batches.bear(batches.unreadable)  # two of 200 are borne, and none of 12
-    ours.bad_files.learn({"labelled": "truncated"})
+    ours.bad_files.learn({"labeled": "truncated"})
     with pytest.raises(ConfigError, match="1 of 12 files"):
         batches.bear(batches.unreadable)
 
@@ -212,27 +210,27 @@ def accuracy(*words: str) -> float:
     index, _ = draw_index(config.labels, config.downstream, pool, 0)
     around = TrainContext(
         LabeledSplit(pool.select(index), None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabelled=open_unlabeled(config, BLUEPRINT, pool, 0),
+        unlabeled=open_unlabeled(config, BLUEPRINT, pool, 0),
     )  # fmt: skip
     train(config.regime, task, around)
     return task.evaluate(held_out, preprocessing, SHARE)["accuracy"]
 
 
 def test_it_helps_where_labels_are_few() -> None:
-    assert accuracy("unlabelled=consistency", "unlabelled.ratio=8") > accuracy() + 0.08
+    assert accuracy("unlabeled=consistency", "unlabeled.ratio=8") > accuracy() + 0.08
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["regime=frozen"], "`unlabelled` trains all layers, and regime `frozen` the head alone"),
-    (["downstream=regression"], "`unlabelled` is for downstream=classification, and this is regression"),
-    (["domain=mcc", "domain.target=[a]"], "`domain` and `unlabelled` both bring images without labels"),
-    (["unlabelled.views.count=1", "unlabelled.views.second=null"], "`unlabelled.views` makes 1 view\\(s\\) of an image, and 2 are needed"),
-    (["unlabelled.views.local.count=2"], "`unlabelled.views` makes 4 view\\(s\\)"),
-    (["unlabelled.views.restyle.probability=0.5"], "`unlabelled.views.restyle` is for stage one"),
-    (["unlabelled.views.grey=0.2"], "`unlabelled.views.grey` needs RGB images"),
-    (["unlabelled.views.second.grey=0.2"], "`unlabelled.views.second.grey` needs RGB images"),
-    (["unlabelled.path=nowhere"], "`unlabelled.path`: 'nowhere' does not exist"),
-    (["unlabelled.ratio=21"], "`unlabelled.ratio` is 21, and stripes has 40 images: take at most 20"),
+    (["regime=frozen"], "`unlabeled` trains all layers, and regime `frozen` the head alone"),
+    (["downstream=regression"], "`unlabeled` is for downstream=classification, and this is regression"),
+    (["domain=mcc", "domain.target=[a]"], "`domain` and `unlabeled` both bring images without labels"),
+    (["unlabeled.views.count=1", "unlabeled.views.second=null"], "`unlabeled.views` makes 1 view\\(s\\) of an image, and 2 are needed"),
+    (["unlabeled.views.local.count=2"], "`unlabeled.views` makes 4 view\\(s\\)"),
+    (["unlabeled.views.restyle.probability=0.5"], "`unlabeled.views.restyle` is for stage one"),
+    (["unlabeled.views.grayscale=0.2"], "`unlabeled.views.grayscale` needs RGB images"),
+    (["unlabeled.views.second.grayscale=0.2"], "`unlabeled.views.second.grayscale` needs RGB images"),
+    (["unlabeled.path=nowhere"], "`unlabeled.path`: 'nowhere' does not exist"),
+    (["unlabeled.ratio=21"], "`unlabeled.ratio` is 21, and stripes has 40 images: take at most 20"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_told(words: list[str], said: str) -> None:
     config, _ = settled(*words)
@@ -249,10 +247,10 @@ def test_a_folder_of_images_may_stand_beside_the_data(tmp_path: Path) -> None:
         "regime=scratch",
         "regime.length=2 steps",
         "regime.least_steps=0",
-        "unlabelled=consistency",
-        "unlabelled.ratio=1",
+        "unlabeled=consistency",
+        "unlabeled.ratio=1",
     ]
-    run = ["backbone.width=4", "workers=0", "labels.validation=0", f"unlabelled.path={photos}"]
+    run = ["backbone.width=4", "workers=0", "labels.validation=0", f"unlabeled.path={photos}"]
     config = tiny_finetune(tmp_path / "none", tmp_path / "run", *words, *run, "encoder=null")
     seen = list[int]()
     with pytest.MonkeyPatch.context() as patched:
@@ -267,10 +265,10 @@ def test_a_folder_of_images_may_stand_beside_the_data(tmp_path: Path) -> None:
     assert seen
     assert set(seen) <= set(range(5))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"`unlabelled.path`: .*empty' holds 0 images"):
+    with pytest.raises(ConfigError, match=r"`unlabeled.path`: .*empty' holds 0 images"):
         finetune(
             tiny_finetune(
-                tmp_path / "none", tmp_path / "other", *words, "encoder=null", f"unlabelled.path={tmp_path / 'empty'}"
+                tmp_path / "none", tmp_path / "other", *words, "encoder=null", f"unlabeled.path={tmp_path / 'empty'}"
             )
         )
     assert not (tmp_path / "other").exists()

@@ -44,7 +44,7 @@ def test_each_strength_harms_more_than_the_one_before_and_repeats_itself(name: s
 
 
 def test_noise_belongs_to_the_sample_and_the_seed() -> None:
-    source = ArrayDataset("grey", torch.full((2, 1, 8, 8), 128, dtype=torch.uint8))
+    source = ArrayDataset("grayscale", torch.full((2, 1, 8, 8), 128, dtype=torch.uint8))
     first = Corrupted(source, 8, "gaussian_noise", 3)
     assert not torch.equal(values(first, 0), values(first, 1))
     assert not torch.equal(values(first), values(Corrupted(source, 8, "gaussian_noise", 3, seed=1)))

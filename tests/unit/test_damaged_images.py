@@ -53,7 +53,7 @@ def encoder() -> Encoder:
     return blueprint.build()[0]
 
 
-def labelled(kind: str, folder: Path) -> tuple[IndexedDataset, PooledConfig]:
+def labeled(kind: str, folder: Path) -> tuple[IndexedDataset, PooledConfig]:
     if kind == "classification":
         source: IndexedDataset = files(folder, labels=torch.arange(COUNT) % 2, classes=("a", "b"))
         return source, classification.Config(name=kind)
@@ -67,7 +67,7 @@ def labelled(kind: str, folder: Path) -> tuple[IndexedDataset, PooledConfig]:
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "multi_label"])
 def test_probe_and_figures_are_those_of_the_readable_images(kind: str, tmp_path: Path) -> None:
-    source, config = labelled(kind, tmp_path)
+    source, config = labeled(kind, tmp_path)
     task = config.build(encoder(), 1 if kind == "regression" else 2)
     assert isinstance(task, PooledTask)
     probes, figures = list[dict[str, Tensor]](), list[dict[str, float]]()
@@ -85,7 +85,7 @@ def test_probe_and_figures_are_those_of_the_readable_images(kind: str, tmp_path:
 
 
 def test_a_study_s_cached_features_keep_each_image_with_its_own_target(tmp_path: Path) -> None:
-    source, _ = labelled("regression", tmp_path)
+    source, _ = labeled("regression", tmp_path)
     asked = torch.arange(1, COUNT)
     network = encoder()
     rows, read = extract_readable(network, source, PREPROCESSING, CPU, asked, network.features)

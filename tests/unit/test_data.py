@@ -80,11 +80,11 @@ def test_hold_out_parts_the_samples_evenly(labels: Tensor, count: int) -> None:
     assert sorted([*rest.tolist(), *held_out.tolist()]) == list(range(len(labels)))
     assert rest.tolist() == sorted(rest.tolist())
     assert held_out.tolist() == sorted(held_out.tolist())
-    labelled = int((labels >= 0).sum())
-    assert len(held_out) == min(count, labelled)
+    labeled = int((labels >= 0).sum())
+    assert len(held_out) == min(count, labeled)
     assert (labels[held_out] >= 0).all()
     for c in labels[labels >= 0].unique():
-        share = int((labels == c).sum()) * len(held_out) / labelled
+        share = int((labels == c).sum()) * len(held_out) / labeled
         assert abs(int((labels[held_out] == c).sum()) - share) <= 1
 
 
@@ -184,7 +184,7 @@ def test_embedded_counts_are_even() -> None:
         assert source.labels.bincount().tolist() == [count] * 10
         assert source.pixels is not None
         assert (source.pixels.dtype, source.pixels.shape) == (torch.uint8, (10 * count, 1, 28, 28))
-        assert (source.channels, source.licence, source.classes) == (1, "MIT", CLASSES)
+        assert (source.channels, source.license, source.classes) == (1, "MIT", CLASSES)
 
 
 def test_embedded_files_are_those_that_were_measured() -> None:
@@ -283,7 +283,7 @@ def test_an_array_source() -> None:
     opened_image = source.open_image(1)
     assert (opened_image.mode, opened_image.size) == ("RGB", (4, 2))
     np.testing.assert_array_equal(np.asarray(opened_image), pixels[1].permute(1, 2, 0))
-    assert ArrayDataset("grey", pixels[:, :1]).open_image(0).mode == "L"
+    assert ArrayDataset("grayscale", pixels[:, :1]).open_image(0).mode == "L"
     part = source.select(torch.tensor([3, 0]))
     assert part.labels is not None
     assert part.labels.tolist() == [1, 0]
@@ -423,7 +423,7 @@ def test_test_folders_that_do_not_fit(tmp_path: Path) -> None:
     assert "would be trained on" in told(root)
 
 
-def test_a_folder_source_travels_and_is_recognised(tmp_path: Path) -> None:
+def test_a_folder_source_travels_and_is_recognized(tmp_path: Path) -> None:
     first = opened(folder(class_folders(tmp_path / "a", cat=5, dog=5)), "train")
     copy = opened(folder(class_folders(tmp_path / "b", cat=5, dog=5)), "train")
     assert first.fingerprint() == copy.fingerprint()
@@ -441,7 +441,7 @@ def test_a_folder_source_travels_and_is_recognised(tmp_path: Path) -> None:
         FileDataset("without a manifest", path.parent, [path.name], 3).fingerprint()
 
 
-def test_grey(tmp_path: Path) -> None:
+def test_grayscale(tmp_path: Path) -> None:
     source = opened(folder(class_folders(tmp_path, cat=5, dog=5), channels=1), "train")
     assert source.open_image(0).mode == "L"
     assert source.channels == 1

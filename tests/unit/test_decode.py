@@ -112,7 +112,7 @@ def test_black_and_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["film.gif", "film.webp", "film.png"])
 def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames = [Image.new("RGB", (8, 6), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     options: dict[str, Any] = {"lossless": True} if name.endswith("webp") else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
     found = values(tmp_path / name, 3)
@@ -135,7 +135,7 @@ def test_a_reduced_jpeg_is_never_smaller_than_asked(tmp_path: Path, min_size: in
     assert abs(image.width / image.height - 1203 / 601) < 0.02
 
 
-def test_a_reduced_jpeg_is_rotated_and_grey(tmp_path: Path) -> None:
+def test_a_reduced_jpeg_is_rotated_and_grayscale(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (800, 400), (0, 255, 0)).save(tmp_path / "photo.jpg", exif=exif)

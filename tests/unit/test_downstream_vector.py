@@ -54,7 +54,7 @@ def encoder(name: str = "small_resnet", size: int = 16) -> Encoder:
 
 def run(output: Path, *overrides: str) -> Result:
     known = any(override.startswith("encoder=") for override in overrides)
-    fresh = [] if known else ["initialisation=random", "backbone.width=8"]
+    fresh = [] if known else ["initialization=random", "backbone.width=8"]
     common = ["tracking=off", "workers=0", f"output={output}", *fresh]
     return finetune(load("finetune", FinetuneConfig, [*common, *overrides]))
 
@@ -225,11 +225,11 @@ def test_a_value_that_is_not_known_teaches_nothing() -> None:
     images = torch.randn(4, 3, 16, 16)
     losses = []
     for images_of_unknown in (images, torch.cat([10 * images[:1], images[1:]])):
-        standardised = {
-            "standardised": torch.tensor([[0.0, 9.0 * float(images_of_unknown[0, 0, 0, 0])], [0, 0], [0, 1], [0, 0]])
+        standardized = {
+            "standardized": torch.tensor([[0.0, 9.0 * float(images_of_unknown[0, 0, 0, 0])], [0, 0], [0, 1], [0, 0]])
         }
         losses.append(
-            task.objective(standardised, Batch(TrainProgress(0, 1, 1), torch.arange(4), [images], target=values)).loss
+            task.objective(standardized, Batch(TrainProgress(0, 1, 1), torch.arange(4), [images], target=values)).loss
         )
     assert torch.equal(*losses)
 
@@ -375,9 +375,9 @@ def test_a_class_that_only_the_test_has_is_told() -> None:
     pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     train = ArrayDataset("t", pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
     held_out = ArrayDataset("t", pixels, torch.tensor([0, 1, 2, -1]), ("a", "b", "c"))
-    unseen, unlabelled = classification.Config(name="classification").check(train, held_out)
+    unseen, unlabeled = classification.Config(name="classification").check(train, held_out)
     assert "'c'" in unseen
-    assert "1 images to measure on have no label" in unlabelled
+    assert "1 images to measure on have no label" in unlabeled
 
 
 def test_numbers_are_drawn_by_share(table: Path) -> None:

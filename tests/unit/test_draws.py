@@ -45,7 +45,7 @@ def test_epochs_never_repeat() -> None:
     assert len(low) > 9_990
 
 
-def test_uniform_is_uniform_and_independent_of_neighbours() -> None:
+def test_uniform_is_uniform_and_independent_of_neighbors() -> None:
     drawn = NamedRNG(torch.arange(100_000), 0, "test").uniform("x", 2.0, 4.0)
     assert abs(float(drawn.mean()) - 3) < 0.01
     counts = torch.histc(drawn, 20, 2, 4)
@@ -65,5 +65,7 @@ def test_permutation_is_stable_across_versions() -> None:
 
 def test_many_draws_at_once_are_the_single_ones() -> None:
     draws = NamedRNG(torch.tensor([3, 1, 4, 15]), 7, "views", 2, 1)
-    together = draws.uniforms(["hue", "grey"], -0.2, 0.7)
-    assert torch.equal(together, torch.stack([draws.uniform("hue", -0.2, 0.7), draws.uniform("grey", -0.2, 0.7)], 1))
+    together = draws.uniforms(["hue", "grayscale"], -0.2, 0.7)
+    assert torch.equal(
+        together, torch.stack([draws.uniform("hue", -0.2, 0.7), draws.uniform("grayscale", -0.2, 0.7)], 1)
+    )

@@ -25,8 +25,8 @@ from ssl_pipeline.transforms.policy import Views, ViewsConfig
 def blobs(seed: int = 0, count: int = 60, classes: int = 3, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
-    centres = torch.eye(classes, width) * 3
-    return centres[labels] + torch.randn(count, width, generator=generator), labels
+    centers = torch.eye(classes, width) * 3
+    return centers[labels] + torch.randn(count, width, generator=generator), labels
 
 
 def test_knn_is_lightlys() -> None:
@@ -148,7 +148,7 @@ def test_p_values_are_scipys_and_holms_correction_is_the_step_down_of_a_loop() -
     assert holm([]) == []
 
 
-def test_online_knn_asks_labelled_images_alone_and_is_absent_without_any() -> None:
+def test_online_knn_asks_labeled_images_alone_and_is_absent_without_any() -> None:
     pixels = torch.randint(0, 256, (24, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     train = ArrayDataset("train", pixels[:16], torch.arange(16) % 2, ("a", "b"))
     known = torch.tensor([0, 1, 0, 1, -1, -1, -1, -1])

@@ -157,7 +157,7 @@ def test_what_a_worker_is_told_is_told_as_it_is(tmp_path: Path, workers: int, mo
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_annotated_photo_is_decoded_small_and_a_neighbour_brings_its_own_annotation(
+def test_an_annotated_photo_is_decoded_small_and_a_neighbor_brings_its_own_annotation(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = photos(tmp_path, 12, 640, 480)
@@ -191,7 +191,7 @@ def test_a_small_photo_is_decoded_whole(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(read_crops(source, views(24), index, 2).views, whole, strict=True))
 
 
-def test_a_bad_file_gives_way_to_its_neighbour(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_file_gives_way_to_its_neighbor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = photos(tmp_path, 8)
     for bad in (2, 3, 7):
         (tmp_path / names[bad]).write_bytes((tmp_path / names[bad]).read_bytes()[:700])
@@ -200,7 +200,7 @@ def test_a_bad_file_gives_way_to_its_neighbour(tmp_path: Path, caplog: pytest.Lo
     assert crops.index.tolist() == [0, 4, 0, 4]
     assert sorted(crops.faults) == [2, 3, 7]
     alone = read_crops(source, views(), torch.tensor([4]), 0)
-    assert torch.equal(crops.views[0][1], alone.views[0][0])  # under the neighbour's own number: its own views
+    assert torch.equal(crops.views[0][1], alone.views[0][0])  # under the neighbor's own number: its own views
     made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, CPU), 8, 0)
     with caplog.at_level(logging.WARNING):
         assert len(list(made.from_step(0))) == 8
@@ -220,14 +220,14 @@ def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
     assert "3 of 8 files can't be read as images, and `data.bad_files=25%` bears 2" in str(told.value)
 
 
-def test_a_neighbour_is_of_the_same_class(tmp_path: Path) -> None:
+def test_a_neighbor_is_of_the_same_class(tmp_path: Path) -> None:
     names = photos(tmp_path, 6)
     source = FileDataset("photos", tmp_path, names, 3, torch.tensor([0, 1, 0, 1, 0, 1]))
-    assert [source.neighbour(i) for i in range(6)] == [2, 3, 4, 5, 0, 1]
-    assert FileDataset("photos", tmp_path, names, 3).neighbour(5) == 0
+    assert [source.neighbor(i) for i in range(6)] == [2, 3, 4, 5, 0, 1]
+    assert FileDataset("photos", tmp_path, names, 3).neighbor(5) == 0
 
 
-def test_evaluation_goes_on_with_a_neighbour(tmp_path: Path) -> None:
+def test_evaluation_goes_on_with_a_neighbor(tmp_path: Path) -> None:
     names = photos(tmp_path, 6)
     (tmp_path / names[1]).write_bytes(b"")
     source = FileDataset(

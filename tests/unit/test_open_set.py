@@ -109,7 +109,7 @@ def test_the_rejection_of_hos_is_chosen_by_held_out_source_images() -> None:
     assert figures["open/max_logit/hos"] == pytest.approx(by_source, abs=1e-6)
 
 
-def test_the_neighbours_score_is_minus_the_kth_distance() -> None:
+def test_the_neighbors_score_is_minus_the_kth_distance() -> None:
     generator = torch.Generator().manual_seed(0)
     x, bank = torch.randn(5, 4, generator=generator), torch.randn(9, 4, generator=generator)
     unit, units = torch.nn.functional.normalize(x), torch.nn.functional.normalize(bank)

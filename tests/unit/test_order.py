@@ -95,10 +95,10 @@ def test_a_schedule_goes_on_at_the_share_of_samples() -> None:
 
 
 def test_both_sides_of_a_pair_go_on_and_end_together() -> None:
-    labelled, others, share = Images(40), Images(90), DistInfo(0, 1, torch.device("cpu"))
+    labeled, others, share = Images(40), Images(90), DistInfo(0, 1, torch.device("cpu"))
 
     def pair(size: int, total: int) -> PairedLoader:
-        return PairedLoader(labelled, others, None, None, size, 3, share, total, 0, 2 * size)  # type: ignore[arg-type]
+        return PairedLoader(labeled, others, None, None, size, 3, share, total, 0, 2 * size)  # type: ignore[arg-type]
 
     before, after = pair(4, 20), pair(8, 10)
     seen = [i for step in range(3) for i in before.target.samples(step).tolist()]

@@ -19,7 +19,7 @@ from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.study.domain import DomainStudyConfig, Shift
 from ssl_pipeline.study.grid import StudyConfig
-from ssl_pipeline.study.label_efficiency import initialisations_of
+from ssl_pipeline.study.label_efficiency import initializations_of
 
 NAMES = [
     "photos", "my photos", " x ", "lr=0.1", "a,b", "(a) (b)", "[a]", "[a", "it's", 'a"b', "#1", "a;b", "a&b", "{a}", "{a", "a!", "日本", "ä",
@@ -62,9 +62,9 @@ def test_quotes_hold_whatever_is_between_them(name: str) -> None:
 def test_what_a_study_hands_on_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     places = [name for name in ("a b", "lr=0.1", "it's", "日本", "{x}", "a,b") if not Path(name).mkdir()]  # type: ignore[func-returns-value]
-    words = initialisations_of([*places, "seeds=2", "--", "data=folder", "data.path=my, [own] {photos}=1's"])
+    words = initializations_of([*places, "seeds=2", "--", "data=folder", "data.path=my, [own] {photos}=1's"])
     config = load("study", StudyConfig, words)
-    assert list(config.initialisations.values())[1:] == places
+    assert list(config.initializations.values())[1:] == places
     assert config.common == ("data=folder", "data.path=my, [own] {photos}=1's")
     across = load(
         "study_domain", DomainStudyConfig, ["encoder=runs/a b={seed}'s", "source=日本, it's", "targets=[a b,'c,d']"]
@@ -187,7 +187,7 @@ def test_a_plain_value_stands_for_a_models_main_key() -> None:
     assert (config.batch.size, config.neck.name, str(config.optim.warmup)) == (64, "gem", "0 steps")
     downstream = dump(load("finetune", FinetuneConfig, ["downstream.bottleneck=256"]))["downstream"]
     assert downstream["bottleneck"]["width"] == 256
-    assert load("finetune", FinetuneConfig, ["domain=null", "unlabelled=null", "recipe=null"]).domain is None
+    assert load("finetune", FinetuneConfig, ["domain=null", "unlabeled=null", "recipe=null"]).domain is None
 
 
 def test_taking_a_key_back_gives_the_value_of_its_yaml() -> None:

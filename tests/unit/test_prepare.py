@@ -63,7 +63,7 @@ def zoo(tmp_path: Path) -> Path:
     Image.fromarray((ramp / 65535).astype(np.float32)).save(root / "dog" / "float.tif")
     Image.new("CMYK", (64, 64), (9, 200, 30, 0)).save(root / "dog" / "print.jpg")
     Image.new("P", (64, 64), 3).save(root / "dog" / "palette.png")
-    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     frames[0].save(root / "dog" / "film.gif", save_all=True, append_images=frames[1:])
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -277,7 +277,7 @@ def opened(root: Path, **keys: Any) -> FileDataset:
 def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "in"
     photos(root, 6, 640, 480)
-    Image.new("L", (300, 200), 77).save(root / "grey.png")
+    Image.new("L", (300, 200), 77).save(root / "grayscale.png")
     aged(root)
     with pytest.raises(ConfigError, match="no cache of decoded images yet"):
         opened(root, cache=True, prepared=str(tmp_path / "out"))

@@ -137,7 +137,7 @@ def test_a_table_whose_folder_nobody_has_looked_at_starts_as_ever(
         of_table(tmp_path / "t.csv", root=str(domains), prepared=str(tmp_path / "out"))
 
 
-def test_a_table_honours_what_prepare_has_found(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_honors_what_prepare_has_found(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = [file for file in files_of(domains) if file not in ("ink/cat/0.jpg", "oil/dog/5.jpg")]
     names = [str(domains / sound[0]), f"./{sound[1]}", *sound[2:]]
     unprepared = of_table(written(tmp_path / "sound.csv", names), root=str(domains))

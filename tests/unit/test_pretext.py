@@ -251,7 +251,7 @@ def test_a_learned_temperature_pays_for_nothing_but_its_softmax() -> None:
     torch.testing.assert_close(task.temperature.log_scale.grad, log_scale.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_nnclr_is_the_loop_over_neighbours() -> None:
+def test_nnclr_is_the_loop_over_neighbors() -> None:
     task, batch = tiny_task("nnclr")
     assert isinstance(task, NNCLR)
     support = F.normalize(torch.randn(20, 16), dim=1)
@@ -261,8 +261,8 @@ def test_nnclr_is_the_loop_over_neighbours() -> None:
     for way in (0, 1):
         rows, predictions = unit(e[f"projection {way}"]), unit(e[f"prediction {1 - way}"])
         for i in range(8):
-            neighbour = max(support, key=lambda row: float((row @ rows[i]).detach()))
-            losses.append(-torch.log_softmax(predictions @ neighbour / 0.1, 0)[i])
+            neighbor = max(support, key=lambda row: float((row @ rows[i]).detach()))
+            losses.append(-torch.log_softmax(predictions @ neighbor / 0.1, 0)[i])
     assert task.objective(e, batch).loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     task.after_step(batch)
     assert len(task.queue) == 28
@@ -338,7 +338,7 @@ def test_momentum_rises_to_its_end() -> None:
     assert [config.at(TrainProgress(step, 100, 10)) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
-def test_supcon_treats_an_unlabelled_image_as_its_own_class() -> None:
+def test_supcon_treats_an_unlabeled_image_as_its_own_class() -> None:
     from ssl_pipeline.losses.info_nce import two_view_info_nce
 
     task, batch = tiny_task("supcon")
@@ -407,7 +407,7 @@ def test_details_are_what_the_temperature_does() -> None:
 
 @pytest.mark.parametrize("name", ["simclr", "dcl", "moco_v3", "nnclr"])
 def test_an_image_that_comes_twice_is_no_negative_of_itself(name: str) -> None:
-    """A damaged file gives way to its neighbour, which may be in the batch already."""
+    """A damaged file gives way to its neighbor, which may be in the batch already."""
     task, batch = tiny_task(name)
     embeddings = task.embed(batch)
     apart = task.objective(embeddings, batch).loss.item()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.report.command import ImagesCache
 from ssl_pipeline.report.curves import charts, points, thin
-from ssl_pipeline.report.look import RunImages, map_of, neighbour_strips, run_images, spectrum
+from ssl_pipeline.report.look import RunImages, map_of, neighbor_strips, run_images, spectrum
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.planes import pca_projection, projections, tsne_projection
 from ssl_pipeline.report.read import RunRecord, read_runs
@@ -126,7 +126,7 @@ def test_the_plane_is_that_of_the_covariance() -> None:
     assert torch.allclose(variance, values[[-1, -2]] / values.sum())
 
 
-def test_neighbours_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     group = torch.arange(120) % 3
     features = torch.eye(3, 16)[group] * 4 + torch.randn(120, 16)
@@ -148,10 +148,10 @@ def small_source(count: int = 12) -> ArrayDataset:
     return ArrayDataset("small", pixels, torch.arange(count) % 3, ("a", "b", "c"))
 
 
-def test_neighbours_are_the_nearest_by_brute_force() -> None:
+def test_neighbors_are_the_nearest_by_brute_force() -> None:
     torch.manual_seed(2)
     features, source, index = torch.randn(12, 5), small_source(), torch.arange(12)
-    strips = neighbour_strips(features, source, index)
+    strips = neighbor_strips(features, source, index)
     unit = torch.nn.functional.normalize(features, dim=1)
     for strip in strips:
         query = int(strip["query"]["name"].removeprefix("image "))
@@ -192,7 +192,7 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
     source = small_source()
     source.classes, source.name = (WICKED, "b", "c"), WICKED
     seen = RunImages(
-        None, neighbour_strips(points_seen, source, torch.arange(12)), map_of(points_seen, source, torch.arange(12))
+        None, neighbor_strips(points_seen, source, torch.arange(12)), map_of(points_seen, source, torch.arange(12))
     )
     text = page(
         read_runs([stage_one, stage_two, study]), looking=lambda run: seen if run.stage == "pretrain" else RunImages()

@@ -70,7 +70,7 @@ def test_a_study_is_compared_by_seed(tmp_path: Path) -> None:
 
 
 def grid(figure: str = "accuracy") -> list[dict[str, Any]]:
-    """Two initialisations × two label counts × two seeds; pretraining brings 0.1 with 5 a class and 0.2 with 20."""
+    """Two initializations × two label counts × two seeds; pretraining brings 0.1 with 5 a class and 0.2 with 20."""
     return [
         {"init": init, "regime": regime, "labels": labels, "label_count": 10 * labels, "seed": seed,
          "figures": {figure: 0.3 + 0.01 * seed + (gain if init == "pretrained" else 0)}}

@@ -211,7 +211,7 @@ def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
             r"001\.png has 32×20 pixels, and its image .* has 32×32",
         ),
         "number": (lambda r: save(r / "masks" / "001.png", blank + 7), r"holds the number 7, and 3 classes are named"),
-        "colour": (lambda r: save(r / "masks" / "001.png", np.zeros((32, 32, 3), np.uint8)), "mask of mode RGB"),
+        "color": (lambda r: save(r / "masks" / "001.png", np.zeros((32, 32, 3), np.uint8)), "mask of mode RGB"),
         "missing": (lambda r: (r / "masks" / "001.png").unlink(), r"001\.png has no mask"),
         "alone": (lambda r: (r / "images" / "001.png").unlink(), "mask of no image"),
         "damaged": (lambda r: (r / "masks" / "001.png").write_bytes(b"half"), "can't be read as a mask"),

@@ -57,11 +57,11 @@ def classifier(classes: int = 2) -> Classification:
     return classification.Config(name="classification").build(BLUEPRINT.build()[0], classes)
 
 
-def around(labelled: LabeledSplit, *words: str) -> tuple[FinetuneConfig, TrainContext]:
-    config = load("finetune", FinetuneConfig, ["tracking=off", "initialisation=random", *words])
+def around(labeled: LabeledSplit, *words: str) -> tuple[FinetuneConfig, TrainContext]:
+    config = load("finetune", FinetuneConfig, ["tracking=off", "initialization=random", *words])
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
-    return config, TrainContext(labelled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
+    return config, TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (100, 0), (990, 0), (1000, 200), (7000, 1400)])
@@ -163,23 +163,23 @@ def head_of(task: Classification) -> list[Tensor]:
 
 def test_a_probe_is_fitted_again_to_the_labels_that_chose() -> None:
     pool, task = images(60), classifier()
-    labelled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), pool, 0)
-    assert labelled.validation is not None
-    config, surroundings = around(labelled, "regime=frozen", "regime.decays=[0.1]")
+    labeled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), pool, 0)
+    assert labeled.validation is not None
+    config, surroundings = around(labeled, "regime=frozen", "regime.decays=[0.1]")
     train(config.regime, task, surroundings)
     features = torch.cat(
-        [extract(task.encoder, part, PREPROCESSING, SHARE) for part in (labelled.train, labelled.validation)]
+        [extract(task.encoder, part, PREPROCESSING, SHARE) for part in (labeled.train, labeled.validation)]
     )
-    labels = torch.cat([part.labels for part in (labelled.train, labelled.validation) if part.labels is not None])
+    labels = torch.cat([part.labels for part in (labeled.train, labeled.validation) if part.labels is not None])
     for own, wanted in zip(head_of(task), fit_linear(features, labels, 2, 0.1), strict=True):
         torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("harm", [True, False])
 def test_the_probe_is_a_candidate_of_the_training_that_follows(harm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    labelled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), images(60), 0)
+    labeled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), images(60), 0)
     words = ["regime=lp_ft", "regime.length=2 steps", "regime.least_steps=0", "regime.decays=[0.1]"]
-    config, surroundings = around(labelled, *words)
+    config, surroundings = around(labeled, *words)
     task, probe = classifier(), classifier()
     encoder = copy.deepcopy(task.encoder.state_dict())
     train(config.regime.model_copy(update={"name": "frozen"}), probe, surroundings)
@@ -200,14 +200,14 @@ def test_the_probe_is_a_candidate_of_the_training_that_follows(harm: bool, monke
 
 def test_the_latest_of_equals_is_kept() -> None:
     task = classifier()
-    labelled = LabeledSplit(images(8), images(8, seed=1))
-    best = Best(task, around(labelled)[1])
+    labeled = LabeledSplit(images(8), images(8, seed=1))
+    best = Best(task, around(labeled)[1])
     for step, value in enumerate((0.5, 0.7, 0.7, 0.6, float("nan"))):
         task.evaluate = lambda *_, value=value: {"accuracy": value}  # type: ignore[method-assign]
         with torch.no_grad():
             task.head.bias.fill_(step)  # type: ignore[operator]
         best.evaluate(TrainProgress(step, 5, 1))
-    other = Best(task, around(labelled)[1])
+    other = Best(task, around(labeled)[1])
     other.load_state_dict(copy.deepcopy(best.state_dict()))
     for one in (best, other):
         with torch.no_grad():
@@ -218,11 +218,11 @@ def test_the_latest_of_equals_is_kept() -> None:
 
 def test_a_probe_that_is_the_best_is_fitted_again_after_a_resume_too() -> None:
     task, fitted = classifier(), list[str]()
-    labelled = LabeledSplit(images(8), images(8, seed=1))
-    best = Best(task, around(labelled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("before"))
+    labeled = LabeledSplit(images(8), images(8, seed=1))
+    best = Best(task, around(labeled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("before"))
     task.evaluate = lambda *_: {"accuracy": 0.5}  # type: ignore[method-assign]
     best.begin()
-    resumed = Best(task, around(labelled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("after"))
+    resumed = Best(task, around(labeled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("after"))
     resumed.load_state_dict(best.state_dict())
     resumed.restore()
     assert fitted == ["after"]

@@ -73,7 +73,7 @@ def streamed(path: Path | str, **keys: Any) -> HFIterableDataset:
     return stream
 
 
-def greys(source: HFDataset) -> list[Any]:
+def grayscales(source: HFDataset) -> list[Any]:
     return [source.open_image(i).getpixel((0, 0)) for i in range(len(source))]
 
 
@@ -83,12 +83,12 @@ def test_images_are_held_out_where_the_dataset_has_one_split(tmp_path: Path) -> 
     for place in ("d", "saved"):
         parts = [opened(tmp_path / place, split) for split in ("train", "dev", "test")]
         assert [len(part) for part in parts] == [29, 3, 8]
-        assert sorted(itertools.chain.from_iterable(greys(part) for part in parts)) == list(range(40))
+        assert sorted(itertools.chain.from_iterable(grayscales(part) for part in parts)) == list(range(40))
         for part in parts:
             assert part.channels == 1
             assert part.classes == ("even", "odd")
             assert part.labels is not None
-            assert part.labels.tolist() == [grey % 2 for grey in greys(part)]
+            assert part.labels.tolist() == [grayscale % 2 for grayscale in grayscales(part)]
     assert opened(tmp_path / "d").fingerprint() == opened(tmp_path / "saved").fingerprint()
     assert opened(tmp_path / "d").fingerprint() != opened(tmp_path / "d", "test").fingerprint()
     assert opened(tmp_path / "d", channels=3).open_image(0).mode == "RGB"
@@ -118,7 +118,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     chosen = source.select(source.domains.argsort(descending=True)[:1])
     assert chosen.domains is not None
     assert chosen.domains.tolist() == [1]
-    assert greys(chosen)[0] % 3 == 1
+    assert grayscales(chosen)[0] % 3 == 1
     assert opened(tmp_path / "saved", label=None).labels is None
     assert config(tmp_path / "saved", label=None).open("dev") is None
     for key in ("label", "image", "domain"):
@@ -136,17 +136,17 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
 def test_a_local_file_is_read(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "data", table(6))
     file = next(folder.iterdir()).rename(folder / "x.parquet")
-    assert greys(opened(file)) == greys(opened(folder))
+    assert grayscales(opened(file)) == grayscales(opened(folder))
     (tmp_path / "x.feather").write_bytes(b"none")
     with pytest.raises(ConfigError, match=r"ends in none of \.parquet"):
         opened(tmp_path / "x.feather")
 
 
-def test_one_grey_image_makes_no_dataset_grey_and_texts_that_say_none_are_no_class(tmp_path: Path) -> None:
+def test_one_grayscale_image_makes_no_dataset_grayscale_and_texts_that_say_none_are_no_class(tmp_path: Path) -> None:
     color = io.BytesIO()
     Image.new("RGB", (12, 10), "red").save(color, "png")
     rows = table(6, kind=["a", "None", "b ", "b", "nan", "a"])
-    assert opened(write_parquet(tmp_path / "grey", rows)).channels == 1
+    assert opened(write_parquet(tmp_path / "grayscale", rows)).channels == 1
     cells = [{"bytes": png(i) if i < 5 else color.getvalue(), "path": None} for i in range(6)]
     mixed = rows.remove_columns("image").add_column("image", cells, feature=datasets.Image())
     source = opened(write_parquet(tmp_path / "mixed", mixed), label="kind")
@@ -175,14 +175,14 @@ def test_files_beside_the_rows_are_read(tmp_path: Path) -> None:
         path.write_bytes(png(i))
     source = opened(tmp_path / "images")
     assert source.classes == ("a", "b")
-    assert set(greys(source)) <= set(range(20))
+    assert set(grayscales(source)) <= set(range(20))
     files = str(tmp_path / "images" / "**" / "*.png")
     by_kind = opened("imagefolder", data_files=files)
     assert by_kind.fingerprint() == source.fingerprint()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_is_replaced_by_its_neighbour_or_stops_the_run(tmp_path: Path, workers: int) -> None:
+def test_a_bad_image_is_replaced_by_its_neighbor_or_stops_the_run(tmp_path: Path, workers: int) -> None:
     images = [{"bytes": b"no image" if i in (3, 5, 8) else png(i), "path": None} for i in range(12)]
     rows = table(12)
     rows = rows.remove_columns("image").add_column("image", images, feature=datasets.Image())

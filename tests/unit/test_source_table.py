@@ -105,8 +105,8 @@ def test_domains_are_chosen_and_no_image_changes_its_split(images: Path) -> None
         assert list(chosen.files) == expected
         assert chosen.domain_names == ("ink", "oil", "photo")
         assert "oil" in chosen.absent_domains
-    unlabelled = opened(images / "t.csv", domains=("oil",), label_column=None)
-    assert [int(Path(file).stem) % 3 for file in unlabelled.files] == [2] * 10
+    unlabeled = opened(images / "t.csv", domains=("oil",), label_column=None)
+    assert [int(Path(file).stem) % 3 for file in unlabeled.files] == [2] * 10
     with pytest.raises(ConfigError, match=r"has no training row of 'pencil'. Its domains: ink, oil, photo"):
         opened(images / "t.csv", domains=("ink", "pencil"))
     with pytest.raises(ConfigError, match=r"has no column of domains: set `data.domain_column`"):

@@ -31,7 +31,7 @@ def labels(source: IndexedDataset) -> list[int]:
     return source.labels.tolist()
 
 
-def test_fake_data_is_held_out_and_labelled() -> None:
+def test_fake_data_is_held_out_and_labeled() -> None:
     options = {"size": 50, "image_size": (3, 9, 8), "num_classes": 3}
     parts = [opened("FakeData", split, options=options) for split in ("train", "dev", "test")]
     assert [len(part) for part in parts] == [36, 4, 10]
@@ -53,11 +53,11 @@ def test_images_in_memory_are_taken_as_they_are(tmp_path: Path) -> None:
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(60) % 10).to(torch.uint8))
     train, dev, test = (
-        opened("KMNIST", split, path=str(tmp_path), licence="free") for split in ("train", "dev", "test")
+        opened("KMNIST", split, path=str(tmp_path), license="free") for split in ("train", "dev", "test")
     )
     assert isinstance(train, ArrayDataset)
     assert [len(train), len(dev), len(test)] == [54, 6, 60]
-    assert train.licence == "free"
+    assert train.license == "free"
     assert test.pixels is not None
     assert torch.equal(test.pixels[:, 0], images)
     assert test.mean == train.mean is not None

@@ -139,7 +139,7 @@ def test_labels(tmp_path: Path) -> None:
         everything(opened(tmp_path, label="json:class", classes=("c", "d"), channels=1))
 
 
-def test_held_splits_are_labelled_and_in_memory(tmp_path: Path) -> None:
+def test_held_splits_are_labeled_and_in_memory(tmp_path: Path) -> None:
     write_shards(tmp_path, [6])
     keys: dict[str, Any] = {"name": "webdataset", "path": str(tmp_path), "dev": str(tmp_path)}
     dev = webdataset.Config(**keys, classes=("even", "odd"), held_images=4).open("dev")
@@ -346,7 +346,7 @@ def test_other_archives_are_not_supported_rather_than_damaged(tmp_path: Path, en
         opened(tmp_path if folder else path)
 
 
-def test_a_grey_first_image_makes_no_stream_grey(tmp_path: Path) -> None:
+def test_a_grayscale_first_image_makes_no_stream_grayscale(tmp_path: Path) -> None:
     color = io.BytesIO()
     Image.new("RGB", (12, 10), "red").save(color, "png")
     write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", color.getvalue()), ("1.cls", b"0")])
@@ -357,7 +357,7 @@ def test_a_grey_first_image_makes_no_stream_grey(tmp_path: Path) -> None:
         name="webdataset", path=str(tmp_path / "a.tar"), dev=str(tmp_path / "dev"), classes=("a",)
     ).open("dev")
     assert dev is not None
-    assert dev.channels == 3  # what the network reads, though all of these are grey
+    assert dev.channels == 3  # what the network reads, though all of these are grayscale
     assert opened(tmp_path / "dev").channels == 1
 
 

@@ -20,9 +20,9 @@ from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 
 
-def picture(path: Path, size: tuple[int, int] = (12, 9), colour: str = "red") -> Path:
+def picture(path: Path, size: tuple[int, int] = (12, 9), color: str = "red") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -129,7 +129,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_class_folders_are_split_the_same_way_every_time(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         for i in range(20):
-            picture(tmp_path / name / f"{i}.png", colour="blue")
+            picture(tmp_path / name / f"{i}.png", color="blue")
     config = folder.Config(name="folder", path=str(tmp_path))
     parts = [config.open(split) for split in ("train", "dev", "test")]
     files = [set(part.files) for part in parts if part]
@@ -145,7 +145,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     for part, count in (("train", 10), ("test", 4)):
         for name in ("cat", "dog"):
             for i in range(count):
-                picture(tmp_path / part / name / f"{i}.png", colour="green")
+                picture(tmp_path / part / name / f"{i}.png", color="green")
     config = folder.Config(name="folder", path=str(tmp_path))
     assert [len(config.open(s) or []) for s in ("train", "dev", "test")] == [18, 2, 8]
     picture(tmp_path / "test" / "fox" / "0.png")
@@ -157,7 +157,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
 
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     for i in range(3):
-        picture(tmp_path / "a" / f"{i}.png", colour="white")
+        picture(tmp_path / "a" / f"{i}.png", color="white")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     source = folder.Config(name="folder", path=str(tmp_path)).open("train")
     assert source is not None
@@ -172,7 +172,7 @@ def test_files_that_are_no_images_stop_with_a_list_or_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in range(4):
-        picture(tmp_path / f"{i}.png", colour="black")
+        picture(tmp_path / f"{i}.png", color="black")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.png").touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")

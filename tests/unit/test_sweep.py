@@ -62,7 +62,7 @@ def test_the_choice_is_by_validation_labels_and_the_lowest_rate_of_equals() -> N
     assert choose(learned, held_out, truth)[1][0] > 0.8
 
 
-def test_neighbours_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, _ = blobs(40)
     queries, _ = blobs(11, seed=1)
     cosines = F.cosine_similarity(queries[:, None], bank[None], dim=2)

@@ -546,7 +546,7 @@ def test_a_batch_system_gets_lines_or_nothing(mode: Any, capsys: pytest.CaptureF
     assert any("loss, last logged" in line for line in lines) == (mode == "plain")
 
 
-def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
+def test_a_terminal_gets_one_bar_and_no_color_where_none_is_wanted() -> None:
     script = (
         "from ssl_pipeline.logging.progress import Progress\n"
         "with Progress(2) as bar:\n"
@@ -555,16 +555,16 @@ def test_a_terminal_gets_one_bar_and_no_colour_where_none_is_wanted() -> None:
         "    bar.update(2, {'pretrain/loss': 3.0})\n"
     )
     shown = {}
-    for name, environment in {"colour": {}, "none": {"NO_COLOR": "1"}}.items():
+    for name, environment in {"color": {}, "none": {"NO_COLOR": "1"}}.items():
         shown[name] = in_terminal([sys.executable, "-c", script], environment)
         assert "2/2" in shown[name]
         assert "loss 3.000" in shown[name]
         assert "kNN 50.0%" in shown[name]
         assert "above the bar" in shown[name]
         assert "step 1/2" not in shown[name]
-    colours = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5)[0-9;]*m")
-    assert colours.search(shown["colour"])
-    assert not colours.search(shown["none"])
+    colors = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5)[0-9;]*m")
+    assert colors.search(shown["color"])
+    assert not colors.search(shown["none"])
 
 
 def test_other_processes_tell_errors_alone() -> None:

@@ -203,7 +203,7 @@ def test_what_an_encoder_was_pretrained_at_holds_in_stage_two_and_after(tmp_path
 
 
 def png_of_16_bits(path: Path) -> None:
-    """A colour PNG of 16 bits, which Pillow reads and does not write."""
+    """A color PNG of 16 bits, which Pillow reads and does not write."""
     values = DRAWS.integers(0, 4096, (8, 8, 3)).astype(">u2")
     raw = b"".join(b"\0" + row.tobytes() for row in values)
 
@@ -237,11 +237,11 @@ def tiff_of_bands(path: Path, bands: int, dtype: str) -> None:
 def test_images_of_more_bands_are_refused_by_name(tmp_path: Path, bands: int, dtype: str) -> None:
     for i in range(3):
         tiff_of_bands(tmp_path / f"{i}.tif", bands, dtype)
-    with pytest.raises(ConfigError, match=rf"0\.tif: it has {bands} bands.*colours of 8 bits are read"):
+    with pytest.raises(ConfigError, match=rf"0\.tif: it has {bands} bands.*colors of 8 bits are read"):
         opened(tmp_path)
 
 
-def test_colours_of_16_bits_say_that_8_are_read(
+def test_colors_of_16_bits_say_that_8_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in range(3):
@@ -252,7 +252,7 @@ def test_colours_of_16_bits_say_that_8_are_read(
     prepare(str(tmp_path))
     assert "3 RGB;16 (the upper 8 of 16 bits are read)" in capsys.readouterr().out
     opened(tmp_path)
-    assert "3 images hold colours of 16 bits" in caplog.text
+    assert "3 images hold colors of 16 bits" in caplog.text
 
 
 def test_arrays_of_any_number_of_channels_have_no_range() -> None:

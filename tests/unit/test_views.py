@@ -44,7 +44,7 @@ def test_hue_is_torchvisions() -> None:
     torch.testing.assert_close(photometry.hue(PHOTOS, turns), expected, atol=1e-4, rtol=0)
 
 
-def test_hue_of_grey_pixels_stays() -> None:
+def test_hue_of_grayscale_pixels_stays() -> None:
     flat = torch.full((1, 3, 4, 4), 0.3)
     torch.testing.assert_close(photometry.hue(flat, torch.tensor([0.3])), flat)
 
@@ -57,7 +57,7 @@ def test_blur_is_torchvisions_inside() -> None:
     torch.testing.assert_close(photometry.gaussian_blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
 
 
-def test_grey_and_solarise_are_torchvisions() -> None:
+def test_grayscale_and_solarize_are_torchvisions() -> None:
     torch.testing.assert_close(photometry.grayscale(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(photometry.solarize(PHOTOS), tvf.solarize(PHOTOS, 0.5))
 
@@ -73,7 +73,7 @@ def test_rotation_is_torchvisions_inside(angle: float) -> None:
 def test_erasing_takes_boxes_of_the_asked_share_and_leaves_the_mean() -> None:
     size, count = 24, 2000
     config = ViewConfig(
-        size=size, flip=0, jitter=JitterConfig(probability=0), grey=0,
+        size=size, flip=0, jitter=JitterConfig(probability=0), grayscale=0,
         erasing=ErasingConfig(probability=0.5, scale=(0.1, 0.3)),
     )  # fmt: skip
     look = Augmentation(config.settled(3, "views")[0], (0.2,) * 3, (0.5,) * 3)
@@ -125,8 +125,8 @@ def test_images_of_other_channels_keep_them(channels: int) -> None:
     index = torch.arange(3)
     for view in views.finish(views.of_pixels(pixels, index, 0), index, 0):
         assert view.shape == (3, channels, 50, 50)
-        grey = photometry.contrast(view, torch.zeros(3)).clamp(0, 1)
-        torch.testing.assert_close(grey, view.mean((1, 2, 3), keepdim=True).clamp(0, 1).expand_as(view))
+        grayscale = photometry.contrast(view, torch.zeros(3)).clamp(0, 1)
+        torch.testing.assert_close(grayscale, view.mean((1, 2, 3), keepdim=True).clamp(0, 1).expand_as(view))
         assert bool(view.isfinite().all())
 
 
@@ -178,7 +178,7 @@ def _torchvisions_boxes(count: int) -> Tensor:
     return torch.tensor(boxes)
 
 
-def test_a_shape_that_never_fits_falls_back_to_the_centre() -> None:
+def test_a_shape_that_never_fits_falls_back_to_the_center() -> None:
     boxes = crop_boxes(
         NamedRNG(torch.arange(4), 0, "views"), torch.full((4,), 10), torch.full((4,), 100), CropConfig(scale=(0.9, 1.0))
     )
@@ -188,7 +188,7 @@ def test_a_shape_that_never_fits_falls_back_to_the_centre() -> None:
 def test_a_view_is_its_samples_own() -> None:
     pixels = (PHOTOS * 255).to(torch.uint8)
     index = torch.tensor([7, 3, 9, 1, 5])
-    config = full(ViewsConfig(size=12, blur=BlurConfig(probability=0.5), solarise=0.3))
+    config = full(ViewsConfig(size=12, blur=BlurConfig(probability=0.5), solarize=0.3))
     views = Views(config, (0.5,) * 3, (0.2,) * 3, seed=1)
     whole = views.finish(views.of_pixels(pixels, index, 4), index, 4)
     alone = views.finish(views.of_pixels(pixels[2:3], index[2:3], 4), index[2:3], 4)
@@ -199,10 +199,10 @@ def test_a_view_is_its_samples_own() -> None:
     assert not torch.equal(whole[0], again[0])
 
 
-def test_grey_images_lose_colour_operations_under_auto_and_refuse_them_by_name() -> None:
+def test_grayscale_images_lose_color_operations_under_auto_and_refuse_them_by_name() -> None:
     settled, notes = ViewsConfig().for_channels(1)
-    assert (settled.jitter.saturation, settled.jitter.hue, settled.grey) == (0, 0, 0)
-    assert "saturation, hue, grey dropped" in notes[0]
+    assert (settled.jitter.saturation, settled.jitter.hue, settled.grayscale) == (0, 0, 0)
+    assert "saturation, hue, grayscale dropped" in notes[0]
     assert full(ViewsConfig()).jitter.hue == pytest.approx(0.1)
     with pytest.raises(ConfigError, match=r"views\.jitter\.hue"):
         ViewsConfig(jitter=JitterConfig(hue=0.1)).for_channels(1)

@@ -29,14 +29,14 @@ def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
         {
             "count": 3,
             "blur": {"probability": 1.0, "sigma": [0.5, 1.5]},
-            "second": {"blur": {"probability": 0.1}, "solarise": 0.2, "jitter": {"brightness": 0.2}},
+            "second": {"blur": {"probability": 0.1}, "solarize": 0.2, "jitter": {"brightness": 0.2}},
             "local": {"count": 2, "size": 16},
         }
     )
     first, second, third, local, last = full(config).each()
     assert config.total == 5
-    assert (first.blur.probability, first.solarise, first.size) == (1.0, 0.0, 32)
-    assert (second.blur, second.solarise) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
+    assert (first.blur.probability, first.solarize, first.size) == (1.0, 0.0, 32)
+    assert (second.blur, second.solarize) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
     assert second.jitter.hue == pytest.approx(0.05)  # settled from its own brightness
     assert second == third
     assert (local.size, local.crop.scale, local.crop.ratio) == (16, (0.05, 0.14), first.crop.ratio)
@@ -48,7 +48,7 @@ def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
 
 def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="second=null"):
-        ViewsConfig.model_validate({"count": 1, "second": {"solarise": 0.2}})
+        ViewsConfig.model_validate({"count": 1, "second": {"solarize": 0.2}})
 
 
 def test_changed_views_obey_the_channels_by_name() -> None:
@@ -90,7 +90,7 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
 
 
 def test_second_view_by_override() -> None:
-    views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarise=0.2").views
+    views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarize=0.2").views
     assert views.each()[1].blur.probability == 0.1
 
 
@@ -99,10 +99,10 @@ def test_policies_are_the_papers() -> None:
         return full(load("pretrain", PretrainConfig, [f"views={name}"]).views).each()
 
     assert [view.jitter.hue for view in policy("simclr")] == [0.2, 0.2]
-    assert [(view.blur.probability, view.solarise) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [(view.blur.probability, view.solarize) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
     assert [view.crop.scale[0] for view in policy("moco")] == [0.2, 0.2]
     assert [(view.size, *view.crop.scale) for view in policy("swav")] == [(224, 0.14, 1.0)] * 2 + [(96, 0.05, 0.14)] * 6
-    dino = [(view.size, view.blur.probability, view.solarise) for view in policy("dino")]
+    dino = [(view.size, view.blur.probability, view.solarize) for view in policy("dino")]
     assert dino == [(224, 1.0, 0.0), (224, 0.1, 0.2)] + [(96, 0.5, 0.0)] * 8
 
 

@@ -25,13 +25,13 @@ SIMCLR = ViewsConfig(
     crop=CropConfig(scale=(0.08, 1.0)),
     jitter=JitterConfig(brightness=0.8, contrast=0.8),
     blur=BlurConfig(probability=0.5, sigma=(0.1, 1.0)),
-    solarise=0.2,
+    solarize=0.2,
 )
 STRENGTHS = st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4).map(torch.tensor)
 
 
 def photo(side: int) -> Tensor:
-    """A smooth picture in colour, uint8 of shape (3, side, side)."""
+    """A smooth picture in color, uint8 of shape (3, side, side)."""
     coarse = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")[0]
     return (smooth * 255).round().to(torch.uint8)
@@ -42,7 +42,7 @@ def views_of(config: ViewsConfig, seed: int = 0) -> Views:
 
 
 def figures(views: Tensor) -> dict[str, Tensor]:
-    """Per view: its mean and spread, how colourful it is, and where its hue points (B,)."""
+    """Per view: its mean and spread, how colorful it is, and where its hue points (B,)."""
     red, green, blue = views.unbind(1)
     chroma = views.amax(1) - views.amin(1)
     across, along = red - (green + blue) / 2, math.sqrt(3) / 2 * (green - blue)  # the hue's plane
@@ -107,7 +107,7 @@ EVERYTHING = ViewsConfig.model_validate(
         **SIMCLR.model_dump(),
         "rotation": RotationConfig(probability=0.5, degrees=30).model_dump(),
         "erasing": ErasingConfig(probability=0.5).model_dump(),
-        "second": {"blur": {"probability": 0.1}, "solarise": 0.5},
+        "second": {"blur": {"probability": 0.1}, "solarize": 0.5},
         "local": {"count": 1, "size": 8},
     }
 )

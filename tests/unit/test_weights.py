@@ -67,27 +67,30 @@ def test_what_older_releases_published_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["small_resnet", "mobilenet_v3_small", "timm/test_resnet"])
 @pytest.mark.parametrize("channels", [1, 5])
-def test_a_grey_image_gives_what_its_rgb_form_gives(name: str, channels: int, tmp_path: Path) -> None:
+def test_a_grayscale_image_gives_what_its_rgb_form_gives(name: str, channels: int, tmp_path: Path) -> None:
     rgb = shake(encoder_of(name, stem="auto" if name == "small_resnet" else "imagenet"))
     assert isinstance(rgb, Encoder)
     path = _saved(tmp_path, rgb.backbone.trunk.state_dict(), "plain")
     config = BackboneConfig(name=name, weights=str(path))
     other, notes = build_encoder(config, NeckConfig(), channels, SIZE)
     assert any("summed" in note for note in notes)
-    grey = images(channels=1)
+    grayscale = images(channels=1)
     with torch.no_grad():
         torch.testing.assert_close(
-            other.eval()(grey.expand(-1, channels, -1, -1)), rgb(grey.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4
+            other.eval()(grayscale.expand(-1, channels, -1, -1)),
+            rgb(grayscale.expand(-1, 3, -1, -1)),
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 
-def test_a_file_of_a_grey_trunk_is_taken_as_it_is(tmp_path: Path) -> None:
-    grey = encoder_of("resnet18", channels=1)
-    path = _saved(tmp_path, grey.backbone.trunk.state_dict(), "plain")
+def test_a_file_of_a_grayscale_trunk_is_taken_as_it_is(tmp_path: Path) -> None:
+    grayscale = encoder_of("resnet18", channels=1)
+    path = _saved(tmp_path, grayscale.backbone.trunk.state_dict(), "plain")
     again, notes = build_encoder(BackboneConfig(name="resnet18", weights=str(path)), NeckConfig(), 1, SIZE)
     assert not any("summed" in note for note in notes)
     with torch.no_grad():
-        assert torch.equal(again.eval()(images(channels=1)), grey(images(channels=1)))
+        assert torch.equal(again.eval()(images(channels=1)), grayscale(images(channels=1)))
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ class Config(SourceConfig):
         images: the folder that ``file_name`` starts from; null for the file's own, or ``images`` beside it.
         dev_path: another JSON file, for choices; null holds images out.
         test_path: another, for the final figures; likewise.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for grayscale.
         dev: the share of training images that is held out for choices where there is no ``dev_path``.
         test: the share held out for the final figures, likewise.
         bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
             can't be read are left out, ``20`` or ``1%`` of all. More stop the run, with a list.
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Config(SourceConfig):
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     bad_files: Limit = parse_limit("1%")
-    licence: str | None = None
+    license: str | None = None
 
     def open(self, split: Split) -> AnnotatedDataset:
         """A split, the same for every seed.
@@ -86,7 +86,7 @@ class Config(SourceConfig):
         return folder / "images" if (folder / "images").is_dir() else folder
 
     def _licensed(self, source: AnnotatedDataset) -> AnnotatedDataset:
-        source.licence = self.licence
+        source.license = self.license
         return source
 
 

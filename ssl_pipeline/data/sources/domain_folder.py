@@ -36,7 +36,7 @@ class Config(PreparedConfig):
         test_domains: domains that are for the final figures alone, whole; null holds images of ``domains`` out.
         dev: the share of the training domains' images that is held out for choices, evenly over domains and classes.
         test: the share that is held out for the final figures where there are no ``test_domains``.
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Config(PreparedConfig):
     test_domains: tuple[str, ...] | None = None
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    licence: str | None = None
+    license: str | None = None
 
     def open(self, split: Split) -> FileDataset:
         """A split, the same for every seed.
@@ -96,7 +96,7 @@ class Config(PreparedConfig):
             self, str(tree.images.root), labels=tree.labels, classes=tree.classes, domains=tree.domains,
             domain_names=tree.names,
         ).select(index)  # fmt: skip
-        source.licence = self.licence
+        source.license = self.license
         return source
 
     def _refuse_unseen_classes(self, tree: _Tree, train: list[int], test: list[int]) -> None:

@@ -24,7 +24,7 @@ from ssl_pipeline.rng import NamedRNG, permutation
 from ssl_pipeline.transforms.config import ViewConfig
 
 _WAVES = 3
-_LICENCE = "MIT; the domains are synthetic, made by a rule"
+_LICENSE = "MIT; the domains are synthetic, made by a rule"
 
 
 def _original(pixels: Tensor, draws: NamedRNG) -> Tensor:
@@ -108,11 +108,11 @@ class Config(SourceConfig):
         return every.select(wanted.nonzero()[:, 0])
 
     def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
-        """Solarising inverts what is bright: it is the shift to ``inverted``."""
-        if "inverted" not in hidden or not any(view.solarise for view in views):
+        """Solarizing inverts what is bright: it is the shift to ``inverted``."""
+        if "inverted" not in hidden or not any(view.solarize for view in views):
             return []
         return [
-            "`views.solarise` inverts images, and that is what the domain inverted is: training would be shown it, and a gain there "
+            "`views.solarize` inverts images, and that is what the domain inverted is: training would be shown it, and a gain there "
             "would mean nothing. Set it to 0 (also in `views.second` and `views.local`)."
         ]
 
@@ -166,6 +166,6 @@ def _dress(source: ArrayDataset, parts: list[Tensor], split: Split) -> ArrayData
     # In no order of domains, as if found so: what reads only some of the images reads some of each domain.
     order = permutation(len(domains), "fashion domains", split)
     return ArrayDataset(
-        "fashion_domains", torch.cat(pixels)[order], source.labels[torch.cat(parts)][order], source.classes, _LICENCE,
+        "fashion_domains", torch.cat(pixels)[order], source.labels[torch.cat(parts)][order], source.classes, _LICENSE,
         source.mean, source.std, domains[order], DOMAINS,
     )  # fmt: skip

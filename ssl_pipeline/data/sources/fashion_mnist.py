@@ -1,4 +1,4 @@
-"""Fashion-MNIST, whole: 60,000 training and 10,000 test images of clothes, 28×28, grey."""
+"""Fashion-MNIST, whole: 60,000 training and 10,000 test images of clothes, 28×28, grayscale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = (
 
 
 class Config(SourceConfig):
-    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), MIT licence.
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), MIT license.
 
     Attributes:
         path: a folder with the four idx files, gzipped or not; null downloads them by torchvision.

@@ -36,7 +36,7 @@ class Config(PreparedConfig):
     Attributes:
         path: the folder. Nothing in it is changed.
         test_path: another folder, of the same classes, to measure on.
-        dev: the share of labelled training images that is held out for choices.
+        dev: the share of labeled training images that is held out for choices.
         test: the share that is held out for the final figures where there is no test folder.
     """
 
@@ -85,7 +85,7 @@ class Config(PreparedConfig):
         if train.classes is None:
             return train.source(self) if split in ("train", "pool") else None
         if split != "train" and split != "pool" and split in folders:
-            return self._own(split, folders[split]).relabelled(train.classes).source(self)
+            return self._own(split, folders[split]).relabeled(train.classes).source(self)
         test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
         return part_of(train.source(self), _held_out(folders["train"], self.bad_files, base, test, dev), split)
 
@@ -146,7 +146,7 @@ class _Scan:
         source.unlabeled_because = self.unlabeled_because
         return source
 
-    def relabelled(self, classes: tuple[str, ...]) -> _Scan:
+    def relabeled(self, classes: tuple[str, ...]) -> _Scan:
         """The same files, numbered by the training folder's classes."""
         root = str(self.images.root)
         if "" in self.used():

@@ -35,20 +35,20 @@ class Config(StreamConfig):
         streaming: read it from front to back instead of storing it whole; shuffled and resumed by position.
         train_split: what is trained on, such as ``train+unsupervised``. Where there is no ``train``, the one of a like name is
             (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`).
-        dev_split: labelled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
+        dev_split: labeled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
             or none: images of ``train_split`` are held out, or of a stream there is no dev.
         test_split: for the final figures; ``auto``: the split ``test``; otherwise likewise.
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
         domain: the column that says where an image is from; null: none.
-        channels: 3 for RGB, 1 for grey; null: 1 where images all over the split are all grey.
-        dev: the share of labelled training images that is held out for choices where there is no ``dev_split``.
+        channels: 3 for RGB, 1 for grayscale; null: 1 where images all over the split are all grayscale.
+        dev: the share of labeled training images that is held out for choices where there is no ``dev_split``.
         test: the share held out for the final figures, likewise.
         length: images of a stream, where the dataset does not declare it.
         shuffle: images of a stream that a process holds to deal them out in a random order.
         held_images: most images of a stream's ``dev`` and ``test`` that are read, into memory.
         on_unreadable: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
-        bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbour
+        bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbor
             takes the place of each. More stop the run, with a list.
     """
 
@@ -92,7 +92,7 @@ class Config(StreamConfig):
         if split != "train" and train.labels is None:
             return None
         if split != "train" and named is not None:
-            return self._bearing(_labelled(_rows(self, named), split))
+            return self._bearing(_labeled(_rows(self, named), split))
         return self._share(train, split)
 
     def open_pool(self) -> IndexedDataset:
@@ -137,7 +137,7 @@ class Config(StreamConfig):
         return _meant_splits(self).get(split)
 
 
-def _labelled(rows: HFDataset, split: str) -> HFDataset:
+def _labeled(rows: HFDataset, split: str) -> HFDataset:
     assert rows.labels is not None
     if bool((rows.labels < 0).all()):
         raise ConfigError(
@@ -201,7 +201,7 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
-    stream.licence = rows.info.license or None
+    stream.license = rows.info.license or None
     first = list(itertools.islice(stream.read(0), LOOKED_AT))
     if not first:
         raise ConfigError(f"{name} has no rows in its first shard.")

@@ -35,10 +35,10 @@ class Config(SourceConfig):
             else numbers them.
         values: the numbers in the masks that stand for the classes, in their order, such as ``[0, 255]``; null takes 0, 1, 2, ….
             255 is no class unless it is named here: nothing is learned from such pixels, and nothing is measured on them.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for grayscale.
         dev: the share of training images that is held out for choices where there is no folder of them.
         test: the share held out for the final figures, likewise.
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Config(SourceConfig):
     channels: Literal[1, 3] = 3
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    licence: str | None = None
+    license: str | None = None
 
     def open(self, split: Split) -> AnnotatedDataset:
         """A split, the same for every seed.
@@ -76,7 +76,7 @@ class Config(SourceConfig):
             FileDataset(str(own.folder), own.folder, own.images, self.channels),
             Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
         )
-        source.licence = self.licence
+        source.license = self.license
         if own is not read["train"]:
             return source
         shares = {part: None if part in read else share for part, share in (("test", self.test), ("dev", self.dev))}

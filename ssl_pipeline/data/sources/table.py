@@ -47,10 +47,10 @@ class Config(PreparedConfig):
         domain_column: holds the domains' names; likewise.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
         split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
-        dev: the share of labelled training images that is held out for choices where the table names no such split.
+        dev: the share of labeled training images that is held out for choices where the table names no such split.
         test: the share held out for the final figures, likewise.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Config(PreparedConfig):
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     on_missing: Literal["stop", "skip"] = "stop"
-    licence: str | None = None
+    license: str | None = None
 
     @model_validator(mode="after")
     def _labels_or_targets(self) -> Config:
@@ -114,7 +114,7 @@ class Config(PreparedConfig):
             self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
             domain_names=rows.domain_names,
         ).select(index)  # fmt: skip
-        source.licence, source.unlabeled_because = self.licence, rows.unlabeled_because
+        source.license, source.unlabeled_because = self.license, rows.unlabeled_because
         return source if rows.targets is None else AnnotatedDataset(source, rows.targets.select(index))
 
 

@@ -59,10 +59,10 @@ class Config(SourceConfig):
         path: the folder that torchvision calls ``root``.
         download: whether torchvision may fetch what is missing.
         options: further arguments of its class, such as ``{split: letters}`` for EMNIST.
-        channels: 3 for RGB, 1 for grey; null: as of the first image.
-        dev: the share of labelled training images that is held out for choices where the dataset has no such part.
+        channels: 3 for RGB, 1 for grayscale; null: as of the first image.
+        dev: the share of labeled training images that is held out for choices where the dataset has no such part.
         test: the share held out for the final figures, likewise.
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     dataset: str
@@ -72,7 +72,7 @@ class Config(SourceConfig):
     channels: Literal[1, 3] | None = None
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    licence: str | None = None
+    license: str | None = None
 
     def open(self, split: Split) -> IndexedDataset:
         """A split, the same for every seed.
@@ -96,7 +96,7 @@ class Config(SourceConfig):
         assert train.labels is not None
         test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
         source = part_of(train, split_three(train.labels, test, dev, "torchvision"), split)
-        source.licence = self.licence
+        source.license = self.license
         return source
 
 
@@ -142,7 +142,7 @@ def _part(settings: str, split: Split) -> IndexedDataset:
         source = FileDataset(name, root.resolve(), files, config.channels or 3, labels, classes)
     else:
         source = TorchvisionDataset(name, found, config.channels or _channels(found, config.dataset), labels, classes)
-    source.licence = config.licence
+    source.license = config.license
     return source
 
 

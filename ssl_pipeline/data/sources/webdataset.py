@@ -30,12 +30,12 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 
 class Config(StreamConfig):
-    """Tar archives whose neighbouring members ``KEY.jpg``, ``KEY.cls`` are one sample. Write samples in random order.
+    """Tar archives whose neighboring members ``KEY.jpg``, ``KEY.cls`` are one sample. Write samples in random order.
 
     Attributes:
         path: an archive, a folder of them, or a pattern such as ``train-{0000..0099}.tar`` or ``train-*.tar``; several of
             them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
-        dev: likewise, labelled images for choices; null: there are none, and no kNN accuracy is told.
+        dev: likewise, labeled images for choices; null: there are none, and no kNN accuracy is told.
         test: likewise.
         held_images: most images of ``dev`` and of ``test`` that are read, into memory.
         length: samples in all of ``path``; null: unknown, then the run's length is given as ``steps``.
@@ -44,10 +44,10 @@ class Config(StreamConfig):
             null reads none.
         domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
-        channels: 3 for RGB, 1 for grey; null: 1 where the first images are all grey.
+        channels: 3 for RGB, 1 for grayscale; null: 1 where the first images are all grayscale.
         shuffle: samples that a process holds to deal them out in a random order.
         on_unreadable: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
-        licence: of the images, where you know it.
+        license: of the images, where you know it.
     """
 
     path: str | tuple[str, ...]
@@ -62,7 +62,7 @@ class Config(StreamConfig):
     channels: Literal[1, 3] | None = None
     shuffle: int = Field(4096, ge=1)
     on_unreadable: Literal["stop", "skip"] = "stop"
-    licence: str | None = None
+    license: str | None = None
 
     def stream(self) -> TarStream:
         """The training images.
@@ -73,7 +73,7 @@ class Config(StreamConfig):
         return TarStream(self, "path", self.path)
 
     def open(self, split: Split) -> IndexedDataset | None:
-        """``dev`` and ``test``, labelled and held in memory.
+        """``dev`` and ``test``, labeled and held in memory.
 
         Raises:
             ConfigError: it is the training images that are asked for, or the images have no labels.
@@ -110,7 +110,7 @@ class TarStream(StreamDataset):
         self._config, self._urls = config, _expand(key, given)
         self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
-        self.classes, self.length, self.licence = config.classes, config.length, config.licence
+        self.classes, self.length, self.license = config.classes, config.length, config.license
         self.has_domains = config.domain is not None
         self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
         self._sizes: dict[int, int] = {}

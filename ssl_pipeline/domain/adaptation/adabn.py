@@ -14,7 +14,7 @@ from ssl_pipeline.models.norms import batch_norms
 
 
 class Config(MethodConfig):
-    """Adaptive batch normalisation (Li et al. 2017). The source's own figures are those of the target's statistics, too."""
+    """Adaptive batch normalization (Li et al. 2017). The source's own figures are those of the target's statistics, too."""
 
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
     fits_bare_encoder: ClassVar[bool] = True
@@ -38,8 +38,8 @@ class AdaBN(SourceTask):
     """See :class:`Config`."""
 
     def finish(
-        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
         """The target's statistics; of images without random views."""
-        del labelled
+        del labeled
         estimate_statistics(self.classifier, self.classifier.predict, target, preprocessing, share)

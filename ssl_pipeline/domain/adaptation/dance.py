@@ -19,11 +19,11 @@ from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import normalize_rows
 from ssl_pipeline.losses.memory import MemoryBank
 
-_NO_NEIGHBOUR = -1e4  # a logit of no weight; an infinite one has no gradient
+_NO_NEIGHBOR = -1e4  # a logit of no weight; an infinite one has no gradient
 
 
 class Config(JointConfig):
-    r"""Neighbourhood clustering and entropy separation (Saito et al. 2020), for targets with classes of their own.
+    r"""Neighborhood clustering and entropy separation (Saito et al. 2020), for targets with classes of their own.
 
     The first is the entropy of a target row's similarities to the other rows of a memory and to the classes' weights, which the
     cosine head learns as prototypes on the unit sphere: a linear head's weights are far from every row. The second, with :math:`\rho = \frac{1}{2} \log K`, is :math:`-|H(p) - \rho|` where that exceeds the margin.
@@ -44,7 +44,7 @@ class Config(JointConfig):
         return DANCE(self, classifier, len(target))
 
 
-def neighbourhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+def neighborhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     """The mean entropy of similarities to the bank's other rows and to the prototypes (Saito et al. 2020, eq. 3).
 
     Args:
@@ -55,7 +55,7 @@ def neighbourhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes:
         temperature: divides the similarities.
     """
     rows = normalize_rows(rows)
-    to_bank = (rows @ bank.T / temperature).scatter(1, index[:, None], _NO_NEIGHBOUR)
+    to_bank = (rows @ bank.T / temperature).scatter(1, index[:, None], _NO_NEIGHBOR)
     return entropy(torch.cat([to_bank, rows @ normalize_rows(prototypes).T / temperature], 1)).mean()
 
 
@@ -85,7 +85,7 @@ class DANCE(JointTask):
         self._seen = rows.detach()
         prototypes = self.classifier.head.weight
         assert isinstance(prototypes, Tensor)
-        gathered = neighbourhood_entropy(rows, self.bank.rows, index, prototypes, self.temperature)
+        gathered = neighborhood_entropy(rows, self.bank.rows, index, prototypes, self.temperature)
         return gathered + entropy_separation(target["logits"], self.margin)
 
     def after_step(self, batch: Batch) -> None:

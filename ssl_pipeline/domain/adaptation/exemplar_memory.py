@@ -1,4 +1,4 @@
-"""ECN's exemplar memory: a target image is like itself, its neighbours, and itself in the source's style."""
+"""ECN's exemplar memory: a target image is like itself, its neighbors, and itself in the source's style."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssl_pipeline.transforms.style import restyle
 
 
 class Config(JointConfig):
-    r"""Exemplar, neighbourhood and style invariance by a memory :math:`K` of the target's rows (Zhong et al. 2019).
+    r"""Exemplar, neighborhood and style invariance by a memory :math:`K` of the target's rows (Zhong et al. 2019).
 
     .. math:: L = -\frac{1}{B} \sum_i \sum_j w_{ij} \log
         \frac{\exp(K_j^\top f_i / \beta)}{\sum_{k=1}^{N} \exp(K_k^\top f_i / \beta)}
@@ -30,16 +30,16 @@ class Config(JointConfig):
     Attributes:
         weight: of the memory's loss.
         temperature: β.
-        neighbours: k.
-        neighbours_from: the share of the training after which neighbours count: before, they are of no class.
+        neighbors: k.
+        neighbors_from: the share of the training after which neighbors count: before, they are of no class.
         restyled: how often a target image comes in a source image's style.
         keep_end: what is kept of a memory row at the end of training; rises linearly from 0.
     """
 
     weight: float = Field(0.3, ge=0)
     temperature: float = Field(0.05, gt=0)
-    neighbours: int = Field(6, ge=1)
-    neighbours_from: float = Field(0.1, ge=0, le=1)
+    neighbors: int = Field(6, ge=1)
+    neighbors_from: float = Field(0.1, ge=0, le=1)
     restyled: float = Field(0.5, ge=0, le=1)
     keep_end: float = Field(0.6, ge=0, lt=1)
 
@@ -48,7 +48,7 @@ class Config(JointConfig):
         return ExemplarMemory(self, classifier, len(target))
 
 
-def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, neighbours: int) -> Tensor:
+def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, neighbors: int) -> Tensor:
     """See :class:`Config`.
 
     Args:
@@ -56,12 +56,12 @@ def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, n
         bank: unit rows (N, D).
         index: which row of the bank each is, int64 of shape (B,).
         temperature: divides the similarities.
-        neighbours: k; 0 leaves them out.
+        neighbors: k; 0 leaves them out.
     """
     similarity = normalize_rows(rows) @ bank.T
     log_share = (similarity / temperature).log_softmax(1)
     loss = -log_share.gather(1, index[:, None])[:, 0]
-    count = min(neighbours, len(bank) - 1)
+    count = min(neighbors, len(bank) - 1)
     if count:
         others = similarity.detach().scatter(1, index[:, None], -torch.inf)
         loss = loss - log_share.gather(1, others.topk(count, dim=1).indices).mean(1)
@@ -96,7 +96,7 @@ class ExemplarMemory(JointTask):
         config, clock = self.config, batch.clock
         rows = target["features"]
         self._seen = rows.detach()
-        count = config.neighbours if clock.step >= config.neighbours_from * clock.total else 0
+        count = config.neighbors if clock.step >= config.neighbors_from * clock.total else 0
         return memory_loss(rows, self.bank.rows, batch.index.chunk(2)[1], config.temperature, count)
 
     def after_step(self, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from ssl_pipeline.schedules import TrainProgress, parse_duration
 
 
 class Config(MethodConfig):
-    """Source hypothesis transfer by information maximisation (Liang et al. 2020), source-free: the target's training sees no source.
+    """Source hypothesis transfer by information maximization (Liang et al. 2020), source-free: the target's training sees no source.
 
     Attributes:
         adaptation: the training on the target.
@@ -74,6 +74,6 @@ class ShotIM(Method):
         return list(self.classifier.head.parameters())
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Information maximisation on the target."""
+        """Information maximization on the target."""
         del batch
         return StepOutput(information_maximization(embeddings["logits"].float()))

@@ -8,7 +8,7 @@ from ssl_pipeline.downstream.classification import Classification
 
 
 class Config(GeneralizationConfig):
-    """Empirical risk minimisation: what domain generalization is compared with (Gulrajani and Lopez-Paz 2021)."""
+    """Empirical risk minimization: what domain generalization is compared with (Gulrajani and Lopez-Paz 2021)."""
 
     def build(self, classifier: Classification, target: IndexedDataset) -> SourceTask:
         """The task around a classifier."""

@@ -75,9 +75,9 @@ class MixStyle(SourceTask):
         return mix_statistics(maps, torch.randperm(len(maps), device=maps.device), share)
 
     def finish(
-        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
         """The classifier goes on without its hooks."""
-        del labelled, target, preprocessing, share
+        del labeled, target, preprocessing, share
         for hook in self._hooks:
             hook.remove()

@@ -54,10 +54,10 @@ class WeightAveraging(SourceTask):
 
     @torch.no_grad()
     def finish(
-        self, labelled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
+        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
         """The classifier gets the average, and statistics that fit it."""
         del target
         for kept, averaged in zip(self.classifier.parameters(), self.average.network.parameters(), strict=True):
             kept.copy_(averaged)
-        estimate_statistics(self.classifier, self.classifier.predict, labelled, preprocessing, share)
+        estimate_statistics(self.classifier, self.classifier.predict, labeled, preprocessing, share)

@@ -1,4 +1,4 @@
-"""``ssl-pipeline neighbours ENCODER IMAGE data=…``: which images does the encoder find most alike? A list and a picture."""
+"""``ssl-pipeline neighbors ENCODER IMAGE data=…``: which images does the encoder find most alike? A list and a picture."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _ENDINGS = (".png", ".jpg", ".pdf", ".svg")
 _COLUMNS = 10
 
 
-class NeighboursConfig(EncoderConfig):
+class NeighborsConfig(EncoderConfig):
     """Of which image, among which.
 
     Attributes:
-        image: an image file, or the number of an image of the split, which is then left out of its own neighbours.
+        image: an image file, or the number of an image of the split, which is then left out of its own neighbors.
         split: the images that are searched.
-        k: how many neighbours.
+        k: how many neighbors.
         output: the picture.
     """
 
     image: str | int | None = None
     split: Split = "train"
     k: int = Field(8, ge=1)
-    output: str = "neighbours.png"
+    output: str = "neighbors.png"
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """An image that was found.
 
     Attributes:
@@ -58,16 +58,16 @@ class Neighbour:
     similarity: float
 
 
-def find(config: NeighboursConfig, source: IndexedDataset) -> tuple[Image.Image, list[Neighbour]]:
-    """The query as it was decoded, and its neighbours, most similar first.
+def find(config: NeighborsConfig, source: IndexedDataset) -> tuple[Image.Image, list[Neighbor]]:
+    """The query as it was decoded, and its neighbors, most similar first.
 
     Raises:
-        ConfigError: more neighbours than there are images, or no such image.
+        ConfigError: more neighbors than there are images, or no such image.
         DecodeError: the query is no image.
     """
     if config.image is None:
         raise ConfigError(
-            "`image` is required: neighbours ENCODER IMAGE, a file or the number of an image of the split."
+            "`image` is required: neighbors ENCODER IMAGE, a file or the number of an image of the split."
         )
     opened = open_encoder(config, source.channels, source.mean, source.std)
     number = _number(config.image, source)
@@ -85,7 +85,7 @@ def find(config: NeighboursConfig, source: IndexedDataset) -> tuple[Image.Image,
             row = opened.encoder.features(images).float().cpu()
     ((similarity, index),) = nearest_neighbors(row, features, config.k + (number is not None))
     found = [
-        Neighbour(i, source.describe(i), class_name(source, i), value)
+        Neighbor(i, source.describe(i), class_name(source, i), value)
         for i, value in zip(index[0].tolist(), similarity[0].tolist(), strict=True)
         if i != number
     ]
@@ -104,14 +104,14 @@ def _number(image: str | int, source: IndexedDataset) -> int | None:
     return int(text)
 
 
-def draw(query: Image.Image, found: list[Neighbour], source: IndexedDataset, path: Path) -> None:
-    """Saves the strip: the query first, then its neighbours with their similarity and class."""
+def draw(query: Image.Image, found: list[Neighbor], source: IndexedDataset, path: Path) -> None:
+    """Saves the strip: the query first, then its neighbors with their similarity and class."""
     from matplotlib.figure import Figure
 
     tiles = [(query, "query")]
-    for neighbour in found:
-        label = f"\n{neighbour.label}" if neighbour.label is not None else ""
-        tiles.append((source.open_image(neighbour.index), f"{neighbour.similarity:.3f}{label}"))
+    for neighbor in found:
+        label = f"\n{neighbor.label}" if neighbor.label is not None else ""
+        tiles.append((source.open_image(neighbor.index), f"{neighbor.similarity:.3f}{label}"))
     columns = min(len(tiles), _COLUMNS)
     rows = -(-len(tiles) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
@@ -124,7 +124,7 @@ def draw(query: Image.Image, found: list[Neighbour], source: IndexedDataset, pat
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def find_and_tell(config: NeighboursConfig) -> None:
+def find_and_tell(config: NeighborsConfig) -> None:
     """Finds the images of a data set that an encoder holds most alike to one."""
     path = Path(config.output).expanduser()
     if path.suffix.lower() not in _ENDINGS:
@@ -132,16 +132,16 @@ def find_and_tell(config: NeighboursConfig) -> None:
     check_folder_of(path, "`output`")
     source = open_split(config, config.split)
     query, found = find(config, source)
-    for neighbour in found:
-        label = f"  {neighbour.label}" if neighbour.label is not None else ""
-        console().print(f"{neighbour.similarity:.4f}  {neighbour.name}{label}", markup=False)
+    for neighbor in found:
+        label = f"  {neighbor.label}" if neighbor.label is not None else ""
+        console().print(f"{neighbor.similarity:.4f}  {neighbor.name}{label}", markup=False)
     draw(query, found, source, path)
     console().print(f"wrote {path}", markup=False)
 
 
 def main() -> None:
     """The command line."""
-    run_command("neighbours", NeighboursConfig, find_and_tell, describe_encoder(sys.argv[1:], ["encoder", "image"]))
+    run_command("neighbors", NeighborsConfig, find_and_tell, describe_encoder(sys.argv[1:], ["encoder", "image"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Information maximisation beside the source: each target prediction certain, all of them together diverse."""
+"""Information maximization beside the source: each target prediction certain, all of them together diverse."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ssl_pipeline.engine.task import Embeddings
 class Config(JointConfig):
     """SHOT-IM's loss (Liang et al. 2020) in one training with the source; without the source it is ``shot_im``."""
 
-    def build(self, classifier: Classification, target: IndexedDataset) -> InformationMaximisation:
+    def build(self, classifier: Classification, target: IndexedDataset) -> InformationMaximization:
         """The task around a classifier."""
         del target
-        return InformationMaximisation(self, classifier)
+        return InformationMaximization(self, classifier)
 
 
-class InformationMaximisation(JointTask):
+class InformationMaximization(JointTask):
     """See :class:`Config`."""
 
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
