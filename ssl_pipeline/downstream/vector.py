@@ -33,7 +33,6 @@ class Rows:
     index: Tensor
 
     def to(self, device: torch.device) -> Rows:
-        """The same rows on a device."""
         return Rows(self.features.to(device), self.targets.to(device), self.index)
 
     def only(self, chosen: Tensor) -> Rows:
@@ -108,7 +107,6 @@ class PooledTask(DownstreamTask):
 
     @torch.no_grad()
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:
-        """The same of what the head reads, float32 of shape (N, D)."""
         device = next(iter(self.head.state_dict().values())).device
         return self.score(self.of_features(features.to(device)).float().cpu(), targets)
 

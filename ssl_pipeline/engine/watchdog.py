@@ -38,7 +38,6 @@ class Watchdog:
         self._over = threading.Event()
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches."""
         with self._alarm():
             first = next(batches, None)
         if first is None:

@@ -74,7 +74,6 @@ class Embeddings:
 
     @property
     def domains(self) -> Tensor | None:
-        """Likewise."""
         return self._joined([source.domains for source in self.sources.values()])
 
     def _joined(self, numbers: list[Tensor | None]) -> Tensor | None:

@@ -41,25 +41,20 @@ class AsyncLogger:
         self._thread.start()
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None:
-        """Told later; the figures are kept as they are now."""
         kept = dict(figures)
         self._later(lambda mirror: mirror.log(step, kept))
 
     def pictures(self, step: int, files: Mapping[str, Path]) -> None:
-        """Told later."""
         kept = dict(files)
         self._later(lambda mirror: mirror.pictures(step, kept))
 
     def alert(self, title: str, text: str) -> None:
-        """Told later."""
         self._later(lambda mirror: mirror.alert(title, text))
 
     def made(self, folder: Path) -> None:
-        """Told later."""
         self._later(lambda mirror: mirror.made(folder))
 
     def used(self, folder: Path) -> None:
-        """Told later."""
         self._later(lambda mirror: mirror.used(folder))
 
     def finish(self, failed: bool) -> None:

@@ -40,11 +40,9 @@ class AccelerateLogger:
         del title, text
 
     def made(self, folder: Path) -> None:
-        """Left to W&B."""
         del folder
 
     def used(self, folder: Path) -> None:
-        """Left to W&B."""
         del folder
 
     def finish(self, failed: bool) -> None:

@@ -77,7 +77,6 @@ class EncoderSpec(FrozenModel):
         return build_encoder(self.backbone, self.neck, self.channels, self.size)
 
     def without_weights(self) -> EncoderSpec:
-        """The same architecture, to be filled from elsewhere."""
         # Under `auto` given weights decide the stem; without them the choice has to be written down.
         decided = self.backbone.stem == "auto" and self.backbone.weights is not None
         # small_resnet has its small stem under `auto` whatever its weights; both stems have kernels of one shape, so

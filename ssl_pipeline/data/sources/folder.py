@@ -147,7 +147,6 @@ class _Scan:
         return source
 
     def relabeled(self, classes: tuple[str, ...]) -> _Scan:
-        """The same files, numbered by the training folder's classes."""
         root = str(self.images.root)
         if "" in self.used():
             raise ConfigError(
