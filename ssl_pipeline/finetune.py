@@ -118,6 +118,11 @@ class FinetuneConfig(FrozenModel):
         """Whether the encoder's weights are random."""
         return self.initialization == "random" or self.regime.name == "scratch"
 
+    @property
+    def scaled_data(self) -> SourceConfig:
+        """The data, at the range of values that the encoder or model was trained at."""
+        return at_range_of(self.data, self.encoder or (self.domain.starts_from if self.domain is not None else None))
+
 
 def check(config: FinetuneConfig, pool: IndexedDataset, held_out: IndexedDataset | None) -> None:
     """What can't go together, all of it at once, before anything is written.
@@ -190,8 +195,7 @@ def finetune(config: FinetuneConfig) -> Result:
     accelerator = start_accelerator()
     silence_other_ranks(accelerator.is_main_process)
     share = dist_info(accelerator)
-    starts_from = config.encoder or (config.domain.starts_from if config.domain is not None else None)
-    config = config.model_copy(update={"data": at_range_of(config.data, starts_from)})
+    config = config.model_copy(update={"data": config.scaled_data})
     pool, held_out = config.data.open("train"), config.data.open(config.split)
     assert pool is not None
     model = finished_model(config)

@@ -94,9 +94,10 @@ class CellRunner:
 
     def sources(self, config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset]:
         """Training images and those to measure on."""
-        key = f"{dump(config)['data']} {config.split}"
+        data = config.scaled_data
+        key = f"{data!r} {config.split}"
         if key not in self._sources:
-            pool, held_out = config.data.open("train"), config.data.open(config.split)
+            pool, held_out = data.open("train"), data.open(config.split)
             assert pool is not None
             assert held_out is not None
             self._sources = {key: (pool, held_out)}  # of one study's cells all have the same

@@ -49,9 +49,9 @@ def spots(run: Path, overrides: Sequence[str]) -> EmbeddingPlot:
     """
     config = load("finetune", FinetuneConfig, overrides)
     assert config.domain is not None
-    pool = config.data.open("train")
+    pool = config.scaled_data.open("train")
     assert pool is not None
-    across = split_domains(config.domain, pool, config.data.open(config.split))
+    across = split_domains(config.domain, pool, config.scaled_data.open(config.split))
     model = load_model(run)
     assert isinstance(model.task, Classification)
     blueprint, share = model.card.blueprint, DistInfo(0, 1, torch.device("cpu"))

@@ -75,7 +75,7 @@ def study(config: StudyConfig) -> Path:
 
 def _open(grid: dict[str, list[Cell]]) -> tuple[IndexedDataset, IndexedDataset]:
     config = next(iter(grid.values()))[0].config
-    pool, held_out = config.data.open("train"), config.data.open(config.split)
+    pool, held_out = config.scaled_data.open("train"), config.scaled_data.open(config.split)
     assert pool is not None
     check(config, pool, held_out)
     assert held_out is not None

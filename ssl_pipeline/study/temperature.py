@@ -15,6 +15,7 @@ from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.lanes import build_loader
 from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.stream import known_length, open_training
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
@@ -95,7 +96,7 @@ def _real_images(axes: Axes, run: Path) -> None:
 def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
     encoder, card = load_encoder(run)
     config = resolve(PretrainConfig, card.config)
-    train, blueprint = open_training(config.data), card.blueprint
+    train, blueprint = open_training(at_range_of(config.data, str(run))), card.blueprint
     views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
     settled = build_views(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     length = known_length(train)

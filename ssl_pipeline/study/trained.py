@@ -76,11 +76,12 @@ def checked(overrides: Sequence[str], with_unknown: bool = False) -> FinetuneCon
 
 def sources_of(config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset | None]:
     """The images to learn from and those to measure on; opened once for all rows of a study."""
-    key = (config.data.model_dump_json(), config.split)
+    data = config.scaled_data
+    key = (data.model_dump_json(), config.split)
     if key not in _OPENED:
-        pool = config.data.open("train")
+        pool = data.open("train")
         assert pool is not None
-        _OPENED[key] = pool, config.data.open(config.split)
+        _OPENED[key] = pool, data.open(config.split)
     return _OPENED[key]
 
 
