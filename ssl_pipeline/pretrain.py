@@ -18,9 +18,16 @@ from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.lanes import StreamLoader, build_loader
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
 from ssl_pipeline.data.source import IndexedDataset, SourceConfig
-from ssl_pipeline.data.stream import StreamDataset, describe_size, describe_splits, known_length, open_training, preview
+from ssl_pipeline.data.stream import (
+    StreamDataset,
+    describe_range_of,
+    describe_size,
+    describe_splits,
+    known_length,
+    open_training,
+    preview,
+)
 from ssl_pipeline.data.styles import build_views
-from ssl_pipeline.data.value_range import describe_range
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
 from ssl_pipeline.engine.distributed import (
@@ -326,8 +333,8 @@ def pretrain(config: PretrainConfig) -> Path:
         progress.say(
             f"pretrain: {config.pretext.name} with {config.backbone.name} on {describe_size(train)} of {train.name}"
         )
-        notes += [] if train.value_range is None else [f"of more than 8 bits {describe_range(train.value_range)}"]
         notes += [
+            *describe_range_of(config.data, train),
             describe_splits(config.data, train, dev),
             *more_notes,
             f"{share.processes} process(es) on {share.device}",

@@ -13,15 +13,17 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing, open_readable
 from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.value_range import Range
 from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views
 from ssl_pipeline.transforms.policy import Views
@@ -124,6 +126,16 @@ class AnnotatedDataset(IndexedDataset):
         """One decoded image."""
         return self.images.open_image(index)
 
+    def stored_values(self) -> FileTable:
+        """The images'."""
+        return self.images.stored_values()
+
+    def at_range(self, value_range: Range | None) -> Self:
+        """The same samples, the images decoded at a range of values."""
+        source = super().at_range(value_range)
+        source.images = self.images.at_range(value_range)
+        return source
+
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """As the images' source knows them."""
         return self.images.sizes(index)
@@ -142,9 +154,12 @@ class AnnotatedDataset(IndexedDataset):
         digest.update(self.annotations.digest())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> AnnotatedDataset:
+    def select(self, index: Tensor) -> Self:
         """The samples of an int64 index."""
-        return AnnotatedDataset(self.images.select(index), self.annotations.select(index))
+        chosen = super().select(index)
+        chosen.images, chosen.annotations = self.images.select(index), self.annotations.select(index)
+        chosen.pixels = chosen.images.pixels
+        return chosen
 
 
 def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:

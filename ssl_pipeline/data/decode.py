@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ssl_pipeline.config.base import UserError
-from ssl_pipeline.data.value_range import Values, kind_of, measure
+from ssl_pipeline.data.value_range import Range, Values, kind_of, measure, stored_mode
+from ssl_pipeline.data.verdicts import warn_once
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
 GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
@@ -39,9 +40,7 @@ class DecodeError(UserError):
         return DecodeError, (self.path, self.fault)
 
 
-def decode(
-    path: Path, channels: int, min_size: int | None = None, value_range: tuple[float, float] | None = None
-) -> Image.Image:
+def decode(path: Path, channels: int, min_size: int | None = None, value_range: Range | None = None) -> Image.Image:
     """Reads an image file.
 
     EXIF rotation is applied, an animation gives its first frame, and transparency is laid on white. Values of more than
@@ -71,7 +70,9 @@ def decode(
 
 
 def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = None) -> Image.Image:
-    """Reads an image that is in memory, such as a member of an archive; see :func:`decode`.
+    """Reads an image that is in memory, such as a member of an archive, to check it; see :func:`decode`.
+
+    Values of more than 8 bits are read and mean nothing: there is no range of values here.
 
     Args:
         data: the whole file.
@@ -83,7 +84,7 @@ def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = 
         DecodeError: naming the image and what is wrong with it.
     """
     with _in_words(name, data):
-        return _decode(BytesIO(data), channels, min_size)
+        return _decode(BytesIO(data), channels, min_size, (0.0, 1.0))
 
 
 @contextmanager
@@ -100,14 +101,14 @@ def _in_words(name: Path, data: bytes) -> Iterator[None]:
 
 
 def _decode(
-    stored: Path | BytesIO, channels: int, min_size: int | None, value_range: tuple[float, float] | None = None
+    stored: Path | BytesIO, channels: int, min_size: int | None, value_range: Range | None = None
 ) -> Image.Image:
     with Image.open(stored) as file:
         return _load(file, channels, min_size, value_range)
 
 
 def _load(
-    file: ImageFile.ImageFile, channels: int, min_size: int | None, value_range: tuple[float, float] | None = None
+    file: ImageFile.ImageFile, channels: int, min_size: int | None, value_range: Range | None = None
 ) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
     if min_size is not None:
@@ -117,9 +118,19 @@ def _load(
     # Asked for first, because what need not be turned would be copied.
     turned = file.getexif().get(_ORIENTATION, 1) != 1
     image = ImageOps.exif_transpose(file) if turned else file
-    if value_range is not None and kind_of(image.mode):
-        return _scaled(np.asarray(image), value_range)
-    return _to_8_bit(image, mode, file.format)
+    return at_range(image, mode, value_range, file.format)
+
+
+def at_range(image: Image.Image, mode: str, value_range: Range | None, stored_as: str | None = None) -> Image.Image:
+    """A stored image in a mode of 8 bits; or, of more than 8 bits and with a range, in mode ``F``: grayscale in [0, 1]."""
+    if kind_of(image.mode):
+        if value_range is not None:
+            return _scaled(np.asarray(image), value_range)
+        warn_once(
+            "images of more than 8 bits are scaled one by one, and to 8 bits: none of those that the range of values is settled "
+            "by has more. Give it by `data.range=[LOW,HIGH]`."
+        )
+    return _to_8_bit(image, mode, stored_as)
 
 
 class EncodedImage:
@@ -143,18 +154,19 @@ class EncodedImage:
             self._file = Image.open(BytesIO(data))
             self.width, self.height = _upright_size(self._file)
 
-    def decode(self, channels: int, factor: int) -> Image.Image:
+    def decode(self, channels: int, factor: int, value_range: Range | None) -> Image.Image:
         """The image, once: a JPEG at 1/factor of its size.
 
         Args:
             channels: 1 for grayscale, 3 for RGB.
             factor: 1, 2, 4 or 8.
+            value_range: as in :func:`decode`.
 
         Raises:
             DecodeError: as above.
         """
         with _in_words(self._name, self._data), self._file as file:
-            return _load(file, channels, min(self.height, self.width) // factor if factor > 1 else None)
+            return _load(file, channels, min(self.height, self.width) // factor if factor > 1 else None, value_range)
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,7 @@ def read_header(stored: Path | BytesIO) -> Header:
         }
         traits = frozenset(name for name, holds in found.items() if holds)
         return Header(
-            *_upright_size(file), _stored_mode(file), traits, measure(file) if kind_of(file.mode) else Values()
+            *_upright_size(file), stored_mode(file), traits, measure(file) if kind_of(file.mode) else Values()
         )
 
 
@@ -201,12 +213,6 @@ def _refuse_other_bands(file: Image.Image) -> None:
     bands = getattr(file, "tag_v2", {}).get(TiffImagePlugin.SAMPLESPERPIXEL, 0)
     if bands > len(file.getbands()):
         raise ValueError(f"it has {bands} bands. {_READ}")
-
-
-def _stored_mode(file: Image.Image) -> str:
-    """Pillow's mode; ``RGB;16`` where it holds 16 bits a color, of which Pillow reads the upper 8."""
-    told = " ".join(str(tile[3]) for tile in getattr(file, "tile", []))
-    return "RGB;16" if file.mode in ("RGB", "RGBA") and ";16" in told else file.mode
 
 
 def _orientation(file: Image.Image) -> int:
@@ -277,7 +283,7 @@ def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Ima
     return image if image.mode == mode else image.convert(mode)
 
 
-def _scaled(stored: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
+def _scaled(stored: np.ndarray, value_range: Range) -> Image.Image:
     """Numbers of shape (H, W) to grayscale in [0, 1], in float32: no bit of 16 is lost; what is no number is black."""
     low, high = value_range
     shares = (stored.astype(np.float64) - low) / (high - low)

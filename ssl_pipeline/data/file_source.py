@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from ssl_pipeline.data.cache import Cache, CacheError
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
 from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.value_range import Range
+from ssl_pipeline.data.value_range import measured
 
 _log = logging.getLogger("ssl_pipeline")
 
@@ -39,7 +40,6 @@ class FileDataset(IndexedDataset):
         domain_names: in the order of the domains' numbers.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: bears files that can't be decoded; by default 1 %.
-        value_range: the stored values that are black and white, of images of more than 8 bits.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class FileDataset(IndexedDataset):
         *,
         cache: Cache | None = None,
         bad_files: BadFiles | None = None,
-        value_range: Range | None = None,
     ) -> None:
         self.name, self.root, self.files, self.channels = name, root, FileTable.of(files), channels
         self.labels, self.classes, self.skipped, self.cache = labels, classes, list(skipped), cache
         self.bad_files = bad_files or BadFiles(parse_limit("1%"), len(self.files))
-        self.domains, self.domain_names, self.value_range = domains, domain_names, value_range
+        self.domains, self.domain_names = domains, domain_names
+        self._every = self.files
         self._seen: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -90,6 +90,12 @@ class FileDataset(IndexedDataset):
         if factor > 1 and image.size not in ((width, height), (-(-width // factor), -(-height // factor))):
             raise DecodeError(path, f"it is not {width}×{height} any more: it has changed since the folder was read")
         return image
+
+    def stored_values(self) -> FileTable:
+        """Of all files that these were chosen from: by their manifest or, where some are not known, of a few that are looked at."""
+        every = self._every
+        known = every.column("kind") is not None
+        return every if known else measured(lambda i: Image.open(self.root / every[i]), len(every), self.name)
 
     def _cached(self, index: int) -> Image.Image | None:
         place = torch.tensor([index])
@@ -152,13 +158,8 @@ class FileDataset(IndexedDataset):
                 f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
             ) from error
 
-    def select(self, index: Tensor) -> FileDataset:
+    def select(self, index: Tensor) -> Self:
         """The chosen files."""
-        labels = None if self.labels is None else self.labels[index]
-        domains = None if self.domains is None else self.domains[index]
-        chosen = FileDataset(
-            self.name, self.root, self.files.select(index), self.channels, labels, self.classes, self.skipped, domains,
-            self.domain_names, cache=self.cache, bad_files=self.bad_files, value_range=self.value_range,
-        )  # fmt: skip
-        chosen.unlabeled_because = self.unlabeled_because
+        chosen = super().select(index)
+        chosen.files, chosen._seen = self.files.select(index), {}
         return chosen

@@ -13,6 +13,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.manifest import made_place
 from ssl_pipeline.data.scan import counting_bar
 from ssl_pipeline.data.sources.webdataset import Config
+from ssl_pipeline.data.stream import LOOKED_AT
+from ssl_pipeline.data.value_range import describe_range
 from ssl_pipeline.data.verdicts import log_bad_files, print_bad_files
 
 
@@ -29,7 +31,8 @@ def prepare_shards(path: str, output: str | None = None) -> int:
     Raises:
         ConfigError: there are no archives, nothing can be written, or fewer than two images are usable.
     """
-    stream = Config(name="webdataset", path=path, channels=3).stream()
+    config = Config(name="webdataset", path=path, channels=3, on_unreadable="skip")
+    stream = config.open_stream()
     place = made_place(stream.folder, output)
     usable, bad = 0, dict[str, str]()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, counting_bar() as bar:
@@ -42,4 +45,9 @@ def prepare_shards(path: str, output: str | None = None) -> int:
     log_bad_files(f"wrote {place}")
     if usable < 2:
         raise ConfigError(f"{path!r} holds {usable} usable images, and at least two are needed.")
+    value_range = config.value_range()
+    if value_range is not None:
+        log_bad_files(
+            f"more than 8 bits: {describe_range(value_range)}, by the first {LOOKED_AT} images; data.range=auto takes that for all"
+        )
     return usable

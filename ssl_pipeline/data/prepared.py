@@ -29,15 +29,14 @@ from ssl_pipeline.data.files import FileTable, pack
 from ssl_pipeline.data.lost_files import Others, refuse_lost_folders
 from ssl_pipeline.data.manifest import Manifest, load, place_of
 from ssl_pipeline.data.scan import scan_images
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import DecodedConfig, Opened
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
-from ssl_pipeline.data.value_range import Range, RangeKey, measured, settle
 
 _NOT_KNOWN: dict[str, int] = {"bytes": -1, "width": 0, "height": 0, **dict.fromkeys(CACHE_COLUMNS, 0), "shard": -1}
 _log = logging.getLogger("ssl_pipeline")
 
 
-class PreparedConfig(SourceConfig, ABC):
+class PreparedConfig(DecodedConfig[Opened], ABC):
     """The keys of a source of files.
 
     Attributes:
@@ -46,16 +45,12 @@ class PreparedConfig(SourceConfig, ABC):
             are left out, one found later is replaced by its neighbor. More stop the run, with a list.
         prepared: where ``ssl-pipeline prepare --output`` was told to write; null is this user's cache.
         cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
-        range: which stored values are black and white in images of more than 8 bits, for all files alike: ``[0, 4095]``; ``dtype``,
-            the whole range of the stored type; ``percentiles``, the medians of the files' first and 99th; ``auto``, of whole
-            numbers the bits that hold all of them, of floats [0, 1] or as far as they go. Stage two takes stage one's.
     """
 
     channels: Literal[1, 3] = 3
     bad_files: Limit = parse_limit("1%")
     prepared: str | None = None
     cache: bool = False
-    range: RangeKey = "auto"
 
     @property
     def base(self) -> Path | None:
@@ -90,20 +85,12 @@ class ImageFiles:
         """The faults by paths below the root."""
         return {file.removeprefix(f"{self.root}/"): fault for file, fault in self.faults.items()}
 
-    def value_range(self, key: RangeKey) -> Range | None:
-        """Which stored values are black and white in all files; where nobody has looked at them, in a few of them."""
-        if isinstance(key, tuple):
-            return key
-        if self.files.column("kind") is not None:
-            return settle(key, self.files)
-        return settle(key, measured(self.root, self.files))
-
     def refuse_lost_folders(self, levels: int) -> None:
         """Refuses a class that lost all its files; see :func:`~ssl_pipeline.data.lost_files.refuse_lost_folders`."""
         used = [self.folders[number] for number in _column(self.files, "folder").unique().tolist()]
         refuse_lost_folders(str(self.root), self.folders, used, self.others, self.relative_faults, levels)
 
-    def source(self, config: PreparedConfig, name: str, **known: Any) -> FileDataset:
+    def source(self, config: PreparedConfig[Opened], name: str, **known: Any) -> FileDataset:
         """As a source.
 
         Args:
@@ -117,12 +104,11 @@ class ImageFiles:
         bad_files = BadFiles(config.bad_files, len(self.files) + len(self.faults), dict(self.faults))
         skipped = list(self.relative_faults)
         files, cache = self._cached(config) if config.cache else (self.files, None)
-        known.setdefault("value_range", self.value_range(config.range))
         return FileDataset(
             name, self.root, files, config.channels, skipped=skipped, cache=cache, bad_files=bad_files, **known
         )
 
-    def _cached(self, config: PreparedConfig) -> tuple[FileTable, Cache]:
+    def _cached(self, config: PreparedConfig[Opened]) -> tuple[FileTable, Cache]:
         kind = [] if config.name == "folder" else ["--data", config.name]
         place = ["--output", config.prepared] if config.prepared else []
         words = ["ssl-pipeline", "prepare", str(self.root), *kind, "--cache", str(self.cache_side or 256), *place]

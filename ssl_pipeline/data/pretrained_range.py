@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import DecodedConfig, SourceConfig
 
 
 def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
@@ -15,7 +15,7 @@ def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
         data: the configuration of a source.
         path: a run's folder or a file in it; None, and what is no run of ours, changes nothing.
     """
-    if path is None or getattr(data, "range", None) != "auto":
+    if path is None or not isinstance(data, DecodedConfig) or data.range != "auto":
         return data
     place = Path(path).expanduser()
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import fsspec
 import torch
@@ -59,7 +60,6 @@ class HFDataset(IndexedDataset):
         domains: int64 of shape (N,).
         domain_names: in the order of the domains' numbers.
         license: of the images.
-        index: which rows, int64 of shape (N,); all by default.
     """
 
     def __init__(
@@ -73,12 +73,11 @@ class HFDataset(IndexedDataset):
         domains: Tensor | None = None,
         domain_names: tuple[str, ...] | None = None,
         license: str | None = None,
-        index: Tensor | None = None,
     ) -> None:
         self.name, self.channels, self.labels, self.classes, self.license = name, channels, labels, classes, license
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
-        self._index = torch.arange(len(rows)) if index is None else index
+        self._index = torch.arange(len(rows))
         self._opened: dict[int, EncodedImage] = {}
 
     def __len__(self) -> int:
@@ -90,11 +89,17 @@ class HFDataset(IndexedDataset):
         Raises:
             DecodeError: naming the row.
         """
-        return self._open(index).decode(self.channels, 1)
+        return self._open(index).decode(self.channels, 1, self.value_range)
+
+    def open_stored(self, index: int) -> Image.Image:
+        """The row's image with the values that are stored."""
+        return Image.open(BytesIO(self._encoded(index)))
+
+    def _encoded(self, index: int) -> bytes:
+        return encoded(self._rows[int(self._index[index])][self._image], self.describe(index))
 
     def _open(self, index: int) -> EncodedImage:
-        cell = self._rows[int(self._index[index])][self._image]
-        return EncodedImage(encoded(cell, self.describe(index)), Path(self.describe(index)))
+        return EncodedImage(self._encoded(index), Path(self.describe(index)))
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Of the images' headers, 1 by 1 where one can't be read; the rows are kept, because they are wanted next."""
@@ -115,7 +120,7 @@ class HFDataset(IndexedDataset):
             DecodeError: naming the row.
         """
         opened = self._opened.pop(index, None)
-        return (self._open(index) if opened is None else opened).decode(self.channels, factor)
+        return (self._open(index) if opened is None else opened).decode(self.channels, factor, self.value_range)
 
     def describe(self, index: int) -> str:
         """The row's number in its dataset."""
@@ -128,14 +133,10 @@ class HFDataset(IndexedDataset):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> HFDataset:
+    def select(self, index: Tensor) -> Self:
         """The chosen rows; nothing is copied."""
-        labels, domains = (None if numbers is None else numbers[index] for numbers in (self.labels, self.domains))
-        chosen = HFDataset(
-            self.name, self._rows, self._image, self.channels, labels, self.classes, domains, self.domain_names,
-            self.license, self._index[index],
-        )  # fmt: skip
-        chosen.bad_files = self.bad_files
+        chosen = super().select(index)
+        chosen._index, chosen._opened = self._index[index], {}
         return chosen
 
 

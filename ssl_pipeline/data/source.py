@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Literal
+from copy import copy
+from typing import Generic, Literal, Self, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.bad_files import BadFiles
+from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.value_range import Range, RangeKey, measured, settle
 from ssl_pipeline.transforms.config import ViewConfig
 
 Split = Literal["train", "dev", "test"]
 Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from
+_SETTLED: dict[str, Range | None] = {}  # once in the process's life, as data are read
 
 
 class IndexedDataset(ABC):
@@ -48,7 +52,7 @@ class IndexedDataset(ABC):
     license: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    value_range: tuple[float, float] | None = None
+    value_range: Range | None = None
     pixels: Tensor | None = None
     bad_files: BadFiles | None = None
 
@@ -70,6 +74,20 @@ class IndexedDataset(ABC):
     @abstractmethod
     def open_image(self, index: int) -> Image.Image:
         """One decoded image, in mode ``L`` or ``RGB``; in mode ``F``, in [0, 1], if it has more than 8 bits."""
+
+    def open_stored(self, index: int) -> Image.Image:
+        """One image with the values that are stored, for a look at them."""
+        return self.open_image(index)
+
+    def stored_values(self) -> FileTable:
+        """The values of a few images spread over all, with the columns of :mod:`~ssl_pipeline.data.value_range`."""
+        return measured(self.open_stored, len(self), self.name)
+
+    def at_range(self, value_range: Range | None) -> Self:
+        """The same samples, decoded at a range of values."""
+        source = copy(self)
+        source.value_range = value_range
+        return source
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """Heights and widths of samples before they are decoded, int64 of shape (B,); None where only decoding tells."""
@@ -97,8 +115,15 @@ class IndexedDataset(ABC):
         """A digest that changes when the samples or labels do."""
 
     @abstractmethod
-    def select(self, index: Tensor) -> IndexedDataset:
-        """The samples of an int64 index, numbered anew from 0."""
+    def select(self, index: Tensor) -> Self:
+        """The samples of an int64 index, numbered anew from 0.
+
+        A source calls this for labels, domains and all that is known of the whole, and selects what else it holds per sample.
+        """
+        chosen = copy(self)
+        chosen.labels = None if self.labels is None else self.labels[index]
+        chosen.domains = None if self.domains is None else self.domains[index]
+        return chosen
 
 
 class ArrayDataset(IndexedDataset):
@@ -150,14 +175,11 @@ class ArrayDataset(IndexedDataset):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> ArrayDataset:
+    def select(self, index: Tensor) -> Self:
         """A copy of the chosen samples."""
-        labels = None if self.labels is None else self.labels[index]
-        domains = None if self.domains is None else self.domains[index]
-        return ArrayDataset(
-            self.name, self._pixels[index], labels, self.classes, self.license, self.mean, self.std, domains,
-            self.domain_names,
-        )  # fmt: skip
+        chosen = super().select(index)
+        chosen.pixels = chosen._pixels = self._pixels[index]
+        return chosen
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation of values in [0, 1]."""
@@ -204,3 +226,59 @@ class SourceConfig(ComponentConfig, ABC):
         """
         del views, hidden
         return []
+
+
+Opened = TypeVar("Opened", bound="IndexedDataset | None", covariant=True)
+
+
+class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
+    """The base of sources whose images are decoded: all parts of them are at one range of values, which none can forget.
+
+    Attributes:
+        range: which stored values are black and white in images of more than 8 bits, for all images alike: ``[0, 4095]``;
+            ``dtype``, the whole range of the stored type; ``percentiles``, the medians of the images' first and 99th; ``auto``, of
+            whole numbers the bits that hold all of them, of floats [0, 1] or as far as they go. Stage two takes stage one's.
+    """
+
+    range: RangeKey = "auto"
+
+    @abstractmethod
+    def open_part(self, part: Part) -> Opened:
+        """A part of the images; None where this data has none. Its range is settled by :meth:`open` and :meth:`open_pool`."""
+
+    def open_parts(self) -> dict[Split, IndexedDataset]:
+        """All images by their splits; likewise."""
+        splits: tuple[Split, ...] = ("train", "dev", "test")
+        return {split: part for split in splits if (part := self.open_part(split)) is not None}
+
+    def stored_values(self) -> FileTable:
+        """Of images of the training data, by which the range is settled."""
+        pool = self.open_part("pool")
+        assert pool is not None
+        return pool.stored_values()
+
+    def value_range(self) -> Range | None:
+        """The values that are black and white; None where no image that was looked at has more than 8 bits."""
+        key = repr(self)
+        if key not in _SETTLED:
+            _SETTLED[key] = self.range if isinstance(self.range, tuple) else settle(self.range, self.stored_values())
+        return _SETTLED[key]
+
+    def open(self, split: Split) -> Opened:
+        """A split, the same for every seed, at the data's range of values.
+
+        Raises:
+            ConfigError: as :meth:`open_part`.
+        """
+        return self._at_range(self.open_part(split))
+
+    def open_pool(self) -> Opened:
+        """All training images but those of the test, at the data's range of values."""
+        return self._at_range(self.open_part("pool"))
+
+    def open_every(self) -> dict[Split, IndexedDataset]:
+        """All images by their splits, at the data's range of values."""
+        return {split: part.at_range(self.value_range()) for split, part in self.open_parts().items()}
+
+    def _at_range(self, part: IndexedDataset | None) -> Opened:
+        return cast(Opened, None if part is None else part.at_range(self.value_range()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
 
 def part_of(every: Source, shares: Mapping[Part, Tensor], part: Part) -> Source:
     """A part of a source that was shared out; in the ``pool`` ``dev`` has no labels."""
-    chosen = cast(Source, every.select(shares[part]))
+    chosen = every.select(shares[part])
     return without_dev_labels(chosen, shares) if part == "pool" else chosen
 
 

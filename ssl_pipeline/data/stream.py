@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.decode import GRAYSCALE_MODES, decode_bytes
-from ssl_pipeline.data.source import IndexedDataset, SourceConfig
+from ssl_pipeline.data.decode import GRAYSCALE_MODES, EncodedImage
+from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.source import DecodedConfig, IndexedDataset, SourceConfig
+from ssl_pipeline.data.value_range import Range, describe_range
 
 LOOKED_AT = 64  # images that say whether all are grayscale
 
@@ -74,7 +77,7 @@ class StreamDataset(ABC):
     license: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    value_range: tuple[float, float] | None = None
+    value_range: Range | None = None
 
     @abstractmethod
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
@@ -99,6 +102,7 @@ class StreamDataset(ABC):
         """
         every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
         held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held.value_range = self.value_range
         if self.skip_unreadable:
             held.bad_files = BadFiles(parse_limit("100%"), len(held))
         return held
@@ -131,7 +135,11 @@ class InMemoryDataset(IndexedDataset):
     def open_image(self, index: int) -> Image.Image:
         """The decoded image."""
         sample = self._samples[index]
-        return decode_bytes(sample.data, Path(sample.name), self.channels)
+        return EncodedImage(sample.data, Path(sample.name)).decode(self.channels, 1, self.value_range)
+
+    def open_stored(self, index: int) -> Image.Image:
+        """The image with the values that are stored."""
+        return Image.open(BytesIO(self._samples[index].data))
 
     def describe(self, index: int) -> str:
         """The sample's name in its shard."""
@@ -144,19 +152,31 @@ class InMemoryDataset(IndexedDataset):
             digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> InMemoryDataset:
+    def select(self, index: Tensor) -> Self:
         """The chosen samples."""
-        chosen = InMemoryDataset(self.name, [self._samples[i] for i in index.tolist()], self.channels, self.classes)
-        chosen.bad_files = self.bad_files
+        chosen = super().select(index)
+        chosen._samples = [self._samples[i] for i in index.tolist()]
         return chosen
 
 
-class StreamConfig(SourceConfig, ABC):
-    """The base of sources whose training images may be a stream."""
+class StreamConfig(DecodedConfig[IndexedDataset | None], ABC):
+    """The base of sources whose training images may be a stream: then the first of them settle the range of values."""
 
     @abstractmethod
+    def open_stream(self) -> StreamDataset | None:
+        """The training images; None where they are numbered, and ``open_part`` gives them."""
+
     def stream(self) -> StreamDataset | None:
-        """The training images; None where they are numbered, and ``open`` gives them."""
+        """The training images, at the data's range of values; None where they are numbered."""
+        stream = self.open_stream()
+        if stream is not None:
+            stream.value_range = self.value_range()
+        return stream
+
+    def stored_values(self) -> FileTable:
+        """Of the first images of a stream."""
+        stream = self.open_stream()
+        return super().stored_values() if stream is None else stream.head(LOOKED_AT).stored_values()
 
     def refuse_numbers(self) -> ConfigError:
         """What ``open("train")`` raises of a stream."""
@@ -188,6 +208,15 @@ def describe_splits(config: SourceConfig, learned: IndexedDataset | StreamDatase
     except ConfigError as error:  # stage two tells it; stage one needs no test
         return f"{told}; held out for `test`: not known ({error.problems[0]})"
     return f"{told}; held out for `test`: {'none' if test is None else len(test)}"
+
+
+def describe_range_of(config: SourceConfig, learned: IndexedDataset | StreamDataset) -> list[str]:
+    """Which stored values are black and white in images of more than 8 bits, in a line; none if there are no such images."""
+    if learned.value_range is None:
+        return []
+    looked = isinstance(learned, StreamDataset) and isinstance(config, DecodedConfig) and isinstance(config.range, str)
+    by = f", by the first {LOOKED_AT} images of the stream" if looked else ""
+    return [f"of more than 8 bits {describe_range(learned.value_range)}{by}"]
 
 
 def known_length(source: IndexedDataset | StreamDataset) -> int | None:

@@ -79,7 +79,7 @@ def read_stream_crops(
     factors = views.reductions((sizes[:, 0], sizes[:, 1]), ids, epoch)
     images: list[_Image | None] = []
     for (number, sample), one, factor in zip(drawn, opened, factors, strict=True):
-        pixels = None if one is None else borne(partial(one.decode, source.channels, factor))
+        pixels = None if one is None else borne(partial(one.decode, source.channels, factor, source.value_range))
         if one is None or pixels is None:
             images.append(None)
             continue

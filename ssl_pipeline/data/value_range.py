@@ -5,9 +5,8 @@ A scale for each file would show two scans of one tissue at two brightnesses, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.verdicts import warn_once
 
 Range = tuple[float, float]
 KINDS = ("8 bits", "16 bits", "32-bit integers", "floats")
@@ -108,19 +108,34 @@ def _apart(low: float, high: float) -> Range:
     return (low, high) if low < high else (low, low + 1.0)
 
 
-def measured(root: Path, files: Sequence[str]) -> FileTable:
-    """Some files spread over many, with their values: for sources that nobody has looked through."""
-    places = sorted({i * len(files) // _LOOKED_AT for i in range(_LOOKED_AT)}) if files else []
-    found = []
+def stored_mode(file: Image.Image) -> str:
+    """Pillow's mode; ``RGB;16`` where it holds 16 bits a color, of which Pillow reads the upper 8."""
+    told = " ".join(str(tile[3]) for tile in getattr(file, "tile", []))
+    return "RGB;16" if file.mode in ("RGB", "RGBA") and ";16" in told else file.mode
+
+
+def measured(open_image: Callable[[int], Image.Image], count: int, name: str) -> FileTable:
+    """The values of a few images spread over many, for sources that nobody has looked through.
+
+    Args:
+        open_image: opens an image by its number, as it is stored.
+        count: how many images there are.
+        name: of all of them, for messages.
+    """
+    places = sorted({i * count // _LOOKED_AT for i in range(_LOOKED_AT)}) if count else []
+    found, cut = [], 0
     for place in places:
         try:
-            with Image.open(root / files[place]) as file:
-                if kind_of(file.mode):
-                    found.append(measure(file))
+            with open_image(place) as image:
+                cut += stored_mode(image) == "RGB;16"
+                if kind_of(image.mode):
+                    found.append(measure(image))
         except MemoryError:
             raise
         except Exception:  # decoders answer damaged bytes with nearly any error; it is told when its turn comes
             continue
+    if cut:
+        warn_once(f"{name}: images hold colors of 16 bits, of which Pillow reads the upper 8")
     columns: dict[str, Tensor] = {name: torch.tensor([getattr(one, name) for one in found]) for name in COLUMNS}
     return FileTable(*FileTable.of([str(i) for i in range(len(found))]).packed(), columns)
 

@@ -126,7 +126,7 @@ def batches_of(stream: StreamDataset, share: DistInfo = DistInfo(0, 1, CPU), **k
 def stream_of(folder: Path, sizes: list[int], **keys: Any) -> StreamDataset:
     if not folder.exists():
         write_shards(folder, sizes)
-    return webdataset.Config(name="webdataset", path=str(folder), length=sum(sizes), shuffle=8, **keys).stream()
+    return webdataset.Config(name="webdataset", path=str(folder), length=sum(sizes), shuffle=8, **keys).open_stream()
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -258,9 +258,9 @@ def test_large_photos_of_a_stream_are_decoded_small(tmp_path: Path, monkeypatch:
     factors = dict[str, int]()
     whole = EncodedImage.decode
 
-    def watched(self: EncodedImage, channels: int, factor: int) -> Image.Image:
+    def watched(self: EncodedImage, channels: int, factor: int, *rest: Any) -> Image.Image:
         factors[Path(self._name).name] = factor
-        return whole(self, channels, factor)
+        return whole(self, channels, factor, *rest)
 
     monkeypatch.setattr(EncodedImage, "decode", watched)
     of_size_8 = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)

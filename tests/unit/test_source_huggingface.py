@@ -68,7 +68,7 @@ def opened(path: Path | str, split: Any = "train", **keys: Any) -> HFDataset:
 
 
 def streamed(path: Path | str, **keys: Any) -> HFIterableDataset:
-    stream = config(path, streaming=True, **keys).stream()
+    stream = config(path, streaming=True, **keys).open_stream()
     assert stream is not None
     return stream
 
@@ -153,6 +153,7 @@ def test_one_grayscale_image_makes_no_dataset_grayscale_and_texts_that_say_none_
     assert source.channels == 3
     assert source.classes == ("a", "b")
     pool = config(tmp_path / "mixed", label="kind").open_pool()
+    assert pool is not None
     assert pool.labels is not None
     assert streamed(tmp_path / "mixed", label=None).channels == 3
 

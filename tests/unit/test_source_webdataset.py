@@ -28,7 +28,7 @@ from tests.shards import png, write_shards, write_tar
 
 
 def opened(path: Path | str, **keys: Any) -> TarStream:
-    return webdataset.Config(name="webdataset", path=str(path), **keys).stream()
+    return webdataset.Config(name="webdataset", path=str(path), **keys).open_stream()
 
 
 def everything(stream: TarStream) -> list[Sample]:
@@ -95,7 +95,7 @@ def test_patterns_name_archives(tmp_path: Path) -> None:
     assert list(opened(tmp_path / "train-{00,03}.tar").shards) == ["train-00.tar", "train-03.tar"]
     assert list(opened(tmp_path / "train-0*.tar").shards) == names[:10]
     several = webdataset.Config(name="webdataset", path=(str(tmp_path / "train-01.tar"), str(tmp_path)))
-    assert list(several.stream().shards) == [names[1], names[0], *names[2:]]
+    assert list(several.open_stream().shards) == [names[1], names[0], *names[2:]]
     for missing in ("val-*.tar", "train-{11..12}.tar", "nowhere"):
         with pytest.raises(ConfigError, match="is no archive"):
             opened(tmp_path / missing)

@@ -153,7 +153,7 @@ def test_mask_folders_have_splits_above_or_below_images(tmp_path: Path, form: st
 def test_archives_of_another_split_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train-0", "Val-0", "test-0"):
         write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", png(i)) for i in range(3)])
-    stream = webdataset.Config(name="webdataset", path=str(tmp_path)).stream()
+    stream = webdataset.Config(name="webdataset", path=str(tmp_path)).open_stream()
     assert stream.shards == ("train-0.tar",)
     assert "data.dev=PATTERN" in caplog.text
 

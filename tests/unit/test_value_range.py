@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from pydantic import ValidationError
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.crops import read_crops
-from ssl_pipeline.data.decode import as_8_bit, check_header
+from ssl_pipeline.data.decode import as_8_bit, check_header, decode
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.prepare import prepare
-from ssl_pipeline.data.source import ArrayDataset
-from ssl_pipeline.data.sources import folder, table
+from ssl_pipeline.data.pretrained_range import at_range_of
+from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, SourceConfig
+from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, table, webdataset
+from ssl_pipeline.data.sources import torchvision as torchvision_sets
+from ssl_pipeline.data.stream import StreamConfig
+from ssl_pipeline.data.stream_crops import read_stream_crops
+from ssl_pipeline.data.verdicts import warn_once
 from ssl_pipeline.downstream.finished import Model
 from ssl_pipeline.export.embed import EmbedConfig, open_every
 from ssl_pipeline.export.predict import open_predictor, predict
@@ -30,6 +36,7 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from tests.shards import write_tar
 
 CPU = torch.device("cpu")
 DRAWS = np.random.default_rng(0)  # no test depends on which values are drawn
@@ -129,6 +136,173 @@ def test_images_of_8_bits_are_bytes_and_may_stand_beside_others(tmp_path: Path) 
     (alone,) = read_crops(source, views, torch.tensor(bright), 0).views
     assert alone.dtype == torch.uint8  # as ever
     assert as_8_bit(source.open_image(next(i for i in range(len(source)) if i not in bright)), "RGB").mode == "RGB"
+
+
+def in_files(root: Path, stored: list[np.ndarray], ending: str) -> list[Path]:
+    root.mkdir(parents=True)
+    files = [root / f"{i}.{ending}" for i in range(len(stored))]
+    for file, values in zip(files, stored, strict=True):
+        Image.fromarray(values).save(file)
+    return files
+
+
+def in_archives(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    for name in ("train", "val"):
+        members = [(f"{i}{file.suffix}", file.read_bytes()) for i, file in enumerate(files)]
+        classes = [(f"{i}.cls", str(i % 2).encode()) for i in range(len(files))]
+        write_tar(root / f"{name}.tar", [member for pair in zip(members, classes, strict=True) for member in pair])
+    given = {"path": str(root / "train.tar"), "dev": str(root / "val.tar"), "classes": ("a", "b")}
+    return webdataset.Config(name="webdataset", **given, **keys)
+
+
+def in_rows(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    rows = datasets.Dataset.from_dict({"image": cells, "label": [i % 2 for i in range(len(files))]}, features=features)
+    (root / "rows").mkdir()
+    names = ("train", "validation") if keys.get("streaming") else ("train",)
+    for name in names:
+        rows.to_parquet(root / "rows" / f"{name}-00000-of-00001.parquet")
+    return huggingface.Config(name="huggingface", path=str(root / "rows"), **keys)
+
+
+def in_streamed_rows(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    return in_rows(root, files, streaming=True, **keys)
+
+
+def with_boxes(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    record = {
+        "images": [{"id": i, "file_name": str(file)} for i, file in enumerate(files)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 4, 4]} for i in range(len(files))],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (root / "boxes.json").write_text(json.dumps(record))
+    return coco.Config(name="coco", path=str(root / "boxes.json"), **keys)
+
+
+def with_masks(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    (root / "scenes" / "masks").mkdir(parents=True)
+    (root / "scenes" / "images").symlink_to(files[0].parent)
+    for file in files:
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "scenes" / "masks" / f"{file.stem}.png")
+    return mask_folder.Config(name="mask_folder", path=str(root / "scenes"), **keys)
+
+
+def of_torchvision(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
+    for i, file in enumerate(files):
+        (root / "classes" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (root / "classes" / "ab"[i % 2] / file.name).symlink_to(file)
+    return torchvision_sets.Config(
+        name="torchvision", dataset="ImageFolder", path=str(root / "classes"), **{"channels": 1, **keys}
+    )
+
+
+KINDS = [in_archives, in_rows, in_streamed_rows, with_boxes, with_masks, of_torchvision]
+
+
+def all_parts(config: SourceConfig) -> Iterable[list[IndexedDataset]]:
+    """Sources that hold all images together; of a stream its first images, and again those of `dev`."""
+    if isinstance(config, StreamConfig) and (stream := config.stream()) is not None:
+        dev = config.open("dev")
+        assert dev is not None
+        return [[stream.head(100)], [dev]]
+    return [list(config.open_every().values())]
+
+
+SETS: list[tuple[list[np.ndarray], str, tuple[float, float]]] = [
+    ([np.arange(i, 64 + i, dtype=np.uint16).reshape(8, 8) * 31 + 200 for i in range(12)], "png", (0, 4095)),
+    ([np.full((8, 8), 200 + i % 2 * 60, np.int32) for i in range(12)], "tif", (0, 511)),
+    ([np.full((8, 8), [0.5, 1.001, 0.25][i % 3], np.float32) for i in range(12)], "tif", (0, 1.001)),
+]
+
+
+@pytest.mark.parametrize(("stored", "ending", "expected"), SETS, ids=["12 bits", "integers", "floats"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_scale_holds_for_all_images_of_every_source(
+    tmp_path: Path,
+    kind: Callable[..., SourceConfig],
+    stored: list[np.ndarray],
+    ending: str,
+    expected: tuple[float, float],
+) -> None:
+    config = kind(tmp_path, in_files(tmp_path / "files", stored, ending))
+    low, high = expected
+    wanted = sorted(((values.astype(np.float64) - low) / (high - low) for values in stored), key=np.sum)
+    for sources in all_parts(config):
+        assert all(source.value_range == pytest.approx(expected, rel=1e-6) for source in sources)
+        shown = [np.asarray(source.open_image(i)) for source in sources for i in range(len(source))]
+        assert {image.dtype.name for image in shown} == {"float32"}
+        np.testing.assert_allclose(sorted(shown, key=np.sum), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_takes_the_range_that_is_given(tmp_path: Path, kind: Callable[..., SourceConfig]) -> None:
+    files = in_files(tmp_path / "files", SETS[0][0], "png")
+    for i, (key, expected) in enumerate([("dtype", (0, 65535)), ((100, 900), (100, 900)), ("percentiles", None)]):
+        (tmp_path / str(i)).mkdir()
+        config = kind(tmp_path / str(i), files, range=key)
+        for sources in all_parts(config):
+            found = {source.value_range for source in sources}
+            assert len(found) == 1
+            (low, high) = found.pop() or (0, 0)
+            assert (low, high) == expected if expected else (200 < low < 600 and 1900 < high < 2600)
+
+
+def test_a_stream_is_not_read_for_a_range_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = in_files(tmp_path / "files", SETS[0][0], "png")
+    config = in_archives(tmp_path, files, range=(0, 4000), channels=1)
+    assert isinstance(config, StreamConfig)
+    monkeypatch.setattr(webdataset.TarStream, "read", None)
+    stream = config.stream()
+    assert stream is not None
+    assert stream.value_range == (0, 4000)
+
+
+def test_the_views_of_a_stream_are_at_its_range(tmp_path: Path) -> None:
+    stored = SETS[0][0]
+    config = in_archives(tmp_path, in_files(tmp_path / "files", stored, "png"))
+    assert isinstance(config, StreamConfig)
+    stream = config.stream()
+    assert stream is not None
+    whole = ViewsConfig(size=8, count=1, crop={"scale": (1, 1), "ratio": (1, 1)}, flip=0.0)
+    views = Views(whole.for_channels(1)[0], (0.0,), (1.0,), 0)
+    (crops,) = read_stream_crops(stream, views, list(enumerate(stream.read(0))), 0, with_labels=False).views
+    np.testing.assert_allclose(crops[:, 0], np.stack(stored) / 4095, atol=1e-6)
+
+
+def test_images_that_a_library_decodes_are_at_the_range_too() -> None:
+    images = [(Image.fromarray(values), 0) for values in SETS[0][0]]
+    source = torchvision_sets.TorchvisionDataset("pictures", images, 1, None, None)
+    source.value_range = (0, 4095)
+    for i, chosen in enumerate((2, 0)):
+        shown = np.asarray(source.select(torch.tensor([2, 0])).open_image(i))
+        np.testing.assert_allclose(shown, SETS[0][0][chosen] / 4095, atol=1e-6)
+
+
+def test_what_an_encoder_was_pretrained_at_holds_for_every_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_archives(tmp_path, in_files(tmp_path / "files", SETS[0][0], "png"))
+    words = ["tracking=off", "workers=0", "data=webdataset", f"data.path={tmp_path / 'train.tar'}", "steps=2"]
+    tiny = ["views=small", "views.size=8", "backbone.width=4", "batch.size=4", "evaluate_every=0 steps"]
+    run = pretrain(load("pretrain", PretrainConfig, [*words, *tiny, f"output={tmp_path / 'run'}"]))
+    assert "0 is black and 4095 white (`data.range`), by the first 64 images of the stream" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert load_encoder(run)[1].blueprint.range == (0, 4095)
+    dark = in_files(tmp_path / "dark", [values // 16 for values in SETS[0][0]], "png")
+    for i, kind in enumerate(KINDS):
+        (tmp_path / str(i)).mkdir()
+        config = at_range_of(kind(tmp_path / str(i), dark), str(run))
+        assert {source.value_range for sources in all_parts(config) for source in sources} == {(0, 4095)}
+
+
+def test_an_image_that_no_range_is_known_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    (file,) = in_files(tmp_path / "files", SETS[1][0][:1], "tif")
+    assert decode(file, 1).mode == "L"
+    assert "scaled one by one" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -253,6 +427,14 @@ def test_colors_of_16_bits_say_that_8_are_read(
     assert "3 RGB;16 (the upper 8 of 16 bits are read)" in capsys.readouterr().out
     opened(tmp_path)
     assert "3 images hold colors of 16 bits" in caplog.text
+
+
+def test_colours_of_16_bits_are_said_of_rows_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for file in files:
+        png_of_16_bits(file)
+    in_rows(tmp_path, files).open("train")
+    assert "colors of 16 bits, of which Pillow reads the upper 8" in caplog.text
 
 
 def test_arrays_of_any_number_of_channels_have_no_range() -> None:

@@ -19,13 +19,13 @@ from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.coco_record import Categories, categories_of, check_images, leave_out, plain_annotations
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.masks import for_all, report_bad_masks, upright_size
-from ssl_pipeline.data.source import Part, SourceConfig, Split
+from ssl_pipeline.data.source import DecodedConfig, Part
 from ssl_pipeline.data.splits import part_of, split_three
 
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(SourceConfig):
+class Config(DecodedConfig[AnnotatedDataset]):
     """A JSON file with ``images``, ``annotations`` and ``categories``, and the folder of its images.
 
     Boxes that reach out of their image are cut off at its edge; from regions marked ``iscrowd`` nothing is learned, and what is found
@@ -54,30 +54,23 @@ class Config(SourceConfig):
     bad_files: Limit = parse_limit("1%")
     license: str | None = None
 
-    def open(self, split: Split) -> AnnotatedDataset:
-        """A split, the same for every seed.
+    def open_part(self, part: Part) -> AnnotatedDataset:
+        """A split, or all images but those of the test.
 
         Raises:
             ConfigError: a file is missing or damaged, or an annotation fits no image or class.
         """
-        return self._open(split)
-
-    def open_pool(self) -> AnnotatedDataset:
-        """All images but those of the test."""
-        return self._open("pool")
-
-    def _open(self, split: Part) -> AnnotatedDataset:
         paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
         categories, pool = _read(
             Path(self.path).expanduser(), self._root(self.path), None, self.channels, self.bad_files
         )
-        own = paths.get(split)
+        own = paths.get(part)
         if own is not None:
             _, source = _read(Path(own).expanduser(), self._root(own), categories, self.channels, self.bad_files)
             return self._licensed(source)
         strata = torch.zeros(len(pool), dtype=torch.int64)
         shares = split_three(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
-        return self._licensed(part_of(pool, shares, split))
+        return self._licensed(part_of(pool, shares, part))
 
     def _root(self, path: str) -> Path:
         if self.images is not None:

@@ -23,7 +23,7 @@ from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, spli
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 
-class Config(PreparedConfig):
+class Config(PreparedConfig[FileDataset]):
     """Images of the same classes from several domains.
 
     Classes and domains are numbered over the whole folder, so that a number means the same whichever domains are chosen.
@@ -46,20 +46,13 @@ class Config(PreparedConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
-    def open(self, split: Split) -> FileDataset:
-        """A split, the same for every seed.
+    def open_part(self, part: Part) -> FileDataset:
+        """A split, or all images of the training domains but those of the test.
 
         Raises:
             ConfigError: the folder is missing or is not ``domain/class/image``, holds too many bad files, or a domain is not
                 in it.
         """
-        return self._open(split)
-
-    def open_pool(self) -> FileDataset:
-        """All images of the training domains but those of the test."""
-        return self._open("pool")
-
-    def _open(self, split: Part) -> FileDataset:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
@@ -74,14 +67,14 @@ class Config(PreparedConfig):
                 f"`data.test_domains`: {', '.join(both) or 'every domain'} would be trained on and tested on: name it in one "
                 f"place. The folder's domains: {', '.join(tree.names)}."
             )
-        if split == "test" and test:
+        if part == "test" and test:
             self._refuse_unseen_classes(tree, train, test)
             return self._source(tree, tree.files_of(test))
         folders = tree.split_folders(with_test=bool(test))
         pool = tree.files_of(train)
         if folders is not None:
-            if split != "train" and split != "pool" and split in folders:
-                return self._source(tree, pool[folders[split][pool]])
+            if part != "train" and part != "pool" and part in folders:
+                return self._source(tree, pool[folders[part][pool]])
             pool = pool[folders["train"][pool]]
         # Numbered by domain and class, so that each of both is held out in proportion.
         cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
@@ -89,7 +82,7 @@ class Config(PreparedConfig):
         shares = split_three(
             cells, None if test or "test" in own else self.test, None if "dev" in own else self.dev, "domain folder"
         )
-        return part_of(self._source(tree, pool), shares, split)
+        return part_of(self._source(tree, pool), shares, part)
 
     def _source(self, tree: _Tree, index: Tensor) -> FileDataset:
         source = tree.images.source(

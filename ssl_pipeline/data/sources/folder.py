@@ -25,7 +25,7 @@ from ssl_pipeline.data.verdicts import listed
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig):
+class Config(PreparedConfig[FileDataset | None]):
     """A folder of your own.
 
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
@@ -45,49 +45,31 @@ class Config(PreparedConfig):
     dev: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
 
-    def open(self, split: Split) -> FileDataset | None:
-        """A split, the same for every seed; ``dev`` and ``test`` need labels.
+    def open_part(self, part: Part) -> FileDataset | None:
+        """A split, or all images but those of the test, be it a folder or a share; ``dev`` and ``test`` need labels.
 
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
         """
-        return self._at_one_range(self._open(split))
+        folders, base = self.folders(), self.base
+        train = _scan(folders["train"], "data.path", self.bad_files, base)
+        if train.classes is None:
+            return train.source(self) if part in ("train", "pool") else None
+        if part != "train" and part != "pool" and part in folders:
+            return self._own(part, folders[part]).relabeled(train.classes).source(self)
+        test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
+        return part_of(train.source(self), _held_out(folders["train"], self.bad_files, base, test, dev), part)
 
-    def open_pool(self) -> FileDataset | None:
-        """All images but those of the test, be it a folder or a share."""
-        return self._at_one_range(self._open("pool"))
-
-    def _at_one_range(self, source: FileDataset | None) -> FileDataset | None:
-        """A split whose stored values mean what they do in the training folder."""
-        if source is not None:
-            train = _scan(self.folders()["train"], "data.path", self.bad_files, self.base)
-            source.value_range = train.images.value_range(self.range)
-        return source
-
-    def open_every(self) -> dict[Split, IndexedDataset]:
+    def open_parts(self) -> dict[Split, IndexedDataset]:
         """All images by their splits; folders without classes have those alone that are folders."""
         folders = self.folders()
         if _scan(folders["train"], "data.path", self.bad_files, self.base).classes is not None:
-            return super().open_every()
-        return {
-            split: source
-            for split, place in folders.items()
-            if (source := self._at_one_range(self._own(split, place).source(self))) is not None
-        }
+            return super().open_parts()
+        return {split: self._own(split, place).source(self) for split, place in folders.items()}
 
     def _own(self, split: Split, place: Path) -> _Scan:
         key = "data.test_path" if split == "test" and self.test_path else "data.path"
         return _scan(place, key, self.bad_files, self.base)
-
-    def _open(self, split: Part) -> FileDataset | None:
-        folders, base = self.folders(), self.base
-        train = _scan(folders["train"], "data.path", self.bad_files, base)
-        if train.classes is None:
-            return train.source(self) if split in ("train", "pool") else None
-        if split != "train" and split != "pool" and split in folders:
-            return self._own(split, folders[split]).relabeled(train.classes).source(self)
-        test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
-        return part_of(train.source(self), _held_out(folders["train"], self.bad_files, base, test, dev), split)
 
     def folders(self) -> dict[Split, Path]:
         """The folders that splits have of their own."""

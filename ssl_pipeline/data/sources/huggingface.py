@@ -72,34 +72,28 @@ class Config(StreamConfig):
     on_unreadable: Literal["stop", "skip"] = "stop"
     bad_files: Limit = parse_limit("1%")
 
-    def stream(self) -> HFIterableDataset | None:
+    def open_stream(self) -> HFIterableDataset | None:
         """The training images, if they are streamed."""
         return _stream(self, _train_split(self)) if self.streaming else None
 
-    def open(self, split: Split) -> IndexedDataset | None:
-        """A split, the same for every seed; ``dev`` and ``test`` need labels.
+    def open_part(self, part: Part) -> IndexedDataset | None:
+        """All rows of ``train_split`` but those of the test, or a split of them; ``dev`` and ``test`` need labels.
 
         Raises:
             ConfigError: the dataset can't be loaded, has no such split or column, or is streamed and its training images
                 are asked for.
         """
-        named = self._named(split)
+        named = None if part == "train" or part == "pool" else self._named(part)
         if self.streaming:
-            if split == "train":
+            if part == "train" or part == "pool":
                 raise self.refuse_numbers()
             return None if named is None else _held(self, named)
         train = _rows(self, _train_split(self))
-        if split != "train" and train.labels is None:
+        if part not in ("train", "pool") and train.labels is None:
             return None
-        if split != "train" and named is not None:
-            return self._bearing(_labeled(_rows(self, named), split))
-        return self._share(train, split)
+        return self._share(train, part) if named is None else self._bearing(_labeled(_rows(self, named), part))
 
-    def open_pool(self) -> IndexedDataset:
-        """All rows of ``train_split`` but those of the test."""
-        return self._share(_rows(self, _train_split(self)), "pool")
-
-    def open_every(self) -> dict[Split, IndexedDataset]:
+    def open_parts(self) -> dict[Split, IndexedDataset]:
         """All rows by their splits, those whose labels are kept back too."""
         if self.streaming:
             raise self.refuse_numbers()

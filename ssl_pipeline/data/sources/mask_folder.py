@@ -15,14 +15,14 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import AnnotatedDataset
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, report_bad_masks, upright_size
-from ssl_pipeline.data.source import Part, SourceConfig, Split
+from ssl_pipeline.data.source import DecodedConfig, Part, Split
 from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import part_of, split_three
 from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import images_in
 
 
-class Config(SourceConfig):
+class Config(DecodedConfig[AnnotatedDataset]):
     """Images in ``images`` and masks in ``masks``, in pairs by the name before the ending.
 
     Splits are folders with ``images`` and ``masks`` in them (``train/images``), or folders in both of these
@@ -49,19 +49,12 @@ class Config(SourceConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
-    def open(self, split: Split) -> AnnotatedDataset:
-        """A split, the same for every seed.
+    def open_part(self, part: Part) -> AnnotatedDataset:
+        """A split, or all images but those of the test.
 
         Raises:
             ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
         """
-        return self._open(split)
-
-    def open_pool(self) -> AnnotatedDataset:
-        """All images but those of the test."""
-        return self._open("pool")
-
-    def _open(self, split: Part) -> AnnotatedDataset:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise ConfigError(
@@ -71,7 +64,7 @@ class Config(SourceConfig):
         names = self.classes or _names_in(root / "classes.txt")
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
-        own = read.get(split, read["train"]) if split != "pool" else read["train"]
+        own = read["train"] if part == "pool" else read.get(part, read["train"])
         source = AnnotatedDataset(
             FileDataset(str(own.folder), own.folder, own.images, self.channels),
             Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
@@ -79,9 +72,9 @@ class Config(SourceConfig):
         source.license = self.license
         if own is not read["train"]:
             return source
-        shares = {part: None if part in read else share for part, share in (("test", self.test), ("dev", self.dev))}
+        shares = {own: None if own in read else share for own, share in (("test", self.test), ("dev", self.dev))}
         strata = torch.zeros(len(source), dtype=torch.int64)
-        return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), split)
+        return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), part)
 
 
 class _Pairs:

@@ -30,7 +30,7 @@ _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig):
+class Config(PreparedConfig[IndexedDataset | None]):
     """A table of image files.
 
     Where ``ssl-pipeline prepare ROOT --data table`` has looked at the folder that the paths start from, what it found is used.
@@ -72,42 +72,35 @@ class Config(PreparedConfig):
             raise ValueError("give `label_column` or `target_columns`, not both.")
         return self
 
-    def open(self, split: Split) -> IndexedDataset | None:
-        """A split, the same for every seed; ``dev`` and ``test`` need labels or targets.
+    def open_part(self, part: Part) -> IndexedDataset | None:
+        """A split, or all rows of ``train`` but those of the test; ``dev`` and ``test`` need labels or targets.
 
         Raises:
             ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
         """
-        return self._open(split)
-
-    def open_pool(self) -> IndexedDataset | None:
-        """All rows of ``train`` but those of the test."""
-        return self._open("pool")
-
-    def open_every(self) -> dict[Split, IndexedDataset]:
-        """All rows of the chosen domains by their splits."""
-        rows = _read(self)
-        if rows.strata is not None:
-            return super().open_every()
-        by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
-        return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
-
-    def _open(self, split: Part) -> IndexedDataset | None:
         rows = _read(self)
         every = rows.of("train")
         if len(every) == 0:
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
         if rows.strata is None:
-            return self._source(rows, rows.of_domains(every, self)) if split in ("train", "pool") else None
+            return self._source(rows, rows.of_domains(every, self)) if part in ("train", "pool") else None
         named: dict[Part, Tensor] = {"test": rows.of("test"), "dev": rows.of("dev")}
         test, dev = None if len(named["test"]) else self.test, None if len(named["dev"]) else self.dev
         index = {part: every[own] for part, own in split_three(rows.strata[every], test, dev, "table").items()}
         index |= {part: own for part, own in named.items() if len(own)}
         index = {part: rows.of_domains(own, self) for part, own in index.items()}
-        if len(index[split]) == 0:
+        if len(index[part]) == 0:
             return None
-        source = self._source(rows, index[split])
-        return without_dev_labels(source, index) if split == "pool" else source
+        source = self._source(rows, index[part])
+        return without_dev_labels(source, index) if part == "pool" else source
+
+    def open_parts(self) -> dict[Split, IndexedDataset]:
+        """All rows of the chosen domains by their splits."""
+        rows = _read(self)
+        if rows.strata is not None:
+            return super().open_parts()
+        by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
+        return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
 
     def _source(self, rows: _Rows, index: Tensor) -> IndexedDataset:
         source = rows.images.source(

@@ -7,11 +7,10 @@ import hashlib
 import inspect
 import logging
 import pickle
-from collections.abc import Collection
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.decode import DecodeError, at_range
 from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, Part, SourceConfig, Split
+from ssl_pipeline.data.source import ArrayDataset, DecodedConfig, IndexedDataset, Part, Split
 from ssl_pipeline.data.splits import part_of, split_three
 
 # What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,
@@ -49,7 +48,7 @@ DATASETS: dict[str, dict[Split, Any]] = {
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(SourceConfig):
+class Config(DecodedConfig[IndexedDataset]):
     """A dataset of torchvision; it is read where torchvision would put it.
 
     CIFAR's files are pickles; torchvision loads them only if their checksum is the published one.
@@ -74,28 +73,21 @@ class Config(SourceConfig):
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
-    def open(self, split: Split) -> IndexedDataset:
-        """A split, the same for every seed.
+    def open_part(self, part: Part) -> IndexedDataset:
+        """A split, or all training images but those of the test.
 
         Raises:
             ConfigError: torchvision has no such dataset, its files are missing, or it holds no images with one label each.
         """
         named = _parts(self)
         train = _part(self.model_dump_json(), "train")
-        if split in named and split != "train":
-            part = _part(self.model_dump_json(), split)
-            part.mean, part.std = train.mean, train.std
-            return part
-        return self._share(train, named, split)
-
-    def open_pool(self) -> IndexedDataset:
-        """All training images but those of the test."""
-        return self._share(_part(self.model_dump_json(), "train"), _parts(self), "pool")
-
-    def _share(self, train: IndexedDataset, named: Collection[Split], split: Part) -> IndexedDataset:
+        if part != "train" and part != "pool" and part in named:
+            own = _part(self.model_dump_json(), part)
+            own.mean, own.std = train.mean, train.std
+            return own
         assert train.labels is not None
         test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
-        source = part_of(train, split_three(train.labels, test, dev, "torchvision"), split)
+        source = part_of(train, split_three(train.labels, test, dev, "torchvision"), part)
         source.license = self.license
         return source
 
@@ -224,7 +216,6 @@ class TorchvisionDataset(IndexedDataset):
         channels: 1 or 3.
         labels: int64 of shape (N,).
         classes: names, in the order of the labels.
-        index: which samples, int64 of shape (N,); all by default.
     """
 
     def __init__(
@@ -234,11 +225,10 @@ class TorchvisionDataset(IndexedDataset):
         channels: int,
         labels: Tensor | None,
         classes: tuple[str, ...] | None,
-        index: Tensor | None = None,
     ) -> None:
         self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
         self._dataset = dataset
-        self._index = torch.arange(len(dataset)) if index is None else index
+        self._index = torch.arange(len(dataset))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -250,11 +240,15 @@ class TorchvisionDataset(IndexedDataset):
             DecodeError: naming the sample.
         """
         try:
-            image: Image.Image = self._dataset[int(self._index[index])][0]
+            image = self.open_stored(index)
         except (OSError, SyntaxError, ValueError) as error:
             raise DecodeError(Path(self.describe(index)), str(error).rstrip(".")) from error
-        mode = "L" if self.channels == 1 else "RGB"
-        return image if image.mode == mode else image.convert(mode)
+        return at_range(image, "L" if self.channels == 1 else "RGB", self.value_range)
+
+    def open_stored(self, index: int) -> Image.Image:
+        """The image as the dataset gives it."""
+        image: Image.Image = self._dataset[int(self._index[index])][0]
+        return image
 
     def fingerprint(self) -> str:
         """Of the dataset's name and size, and of the chosen samples and labels."""
@@ -263,7 +257,8 @@ class TorchvisionDataset(IndexedDataset):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
         return digest.hexdigest()
 
-    def select(self, index: Tensor) -> TorchvisionDataset:
+    def select(self, index: Tensor) -> Self:
         """The chosen samples."""
-        labels = None if self.labels is None else self.labels[index]
-        return TorchvisionDataset(self.name, self._dataset, self.channels, labels, self.classes, self._index[index])
+        chosen = super().select(index)
+        chosen._index = self._index[index]
+        return chosen

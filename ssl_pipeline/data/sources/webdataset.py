@@ -19,7 +19,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.source import IndexedDataset, Split
+from ssl_pipeline.data.source import IndexedDataset, Part, Split
 from ssl_pipeline.data.splits import split_named
 from ssl_pipeline.data.stream import LOOKED_AT, InMemoryDataset, Sample, StreamConfig, StreamDataset, channels_of
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
@@ -64,7 +64,7 @@ class Config(StreamConfig):
     on_unreadable: Literal["stop", "skip"] = "stop"
     license: str | None = None
 
-    def stream(self) -> TarStream:
+    def open_stream(self) -> TarStream:
         """The training images.
 
         Raises:
@@ -72,21 +72,21 @@ class Config(StreamConfig):
         """
         return TarStream(self, "path", self.path)
 
-    def open(self, split: Split) -> IndexedDataset | None:
+    def open_part(self, part: Part) -> IndexedDataset | None:
         """``dev`` and ``test``, labeled and held in memory.
 
         Raises:
             ConfigError: it is the training images that are asked for, or the images have no labels.
         """
-        if split == "train":
+        if part == "train" or part == "pool":
             raise self.refuse_numbers()
-        given = getattr(self, split)
-        return None if given is None else _held(self, split, given)
+        given = getattr(self, part)
+        return None if given is None else _held(self, part, given)
 
 
 @lru_cache(maxsize=4)
 def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> InMemoryDataset:
-    channels = config.channels or config.stream().channels  # of the images that the network reads
+    channels = config.channels or config.open_stream().channels  # of the images that the network reads
     stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
     held = stream.head(config.held_images)
     if held.labels is None:
