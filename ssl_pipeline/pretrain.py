@@ -15,18 +15,10 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
 from ssl_pipeline.data.lanes import StreamLoader, build_loader
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset, SourceConfig
-from ssl_pipeline.data.stream import (
-    StreamDataset,
-    describe_range_of,
-    describe_size,
-    describe_splits,
-    known_length,
-    open_training,
-    preview,
-)
+from ssl_pipeline.data.source import SourceConfig, describe_range_of, describe_splits, open_training
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
@@ -132,15 +124,13 @@ class PretrainConfig(FrozenModel):
         return self.steps or self.epochs * ((samples or 0) // self.batch.size)
 
 
-def fit_batch(
-    config: PretrainConfig, train: IndexedDataset | StreamDataset, processes: int
-) -> tuple[PretrainConfig, list[str]]:
+def fit_batch(config: PretrainConfig, train: ImageDataset, processes: int) -> tuple[PretrainConfig, list[str]]:
     """A batch that the images are enough for: the largest one below that is shared evenly by processes and micro-batches.
 
     Returns:
         The configuration with that batch, and what is to be said of it.
     """
-    batch, samples = config.batch, known_length(train)
+    batch, samples = config.batch, train.length
     if samples is None or batch.size <= samples:
         return config, []
     micro = batch.micro if batch.micro is not None and batch.micro * processes <= samples else None
@@ -153,14 +143,14 @@ def fit_batch(
     return config.model_copy(update={"batch": BatchConfig(size=size, micro=micro)}), [note]
 
 
-def check(config: PretrainConfig, train: IndexedDataset | StreamDataset, processes: int) -> None:
+def check(config: PretrainConfig, train: ImageDataset, processes: int) -> None:
     """What can't go together, all of it at once, before anything is written.
 
     Raises:
         ConfigError: naming each impossible pair.
     """
     problems = []
-    size, samples = config.batch.size, known_length(train)
+    size, samples = config.batch.size, train.length
     total = config.total_steps(samples)
     if samples is None and config.steps is None:
         problems.append(f"how long {train.name} is nobody knows: give the run's length by `steps`, or `data.length`.")
@@ -205,7 +195,7 @@ def build_task(
     config: PretrainConfig,
     blueprint: EncoderSpec,
     views: ViewsConfig,
-    train: IndexedDataset | StreamDataset,
+    train: ImageDataset,
     accelerator: Accelerator,
 ) -> tuple[Encoder, Task, list[str]]:
     """The encoder, the pretext task around it on this process's device, and what is to be said of them."""
@@ -307,7 +297,7 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     encoder, task, more_notes = build_task(config, blueprint, views_config, train, accelerator)
     optimizer = build_optimizer(config.optim, task, config.batch.size)
-    length = config.total_steps(known_length(train))
+    length = config.total_steps(train.length)
     batches = build_loader(
         train, views, config.batch.size, config.seed, share, length, config.workers, with_labels=task.reads_labels
     )
@@ -331,7 +321,7 @@ def pretrain(config: PretrainConfig) -> Path:
         handle_signals(run.path if run else None),
     ):
         progress.say(
-            f"pretrain: {config.pretext.name} with {config.backbone.name} on {describe_size(train)} of {train.name}"
+            f"pretrain: {config.pretext.name} with {config.backbone.name} on {train.describe_size()} of {train.name}"
         )
         notes += [
             *describe_range_of(config.data, train),
@@ -345,7 +335,7 @@ def pretrain(config: PretrainConfig) -> Path:
         for note in notes:
             progress.say(f"  {note}")
 
-        looked_at = preview(train)
+        looked_at = train.preview()
         evaluation = OnlineEvaluation(looked_at, dev, views, preprocessing, share)
         measure = progress.announcing("measuring the backbone", evaluation)
         untrained = {} if start else measure(encoder)
@@ -388,7 +378,7 @@ def pretrain(config: PretrainConfig) -> Path:
 def encoder_card(
     config: PretrainConfig,
     blueprint: EncoderSpec,
-    train: IndexedDataset | StreamDataset,
+    train: ImageDataset,
     fingerprint: str,
     figures: dict[str, float],
 ) -> Card:

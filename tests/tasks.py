@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing, open_readable
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.value_range import Range
 from ssl_pipeline.rng import NamedRNG
 from ssl_pipeline.transforms.geometry import as_float, crop_boxes, resize_box_of_file, resize_boxes, stack_views

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.transforms.policy import Views
 
 NEIGHBORS = 64  # that are tried in the place of a file that can't be decoded

@@ -1,69 +1,108 @@
-"""The contract of a source: numbered samples with, perhaps, labels."""
+"""The contract of a dataset: numbered samples, or a stream of shards that is read from front to back."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator
 from copy import copy
-from typing import Generic, Literal, Self, TypeVar, cast
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ComponentConfig
-from ssl_pipeline.data.bad_files import BadFiles
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
+from ssl_pipeline.data.decode import EncodedImage
 from ssl_pipeline.data.files import FileTable
-from ssl_pipeline.data.value_range import Range, RangeKey, measured, settle
-from ssl_pipeline.transforms.config import ViewConfig
-
-Split = Literal["train", "dev", "test"]
-Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from
-_SETTLED: dict[str, Range | None] = {}  # once in the process's life, as data are read
+from ssl_pipeline.data.value_range import Range, measured
 
 
-class IndexedDataset(ABC):
-    """Samples numbered from 0.
+class ImageDataset(ABC):
+    """What numbered datasets and streams have in common.
 
     Attributes:
         name: for messages.
         channels: of the images: 1 or 3 in files, any number in memory.
-        classes: names, in the order of the labels; None without labels.
-        labels: int64 of shape (N,), on the CPU; None without labels.
-        unlabeled_because: where there are no labels and the source knows why, a sentence that says so and what to do.
-        domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
-        domain_names: in the order of the domains' numbers; None without domains.
+        classes: names, in the order of the labels; None without labels, or where a stream does not declare them.
         license: of the images, where known.
         mean: per channel, of values in [0, 1], where known.
         std: per channel, where known.
         value_range: the stored values that are black and white, where images have more than 8 bits; None where none has.
-        pixels: uint8 of shape (N, C, H, W) where all images have one size and are in memory; None where files are decoded.
-        bad_files: bears images that can't be decoded, which neighbors then replace; None bears none.
     """
 
     name: str
     channels: int
     classes: tuple[str, ...] | None = None
-    labels: Tensor | None = None
-    unlabeled_because: str | None = None
-    domains: Tensor | None = None
-    domain_names: tuple[str, ...] | None = None
     license: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     value_range: Range | None = None
+
+    @property
+    @abstractmethod
+    def length(self) -> int | None:
+        """How many samples there are; None where a stream does not know."""
+
+    @property
+    @abstractmethod
+    def has_domains(self) -> bool:
+        """Whether it is known where each image is from."""
+
+    @abstractmethod
+    def describe_size(self) -> str:
+        """How much there is, in words."""
+
+    @abstractmethod
+    def preview(self, count: int = 1024) -> IndexedDataset:
+        """What metrics are computed on while training runs: the whole dataset, or the first images of a stream."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes when the samples or labels do, as far as a stream can tell without being read."""
+
+
+class IndexedDataset(ImageDataset):
+    """Samples numbered from 0.
+
+    Attributes:
+        labels: int64 of shape (N,), on the CPU; None without labels.
+        unlabeled_because: where there are no labels and the source knows why, a sentence that says so and what to do.
+        domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
+        domain_names: in the order of the domains' numbers; None without domains.
+        pixels: uint8 of shape (N, C, H, W) where all images have one size and are in memory; None where files are decoded.
+        bad_files: counts images that can't be decoded, which neighbors then replace; None where the first one is an error.
+    """
+
+    labels: Tensor | None = None
+    unlabeled_because: str | None = None
+    domains: Tensor | None = None
+    domain_names: tuple[str, ...] | None = None
     pixels: Tensor | None = None
     bad_files: BadFiles | None = None
 
     @abstractmethod
-    def __len__(self) -> int:
-        """How many samples there are."""
+    def __len__(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        return len(self)
 
     @property
     def has_domains(self) -> bool:
-        """Whether it is known where each image is from."""
         return self.domains is not None
+
+    def describe_size(self) -> str:
+        return f"{len(self)} images"
+
+    def preview(self, count: int = 1024) -> IndexedDataset:
+        del count
+        return self
 
     @property
     def absent_domains(self) -> list[str]:
@@ -111,14 +150,10 @@ class IndexedDataset(ABC):
         return f"image {index} of {self.name}"
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """A digest that changes when the samples or labels do."""
-
-    @abstractmethod
     def select(self, index: Tensor) -> Self:
         """The samples of an int64 index, numbered anew from 0.
 
-        A source calls this for labels, domains and all that is known of the whole, and selects what else it holds per sample.
+        This selects labels and domains, and keeps all that is known of the whole; a subclass adds what else it holds per sample.
         """
         chosen = copy(self)
         chosen.labels = None if self.labels is None else self.labels[index]
@@ -195,90 +230,119 @@ class ArrayDataset(IndexedDataset):
         return tuple(means), tuple(stds)
 
 
-class SourceConfig(ComponentConfig, ABC):
-    """The base of every source's ``Config``."""
-
-    @abstractmethod
-    def open(self, split: Split) -> IndexedDataset | None:
-        """A split; None where this data has none (``dev`` and ``test`` without labels).
-
-        ``dev`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
-        """
-
-    def open_pool(self) -> IndexedDataset | None:
-        """What stage one learns from: ``train`` and, where ``dev`` was drawn from the training images, ``dev`` too.
-
-        Stage one reads no labels, so images that only serve choices need not be kept from it; test images are.
-        """
-        return self.open("train")
-
-    def open_every(self) -> dict[Split, IndexedDataset]:
-        """All images by their splits, those without labels too."""
-        splits: tuple[Split, ...] = ("train", "dev", "test")
-        return {split: source for split in splits if (source := self.open(split)) is not None}
-
-    def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
-        """Views that show domains which are not to be seen, as sentences that say so; by default none is known to.
-
-        Args:
-            views: the policy of every view.
-            hidden: the domains' names.
-        """
-        del views, hidden
-        return []
-
-
-Opened = TypeVar("Opened", bound="IndexedDataset | None", covariant=True)
-
-
-class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
-    """The base of sources whose images are decoded: all parts of them are at one range of values, which none can forget.
+@dataclass(frozen=True)
+class Sample:
+    """A sample of a shard, not decoded yet.
 
     Attributes:
-        range: which stored values are black and white in images of more than 8 bits, for all images alike: ``[0, 4095]``;
-            ``dtype``, the whole range of the stored type; ``percentiles``, the medians of the images' first and 99th; ``auto``, of
-            whole numbers the bits that hold all of them, of floats [0, 1] or as far as they go. Stage two takes stage one's.
+        position: its place among the shard's samples, from 0.
+        data: the image file.
+        label: the number of its class; None where it has none.
+        name: what a message calls it.
+        domain: the name of where it is from; None where that is not known.
     """
 
-    range: RangeKey = "auto"
+    position: int
+    data: bytes
+    label: int | None
+    name: str
+    domain: str | None = None
+
+
+class StreamDataset(ImageDataset):
+    """Shards of samples, read from front to back.
+
+    There is no ``len``: a task that keeps a row per image can't take it.
+
+    Attributes:
+        shards: their names, each once and without their folder: ids are made of them.
+        has_domains: whether samples say where they are from. Nobody has read all names, so a domain's number is 63 bits of its
+            name.
+        length: samples of all shards, as far as it is known.
+        block: samples that a process holds to be shuffled, encoded.
+        skip_unreadable: whether an image that can't be decoded is left out rather than an error.
+    """
+
+    shards: tuple[str, ...]
+    has_domains: bool = False
+    length: int | None = None
+    block: int = 4096
+    skip_unreadable: bool = False
 
     @abstractmethod
-    def open_part(self, part: Part) -> Opened:
-        """A part of the images; None where this data has none. Its range is settled by :meth:`open` and :meth:`open_pool`."""
-
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All images by their splits; likewise."""
-        splits: tuple[Split, ...] = ("train", "dev", "test")
-        return {split: part for split in splits if (part := self.open_part(split)) is not None}
-
-    def stored_values(self) -> FileTable:
-        """Of images of the training data, by which the range is settled."""
-        pool = self.open_part("pool")
-        assert pool is not None
-        return pool.stored_values()
-
-    def value_range(self) -> Range | None:
-        """The values that are black and white; None where no image that was looked at has more than 8 bits."""
-        key = repr(self)
-        if key not in _SETTLED:
-            _SETTLED[key] = self.range if isinstance(self.range, tuple) else settle(self.range, self.stored_values())
-        return _SETTLED[key]
-
-    def open(self, split: Split) -> Opened:
-        """A split, the same for every seed, at the data's range of values.
+    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
+        """A shard's samples in their order, from a position on; what comes before costs as little as can be.
 
         Raises:
-            ConfigError: as :meth:`open_part`.
+            UserError: the shard is missing or damaged.
         """
-        return self._at_range(self.open_part(split))
 
-    def open_pool(self) -> Opened:
-        """All training images but those of the test, at the data's range of values."""
-        return self._at_range(self.open_part("pool"))
+    @abstractmethod
+    def size(self, shard: int) -> int:
+        """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
 
-    def open_every(self) -> dict[Split, IndexedDataset]:
-        """All images by their splits, at the data's range of values."""
-        return {split: part.at_range(self.value_range()) for split, part in self.open_parts().items()}
+    def describe_size(self) -> str:
+        return f"{self.length or 'uncounted'} images in {len(self.shards)} shard(s)"
 
-    def _at_range(self, part: IndexedDataset | None) -> Opened:
-        return cast(Opened, None if part is None else part.at_range(self.value_range()))
+    def preview(self, count: int = 1024) -> InMemoryDataset:
+        """The first samples, held in memory.
+
+        Where training leaves out what can't be decoded, a neighbor takes its place here.
+        """
+        every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
+        held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held.value_range = self.value_range
+        if self.skip_unreadable:
+            held.bad_files = BadFiles(parse_limit("100%"), len(held))
+        return held
+
+
+class InMemoryDataset(IndexedDataset):
+    """A few encoded images in memory.
+
+    Args:
+        name: for messages.
+        samples: the images; labels are known if all of them have one.
+        channels: 1 or 3.
+        classes: names, in the order of the labels.
+
+    Raises:
+        ConfigError: there are none.
+    """
+
+    def __init__(self, name: str, samples: list[Sample], channels: int, classes: tuple[str, ...] | None = None) -> None:
+        if not samples:
+            raise ConfigError(f"{name} holds no image: see the keys of `data` in `configs/data`.")
+        self.name, self.channels, self.classes, self._samples = name, channels, classes, samples
+        labels = [sample.label for sample in samples if sample.label is not None]
+        if classes is not None and len(labels) == len(samples):
+            self.labels = torch.tensor(labels)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def open_image(self, index: int) -> Image.Image:
+        """The decoded image."""
+        sample = self._samples[index]
+        return EncodedImage(sample.data, Path(sample.name)).decode(self.channels, 1, self.value_range)
+
+    def open_stored(self, index: int) -> Image.Image:
+        """The image with the values that are stored."""
+        return Image.open(BytesIO(self._samples[index].data))
+
+    def describe(self, index: int) -> str:
+        """The sample's name in its shard."""
+        return self._samples[index].name
+
+    def fingerprint(self) -> str:
+        """Of all bytes and labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in self._samples:
+            digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> Self:
+        """The chosen samples."""
+        chosen = super().select(index)
+        chosen._samples = [self._samples[i] for i in index.tolist()]
+        return chosen

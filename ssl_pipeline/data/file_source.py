@@ -17,9 +17,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
 from ssl_pipeline.data.files import FileTable
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.value_range import measured
 
 _log = logging.getLogger("ssl_pipeline")

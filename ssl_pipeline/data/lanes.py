@@ -22,10 +22,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
 from ssl_pipeline.data.order import step_at
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
 from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.rng import derive_seed, hash_bits, permutation
@@ -234,7 +233,7 @@ class StreamLoader:
 
 
 def build_loader(
-    source: IndexedDataset | StreamDataset,
+    source: ImageDataset,
     views: Views,
     batch_size: int,
     seed: int,
@@ -245,7 +244,10 @@ def build_loader(
 ) -> IndexedLoader | StreamLoader:
     """The batches of numbered samples or of a stream; see :class:`IndexedLoader` and :class:`StreamLoader`."""
     settings = (views, batch_size, seed, share, total_steps, workers, with_labels)
-    return StreamLoader(source, *settings) if isinstance(source, StreamDataset) else IndexedLoader(source, *settings)
+    if isinstance(source, StreamDataset):
+        return StreamLoader(source, *settings)
+    assert isinstance(source, IndexedDataset)
+    return IndexedLoader(source, *settings)
 
 
 class _Steps(IterableDataset[StreamCrops | UserError]):

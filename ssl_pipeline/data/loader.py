@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import NEIGHBORS, Crops, read_crops
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.resize import Resize

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.policy import Views
 

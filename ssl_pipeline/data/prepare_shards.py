@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.manifest import made_place
 from ssl_pipeline.data.scan import counting_bar
+from ssl_pipeline.data.source import LOOKED_AT
 from ssl_pipeline.data.sources.webdataset import Config
-from ssl_pipeline.data.stream import LOOKED_AT
 from ssl_pipeline.data.value_range import describe_range
 from ssl_pipeline.data.verdicts import log_bad_files, print_bad_files
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, class_names, refuse_several
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
+from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, EncodedImage
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.rng import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {

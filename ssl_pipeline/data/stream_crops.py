@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, EncodedImage
-from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.policy import Views
 

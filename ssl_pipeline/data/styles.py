@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset, preview
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 
 
 def build_views(
-    source: IndexedDataset | StreamDataset,
+    source: ImageDataset,
     config: ViewsConfig,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -30,7 +29,7 @@ def build_views(
     count = max((view.restyle.styles for view in config.each() if view.restyle.probability > 0), default=0)
     if not count:
         return Views(config, mean, std, seed)
-    lenders = preview(source)
+    lenders = source.preview()
     index = permutation(len(lenders), seed, "styles")[:count].sort().values
     plain = Preprocessing(config.size, (0.0,) * lenders.channels, (1.0,) * lenders.channels)
     styles = torch.cat(list(read_in_order(lenders, plain, torch.device("cpu"), index)))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.domain.controls import make_control
 from ssl_pipeline.domain.distance import proxy_a_distance

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.source import ArrayDataset, IndexedDataset
 from ssl_pipeline.rng import derive_seed
 
 Control = Literal["no_shift", "noise", "shuffled"]

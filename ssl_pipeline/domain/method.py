@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.controls import Control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.evaluation.features import extract

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing, read_in_order
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.rng import permutation

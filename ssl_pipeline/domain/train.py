@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import (

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.prepared import scan_folder
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task

@@ -21,8 +21,8 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.detector import FasterRCNNHead

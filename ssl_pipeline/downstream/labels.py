@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, folds, stratified_split
 from ssl_pipeline.data.verdicts import listed
 from ssl_pipeline.downstream.task import DownstreamConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssl_pipeline.data.annotated import NumericTargets, annotations_of
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 
 
 def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.classification import check_labels
 from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.models.artifact import EncoderSpec, load_encoder
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder

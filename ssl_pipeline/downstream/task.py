@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.layers import head_layer, layer_of

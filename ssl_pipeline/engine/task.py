@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.schedules import TrainProgress
 
@@ -116,5 +115,5 @@ class PretextConfig(ComponentConfig, ABC):
     takes_local_views: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> Task:
+    def build(self, encoder: Encoder, source: ImageDataset) -> Task:
         """The task around an encoder, for a source (a memory needs to know how many samples there are: no stream does)."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.evaluation import resize_and_crop_image

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.knn import knn_accuracy

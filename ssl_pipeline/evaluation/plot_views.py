@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import Preprocessing, open_or_replace
-from ssl_pipeline.data.source import IndexedDataset, SourceConfig
-from ssl_pipeline.data.stream import open_training, preview
+from ssl_pipeline.data.source import SourceConfig, open_training
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.policy import ViewsConfig
@@ -49,7 +49,7 @@ def draw(config: PictureConfig) -> Path:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in .png.")
     check_folder_of(path, "`output`")
-    columns = columns_of(preview(open_training(config.data)), config.views, config.seed, config.rows, config.epochs)
+    columns = columns_of(open_training(config.data).preview(), config.views, config.seed, config.rows, config.epochs)
     _grid(columns).save(path)
     return path
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 from ssl_pipeline.evaluation.encoder import LoadedEncoder

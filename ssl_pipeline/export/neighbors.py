@@ -12,8 +12,9 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, decode
-from ssl_pipeline.data.source import IndexedDataset, Split
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.evaluation.encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.export.embed import open_split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 
 
 def class_name(source: IndexedDataset, sample: int) -> str | None:

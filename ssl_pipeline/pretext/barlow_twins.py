@@ -13,8 +13,7 @@ from __future__ import annotations
 from lightly.loss import BarlowTwinsLoss
 from pydantic import Field
 
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext._projected import BatchStatisticsTask, ProjectedConfig
 
@@ -30,7 +29,7 @@ class Config(ProjectedConfig):
     projection_width: int = Field(2048, ge=2)
     off_diagonal: float = Field(0.005, gt=0)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> BatchStatisticsTask:
+    def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BatchStatisticsTask(self, encoder, BarlowTwinsLoss(self.off_diagonal))

@@ -16,8 +16,7 @@ from lightly.loss import NegativeCosineSimilarity
 from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
@@ -39,7 +38,7 @@ class Config(ProjectedConfig):
     momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.996)
     predictor_width: int = Field(4096, ge=1)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> BYOL:
+    def build(self, encoder: Encoder, source: ImageDataset) -> BYOL:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BYOL(self, encoder)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import simclr
@@ -22,7 +21,7 @@ from ssl_pipeline.pretext._projected import ContrastiveConfig
 class Config(ContrastiveConfig):
     """Decoupled contrastive learning (Yeh et al. 2022): learns from small batches. The loss can be negative."""
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> DCL:
+    def build(self, encoder: Encoder, source: ImageDataset) -> DCL:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return DCL(self, encoder)

@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.losses.gather import all_gather_rows
 from ssl_pipeline.losses.info_nce import normalize_rows
 from ssl_pipeline.models.encoder import Encoder
@@ -30,7 +29,7 @@ class Config(ContrastiveConfig):
 
     sigma: float = Field(0.5, gt=0)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> DCLW:
+    def build(self, encoder: Encoder, source: ImageDataset) -> DCLW:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return DCLW(self, encoder)

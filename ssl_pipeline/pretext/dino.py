@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import TemperatureConfig
@@ -58,7 +57,7 @@ class Config(PretextConfig):
     center_momentum: float = Field(0.9, ge=0, lt=1)
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> DINO:
+    def build(self, encoder: Encoder, source: ImageDataset) -> DINO:
         """The task around an encoder.
 
         Raises:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.memory import MemoryBank
@@ -43,13 +42,13 @@ class Config(ContrastiveConfig):
     keep: float = Field(0.5, ge=0, lt=1)
     keep_end: float = Field(0.5, ge=0, le=1)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> InstanceDiscrimination:
+    def build(self, encoder: Encoder, source: ImageDataset) -> InstanceDiscrimination:
         """The task around an encoder.
 
         Raises:
             ConfigError: the images have no numbers, or a temperature per domain was asked for.
         """
-        if isinstance(source, StreamDataset):
+        if not isinstance(source, IndexedDataset):
             raise ConfigError(
                 f"`pretext=instance_discrimination` keeps a row for each image, and {source.name} is read from front to back: take "
                 "numbered images (a folder, a table), or a task with a queue, such as moco_v2."

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset, known_length
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows, rank_and_world_size
 from ssl_pipeline.losses.info_nce import info_nce
@@ -54,7 +53,7 @@ class Config(ContrastiveConfig):
     leave_out_same_sample: bool = True
     batch_norm_group: int | None = Field(32, ge=2)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> MoCoV2:
+    def build(self, encoder: Encoder, source: ImageDataset) -> MoCoV2:
         """The task around an encoder.
 
         Raises:
@@ -68,13 +67,13 @@ class Config(ContrastiveConfig):
         return MoCoV2(self, encoder)
 
 
-def check_queue(size: int, leaves_out_same_sample: bool, source: IndexedDataset | StreamDataset) -> None:
+def check_queue(size: int, leaves_out_same_sample: bool, source: ImageDataset) -> None:
     """A queue longer than the data holds every image's own keys.
 
     Raises:
         ConfigError: it does, and they would count as negatives.
     """
-    samples = known_length(source)
+    samples = source.length
     if samples is not None and size > samples and not leaves_out_same_sample:
         raise ConfigError(
             f"`pretext.queue` of {size} is longer than the {samples} images of {source.name}: each image would repel itself. "

@@ -15,8 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
 from ssl_pipeline.losses.info_nce import info_nce
@@ -39,7 +38,7 @@ class Config(ContrastiveConfig):
     momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.99)
     predictor_width: int = Field(2048, ge=1)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> MoCoV3:
+    def build(self, encoder: Encoder, source: ImageDataset) -> MoCoV3:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return MoCoV3(self, encoder)

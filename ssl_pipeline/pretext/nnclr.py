@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
 from ssl_pipeline.losses.info_nce import info_nce, normalize_rows
@@ -45,7 +44,7 @@ class Config(ContrastiveConfig):
     predictor_width: int = Field(4096, ge=1)
     normalized_projection: bool = True
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> NNCLR:
+    def build(self, encoder: Encoder, source: ImageDataset) -> NNCLR:
         """The task around an encoder.
 
         Raises:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
@@ -27,7 +26,7 @@ class Config(PretextConfig):
 
     views_needed: ClassVar[int | None] = None
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> Rotation:
+    def build(self, encoder: Encoder, source: ImageDataset) -> Rotation:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return Rotation(encoder)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import temperature_figures
@@ -29,7 +28,7 @@ from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forw
 class Config(ContrastiveConfig):
     """SimCLR (Chen et al. 2020)."""
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SimCLR:
+    def build(self, encoder: Encoder, source: ImageDataset) -> SimCLR:
         """The task around an encoder."""
         self.check_domains(source.has_domains)
         return SimCLR(self, encoder)

@@ -15,8 +15,7 @@ from lightly.loss import NegativeCosineSimilarity
 from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.models.encoder import Encoder
@@ -35,7 +34,7 @@ class Config(ProjectedConfig):
     projection_width: int = Field(2048, ge=2)
     predictor_width: int = Field(512, ge=1)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SimSiam:
+    def build(self, encoder: Encoder, source: ImageDataset) -> SimSiam:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return SimSiam(self, encoder)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import simclr
@@ -28,7 +27,7 @@ from ssl_pipeline.pretext._projected import ContrastiveConfig
 class Config(ContrastiveConfig):
     """Supervised contrastive learning (Khosla et al. 2020), the form with the mean outside of the logarithm."""
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SupCon:
+    def build(self, encoder: Encoder, source: ImageDataset) -> SupCon:
         """The task around an encoder.
 
         Raises:

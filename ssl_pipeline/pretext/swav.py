@@ -19,8 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import rank_and_world_size
 from ssl_pipeline.losses.info_nce import to_float32
@@ -53,7 +52,7 @@ class Config(ProjectedConfig):
     queue_start: Duration = parse_duration("15 epochs")
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> SwAV:
+    def build(self, encoder: Encoder, source: ImageDataset) -> SwAV:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return SwAV(self, encoder)

@@ -14,8 +14,7 @@ from __future__ import annotations
 from lightly.loss import VICRegLoss
 from pydantic import Field
 
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext._projected import BatchStatisticsTask, ProjectedConfig
 
@@ -35,7 +34,7 @@ class Config(ProjectedConfig):
     variance: float = Field(25.0, ge=0)
     covariance: float = Field(1.0, ge=0)
 
-    def build(self, encoder: Encoder, source: IndexedDataset | StreamDataset) -> BatchStatisticsTask:
+    def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
         """The task around an encoder."""
         del source  # neither labels nor the number of images matter
         return BatchStatisticsTask(self, encoder, VICRegLoss(self.invariance, self.variance, self.covariance))

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace
-from ssl_pipeline.data.source import IndexedDataset
-from ssl_pipeline.data.stream import open_training, preview
+from ssl_pipeline.data.source import open_training
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
 from ssl_pipeline.metrics.classes import class_name, one_of_each_class
@@ -76,7 +76,7 @@ def run_images(run: RunRecord) -> RunImages:
             notes=(f"Its images can't be shown: this version does not understand its config.yaml ({_line(error)}).",)
         )
     try:
-        train = preview(open_training(config.data))
+        train = open_training(config.data).preview()
         dev = config.data.open("dev")
         views = _views(train, config)
     except _WHAT_CAN_FAIL as error:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_pipeline.config.base import dump
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.labels import LabeledSplit, draw_folds, draw_index
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.downstream.selection import selection

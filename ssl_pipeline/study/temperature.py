@@ -16,7 +16,7 @@ from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.lanes import build_loader
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.stream import known_length, open_training
+from ssl_pipeline.data.source import open_training
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.progress import console
@@ -99,7 +99,7 @@ def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
     train, blueprint = open_training(at_range_of(config.data, str(run))), card.blueprint
     views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
     settled = build_views(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
-    length = known_length(train)
+    length = train.length
     count = 256 if length is None else min(256, length)
     share = DistInfo(0, 1, torch.device("cpu"))
     batches = build_loader(train, settled, count, config.seed, share, 1, 0, with_labels=False)

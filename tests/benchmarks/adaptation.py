@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing
 from ssl_pipeline.data.paired import PairedLoader
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import Method
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator

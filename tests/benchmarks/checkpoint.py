@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer

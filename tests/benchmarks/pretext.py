@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer

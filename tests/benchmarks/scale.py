@@ -29,7 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task

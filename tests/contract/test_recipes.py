@@ -16,7 +16,8 @@ from torchvision import datasets
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
+from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.sources.torchvision import DATASETS
 from ssl_pipeline.data.sources.torchvision import Config as Torchvision

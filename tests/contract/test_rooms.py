@@ -14,7 +14,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.config.resolve import names, resolve
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import ArrayDataset, Split
+from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import EncoderSpec

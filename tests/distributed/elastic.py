@@ -12,8 +12,8 @@ import torch
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import IndexedLoader
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit

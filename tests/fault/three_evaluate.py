@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.features import extract
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from ssl_pipeline.cli import VERBS
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.export import embed, neighbors
 from ssl_pipeline.export.embed import EmbedConfig

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine import memory
 from ssl_pipeline.evaluation.gain import without_gain

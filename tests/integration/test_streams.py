@@ -18,11 +18,11 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, EncodedImage, decode_bytes
 from ssl_pipeline.data.lanes import StreamLoader, lanes_of_process, sample_id, samples_of_lane
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import webdataset
-from ssl_pipeline.data.stream import Sample, StreamDataset
 from ssl_pipeline.data.stream_crops import read_stream_crops
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics

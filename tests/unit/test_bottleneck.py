@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit

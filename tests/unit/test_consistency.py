@@ -18,9 +18,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.data.paired import PairedLoader
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, ConsistencyConfig
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_index, unlabeled_pool

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
+from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.embedded.make import make
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
 from ssl_pipeline.data.prepared import scan_folder
-from ssl_pipeline.data.source import ArrayDataset, IndexedDataset, Split
+from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.data.sources.fashion_mnist import CLASSES

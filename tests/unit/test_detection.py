@@ -21,8 +21,8 @@ from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, annot
 from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.sources import coco
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.finished import load_model

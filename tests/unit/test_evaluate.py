@@ -9,8 +9,8 @@ from lightly.utils.benchmarking import knn_predict as lightlys_knn
 from scipy.stats import ttest_1samp
 from sklearn.linear_model import LogisticRegression
 
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import holm, interval, paired_difference

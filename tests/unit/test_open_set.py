@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.domain.open_set import (
     aupr_unknown,
     auroc,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pipeline.data.source import IndexedDataset, SourceConfig, Split
+from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.source import SourceConfig, Split, describe_splits, open_training
 from ssl_pipeline.data.sources import domain_folder, embedded, fashion_domains, folder, mask_folder, table
-from ssl_pipeline.data.stream import describe_splits, open_training
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.report.command import ImagesCache
 from ssl_pipeline.report.curves import charts, points, thin
 from ssl_pipeline.report.look import RunImages, map_of, neighbor_strips, run_images, spectrum

@@ -98,7 +98,7 @@ def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
 def test_images_are_read_whole() -> None:
     pixels = torch.zeros(1, 3, 20, 40, dtype=torch.uint8)
     pixels[..., 36:] = 255
-    from ssl_pipeline.data.source import ArrayDataset
+    from ssl_pipeline.data.dataset import ArrayDataset
 
     ((index, images),) = read_whole(
         ArrayDataset("x", pixels), Preprocessing(10, (0.0,) * 3, (1.0,) * 3), CPU.device, torch.arange(1)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.data.splits import folds
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.downstream.classification import Classification

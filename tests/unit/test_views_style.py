@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.source import ArrayDataset
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.finetune import FinetuneConfig, finetune

@@ -20,8 +20,8 @@ from torchvision.models import get_model_weights, list_models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.downstream.start import new_encoder
 from ssl_pipeline.evaluation.command import EvaluateConfig
 from ssl_pipeline.evaluation.corruptions import Corrupted

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field
 
 from ssl_pipeline.data import embedded
-from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
+from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
 
 

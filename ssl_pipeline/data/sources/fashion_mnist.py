@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.idx import find_idx, read_idx
-from ssl_pipeline.data.source import ArrayDataset, SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import stratified_split
 
 CLASSES = (

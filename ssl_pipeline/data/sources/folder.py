@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFilesLimit
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.lost_files import causes, total
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, scan_folder
-from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.split_folders import splits_in
 from ssl_pipeline.data.splits import part_of, stratified_split
 from ssl_pipeline.data.verdicts import listed

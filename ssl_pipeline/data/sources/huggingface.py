@@ -12,11 +12,12 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
+from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded, numbers
-from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import part_of, split_named, split_three
-from ssl_pipeline.data.stream import LOOKED_AT, InMemoryDataset, Sample, StreamConfig, channels_of
+from ssl_pipeline.data.stream import channels_of
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
 @lru_cache(maxsize=4)
 def _held(config: Config, split: str) -> InMemoryDataset:
     channels = config.channels or _stream(config, _train_split(config)).channels  # of the images that the network reads
-    held = _stream(config.model_copy(update={"channels": channels}), split).head(config.held_images)
+    held = _stream(config.model_copy(update={"channels": channels}), split).preview(config.held_images)
     if held.labels is None:
         raise ConfigError(
             f"{held.name} has images without a label, and nothing can be measured on them: name another split."

@@ -20,8 +20,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.class_names import class_names
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, lookup_index, plain
-from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_dev_labels
 from ssl_pipeline.data.verdicts import listed, warn_once
 

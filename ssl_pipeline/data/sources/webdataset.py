@@ -18,10 +18,11 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
+from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.source import IndexedDataset, Part, Split
+from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import split_named
-from ssl_pipeline.data.stream import LOOKED_AT, InMemoryDataset, Sample, StreamConfig, StreamDataset, channels_of
+from ssl_pipeline.data.stream import channels_of
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import ENDINGS
@@ -88,7 +89,7 @@ class Config(StreamConfig):
 def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> InMemoryDataset:
     channels = config.channels or config.open_stream().channels  # of the images that the network reads
     stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
-    held = stream.head(config.held_images)
+    held = stream.preview(config.held_images)
     if held.labels is None:
         raise ConfigError(
             f"`data.{split}`: its images need labels (`data.label`) and `data.classes` their names, as nothing can be measured "

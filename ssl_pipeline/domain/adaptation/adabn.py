@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification

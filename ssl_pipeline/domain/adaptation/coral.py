@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.domain.alignment import coral_loss
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.domain.certainty import information_maximization
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase
 from ssl_pipeline.downstream.classification import Classification

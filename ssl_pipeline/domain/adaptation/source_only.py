@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ssl_pipeline.data.source import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 

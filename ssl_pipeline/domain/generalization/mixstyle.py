@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
