@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssl_pipeline.data.annotated import Annotations, place_of_views
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.data.annotated import Annotations
+from ssl_pipeline.transforms.multi_view import Views
 
 
 class Boxes(Annotations):
@@ -63,7 +63,7 @@ class Boxes(Annotations):
 
         A box whose center lies outside of the crop is dropped (Liu et al. 2016); one that reaches out of it is cut off.
         """
-        crops, mirrored = place_of_views(index, views, epoch, self.sizes)
+        _, crops, mirrored = next(views.boxes(index, epoch, *self.sizes[index].unbind(1)))
         size, targets = views.config.size, []
         for i, crop, mirror in zip(index.tolist(), crops.float(), mirrored.tolist(), strict=True):
             (top, left, height, width), boxes = crop.unbind(), self.boxes[i]

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import Annotations, place_of_views
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.data.annotated import Annotations
+from ssl_pipeline.transforms.multi_view import Views
 
 IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Masks(Annotations):
 
     def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
         """The classes of the first views' pixels, int64 of shape (B, S, S); by the nearest pixel, classes have no mean."""
-        boxes, mirrored = place_of_views(index, views, epoch, self.sizes)
+        _, boxes, mirrored = next(views.boxes(index, epoch, *self.sizes[index].unbind(1)))
         places = zip(index.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
         masks = [_view_of(self._read(i), box, mirror, views.config.size) for i, box, mirror in places]
         return torch.stack(masks)

@@ -35,9 +35,8 @@ from ssl_pipeline.data.manifest import Manifest, place_of
 from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
-from ssl_pipeline.transforms.geometry import CropConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

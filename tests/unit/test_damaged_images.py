@@ -14,7 +14,7 @@ from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.downstream import classification, multi_label, regression
@@ -29,6 +29,7 @@ from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.cell import _of
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.unit.test_loader import photos
 
 CPU = DistInfo(0, 1, torch.device("cpu"))

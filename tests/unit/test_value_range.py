@@ -21,7 +21,7 @@ from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, check_header, decode
 from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.loader import Preprocessing, read_in_order
+from ssl_pipeline.data.loader import read_in_order
 from ssl_pipeline.data.prepare import prepare
 from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import SourceConfig, StreamConfig
@@ -35,7 +35,9 @@ from ssl_pipeline.export.predict import open_predictor, predict
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.shards import write_tar
 
 CPU = torch.device("cpu")
