@@ -16,12 +16,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import prepared, scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.manifest import FILE_NAME, FORMAT, load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
+from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config

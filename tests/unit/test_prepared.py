@@ -14,11 +14,11 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import prepared
 from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.manifest import load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
+from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import domain_folder, table
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views

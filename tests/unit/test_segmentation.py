@@ -16,8 +16,9 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader
-from ssl_pipeline.data.loader import DistInfo, read_in_order
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.masks import Masks
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
