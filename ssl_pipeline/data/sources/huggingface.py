@@ -15,9 +15,9 @@ from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
+from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import part_of, split_named, split_three
-from ssl_pipeline.data.stream import channels_of
 from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
