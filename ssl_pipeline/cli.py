@@ -20,7 +20,7 @@ VERBS = {
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
     "evaluate": (
-        "ssl_pipeline.evaluation.command",
+        "ssl_pipeline.evaluation.evaluate",
         "how good are an encoder's features? kNN, probe, few labels, corruptions",
     ),
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),

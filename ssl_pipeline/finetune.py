@@ -20,18 +20,17 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import SourceConfig
-from ssl_pipeline.domain.across import DomainSplit, split_domains
+from ssl_pipeline.domain.domain_split import DomainSplit, split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import ConsistencyConfig, UnlabeledImages
-from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, describe_labels, draw, unlabeled_pool
+from ssl_pipeline.downstream.load_model import Model, load_model
+from ssl_pipeline.downstream.pooled_task import targets_of
 from ssl_pipeline.downstream.regime import CheckpointConfig, RegimeConfig, TrainContext, train
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.downstream.start import check_channels, new_encoder, pretrained_encoder
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.downstream.vector import targets_of
 from ssl_pipeline.engine.distributed import (
     broadcast_from_main,
     dist_info,
@@ -44,7 +43,7 @@ from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.evaluation.pictures import ImageLogger
+from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.logging.jsonl import seconds_before
 from ssl_pipeline.logging.progress import console, duration, print_table, silence_other_ranks
@@ -52,10 +51,10 @@ from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.training import TrainingCurves, trained_steps
-from ssl_pipeline.metrics.confusion import confusion_matrix
-from ssl_pipeline.models.artifact import Card, EncoderSpec, finite, save, write_card
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.metrics.classification import confusion_matrix
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.build_encoder import build_encoder, check_channels
+from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, finite, save, write_card
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights import digest
 from ssl_pipeline.rng import derive_seed
@@ -183,14 +182,11 @@ def starting_point(
     if model is not None:
         check_channels(model.card.blueprint, "the model in `domain.model`", pool)
         return model.card.blueprint, model.task.encoder
-    if config.encoder is not None:
-        blueprint, encoder = pretrained_encoder(config.encoder, pool, config.size)
-    else:
-        size = config.size or config.views.size
-        blueprint, encoder, notes = new_encoder(config.backbone, config.neck, pool, size)
-        for note in notes if config.backbone.weights is not None else []:
-            console().print(note, markup=False)
-    return blueprint, None if config.starts_fresh else encoder
+    size = config.size or (config.views.size if config.encoder is None else None)
+    built = build_encoder(config.encoder, config.backbone, config.neck, pool, size)
+    for note in built.notes if built.blueprint.backbone.weights is not None else []:
+        console().print(note, markup=False)
+    return built.blueprint.without_weights(), None if config.starts_fresh else built.encoder
 
 
 def finetune(config: FinetuneConfig) -> Result:

@@ -42,19 +42,19 @@ from ssl_pipeline.evaluation.alerts import open_alerts
 from ssl_pipeline.evaluation.best import BestEncoder
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.gain import untrained_figures, without_gain
+from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.watch import OnlineEvalCallback
 from ssl_pipeline.logging.jsonl import seconds_before
 from ssl_pipeline.logging.progress import Progress, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
 from ssl_pipeline.logging.tracker import TrackingConfig, open_loggers
-from ssl_pipeline.models.artifact import Card, EncoderSpec, save, write_card
-from ssl_pipeline.models.backbone import Backbone, BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.backbone import Backbone
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, save, write_card
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.weights_input import weights_input
+from ssl_pipeline.models.pretrained_cfg import resolve_cfg
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig
@@ -280,7 +280,7 @@ def pretrain(config: PretrainConfig) -> Path:
     notes += of_views
     if isinstance(train, IndexedDataset):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
-    expected = weights_input(config.backbone, train.channels, train.mean, train.std)
+    expected = resolve_cfg(config.backbone, train.channels, train.mean, train.std)
     mean, std = expected.mean, expected.std
     notes += expected.notes(config.views.size, evaluated=False)
     views = build_views(train, views_config, mean, std, config.seed)

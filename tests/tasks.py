@@ -11,8 +11,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.controls import Control
+from ssl_pipeline.data.reading import read_in_order
+from ssl_pipeline.domain.negative_controls import Control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
+from ssl_pipeline.losses.memory_bank import MemoryBank
+from ssl_pipeline.models.batch_norm import batch_norms
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.rng import permutation
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 Phase = Literal["source", "joint", "target"]
@@ -34,6 +41,7 @@ class MethodConfig(ComponentConfig, ABC):
             half of the source's (the other half teaches, and the source is measured), ``noise`` and ``shuffled`` pixels take
             their places while the real target is measured. Null: what they are.
         known: the classes to learn; images of other classes are left out of the source, and unknown in the target. Null: all.
+        task: the class of the method.
         phases: the trainings, one after the other: ``source`` sees labeled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
         fits_bare_encoder: whether the method makes sense where nothing but the head is trained.
@@ -42,6 +50,7 @@ class MethodConfig(ComponentConfig, ABC):
         keeps_statistics: whether it works with ``regime.statistics=kept``: it does not estimate the encoder's anew.
     """
 
+    task: ClassVar[Callable[..., Method]]
     phases: ClassVar[tuple[Phase, ...]] = ("joint",)
     fits_bare_encoder: ClassVar[bool] = False
     head: ClassVar[str | None] = None
@@ -64,13 +73,13 @@ class MethodConfig(ComponentConfig, ABC):
         return None
 
     def check_head(self, head: object) -> list[str]:
-        """Whether ``downstream.head`` is the one that the method needs, as sentences if it is not."""
+        """A sentence where ``downstream.head`` is not the one that the method needs."""
         if self.head is None or head == self.head:
             return []
         return [f"`domain={self.name}` needs the {self.head} head: set downstream.head={self.head}."]
 
     def check_statistics(self, kept: bool) -> list[str]:
-        """Whether the regime's BatchNorm statistics go together with the method, as sentences."""
+        """A sentence where BatchNorm's kept statistics and the method exclude one another."""
         if not kept or self.keeps_statistics:
             return []
         return [
@@ -79,7 +88,7 @@ class MethodConfig(ComponentConfig, ABC):
         ]
 
     def check(self, downstream: str, regime: str) -> list[str]:
-        """What does not go together with the task or the regime, as sentences."""
+        """What can't be combined with the task or the regime, as sentences."""
         problems = []
         if downstream != "classification":
             problems.append(f"`domain` is for downstream=classification, and this is {downstream}.")
@@ -94,9 +103,9 @@ class MethodConfig(ComponentConfig, ABC):
             )
         return problems
 
-    @abstractmethod
     def build(self, classifier: Classification, target: IndexedDataset) -> Method:
-        """The task around a classifier; of ``target`` it may read all but labels, which were taken away."""
+        """The task around a classifier; ``target`` has no labels."""
+        return self.task(self, classifier)
 
 
 class JointConfig(MethodConfig, ABC):
@@ -120,29 +129,27 @@ class GeneralizationConfig(MethodConfig, ABC):
 
 
 class Method(Task, ABC):
-    """A classifier that is trained across domains; see :class:`MethodConfig`.
+    """A classifier that is trained across domains by a method.
 
     In a joint batch the first half of the samples is labeled, and the second half is the target's, with label −1.
     """
 
     reads_labels = True
 
-    def __init__(self, classifier: Classification) -> None:
+    def __init__(self, config: MethodConfig, classifier: Classification) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.config, self.classifier = config, classifier
         self.encoder = classifier.encoder
 
     def features_and_logits(self, images: Tensor) -> Embeddings:
-        """What the head reads and what it makes of it."""
         features = self.classifier.neck_features(images)
         return {"features": features, "logits": self.classifier.head(features)}
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Of the first view."""
         return self.features_and_logits(batch.views[0])
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The classifier's, and what the method has of its own with all of the rate."""
+        """The classifier's groups, and one with the method's own parameters."""
         groups = self.classifier.param_groups()
         known = {id(parameter) for group in groups for _, parameter in group["params"]}
         own = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in known]
@@ -151,15 +158,13 @@ class Method(Task, ABC):
     def finish(
         self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
-        """What follows the last step: statistics estimated anew, averaged weights put into place."""
-        del labeled, target, preprocessing, share
+        """What follows the last step: new BatchNorm statistics, averaged weights put into place."""
 
 
 class SourceTask(Method):
     """Cross-entropy on labeled images: the beginning of every comparison."""
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy; accuracy beside it."""
         assert batch.label is not None
         right = (embeddings["logits"].argmax(1) == batch.label).float().mean()
         return StepOutput(self.classifier.supervised(embeddings["logits"], batch.label), {"accuracy": right})
@@ -168,20 +173,16 @@ class SourceTask(Method):
 class JointTask(Method):
     """Cross-entropy on the source, and a term on source and target together."""
 
-    def __init__(self, config: JointConfig, classifier: Classification) -> None:
-        super().__init__(classifier)
-        self.weight, self.forwards = config.weight, config.forwards
+    config: JointConfig
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Source's and target's rows, one after the other."""
         images = batch.views[0]
-        if self.forwards == "one":
+        if self.config.forwards == "one":
             return self.features_and_logits(images)
         parts = [self.features_and_logits(part) for part in images.chunk(2)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy plus ``weight`` times the method's term, which is computed in fp32 under autocast, too."""
         assert batch.label is not None
         source, target = ({n: rows.chunk(2)[half].float() for n, rows in embeddings.items()} for half in (0, 1))
         label = batch.label.chunk(2)[0]
@@ -190,12 +191,84 @@ class JointTask(Method):
             term = self.term(source, target, batch)
         right = (source["logits"].argmax(1) == label).float().mean()
         metrics: dict[str, Tensor | float] = {
-            "supervised": supervised.detach(),
-            "term": term.detach(),
-            "accuracy": right,
-        }
-        return StepOutput(supervised + self.weight * term, metrics)
+            "supervised": supervised.detach(), "term": term.detach(), "accuracy": right,
+        }  # fmt: skip
+        return StepOutput(supervised + self.config.weight * term, metrics)
 
     @abstractmethod
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
         """The method's loss on ``features`` (B, D) and ``logits`` (B, K) of both sides, float32; a scalar."""
+
+
+class MemoryTask(JointTask):
+    """A joint task with an exemplar memory of the target's features, one row an image.
+
+    Args:
+        config: the method's.
+        classifier: on its device.
+        samples: images of the target.
+    """
+
+    def __init__(self, config: JointConfig, classifier: Classification, samples: int) -> None:
+        super().__init__(config, classifier)
+        self.bank = MemoryBank(samples, classifier.width)
+        self._rows: Tensor | None = None
+
+    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+        self.bank.fill(extract(self.classifier.neck_features))
+
+    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
+        self._rows = target["features"].detach()
+        return self.memory_term(target, batch.index.chunk(2)[1], batch.clock)
+
+    @abstractmethod
+    def memory_term(self, target: Embeddings, index: Tensor, clock: TrainProgress) -> Tensor:
+        """The term on the target's side; ``index`` are its rows of the memory, int64 of shape (B,)."""
+
+    def momentum(self, clock: TrainProgress) -> float:
+        """What is kept of a memory row when its image is seen again."""
+        return 0.0
+
+    def after_step(self, batch: Batch) -> None:
+        assert self._rows is not None
+        self.bank.update(batch.index.chunk(2)[1], self._rows, self.momentum(batch.clock))
+        self._rows = None
+
+
+@torch.no_grad()
+def update_bn(
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    source: IndexedDataset,
+    preprocessing: Preprocessing,
+    share: DistInfo,
+) -> None:
+    """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
+
+    Every process reads all images, so that all get the same statistics. An encoder that keeps its statistics
+    (:class:`ssl_pipeline.models.encoder.Encoder`) keeps them here too.
+
+    Args:
+        network: whose layers.
+        forward: runs it on images.
+        source: numbered samples.
+        preprocessing: what the network expects.
+        share: gives the device.
+    """
+    keepers = [m for m in network.modules() if isinstance(m, Encoder) and m.keeps_statistics]
+    kept = {id(layer) for encoder in keepers for layer in batch_norms(encoder)}
+    layers = [layer for layer in batch_norms(network) if id(layer) not in kept]
+    was_training, momenta = network.training, [layer.momentum for layer in layers]
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's cumulative mean over the batches
+        layer.train()
+    # Drawn, because images may come class by class: a part of one class varies less than all images do. Even parts weigh the same.
+    order = permutation(len(source), "BatchNorm statistics")
+    for part in order.tensor_split(max(1, len(source) // 256)):
+        images = torch.cat(list(read_in_order(source, preprocessing, share.device, part, chunk=len(part))))
+        forward(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    network.train(was_training)

@@ -26,7 +26,7 @@ from ssl_pipeline.transforms.multi_view import Views
 def train_across(
     method: MethodConfig, regime: RegimeConfig, classifier: Classification, target: IndexedDataset, around: TrainContext
 ) -> None:
-    """Trains a classifier in place.
+    """Trains a classifier in place, phase by phase, by the one loop.
 
     Args:
         method: across domains.
@@ -47,7 +47,7 @@ def train_across(
         if phase == "target":
             _run_phase(phase, method, regime, method.on_target, task, target, around)
         elif regime.trains_all and has_source:
-            stage = SourceTask(classifier) if "target" in method.phases else task
+            stage = SourceTask(method, classifier) if "target" in method.phases else task
             _run_phase(phase, method, regime, regime, stage, target, around)
     task.finish(labeled.train, target, around.preprocessing, share)
 

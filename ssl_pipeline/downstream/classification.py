@@ -2,7 +2,7 @@
 
     ℓ = −log softmax(W f(x) + b)_y
 
-When to use: every image is of exactly one class. The first figure is accuracy; ``class_mean_accuracy`` counts rare
+When to use: every image is of exactly one class. The first metric is accuracy; ``class_mean_accuracy`` counts rare
 classes as much as frequent ones. On a frozen encoder it is the linear probe (Alain and Bengio 2017, arXiv
 1610.01644).
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, targets_of
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, targets_of
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import CosineHead, LinearHead
+from ssl_pipeline.models.heads import CosineHead, LinearHead
 
 
 class Config(PooledConfig):
@@ -41,15 +42,12 @@ class Config(PooledConfig):
     class_weights: Literal["none", "balanced"] = "none"
 
     def build(self, encoder: Encoder, classes: int) -> Classification:
-        """The task on top of an encoder."""
         return Classification(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Labels must exist, and those to measure on must have been there to learn."""
         return check_labels("classification", source, held_out)
 
     def strata(self, source: IndexedDataset) -> Tensor | None:
-        """The labels."""
         return source.labels
 
 
@@ -93,17 +91,14 @@ class Classification(PooledTask):
         self.register_buffer("class_weight", torch.ones(classes))
 
     def look_at(self, train: IndexedDataset) -> None:
-        """Counts the classes, for balanced weights; a class without a label has none to weigh."""
         if self.balanced:
             counts = targets_of(train).bincount(minlength=self.classes).to(self.class_weight)
             self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Logits of the first view."""
         return {"logits": self.predict(batch.views[0])}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy; accuracy beside it."""
         assert batch.label is not None
         loss = self.supervised(embeddings["logits"], batch.label)
         return StepOutput(loss, {"accuracy": (embeddings["logits"].argmax(1) == batch.label).float().mean()})
@@ -114,14 +109,12 @@ class Classification(PooledTask):
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
         """Logistic regression for the linear head; class means for the cosine head, which has no bias to fit."""
-        with torch.no_grad():
-            if isinstance(self.head, LinearHead):
-                weight, bias = fit_linear(features, targets, self.classes, decay, class_weight=self.class_weight)
-                self.head.weight.copy_(weight)
-                self.head.bias.copy_(bias)
-            else:
-                assert isinstance(self.head, CosineHead)
-                members = F.one_hot(targets, self.classes).float()
+        if isinstance(self.head, LinearHead):
+            self.head.assign(*fit_linear(features, targets, self.classes, decay, class_weight=self.class_weight))
+        else:
+            assert isinstance(self.head, CosineHead)
+            members = F.one_hot(targets, self.classes).float()
+            with torch.no_grad():
                 self.head.weight.copy_(members.T @ F.normalize(features, dim=1))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
@@ -132,4 +125,4 @@ class Classification(PooledTask):
         right = (predictions.argmax(1) == targets).float()
         of_class = [right[targets == c].mean() for c in targets.unique()]
         means = {"accuracy": float(right.mean()), "class_mean_accuracy": float(torch.stack(of_class).mean())}
-        return means | ({} if len(of_class) == predictions.shape[1] else {"classes_measured": float(len(of_class))})
+        return means | measured("classes", len(of_class), predictions.shape[1])

@@ -1,11 +1,11 @@
-"""Learning from images without labels, beside those with: what the model is sure of in a mild view holds in a strong one.
+"""Learning from images without labels, beside those with: a confident prediction for a mild view is the label of a strong one.
 
     p  = align(softmax(teacher(mild view)))           align(p) ∝ p · (share of the class among labels) / (mean of p so far)
     ℓ  = ℓ_labeled + weight · mean(1[max p ≥ confidence] · −log softmax(f(strong view))_argmax p)
 
 FixMatch (Sohn et al. 2020, arXiv 2001.07685), with a moving average of the weights as the teacher (Tarvainen and Valpola 2017, arXiv
 1703.01780) and distribution alignment (Berthelot et al. 2020, arXiv 1911.09785). When to use: few labels, and many images of the
-same classes without any. Where the model is wrong and sure, it teaches itself the error: compare on held-out labels.
+same classes without any. A model that is wrong and confident learns its own error: compare on held-out labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import all_gather_rows
-from ssl_pipeline.models.teacher import EMAModel
+from ssl_pipeline.models.ema import EMAModel
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 
@@ -52,12 +52,7 @@ class ConsistencyConfig(FrozenModel):
     views: ViewsConfig
 
     def open(self, channels: int) -> IndexedDataset | None:
-        """The images of ``path``; None without one.
-
-        Raises:
-            ConfigError: there is no such folder, it holds fewer than two images or too many broken ones, or they can't be read with so
-                many channels.
-        """
+        """The images of ``path``; None without one."""
         if self.path is None:
             return None
         if channels not in (1, 3):
@@ -73,14 +68,7 @@ class ConsistencyConfig(FrozenModel):
         return found.source(config, self.path)
 
     def check(self, task: str, regime: str, across_domains: bool, data: IndexedDataset) -> list[str]:
-        """What does not go together with it, as sentences.
-
-        Args:
-            task: the downstream task's name.
-            regime: the regime's.
-            across_domains: whether a method across domains trains.
-            data: the training images.
-        """
+        """What it can't be combined with, as sentences; ``data`` are the training images."""
         problems = []
         if task != "classification":
             problems.append(f"`unlabeled` is for downstream=classification, and this is {task}: set unlabeled=null.")
@@ -114,13 +102,7 @@ class ConsistencyConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class UnlabeledImages:
-    """Images without labels, and how they are learned from.
-
-    Attributes:
-        config: how.
-        images: which; no label of theirs is there to be read.
-        views: of them.
-    """
+    """Images without labels, how they are learned from, and their views."""
 
     config: ConsistencyConfig
     images: IndexedDataset
@@ -128,7 +110,7 @@ class UnlabeledImages:
 
 
 class Consistency(Task):
-    """A classifier, and the teacher that names images for it; see the module.
+    """A classifier, and its moving average as the teacher; see the module.
 
     In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labeled. The others have two views.
 
@@ -153,14 +135,12 @@ class Consistency(Task):
         self._seen = self.mean
 
     def embed(self, batch: Batch) -> Embeddings:
-        """The classifier's logits of the first view, and the teacher's of the second."""
         assert isinstance(self.teacher.network, Classification)
         with torch.no_grad():
             taught = self.teacher.network.predict(batch.views[1])
         return {"logits": self.classifier.predict(batch.views[0]), "taught": taught}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy on labels, and on the names that the teacher is sure of."""
         assert batch.label is not None
         labeled = len(batch.label) // (1 + self.config.ratio)
         logits, label = embeddings["logits"].float(), batch.label[:labeled]
@@ -180,11 +160,10 @@ class Consistency(Task):
         return StepOutput(supervised + self.config.weight * term, metrics)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The classifier's: the teacher has no gradients."""
         return self.classifier.param_groups()
 
     def after_step(self, batch: Batch) -> None:
-        """The averages follow, from the start no slower than a plain mean over the steps."""
+        """The averages are updated, from the start no slower than a plain mean over the steps."""
         step = batch.clock.step
         kept = min(self.config.momentum, step / (step + 1))
         self.teacher.follow(self.classifier, kept)

@@ -4,7 +4,7 @@
 
 cross-entropies for the first and third, smooth L1 on the boxes' offsets for the others.
 
-When to use: single objects are to be found and counted. The first figure is COCO's mean average precision. Ren et al.
+When to use: single objects are to be found and counted. The first metric is COCO's mean average precision. Ren et al.
 2015, arXiv 1506.01497; Lin et al. 2017, arXiv 1612.03144.
 """
 
@@ -23,12 +23,12 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
+from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_classes
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.models.detector import FasterRCNNHead
+from ssl_pipeline.models.batch_norm import batch_norms, have_statistics
+from ssl_pipeline.models.detection_heads import FasterRCNNHead, PyramidRetinaNetHead
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.norms import batch_norms, have_statistics
-from ssl_pipeline.models.retinanet import PyramidRetinaNetHead
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
@@ -59,38 +59,30 @@ class Config(DenseConfig):
     batch_norm: Literal["frozen", "trained"] = "frozen"
 
     def build(self, encoder: Encoder, classes: int) -> Detection:
-        """The task on top of an encoder."""
         return Detection(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Boxes to learn from and to measure on, of the same classes."""
         boxes = annotations_of(source, Boxes)
-        measured = boxes if held_out is None else annotations_of(held_out, Boxes)
-        if boxes is None or measured is None:
+        held = boxes if held_out is None else annotations_of(held_out, Boxes)
+        if boxes is None or held is None:
             return [f"detection needs boxes, and {source.name} has none: take data=coco."]
         problems = []
         if importlib.util.find_spec("pycocotools") is None:
             problems.append(
                 'detection is measured by pycocotools, which is not installed: pip install -e ".[detection]" in the project\'s folder.'
             )
-        known, wanted = boxes.counts(), measured.counts()
+        known, wanted = boxes.counts(), held.counts()
         for counts, where in ((known, "training images"), (wanted, "images to measure on")):
             if not bool(counts.any()):
                 problems.append(f"{source.name}: the {where} hold no box: annotate some.")
-        unseen = [name for name, here, there in zip(boxes.names, known, wanted, strict=True) if there and not here]
-        if unseen:
-            problems.append(
-                f"{source.name}: images to measure on hold classes that no training image has: {', '.join(map(repr, unseen))}. "
-                "Nothing could learn them: add training images, or take these out."
-            )
-        return problems
+        return problems + unseen_classes(source, "images to measure on hold classes", boxes.names, known, wanted)
 
 
 class Detection(DenseTask):
     """See :class:`Config`."""
 
     head: FasterRCNNHead | PyramidRetinaNetHead
-    _freezes_norms = False  # until the encoder is there to be looked at
+    _freezes_norms = False  # until there is an encoder
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
         super().__init__(encoder)
@@ -119,22 +111,18 @@ class Detection(DenseTask):
                 norm.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Detection:
-        """As torch's; frozen BatchNorms stay in evaluation mode."""
         super().train(mode)
         self._freeze_norms()
         return self
 
     def fix_encoder(self, fixed: bool) -> None:
-        """Whether the encoder takes part in training; frozen BatchNorms never do."""
         super().fix_encoder(fixed)
         self._freeze_norms()
 
     def embed(self, batch: Batch) -> Embeddings:
-        """The maps of the first view."""
         return self.encoder.feature_maps(batch.views[0])
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The sum of the head's losses: Faster R-CNN's four, RetinaNet's two."""
         losses = self.head.losses(embeddings, batch.views[0].shape[-1], batch.target)
         return StepOutput(
             torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
@@ -147,14 +135,12 @@ class Detection(DenseTask):
         return [{**one, "boxes": one["boxes"] / size} for one in found]
 
     def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
-        """The figures, and ``classes_measured`` where some classes have no box: how many have one."""
-        figures, boxes = super().evaluate(source, preprocessing, share), annotations_of(source, Boxes)
+        boxes = annotations_of(source, Boxes)
         assert boxes is not None
         count = int((boxes.counts() > 0).sum())
-        return figures | ({} if count == len(boxes.names) else {"classes_measured": float(count)})
+        return super().evaluate(source, preprocessing, share) | measured("classes", count, len(boxes.names))
 
     def compare(self, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> Any:
-        """Prediction and truth in the image's own pixels, on the CPU."""
         height, width = target["size"].float()
         scaled = {**prediction, "boxes": prediction["boxes"] * torch.stack([width, height, width, height])}
         return tuple({key: value.cpu() for key, value in one.items()} for one in (scaled, target))

@@ -60,13 +60,13 @@ class LabelsConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class LabeledSplit:
-    """What a regime learns from.
+    """The images that a regime learns from.
 
     Attributes:
         train: a source's labeled part.
         validation: *training* labels that are held out for selection, or None.
-        folds: the part of the cross-validation that each image of ``train`` is in, int64 of shape (N,); −1 for images that always
-            teach. None: nothing is chosen by cross-validation.
+        folds: the part of the cross-validation that each image of ``train`` is in, int64 of shape (N,); −1 for images that are in
+            every training part. None: nothing is chosen by cross-validation.
     """
 
     train: IndexedDataset
@@ -75,7 +75,7 @@ class LabeledSplit:
 
 
 def describe_labels(pool: IndexedDataset, held_out: IndexedDataset, split: str) -> str:
-    """What stage two learns from and is measured on, in a line: a folder that is a class by mistake is seen in it."""
+    """Training and held-out images in a line: a folder that is a class by mistake is seen in it."""
     names = pool.classes or ()
     what = "outputs" if pool.labels is None else "classes"
     return (
@@ -104,7 +104,7 @@ def draw_folds(
         labels: how many are read.
         downstream: what they are for.
         pool: all training images.
-        drawn: what :func:`draw_index` gave.
+        drawn: of :func:`draw_index`.
         seed: of the draw.
 
     Returns:
@@ -121,7 +121,7 @@ def draw_folds(
 def unlabeled_pool(
     labels: LabelsConfig, downstream: DownstreamConfig, pool: IndexedDataset, seed: int
 ) -> IndexedDataset:
-    """All training images but those that a seed holds out for selection; their labels are taken away."""
+    """All training images but those that a seed holds out for selection, without their labels."""
     _, held_out = draw_index(labels, downstream, pool, seed)
     index = torch.arange(len(pool))
     images = pool.select(index if held_out is None else index[~torch.isin(index, held_out)])

@@ -2,7 +2,7 @@
 
     ℓ = mean over the known labels of −[ y log σ(s) + (1 − y) log(1 − σ(s)) ],   s = W f(x) + b
 
-When to use: several things may be true of an image at once, and some may not be known. The first figure is the mean
+When to use: several things may be true of an image at once, and some may not be known. The first metric is the mean
 average precision, which needs no threshold.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from statistics import fmean
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score
@@ -18,13 +17,13 @@ from torchmetrics.functional.classification import binary_f1_score
 from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.downstream.numbers import check_numbers
-from ssl_pipeline.downstream.solve import fit_labels, known_mean
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, check_numbers
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.metrics.average_precision import average_precision
+from ssl_pipeline.metrics.classification import average_precision
+from ssl_pipeline.metrics.linear_probe import fit_labels, known_mean
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import LinearHead
+from ssl_pipeline.models.heads import LinearHead
 
 
 class Config(PooledConfig):
@@ -34,11 +33,9 @@ class Config(PooledConfig):
     pipeline_tag = "image-classification"
 
     def build(self, encoder: Encoder, classes: int) -> MultiLabel:
-        """The task on top of an encoder."""
         return MultiLabel(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Columns of 0 and 1, both of which occur in training."""
         problems = check_numbers("multi-label classification", source, held_out)
         numbers = annotations_of(source, NumericTargets)
         if problems or numbers is None:
@@ -55,8 +52,8 @@ class Config(PooledConfig):
                 problems.append(
                     f"{source.name}: {name!r} is {found[0]:g} in every training image: leave the column out."
                 )
-        measured = None if held_out is None else annotations_of(held_out, NumericTargets)
-        if measured is not None and not bool(_vary(measured.values).any()):
+        wanted = None if held_out is None else annotations_of(held_out, NumericTargets)
+        if wanted is not None and not bool(_vary(wanted.values).any()):
             problems.append(
                 f"{source.name}: each label is the same in all images to measure on, and nothing can be measured: add "
                 "images to them that have the labels, and images that have not."
@@ -73,20 +70,14 @@ class MultiLabel(PooledTask):
         self.head: LinearHead = LinearHead(self.width, classes)
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Logits of the first view."""
         return {"logits": self.predict(batch.views[0])}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The mean of the labels' binary cross-entropies."""
         logits = embeddings["logits"].float()
         return StepOutput(known_mean(F.binary_cross_entropy_with_logits, logits, batch.target).mean())
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """A logistic regression a label."""
-        weight, bias = fit_labels(features, targets, decay)
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            self.head.bias.copy_(bias)
+        self.head.assign(*fit_labels(features, targets, decay))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """Mean average precision over the labels, and the labels' mean F1 at a probability of one half.
@@ -94,18 +85,15 @@ class MultiLabel(PooledTask):
         A label that is 0, or 1, in all images where it is known has the same average precision whatever the model says: it is
         left out of both means, and ``labels_measured`` says how many are in them.
         """
-        measured = _vary(targets).nonzero()[:, 0].tolist()
-        told = {} if len(measured) == targets.shape[1] else {"labels_measured": float(len(measured))}
-        if not measured:
-            return told
-        precisions, f1s = [], []
-        for label in measured:
+        varying, precisions, f1s = _vary(targets).nonzero()[:, 0].tolist(), [], []
+        for label in varying:
             known = ~targets[:, label].isnan()
             logits, truth = predictions[known, label], targets[known, label] == 1
             # Of the logits and not of probabilities, which are all 1 where a model is sure: their order would be lost.
             precisions.append(average_precision(logits, truth))
             f1s.append(float(binary_f1_score((logits > 0).long(), truth.long())))
-        return {"mean_average_precision": fmean(precisions), "f1": fmean(f1s)} | told
+        metrics = {"mean_average_precision": fmean(precisions), "f1": fmean(f1s)} if varying else {}
+        return metrics | measured("labels", len(varying), targets.shape[1])
 
 
 def _vary(targets: Tensor) -> Tensor:

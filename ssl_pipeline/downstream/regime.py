@@ -25,9 +25,8 @@ from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, UnlabeledImages
 from ssl_pipeline.downstream.labels import LabeledSplit
-from ssl_pipeline.downstream.probe import choose_decay, first_figure
+from ssl_pipeline.downstream.pooled_task import PooledTask, Rows, choose_decay, first_metric, targets_of
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import PooledTask, Rows, targets_of
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import go_on
 from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start
@@ -346,8 +345,8 @@ class Best:
         held_out, around = self._around.labeled.validation, self._around
         assert held_out is not None
         figures = self._task.evaluate(held_out, around.preprocessing, around.share)
-        if first_figure(figures) >= self._value:
-            self._value, self._is_start = first_figure(figures), is_start
+        if first_metric(figures) >= self._value:
+            self._value, self._is_start = first_metric(figures), is_start
             self._state = copy.deepcopy(self._task.state_dict())
         return figures
 

@@ -5,7 +5,7 @@
 with mean and std of the training values.
 
 When to use: the answer is an amount. Where the place or size of the object is the answer, let stage two's views
-neither crop nor mirror. The first figure is R².
+neither crop nor mirror. The first metric is R².
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.downstream.numbers import check_numbers
-from ssl_pipeline.downstream.solve import fit_ridge, known_mean
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, targets_of
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, check_numbers, targets_of
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.metrics.linear_probe import fit_ridge, known_mean
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import LinearHead
+from ssl_pipeline.models.heads import LinearHead
 
 
 class Config(PooledConfig):
@@ -41,11 +41,9 @@ class Config(PooledConfig):
     loss: Literal["squared", "huber"] = "squared"
 
     def build(self, encoder: Encoder, classes: int) -> Regression:
-        """The task on top of an encoder, for a number of values."""
         return Regression(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Columns of numbers that vary."""
         problems = check_numbers("regression", source, held_out)
         numbers = annotations_of(source, NumericTargets)
         if problems or numbers is None:
@@ -54,8 +52,8 @@ class Config(PooledConfig):
             if not _varies(column):
                 value = float(column[~column.isnan()][0])
                 problems.append(f"{source.name}: {name!r} is {value:g} in every training image: leave the column out.")
-        measured = None if held_out is None else annotations_of(held_out, NumericTargets)
-        if measured is not None and not any(map(_varies, measured.values.unbind(1))):
+        wanted = None if held_out is None else annotations_of(held_out, NumericTargets)
+        if wanted is not None and not any(map(_varies, wanted.values.unbind(1))):
             problems.append(
                 f"{source.name}: each value is the same in all images to measure on, and R² needs different ones: add images."
             )
@@ -76,31 +74,23 @@ class Regression(PooledTask):
         self.register_buffer("std", torch.ones(values))
 
     def look_at(self, train: IndexedDataset) -> None:
-        """The training values' mean and standard deviation."""
         values = targets_of(train)
         mean = values.nanmean(0)
         self.mean.copy_(mean)
         self.std.copy_((values - mean).square().nanmean(0).sqrt().clamp_min(1e-6))
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Standardized predictions of the first view."""
         return {"standardized": self.head(self.neck_features(batch.views[0]))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The mean of the values' losses."""
         targets = (batch.target - self.mean) / self.std
         return StepOutput(known_mean(self.loss, embeddings["standardized"].float(), targets).mean())
 
     def of_features(self, features: Tensor) -> Tensor:
-        """(B, values), in their own units."""
         return super().of_features(features).float() * self.std + self.mean
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """Ridge regression."""
-        weight, bias = fit_ridge(features, (targets - self.mean) / self.std, decay)
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            self.head.bias.copy_(bias)
+        self.head.assign(*fit_ridge(features, (targets - self.mean) / self.std, decay))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """R² (1 is perfect, 0 is predicting the mean), and the absolute error in the values' own units; means over the values.
@@ -117,9 +107,9 @@ class Regression(PooledTask):
             absolute.append(float(error.abs().mean()))
             if _varies(value):
                 r2.append(float(1 - error.square().sum() / spread.square().sum()))
-        figures = {"r2": fmean(r2)} if r2 else {}
-        figures |= {"mean_absolute_error": fmean(absolute)} if absolute else {}
-        return figures if len(r2) == targets.shape[1] else figures | {"values_measured": float(len(r2))}
+        metrics = {"r2": fmean(r2)} if r2 else {}
+        metrics |= {"mean_absolute_error": fmean(absolute)} if absolute else {}
+        return metrics | measured("values", len(r2), targets.shape[1])
 
 
 def _varies(column: Tensor) -> bool:

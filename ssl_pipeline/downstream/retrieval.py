@@ -2,7 +2,7 @@
 
     p(y | x) ∝ Σ over the k nearest labeled images n of [yₙ = y] exp(cos(f(x), f(n)) ÷ τ)
 
-When to use: to look at features without training anything, and where classes come and go. The first figure is the kNN
+When to use: to judge features without training anything, and where classes come and go. The first metric is the kNN
 accuracy. Wu et al. 2018, arXiv 1805.01978, section 3.4.
 """
 
@@ -14,15 +14,16 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.classification import check_labels
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.metrics.knn import knn_votes, nearest_neighbors
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import KNNHead
 
 
 class Config(PooledConfig):
@@ -42,22 +43,50 @@ class Config(PooledConfig):
     recall_at: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5)
 
     def build(self, encoder: Encoder, classes: int) -> Retrieval:
-        """The task on top of an encoder."""
         return Retrieval(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Labels must exist."""
         return check_labels("retrieval", source, held_out)
 
     def check_regime(self, regime: str) -> list[str]:
-        """Nothing is trained."""
         if regime != "frozen":
             return [f"retrieval trains nothing, and `regime.name` is {regime}: set regime=frozen."]
         return super().check_regime(regime)
 
     def strata(self, source: IndexedDataset) -> Tensor | None:
-        """The labels."""
         return source.labels
+
+
+class KNNHead(nn.Module):
+    """Votes of the nearest labeled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); it has no parameters.
+
+    Args:
+        in_width: features.
+        classes: number of classes.
+        k: neighbors that vote; all rows if there are fewer.
+        temperature: sharpness of the weights.
+    """
+
+    rows: Tensor
+    labels: Tensor
+
+    def __init__(self, in_width: int, classes: int, k: int, temperature: float) -> None:
+        super().__init__()
+        self.classes, self.k, self.temperature = classes, k, temperature
+        self.register_buffer("rows", torch.zeros(1, in_width))
+        self.register_buffer("labels", torch.zeros(1, dtype=torch.int64))
+
+    def remember(self, features: Tensor, labels: Tensor) -> None:
+        """Keeps rows, (N, in_width), and their labels, int64 of shape (N,)."""
+        self.rows, self.labels = F.normalize(features, dim=1), labels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_width) to the logarithm of the classes' shares of the votes, (B, classes)."""
+        queries = F.normalize(features.float(), dim=1)
+        found = [knn_votes(*near, self.labels, self.classes, self.temperature)
+                 for near in nearest_neighbors(queries, self.rows, self.k, normalize=False)]  # fmt: skip
+        votes = torch.cat(found)
+        return (votes / votes.sum(1, keepdim=True)).clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
 class Retrieval(PooledTask):
@@ -69,20 +98,15 @@ class Retrieval(PooledTask):
         self.head: KNNHead = KNNHead(self.width, classes, config.k, config.temperature)
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Features of the first view."""
         return {"features": self.neck_features(batch.views[0])}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """There is none: the one regime that is allowed trains nothing."""
         raise AssertionError("retrieval trains nothing")
 
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """Keeps the labeled images' features."""
-        del decay
         self.head.remember(features, targets)
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """As many rows as are remembered."""
         rows, labels = state.get("head.rows"), state.get("head.labels")
         if rows is not None and labels is not None:
             self.head.remember(torch.zeros_like(rows), torch.zeros_like(labels))
@@ -94,28 +118,21 @@ class Retrieval(PooledTask):
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:
         """The kNN accuracy, mean average precision, and recall, of images' features against those remembered.
 
-        Of a class that nothing remembered is of, nothing can be found: such images count in the accuracy alone, and
-        ``queries_measured`` says how many the other figures are of.
+        Images of a class that the bank lacks count in the accuracy alone, and ``queries_measured`` says how many the others are of.
         """
         bank_labels = self.head.labels.cpu()
         precision, first = ranking(features, targets, self.head.rows.cpu(), bank_labels)
-        figures, count = super().evaluate_features(features, targets), len(targets)
+        metrics = super().evaluate_features(features, targets)
         answerable = torch.isin(targets, bank_labels)
         precision, first = precision[answerable], first[answerable]
         if len(first):
-            figures["mean_average_precision"] = float(precision.mean())
-            figures |= {f"recall_at_{k}": float((first < k).float().mean()) for k in self.recall_at}
-        return figures | ({} if len(first) == count else {"queries_measured": float(len(first))})
+            metrics["mean_average_precision"] = float(precision.mean())
+            metrics |= {f"recall_at_{k}": float((first < k).float().mean()) for k in self.recall_at}
+        return metrics | measured("queries", len(first), len(targets))
 
 
 def ranking(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How well a bank's rows, sorted by cosine similarity, answer each query.
-
-    Args:
-        queries: shape (Q, D).
-        labels: int64 of shape (Q,).
-        bank: shape (N, D).
-        bank_labels: int64 of shape (N,).
+    """How well a bank's rows (N, D), sorted by cosine similarity, answer queries (Q, D).
 
     Returns:
         Average precision, shape (Q,), 0 where the bank has no row of the class; and the place of the first row of the query's

@@ -2,7 +2,7 @@
 
     ℓ = mean over the known pixels of −log softmax(s(x))_y
 
-When to use: what is where, without telling one object of a class from the next. The first figure is the mean
+When to use: what is where, without telling one object of a class from the next. The first metric is the mean
 intersection over union. Long et al. 2015, arXiv 1411.4038; Chen et al. 2017, arXiv 1706.05587.
 """
 
@@ -18,10 +18,12 @@ from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.masks import IGNORE, Masks
-from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
+from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_classes
+from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.models.dense_head import DeepLab, SkipHead
+from ssl_pipeline.metrics.classification import confusion_matrix
 from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.segmentation_heads import DeepLab, SkipHead
 
 
 class Config(DenseConfig):
@@ -39,28 +41,20 @@ class Config(DenseConfig):
     class_weights: Literal["none", "balanced"] = "none"
 
     def build(self, encoder: Encoder, classes: int) -> Segmentation:
-        """The task on top of an encoder."""
         return Segmentation(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        """Masks of two classes at least, and none to measure on that training lacks."""
         masks = annotations_of(source, Masks)
-        measured = masks if held_out is None else annotations_of(held_out, Masks)
-        if masks is None or measured is None:
+        held = masks if held_out is None else annotations_of(held_out, Masks)
+        if masks is None or held is None:
             return [f"segmentation needs masks, and {source.name} has none: take data=mask_folder."]
-        known, wanted = masks.counts.sum(0) > 0, measured.counts.sum(0) > 0
+        known, wanted = masks.counts.sum(0) > 0, held.counts.sum(0) > 0
         problems = []
         if int(known.sum()) < 2:
             problems.append(
                 f"{source.name}: the training masks hold fewer than two classes, and there is nothing to tell apart."
             )
-        unseen = [name for name, here, there in zip(masks.names, known, wanted, strict=True) if there and not here]
-        if unseen:
-            problems.append(
-                f"{source.name}: masks to measure on hold classes that no training mask has: {', '.join(map(repr, unseen))}. "
-                "Nothing could learn them: add training images, or take these out."
-            )
-        return problems
+        return problems + unseen_classes(source, "masks to measure on hold classes", masks.names, known, wanted)
 
 
 class Segmentation(DenseTask):
@@ -75,18 +69,15 @@ class Segmentation(DenseTask):
         self.register_buffer("class_weight", torch.ones(classes))
 
     def look_at(self, train: IndexedDataset) -> None:
-        """Counts the classes' pixels, for balanced weights."""
         masks = annotations_of(train, Masks)
         if self.balanced and masks is not None:
             counts = masks.counts.sum(0).to(self.class_weight)
             self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Logits of the first view."""
         return {"logits": self.predict(batch.views[0])}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The mean cross-entropy of the pixels that have a class; 0 where none has."""
         logits = embeddings["logits"].float()
         losses = F.cross_entropy(logits, batch.target, self.class_weight, ignore_index=IGNORE, reduction="none")
         known = batch.target != IGNORE
@@ -102,9 +93,7 @@ class Segmentation(DenseTask):
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
         """How many pixels of each class (rows) were taken for each (columns), int64 of shape (classes, classes)."""
         logits = F.interpolate(prediction[None], target.shape, mode="bilinear", align_corners=False)[0]
-        known = target != IGNORE
-        places = target[known] * self.classes + logits.argmax(0)[known]
-        return places.bincount(minlength=self.classes**2).view(self.classes, self.classes).cpu()
+        return confusion_matrix(logits.argmax(0), target.where(target != IGNORE, -1), self.classes).cpu()
 
     def score(self, compared: list[Tensor]) -> dict[str, float]:
         """Mean intersection over union of the classes that occur, and the share of pixels that are right.
@@ -114,12 +103,11 @@ class Segmentation(DenseTask):
         confusion = torch.stack(compared).sum(0).double()
         right, occurs = confusion.diag(), confusion.sum(1) > 0
         count = int(occurs.sum())
-        told = {} if count == len(confusion) else {"classes_measured": float(count)}
         if not count:
-            return told
+            return measured("classes", 0, len(confusion))
         union = confusion.sum(0) + confusion.sum(1) - right
-        figures = {
+        metrics = {
             "mean_iou": (right / union.clamp_min(1))[occurs].mean(),
             "pixel_accuracy": right.sum() / confusion.sum(),
         }
-        return {name: float(value) for name, value in figures.items()} | told
+        return {name: float(value) for name, value in metrics.items()} | measured("classes", count, len(confusion))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ssl_pipeline.downstream.labels import LEAST_HELD_OUT, SHARE_HELD_OUT, LabeledSplit, LabelsConfig
+from ssl_pipeline.downstream.pooled_task import PooledConfig
 from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.downstream.vector import PooledConfig
 
 
 def selection(

@@ -1,6 +1,6 @@
 """The contract of a downstream task: a stage-two task that also predicts and is measured.
 
-Two kinds stand below it, by what a head reads: a row of features (``downstream.vector``) or maps (``downstream.dense``).
+There are two kinds, by what the head reads: a row of features (``downstream.pooled_task``) or maps (``downstream.dense_task``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.layers import head_layer, layer_of
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
@@ -30,7 +29,7 @@ class DownstreamTask(Task, ABC):
         reads_maps: whether the head reads the encoder's maps, rather than a row of features.
         head_is_solved: whether ``fit_head`` finds the best head on fixed features; otherwise the loop trains it.
         backbone_lr_factor: the encoder's share of the learning rate.
-        layer_decay: what a layer's rate is of that of the layer after it (Clark et al. 2020).
+        layer_decay: a layer's share of the rate of the layer after it (Clark et al. 2020).
         encoder_is_fixed: whether the encoder keeps its weights and statistics while the task trains.
     """
 
@@ -52,18 +51,15 @@ class DownstreamTask(Task, ABC):
 
     @abstractmethod
     def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
-        """Named figures on a source; the first one is what selection looks at, and larger is better."""
+        """Metrics on a source by name; selection goes by the first one, and larger is better."""
 
     def look_at(self, train: IndexedDataset) -> None:
-        """What must be known of the training labels before the first step: class weights, a value's mean."""
-        del train
+        """Learns class weights or a value's mean from the training labels, before the first step."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """Fits what has no fixed size to weights that are about to be loaded."""
-        del state
+        """Fits buffers of no fixed size to weights that are about to be loaded."""
 
     def train(self, mode: bool = True) -> DownstreamTask:
-        """As torch's; an encoder that is fixed stays in evaluation mode."""
         super().train(mode)
         if self.encoder_is_fixed:
             self.encoder.eval()
@@ -77,8 +73,7 @@ class DownstreamTask(Task, ABC):
             self.encoder.requires_grad_(False)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The head with all of the rate, and the encoder's layers with theirs: the nearer to the image, the smaller."""
-        layers, top = layer_of(self.encoder), head_layer(self.encoder)
+        layers, top = self.encoder.layer_ids()
         groups: dict[float, list[Any]] = {1.0: []}
         for name, parameter in self.named_parameters():
             factor = 1.0
@@ -94,10 +89,10 @@ class DownstreamConfig(ComponentConfig, ABC):
 
     Attributes:
         selects: whether validation labels choose something; a task that chooses nothing keeps them for training.
-        in_percent: whether the figures are shares, to be told in %.
-        gives: what a prediction is, for those that tell it to people: ``classes`` and ``labels`` (logits an image), ``values``, ``mask``
-            (logits a pixel), ``boxes``; a task with another kind is not told.
-        pipeline_tag: what the Hugging Face Hub calls such a task; None where it has no name for it.
+        in_percent: whether the metrics are shares, printed in %.
+        gives: the kind of prediction: ``classes`` and ``labels`` (logits an image), ``values``, ``mask`` (logits a pixel), ``boxes``;
+            others are not printed.
+        pipeline_tag: the task's name on the Hugging Face Hub; None where it has none.
         reads_square: whether an image is read as its central square, rather than whole, resized to a square.
     """
 
@@ -117,15 +112,17 @@ class DownstreamConfig(ComponentConfig, ABC):
 
     def check_regime(self, regime: str) -> list[str]:
         """What does not go together with a regime, as sentences."""
-        del regime
         return []
 
     def check_views(self, views: ViewsConfig) -> list[str]:
         """What views do that the task's labels can't follow, as sentences."""
-        del views
         return []
 
     def strata(self, source: IndexedDataset) -> Tensor | None:
-        """What label draws are even over: int64 of shape (N,), −1 where nothing is known; None: an image has no one class."""
-        del source
+        """The classes that label draws are even over: int64 of shape (N,), −1 where unknown; None where an image has no one class."""
         return None
+
+
+def measured(what: str, count: int, of: int) -> dict[str, float]:
+    """The metric ``{what}_measured`` where not all of them could be measured."""
+    return {} if count == of else {f"{what}_measured": float(count)}

@@ -20,7 +20,7 @@ from ssl_pipeline.config.base import FrozenModel, UserError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.signals import pending_signal
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.models.norms import running_statistics
+from ssl_pipeline.models.batch_norm import running_statistics
 
 FILE_NAME = "nonfinite.json"
 _TOLD = 5

@@ -6,8 +6,7 @@ import contextlib
 from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.artifact import Card, read, save
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.encoder import Card, Encoder, read, save
 
 
 class BestEncoder:

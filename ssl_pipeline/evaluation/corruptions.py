@@ -1,8 +1,7 @@
-"""Corrupted images at five strengths: the same pictures, harder to see (after Hendrycks and Dietterich 2019, ImageNet-C).
+"""Corrupted images at five strengths (after Hendrycks and Dietterich 2019, ImageNet-C).
 
 Their strengths, for images of 224 px; lengths in pixels are scaled to the image, and the blur (1, 2, 3, 4 and 6 pixels there) is a
-little stronger, or images of 32 px would stay as they are. Every draw is named by the sample, so that
-two encoders are shown the same noise.
+little stronger, or images of 32 px would not change. Every draw is named by the sample, so that two encoders see the same noise.
 """
 
 from __future__ import annotations
@@ -47,13 +46,11 @@ def _impulse_noise(image: Image.Image, strength: float, draws: np.random.Generat
 
 
 def _gaussian_blur(image: Image.Image, strength: float, draws: np.random.Generator) -> Image.Image:
-    del draws
     return image.filter(ImageFilter.GaussianBlur(strength * image.width / _NOMINAL))
 
 
 def _contrast(image: Image.Image, strength: float, draws: np.random.Generator) -> Image.Image:
     """The distance from each channel's mean is scaled."""
-    del draws
     values = _values(image)
     mean = values.mean((0, 1), keepdims=True)
     return _image((values - mean) * strength + mean)
@@ -61,14 +58,12 @@ def _contrast(image: Image.Image, strength: float, draws: np.random.Generator) -
 
 def _brightness(image: Image.Image, strength: float, draws: np.random.Generator) -> Image.Image:
     """HSV's value grows; hue and saturation stay where it is not clipped."""
-    del draws
     values = _values(image)
     value = values.max(2, keepdims=True)
     return _image(np.where(value > 0, values / np.maximum(value, 1e-9), 1) * np.minimum(value + strength, 1))
 
 
 def _jpeg(image: Image.Image, strength: float, draws: np.random.Generator) -> Image.Image:
-    del draws
     file = BytesIO()
     image.save(file, "JPEG", quality=int(strength))
     with Image.open(file) as stored:
@@ -76,7 +71,6 @@ def _jpeg(image: Image.Image, strength: float, draws: np.random.Generator) -> Im
 
 
 def _pixelate(image: Image.Image, strength: float, draws: np.random.Generator) -> Image.Image:
-    del draws
     side = max(1, round(image.width * strength))
     return image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
 
@@ -103,7 +97,7 @@ class Corrupted(IndexedDataset):
         name: of :data:`CORRUPTIONS`.
         strength: 1 to 5.
         seed: of the noise.
-        resize: the encoder's own way to that size, where published weights have one.
+        resize: the encoder's own resize to that size, where published weights have one.
         fill: the color of a border that it may leave, in [0, 1], a value a channel.
     """
 
@@ -122,7 +116,6 @@ class Corrupted(IndexedDataset):
         return len(self._source)
 
     def open_image(self, index: int) -> Image.Image:
-        """The square, resized, then corrupted."""
         mode = "L" if self.channels == 1 else "RGB"
         square = self._square(as_8_bit(self._source.open_image(index), mode))
         corrupt, strengths = CORRUPTIONS[self._corruption]
@@ -138,15 +131,12 @@ class Corrupted(IndexedDataset):
         return square.resize((self._size, self._size), Image.Resampling.BILINEAR)
 
     def describe(self, index: int) -> str:
-        """The clean image's name."""
         return self._source.describe(index)
 
     def fingerprint(self) -> str:
-        """The clean images', and what was done to them."""
         return f"{self._source.fingerprint()}/{self._size}{self._resize or ''}/{self._corruption}/{self._strength}/{self._seed}"
 
     def select(self, index: Tensor) -> Corrupted:
-        """Refused: noise is named by a sample's number, and a selection numbers anew."""
         raise NotImplementedError("select from the clean images, and corrupt the selection")
 
 

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import open_or_replace, read_in_order, read_readable
-from ssl_pipeline.evaluation.together import gather_parts
+from ssl_pipeline.engine.signals import CutShortError, overdue
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
+
+T = TypeVar("T")
+
+
+def gather_parts(parts: Iterable[T], share: DistInfo) -> list[T]:
+    """Makes this process's parts, and gathers all processes'.
+
+    Args:
+        parts: of this process, made one by one; a signal is looked for between them.
+        share: this process's share.
+
+    Returns:
+        All parts, by rank, the same on every process.
+
+    Raises:
+        CutShortError: on every process, when one of them was told to stop.
+    """
+    mine, signal = list[T](), 0
+    for part in parts:
+        mine.append(part)
+        signal = overdue()
+        if signal:
+            break
+    everyones = [(signal, mine)]
+    if share.processes > 1:
+        everyones *= share.processes
+        dist.all_gather_object(everyones, (signal, mine))
+    stopped = max(number for number, _ in everyones)
+    if stopped:
+        raise CutShortError(stopped)
+    return [part for _, parts_of_rank in everyones for part in parts_of_rank]
 
 
 @torch.no_grad()
@@ -28,8 +62,7 @@ def extract(
 ) -> Tensor:
     """Runs a network over samples without randomness, and gathers the outputs in the samples' order.
 
-    A sample that can't be decoded has its neighbor's row. What pairs rows with labels or other targets takes
-    :func:`extract_readable`.
+    A sample that can't be decoded has its neighbor's row: where rows are paired with labels, take :func:`extract_readable`.
 
     Args:
         network: put into evaluation mode, and back into the mode it was in.
@@ -45,15 +78,10 @@ def extract(
     Raises:
         CutShortError: a signal has come.
     """
-    index = torch.arange(len(source)) if index is None else index
-    part = index.tensor_split(share.processes)[share.rank]
-    was_training = network.training
-    network.eval()
-    run = forward or network
-    batches = read_in_order(source, preprocessing, share.device, part)
-    rows = gather_parts((run(images).float().cpu() for images in batches), share)
-    network.train(was_training)
-    return torch.cat(rows)
+    part = _part(source, index, share)
+    with _evaluating(network):
+        batches, run = read_in_order(source, preprocessing, share.device, part), forward or network
+        return torch.cat(gather_parts((run(images).float().cpu() for images in batches), share))
 
 
 @torch.no_grad()
@@ -68,31 +96,41 @@ def extract_readable(
     """As :func:`extract`, without the samples that can't be decoded.
 
     Returns:
-        float32 of shape (M, D), and the samples that the rows are of, int64 of shape (M,), in the order of ``index``; both on
-        the CPU, the same on every process.
+        float32 of shape (M, D), and the samples that the rows are of, int64 of shape (M,), in the order of ``index``.
 
     Raises:
         ConfigError: no sample can be decoded.
         CutShortError: a signal has come.
     """
+    part = _part(source, index, share)
+    with _evaluating(network):
+        batches, run = read_readable(source, preprocessing, share.device, part), forward or network
+        rows = gather_parts(((run(images).float().cpu(), read) for read, images in batches), share)
+    if not rows:
+        count = len(source) if index is None else len(index)
+        raise ConfigError(f"{source.name}: none of its {count} images can be read: replace the files.")
+    return torch.cat([found for found, _ in rows]), torch.cat([read for _, read in rows])
+
+
+def _part(source: IndexedDataset, index: Tensor | None, share: DistInfo) -> Tensor:
     index = torch.arange(len(source)) if index is None else index
-    part = index.tensor_split(share.processes)[share.rank]
+    return index.tensor_split(share.processes)[share.rank]
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back into the mode that the network was in."""
     was_training = network.training
     network.eval()
-    run = forward or network
-    batches = read_readable(source, preprocessing, share.device, part)
-    rows = gather_parts(((run(images).float().cpu(), read) for read, images in batches), share)
+    yield
     network.train(was_training)
-    if not rows:
-        raise ConfigError(f"{source.name}: none of its {len(index)} images can be read: replace the files.")
-    return torch.cat([found for found, _ in rows]), torch.cat([read for _, read in rows])
 
 
 @torch.no_grad()
 def two_views(
     encoder: Encoder, source: IndexedDataset, views: Views, device: torch.device, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Features of two views of the same images; the views of epoch 0, so that figures compare over time.
+    """Features (N, width) of two random views of images: those of epoch 0, so that metrics compare over time.
 
     Args:
         encoder: put into evaluation mode, and back into the mode it was in.
@@ -100,9 +138,6 @@ def two_views(
         views: the random views, two or more.
         device: where the encoder is.
         index: which samples, few enough for one batch.
-
-    Returns:
-        Two tensors of shape (N, width).
     """
     if source.pixels is not None:
         crops = views.of_pixels(source.pixels[index].to(device), index, epoch=0)
@@ -110,8 +145,20 @@ def two_views(
         crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch=0)
         crops = [crop.to(device) for crop in crops]
     finished = views.finish(crops, index, epoch=0)
-    was_training = encoder.training
-    encoder.eval()
-    first, second = encoder.features(finished[0]), encoder.features(finished[views.config.count - 1])
-    encoder.train(was_training)
-    return first, second
+    with _evaluating(encoder):
+        return encoder.features(finished[0]), encoder.features(finished[views.config.count - 1])
+
+
+def class_name(source: IndexedDataset, sample: int) -> str | None:
+    """The name of an image's class; None where it is not known."""
+    if source.labels is None or source.classes is None or int(source.labels[sample]) < 0:
+        return None
+    return source.classes[int(source.labels[sample])]
+
+
+def one_of_each_class(source: IndexedDataset, index: Tensor) -> list[int]:
+    """Places in ``index``: the first of each class, in the order of the classes, then whatever is left."""
+    labels = [] if source.labels is None else source.labels[index].tolist()
+    first = {label: labels.index(label) for label in sorted(set(labels)) if label >= 0}
+    chosen = set(first.values())
+    return [*first.values(), *(place for place in range(len(index)) if place not in chosen)]

@@ -9,8 +9,7 @@ from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.artifact import finite
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder, finite
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing

@@ -1,4 +1,4 @@
-"""Stage two's figures over its seeds: with their intervals, as rows for people, and as a file."""
+"""Stage two's metrics over its seeds: with their intervals, as rows of a table, and as a file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ssl_pipeline.metrics.interval import Interval, interval
 
 @dataclass(frozen=True)
 class Result:
-    """What stage two gives.
+    """What stage two measured.
 
     Attributes:
         folder: the run's.
         split: the held-out split that was measured on.
-        figures: per seed.
-        confusion: the first seed's, where classes are told: ``classes``, and ``matrix`` with a row for each true one.
+        figures: the metrics of each seed.
+        confusion: of the first seed, where classes are predicted: ``classes``, and ``matrix`` with a row for each true one.
         selection: how many labels were learned from and held out, and why; see :mod:`ssl_pipeline.downstream.selection`.
     """
 
@@ -32,16 +32,14 @@ class Result:
 
     @property
     def names(self) -> list[str]:
-        """Of the figures that at least one seed has, the first seed's first."""
         return list(dict.fromkeys(name for figures in self.figures for name in figures))
 
     def interval(self, name: str | None = None) -> Interval:
-        """A figure's mean over the seeds that have it, with its 95 % interval; the first figure by default."""
+        """A metric's mean over the seeds that have it, with its 95 % interval; the first metric by default."""
         name = name or self.names[0]
         return interval([figures[name] for figures in self.figures if name in figures])
 
     def rows(self, in_percent: bool) -> list[list[str]]:
-        """Each figure's name, and its mean with its interval."""
         found = {name: self.interval(name) for name in self.names}
         return [
             [name, value.percent() if is_share(name, in_percent) else _plain(value)] for name, value in found.items()
@@ -53,7 +51,6 @@ class Result:
         write_json(self._kept, self.confusion)
 
     def take_confusion(self) -> None:
-        """Takes what was kept, or what a finished run has written."""
         if self._kept.exists():
             self.confusion.update(json.loads(self._kept.read_text(encoding="utf-8")))
         elif self._written.exists():
@@ -68,7 +65,6 @@ class Result:
         return self.folder / "results.json"
 
     def write(self) -> None:
-        """Writes ``results.json`` into the run's folder."""
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"labels": self.selection} if self.selection else {}
         record |= {"confusion": self.confusion} if self.confusion else {}
@@ -76,7 +72,7 @@ class Result:
 
 
 def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
-    """The figures of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is the last thing of it."""
+    """The metrics of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is written last."""
     if not (folder / FILE_NAME).exists():
         return {}
     return {
@@ -89,7 +85,7 @@ def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str
 
 
 def is_share(name: str, in_percent: bool) -> bool:
-    """Whether a figure of a task that is measured in per cent is a share itself: entropies, distances and counts are not."""
+    """Whether a metric of a task that is measured in per cent is a share itself: entropies, distances and counts are not."""
     return in_percent and not name.startswith("label_free/") and not name.endswith("_measured")
 
 

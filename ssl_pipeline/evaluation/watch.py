@@ -9,10 +9,9 @@ from ssl_pipeline.config.base import first_line
 from ssl_pipeline.engine.lost import LostProcessError
 from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.evaluation.best import BestEncoder
+from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import ImageLogger
-from ssl_pipeline.models.artifact import Card
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.encoder import Card, Encoder
 from ssl_pipeline.schedules import TrainProgress
 
 _log = logging.getLogger("ssl_pipeline")

@@ -227,7 +227,7 @@ def build_formatter(
     if gives not in kinds:
         raise ConfigError(
             "this model's task says of its predictions neither that they are classes nor values, masks or boxes: from Python, "
-            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.downstream.finished)."
+            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.downstream.load_model)."
         )
     return kinds[gives]()
 

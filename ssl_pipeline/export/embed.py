@@ -20,8 +20,8 @@ from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.files import as_text
 from ssl_pipeline.data.source import Split
-from ssl_pipeline.evaluation.encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.logging.progress import console
 
 _ENDINGS = (".parquet", ".npz")
@@ -100,7 +100,7 @@ def embed(config: EmbedConfig) -> Embeddings:
     """
     sources = open_every(config) if config.split == "all" else {config.split: open_split(config, config.split)}
     source = next(iter(sources.values()))
-    opened = open_encoder(config, source.channels, source.mean, source.std)
+    opened = open_encoder(config, source)
     for note in opened.notes:
         console().print(note, markup=False)
     features = [extract(opened.encoder, part, opened.preprocessing, opened.share) for part in sources.values()]

@@ -12,7 +12,7 @@ from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.parts import ExportBundle
-from ssl_pipeline.models.artifact import Card, EncoderSpec, save
+from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 
 _MOST_CLASSES = 200
 

@@ -15,11 +15,10 @@ from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, decode
 from ssl_pipeline.data.source import Split
-from ssl_pipeline.evaluation.encoder import EncoderConfig, describe_encoder, open_encoder
-from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.features import class_name, extract
+from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.export.embed import open_split
 from ssl_pipeline.logging.progress import console
-from ssl_pipeline.metrics.classes import class_name
 from ssl_pipeline.metrics.knn import nearest_neighbors
 
 _ENDINGS = (".png", ".jpg", ".pdf", ".svg")
@@ -70,7 +69,7 @@ def find(config: NeighborsConfig, source: IndexedDataset) -> tuple[Image.Image, 
         raise ConfigError(
             "`image` is required: neighbors ENCODER IMAGE, a file or the number of an image of the split."
         )
-    opened = open_encoder(config, source.channels, source.mean, source.std)
+    opened = open_encoder(config, source)
     number = _number(config.image, source)
     bank = len(source) - (number is not None)
     if config.k > bank:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.logging.redaction import redact
-from ssl_pipeline.models.artifact import Card, load_encoder
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.encoder import Card, Encoder, load_encoder
 
 Part = Literal["model", "encoder"]
 

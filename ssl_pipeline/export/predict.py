@@ -18,7 +18,7 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.walk import images_in
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.export.answers import PredictionFormatter, build_formatter
 from ssl_pipeline.export.coco import CocoNumbers, coco_results
 from ssl_pipeline.export.graph import load_onnx, load_torch_export

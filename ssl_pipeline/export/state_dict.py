@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer, get_model
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.export.graph import TOLERANCE
 from ssl_pipeline.export.parts import ExportBundle, example
-from ssl_pipeline.models.families import feature_info, first_convolution, remove_classifier
+from ssl_pipeline.models.torchvision_backbones import feature_info, first_convolution, remove_classifier
 
 Library = Literal["torchvision", "timm"]
 

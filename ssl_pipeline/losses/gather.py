@@ -1,8 +1,7 @@
 """The batch across processes: a gather whose backward sums the gradients of all processes.
 
-With the mean over local rows as loss and DistributedDataParallel's mean over processes, loss and gradient then equal
-those of one process that holds the whole batch. Taking only one's own slice of the gradient, the common shortcut, does
-not point in the same direction.
+With the mean over local rows as loss and DistributedDataParallel's mean over processes, loss and gradient equal those of
+one process that holds the whole batch. The common shortcut, one's own slice of the gradient, points in another direction.
 """
 
 from __future__ import annotations
@@ -38,14 +37,7 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates the rows of all processes in the order of their ranks; differentiable.
-
-    Args:
-        rows: shape (N, D), the same on every process.
-
-    Returns:
-        Shape (processes × N, D); ``rows`` itself in a group of one.
-    """
+    """Rows (N, D), N the same on every process, of all processes: (processes × N, D) in the order of ranks; differentiable."""
     if rank_and_world_size()[1] == 1:
         return rows
     gathered: Tensor = _Gather.apply(rows)
@@ -53,11 +45,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def all_gather_ids(ids: Tensor) -> Tensor:
-    """The ids of all processes' rows, in the order of :func:`all_gather_rows`; ``ids`` itself in a group of one.
-
-    Args:
-        ids: int64 of shape (N,), N the same on every process.
-    """
+    """Ids (N,), N the same on every process, of all processes' rows, in the order of :func:`all_gather_rows`."""
     _, processes = rank_and_world_size()
     if processes == 1:
         return ids

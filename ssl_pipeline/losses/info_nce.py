@@ -23,14 +23,7 @@ def to_float32(rows: Tensor) -> Tensor:
 
 
 def normalize_rows(rows: Tensor) -> Tensor:
-    """L2-normalized rows in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12.
-
-    Args:
-        rows: shape (N, D), any floating type.
-
-    Returns:
-        Shape (N, D), fp32 (fp64 for fp64).
-    """
+    """Rows (N, D), L2-normalized in fp32 at least; a zero row stays zero, with gradient zero rather than one of 1e12."""
     rows = to_float32(rows)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norm > torch.finfo(rows.dtype).tiny ** 0.5, norm, torch.inf)
@@ -109,7 +102,7 @@ def two_view_info_nce(
     Args:
         first: shape (B, D), this process's share of the batch.
         second: shape (B, D), the other view of the same samples.
-        temperature: above 0; see :func:`info_nce`.
+        temperature: as the rest, see :func:`info_nce`.
         sample: int64 of shape (B,): rows of equal ids are positives. The place in the global batch by default.
         left_out: int64 of shape (B,) each: rows of equal ids that are no positives are no negatives either.
         domain: int64 of shape (B,), with ``other_domain``.
@@ -148,14 +141,7 @@ def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
 
 
 def mean_count(counted: Tensor) -> Tensor:
-    """What to divide a process's sum by, so that the mean over processes is that over all rows that count.
-
-    Args:
-        counted: bool of shape (N,).
-
-    Returns:
-        A scalar: the rows that count, on average over the processes, and never 0.
-    """
+    """What to divide a process's sum by, so that the mean over processes is that over all counted rows; bool (N,) to a scalar > 0."""
     count, processes = counted.sum().float(), rank_and_world_size()[1]
     if processes > 1:
         dist.all_reduce(count)

@@ -46,10 +46,9 @@ class TemperatureConfig(FrozenModel):
     Attributes:
         value: the temperature after the warm-up; where learning starts; the least of ``cosine``.
         start: the temperature of the first step.
-        warmup: how long it moves, linearly, from ``start`` to ``value``; ``0 steps`` keeps it fixed, ``100%`` moves it linearly
-            over the whole run.
-        cosine: let it swing after the warm-up.
-        learned: let the loss move it.
+        warmup: how long it moves, linearly, from ``start`` to ``value``; ``0 steps`` keeps it fixed, ``100%`` moves it over the whole run.
+        cosine: lets it swing after the warm-up.
+        learned: lets the loss move it.
         other_domain: the temperature towards rows of other domains; ``value`` and the rest then hold within a domain.
     """
 
@@ -78,7 +77,6 @@ class TemperatureConfig(FrozenModel):
         return self
 
     def at(self, clock: TrainProgress) -> float:
-        """The scheduled temperature at a step."""
         length = self.warmup.on(clock)
         if clock.step < length:
             return self.start + (self.value - self.start) * clock.step / length
@@ -89,11 +87,7 @@ class TemperatureConfig(FrozenModel):
 
 
 class Temperature(nn.Module):
-    """A temperature as a part of a task.
-
-    Args:
-        config: how it moves.
-    """
+    """A temperature as a part of a task."""
 
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
@@ -101,7 +95,6 @@ class Temperature(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.value))) if config.learned else None
 
     def forward(self, clock: TrainProgress) -> float | Tensor:
-        """The temperature at a step: a float, or a scalar with a gradient if it is learned."""
         return self.config.at(clock) if self.log_scale is None else (-self.log_scale).exp()
 
     @torch.no_grad()
@@ -124,7 +117,7 @@ def entropy_share(logits: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def temperature_figures(
+def temperature_metrics(
     queries: Tensor,
     keys: Tensor,
     positive: Match,
@@ -132,7 +125,7 @@ def temperature_figures(
     own: Match | None = None,
     rows: int = 256,
 ) -> dict[str, Tensor]:
-    """What a temperature does to a real batch: how the softmax over the candidates, and with it the gradient, is spread.
+    """What a temperature does to a real batch: the distribution of the softmax over the candidates, and with it of the gradient.
 
     Args:
         queries: shape (N, D).
@@ -140,7 +133,7 @@ def temperature_figures(
         positive: see :func:`ssl_pipeline.losses.info_nce.info_nce`.
         temperature: above 0, one for all.
         own: likewise.
-        rows: how many queries to look at, evenly spaced: the figures are means.
+        rows: how many queries are taken, evenly spaced: the metrics are means.
 
     Returns:
         ``entropy_share``: the softmax's entropy ÷ log of the candidates. ``effective_negatives``: the exponential of the

@@ -23,12 +23,7 @@ _SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 class _Pairs:
-    """The matching pairs of a tile, found by sorting: no mask is made.
-
-    Args:
-        match: the ids.
-        edges: the tiles' first columns, and the end.
-    """
+    """The matching pairs of a tile, found by sorting instead of a mask; ``edges`` are the tiles' first columns, and the end."""
 
     def __init__(self, match: Match, edges: list[int]) -> None:
         self._queries = match[0]
@@ -92,17 +87,9 @@ class _Tile:
 
 
 class _Tiles:
-    """Computes the logits tile by tile.
+    """Computes the logits tile by tile; ``scale`` and ``other_scale`` are 1 ÷ τ per query, towards keys of other domains too.
 
-    Args:
-        queries: unit rows of shape (N, D).
-        keys: unit rows of shape (M, D).
-        scale: 1 ÷ τ per query.
-        other_scale: likewise towards keys of another domain.
-        positive: see :func:`ssl_pipeline.losses.info_nce.info_nce`, as the rest.
-        own: likewise.
-        left_out: likewise.
-        domain: likewise.
+    The rest is as in :func:`ssl_pipeline.losses.info_nce.info_nce`, with unit rows.
     """
 
     def __init__(
@@ -136,7 +123,7 @@ class _Tiles:
                     yield self._tile(slice(low, high), slice(left, right), j, mirrored=self.symmetric and i < j)
 
     def workspace(self, rows: slice, columns: slice) -> Tensor:
-        """A second tile to compute in: memory is asked for once, not once a tile."""
+        """A second tile to compute in, of memory that is allocated once."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         return self.scratch[: height * width].view(height, width)
 

@@ -64,9 +64,9 @@ def verdict(figures: Mapping[str, float], width: int | None) -> str | None:
             "above 0.2). Lower `optim.lr`, lengthen `optim.warmup`, or check that the views differ enough."
         )
     if rank is not None and rank < (2.0 if width is None else min(2.0, width / 4)):
-        told = f"{rank:.1f}" if width is None else f"{rank:.1f} of {width}"
+        shown = f"{rank:.1f}" if width is None else f"{rank:.1f} of {width}"
         return (
-            f"The features have collapsed onto few directions (effective rank {told}). Raise the batch size, "
+            f"The features have collapsed onto few directions (effective rank {shown}). Raise the batch size, "
             "lower the temperature, or strengthen the views."
         )
     return None

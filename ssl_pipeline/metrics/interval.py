@@ -1,4 +1,4 @@
-"""Means with their 95 % interval (Student's t): a figure without one means little."""
+"""Means with their 95 % interval (Student's t)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05  # a finding's p-value is below it
+Verdict = Literal["gain", "loss", "no difference", "one seed"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Interval:
 
     Attributes:
         mean: over the values.
-        half: half-width; infinite for a single value, which says nothing of the spread.
+        half: half-width; infinite for a single value.
         p: two-sided p-value of a mean of 0, by Student's t; NaN for a single value.
     """
 
@@ -28,8 +30,20 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """The lower end."""
         return self.mean - self.half
+
+    def verdict(self, p: float | None = None) -> Verdict:
+        """What to make of a difference at the 5 % level.
+
+        Args:
+            p: the p-value to go by, such as one corrected by :func:`holm`; the interval's own by default.
+        """
+        p = self.p if p is None else p
+        if math.isnan(p):
+            return "one seed"
+        if p >= LEVEL:
+            return "no difference"
+        return "gain" if self.mean > 0 else "loss"
 
     def percent(self, signed: bool = False) -> str:
         """In percentage points, such as ``71.3 ± 1.2``."""
@@ -55,19 +69,13 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    r"""P-values corrected for their number by Holm's step-down (Holm 1979).
+    r"""P-values corrected for their number by Holm's step-down (Holm 1979); NaN (a single seed) is no comparison, and stays.
 
     With all corrected values below α called findings, the chance of one false finding or more is at most α:
 
     .. math:: \tilde p_{(i)} = \min\bigl(1, \max_{j \le i} (m - j + 1)\, p_{(j)}\bigr)
 
     over the m values in increasing order. The values need not be independent.
-
-    Args:
-        p_values: of one family of comparisons; NaN (a single seed) is no comparison, and stays.
-
-    Returns:
-        The corrected values, in the same order.
     """
     corrected, least = list(p_values), 0.0
     order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])

@@ -13,25 +13,27 @@ _SIMILARITIES = 2**25  # float32 values held at once: 128 MiB
 _BLOCK = 64
 
 
-def nearest_neighbors(queries: Tensor, bank: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+def nearest_neighbors(queries: Tensor, bank: Tensor, k: int, normalize: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
     """The k most similar rows of a bank by cosine, exactly: every pair is computed, a few queries at a time.
 
     Args:
         queries: shape (Q, D).
         bank: shape (N, D).
         k: neighbors; all rows if there are fewer.
+        normalize: whether the rows are still to be L2-normalized.
 
     Yields:
         For consecutive queries the similarities, float32, and the rows' numbers, int64, both of shape (part, k), the most
         similar first.
     """
-    unit = F.normalize(bank.float(), dim=1)
+    unit = F.normalize(bank.float(), dim=1) if normalize else bank
     for part in queries.split(max(1, _SIMILARITIES // max(1, len(bank)))):
-        yield _greatest(F.normalize(part.float(), dim=1) @ unit.T, min(k, len(bank)))
+        rows = F.normalize(part.float(), dim=1) if normalize else part
+        yield _greatest(rows @ unit.T, min(k, len(bank)))
 
 
 def _greatest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest of each row, and where they are; exact, and twice as fast as ``topk`` where k is small.
+    """The k greatest of each row and their places; exact, and twice as fast as ``topk`` for a small k.
 
     No value of a block is among the k greatest unless the block's own greatest is among the k greatest of the blocks.
     """
@@ -73,11 +75,17 @@ def knn_predict(
         raise ValueError("kNN needs at least one row with a label in its bank.")
     predictions = []
     for similarity, index in nearest_neighbors(queries, bank, k):
-        votes = similarity.new_zeros(len(similarity), classes)
-        # Less the greatest: a small temperature would overflow, and the ranks of the classes stay.
-        votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
-        predictions.append(votes.argmax(1))
+        predictions.append(knn_votes(similarity, index, bank_labels, classes, temperature).argmax(1))
     return torch.cat(predictions)
+
+
+def knn_votes(similarity: Tensor, index: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Each class's sum of exp((similarity − the greatest) ÷ temperature) over the neighbors: (N, classes).
+
+    Without the greatest a small temperature would overflow.
+    """
+    votes = similarity.new_zeros(len(similarity), classes)
+    return votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 def knn_accuracy(

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import FrozenModel
-from ssl_pipeline.models.norms import batch_norms
+from ssl_pipeline.models.batch_norm import batch_norms
 
 
 class BottleneckConfig(FrozenModel):
@@ -28,7 +28,7 @@ class BottleneckConfig(FrozenModel):
 
 
 def build_bottleneck(config: BottleneckConfig, in_width: int) -> tuple[nn.Module, int]:
-    """The bottleneck and what it leaves: (B, in_width) to (B, width); the identity without a width."""
+    """The layer (B, in_width) to (B, width), and its width; the identity without a width."""
     if config.width is None:
         return nn.Identity(), in_width
     layers: list[nn.Module] = [nn.Linear(in_width, config.width)]
@@ -41,14 +41,10 @@ def build_bottleneck(config: BottleneckConfig, in_width: int) -> tuple[nn.Module
 
 @torch.no_grad()
 def estimate_bottleneck(bottleneck: nn.Module, features: Tensor) -> None:
-    """Sets the running mean and variance of a bottleneck's BatchNorm to those of all its inputs; without a BatchNorm, nothing.
+    """Sets the running statistics of a bottleneck's BatchNorm to those of its inputs, shape (N, in_width).
 
-    A fresh BatchNorm has mean 0 and variance 1, whatever comes in. A head that is fitted behind it reads features of another
-    scale than training, which normalizes by the batch, will give it.
-
-    Args:
-        bottleneck: of :func:`build_bottleneck`, with any weights.
-        features: what it reads, shape (N, in_width).
+    A fresh BatchNorm has mean 0 and variance 1: a head fitted behind it would read features of another scale than in training, which
+    normalizes by the batch.
     """
     was_training = bottleneck.training
     bottleneck.eval()

@@ -45,7 +45,7 @@ _MAPPINGS = (
 
 
 class _Blank:
-    """Stands for an object that is not needed: takes whatever a pickle gives it, and keeps nothing."""
+    """Takes the place of an object that is not needed, and keeps nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -55,7 +55,7 @@ class _Blank:
 
 
 class _Entries:
-    """Stands for a kind of dict, whose entries may be tensors: gives an ordinary one, which torch's reader fills."""
+    """Takes the place of a kind of dict, whose entries may be tensors: an ordinary one, which torch's reader fills."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
@@ -120,7 +120,7 @@ def _check_start(path: Path, start: bytes) -> None:
 
 
 def _others(path: Path) -> str:
-    """What else stands in it, as far as its pickle says; nothing is loaded for that."""
+    """What else the file's pickle names; nothing is loaded for that."""
     if not zipfile.is_zipfile(path):
         return ""
     try:

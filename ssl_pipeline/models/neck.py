@@ -35,7 +35,6 @@ class GAP(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        """The last level's means."""
         pooled: Tensor = self.pool(maps["c5"])
         return pooled.flatten(1)
 
@@ -62,7 +61,6 @@ class Tokens(nn.Module):
         self.width = width
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        """The token."""
         return maps["token"]
 
 
@@ -75,16 +73,11 @@ class MultiLevel(nn.Module):
         self.levels = tuple(widths)
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        """Fine levels first."""
         return torch.cat([maps[level].mean((2, 3)) for level in self.levels], 1)
 
 
 def build_neck(config: NeckConfig, backbone: Backbone) -> GAP | GeM | Tokens | MultiLevel:
-    """The neck of a backbone; its ``width`` is the number of features.
-
-    Raises:
-        ConfigError: ``tokens`` without a class token.
-    """
+    """The neck of a backbone; its ``width`` is the number of features."""
     last = list(backbone.widths.values())[-1]
     if config.name == "gem":
         return GeM(last, config.power)

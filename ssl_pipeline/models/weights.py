@@ -1,11 +1,11 @@
-"""Published weights, loaded as they come: every key is accounted for, or it is an error that names it."""
+"""Published weights: every key of a network must fit, or an error names it."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -14,32 +14,18 @@ from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.checkpoint_file import read_tensors
-from ssl_pipeline.models.families import first_convolution
-from ssl_pipeline.models.foreign import find_network
-
-if TYPE_CHECKING:
-    from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.checkpoint_keys import find_network
+from ssl_pipeline.models.torchvision_backbones import adapt_input_conv, first_convolution
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".torch")
+KERNELS_SUMMED = "backbone: the stem's kernels were summed for images with {} channel(s)"
 
 
 def is_file_name(weights: str) -> bool:
     """Whether ``weights`` means a file rather than an official name; a file of any ending does if it is there."""
     return weights.endswith(WEIGHTS_FILES) or "/" in weights or Path(weights).is_file()
-
-
-def read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """A state dict, by official enum name; or all tensors of a file, by their dotted names.
-
-    Args:
-        name: torchvision's name of the network.
-        weights: such as ``IMAGENET1K_V1``, or a path.
-
-    Raises:
-        ConfigError: no such weights, no such file, no network, or a file that holds no state dict.
-    """
-    return read_tensors(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
 
 
 def official_entry(name: str, weights: str) -> Any:
@@ -62,13 +48,16 @@ def official_entry(name: str, weights: str) -> Any:
     return known[weights]
 
 
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """A network's state dict by official name; or all tensors of a file, by their dotted names."""
+    return read_tensors(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
+
+
 def _official(name: str, weights: str) -> dict[str, Tensor]:
     entry = official_entry(name, weights)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (
-        pickle.UnpicklingError
-    ) as error:  # only what is downloaded is checked against its hash, not what lies there already
+    except pickle.UnpicklingError as error:  # a file in the cache is not checked against its hash
         raise ConfigError(
             f"`backbone.weights`: the file kept of {weights} of {name} holds more than tensors, and no code is ever run from one: "
             "remove it from torch's cache ($TORCH_HOME/hub/checkpoints), it is fetched anew."
@@ -81,70 +70,66 @@ def _official(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def network_weights(trunk: nn.Module, config: BackboneConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """A network's published weights under its own names, and notes for the log.
+def load_published(trunk: nn.Module, config: BackboneConfig, classifier: tuple[str, ...], channels: int) -> list[str]:
+    """Loads the weights that a configuration names into a network, in place, and fits its stem to the images.
 
     Args:
-        trunk: where they are to go.
+        trunk: for RGB images, without its classifier.
         config: names the weights, and of a file with several networks the part.
-
-    Raises:
-        ConfigError: as :func:`read_weights` and :func:`~ssl_pipeline.models.foreign.find_network` do.
-    """
-    assert config.weights is not None
-    tensors = read_weights(config.name, config.weights)
-    if is_file_name(config.weights):
-        return find_network(trunk, tensors, f"`backbone.weights` {config.weights}", config.weights_key)
-    return tensors, []
-
-
-def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str, ...], what: str) -> list[str]:
-    """Loads a library's state dict into a trunk whose classifier was cut off.
-
-    Args:
-        trunk: loaded in place.
-        state: the library's names.
         classifier: prefixes of the keys that are dropped.
-        what: the weights' name, for messages.
+        channels: of the images.
 
     Returns:
         Notes for the log.
+
+    Raises:
+        ConfigError: there are no such weights, or they do not fit.
+    """
+    assert config.weights is not None
+    what, notes = f"`backbone.weights` {config.weights}", list[str]()
+    state = read_weights(config.name, config.weights)
+    if is_file_name(config.weights):
+        state, notes = find_network(trunk, state, what, config.weights_key)
+    kernels = state.get(f"{first_convolution(trunk)[0]}.weight")
+    fits = channels == 3 or (kernels is not None and kernels.ndim == 4 and kernels.shape[1] == channels)
+    if channels != 3 and fits:  # only for the shape: the file has kernels for these images
+        adapt_input_conv(trunk, channels)
+    notes += load_trunk(trunk, state, classifier, what)
+    if not fits:
+        adapt_input_conv(trunk, channels)
+        notes.append(KERNELS_SUMMED.format(channels))
+    return notes
+
+
+def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str, ...], what: str) -> list[str]:
+    """Loads a library's state dict into a network whose classifier was cut off, in place; returns notes for the log.
+
+    Its own loader may read what older releases wrote: published transformers call their MLPs' layers otherwise, and published
+    batch norms lack counters. What it leaves over is an error.
+
+    Args:
+        trunk: the network.
+        state: the library's names.
+        classifier: prefixes of the keys that are dropped.
+        what: the weights' name, for messages.
 
     Raises:
         ConfigError: naming keys that are missing, unknown, or of another shape.
     """
     kept = {key: value for key, value in state.items() if not key.startswith(classifier)}
     notes = [f"{what}: {len(state) - len(kept)} classifier tensors left out"] if len(kept) < len(state) else []
-    position = "encoder.pos_embedding"
-    own = trunk.state_dict()
+    position, own = "encoder.pos_embedding", trunk.state_dict()
     if position in kept and position in own and kept[position].shape != own[position].shape:
         size, patch = int(trunk.image_size), int(trunk.patch_size)  # type: ignore[arg-type]
         kept = dict(interpolate_embeddings(size, patch, kept))
         notes.append(f"{what}: position embeddings interpolated to {size} px")
-    _load_published(trunk, kept, what)
-    return notes
-
-
-def holds_channels(trunk: nn.Module, state: dict[str, Tensor], channels: int) -> bool:
-    """Whether the stem's kernels in a state dict, under the trunk's own names, are for this many channels."""
-    kernels = state.get(f"{first_convolution(trunk)[0]}.weight")
-    return kernels is not None and kernels.ndim == 4 and kernels.shape[1] == channels
-
-
-def _load_published(trunk: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """As :func:`load_strictly`, but the trunk's own loader may read what older releases wrote.
-
-    Published transformers call their MLPs' layers otherwise, and published batch norms lack counters: the libraries'
-    modules translate both while they load. What they leave over is an error.
-    """
-    own = trunk.state_dict()
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    reshaped = [key for key in own if key in kept and own[key].shape != kept[key].shape]
     try:
-        left = trunk.load_state_dict({k: v for k, v in state.items() if k not in reshaped}, strict=False)
+        left = trunk.load_state_dict({k: v for k, v in kept.items() if k not in reshaped}, strict=False)
     except RuntimeError as error:  # a translated tensor has another shape
         raise ConfigError(f"{what} is of another architecture: {error}") from error
-    missing = [key for key in left.missing_keys if key not in reshaped]
-    _refuse(what, missing, left.unexpected_keys, reshaped)
+    _refuse(what, [key for key in left.missing_keys if key not in reshaped], left.unexpected_keys, reshaped)
+    return notes
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import BatchStatisticsTask, ProjectedConfig
+from ssl_pipeline.pretext._base import BatchStatisticsTask, ProjectionConfig
 
 
-class Config(ProjectedConfig):
+class Config(ProjectionConfig):
     """Barlow Twins (Zbontar et al. 2021).
 
     Attributes:
@@ -30,6 +30,4 @@ class Config(ProjectedConfig):
     off_diagonal: float = Field(0.005, gt=0)
 
     def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
-        """The task around an encoder."""
-        del source  # neither labels nor the number of images matter
         return BatchStatisticsTask(self, encoder, BarlowTwinsLoss(self.off_diagonal))

@@ -11,51 +11,27 @@ When to use: small batches, and data where many images look alike, which negativ
 
 from __future__ import annotations
 
-import torch
-from lightly.loss import NegativeCosineSimilarity
 from pydantic import Field
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.losses.info_nce import to_float32
+from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import prediction_head
-from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
-from ssl_pipeline.pretext._projected import ProjectedConfig, ProjectionTask, forward_views
-
-
-class Config(ProjectedConfig):
-    """BYOL (Grill et al. 2020).
-
-    Attributes:
-        momentum: of the teacher.
-        predictor_width: between the predictor's two layers.
-    """
-
-    hidden_width: int = Field(4096, ge=1)
-    projection_width: int = Field(256, ge=2)
-    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.996)
-    predictor_width: int = Field(4096, ge=1)
-
-    def build(self, encoder: Encoder, source: ImageDataset) -> BYOL:
-        """The task around an encoder."""
-        del source  # neither labels nor the number of images matter
-        return BYOL(self, encoder)
+from ssl_pipeline.models.heads import prediction_head
+from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask, cosine_loss, forward_views
 
 
 class BYOL(ProjectionTask):
     """See :class:`Config`. The loss is the negative cosine, which differs from the paper's 2 − 2·cos by scale and offset."""
 
+    config: Config
+
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.predictor = prediction_head(config.projection_width, config.predictor_width)
         self.teacher = EMAModel(self.student())
-        self.momentum = config.momentum
-        self.distance = NegativeCosineSimilarity()
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Predictions of the student, targets of the teacher."""
         predictions = forward_views(lambda images: self.predictor(self.project(images)), batch.views)
         targets = forward_views(self.teacher, batch.views)
         return {
@@ -63,17 +39,22 @@ class BYOL(ProjectionTask):
         }  # fmt: skip
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """The mean of both ways, in [-1, 1]."""
-        del batch
-        with torch.autocast(embeddings["target 0"].device.type, enabled=False):
-            ways = [
-                self.distance(
-                    to_float32(embeddings[f"prediction {i}"]), to_float32(embeddings[f"target {1 - i}"].detach())
-                )
-                for i in (0, 1)
-            ]
-            return StepOutput(torch.stack(ways).mean())
+        return cosine_loss(embeddings, "target")
 
     def after_step(self, batch: Batch) -> None:
-        """The teacher follows."""
-        self.teacher.follow(self.student(), self.momentum.at(batch.clock))
+        self.teacher.follow(self.student(), self.config.momentum.at(batch.clock))
+
+
+class Config(ProjectionConfig):
+    """BYOL (Grill et al. 2020).
+
+    Attributes:
+        momentum: of the teacher.
+        predictor_width: between the predictor's two layers.
+    """
+
+    task = BYOL
+    hidden_width: int = Field(4096, ge=1)
+    projection_width: int = Field(256, ge=2)
+    momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.996)
+    predictor_width: int = Field(4096, ge=1)

@@ -12,55 +12,40 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.losses.gather import all_gather_rows
 from ssl_pipeline.losses.info_nce import normalize_rows
-from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext import dcl
-from ssl_pipeline.pretext._projected import ContrastiveConfig
+from ssl_pipeline.pretext import simclr
 
 
-class Config(ContrastiveConfig):
+class DCLW(simclr.SimCLR):
+    """See :class:`Config`."""
+
+    config: Config
+
+    def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
+        loss = super().contrast(first, second, temperature, batch)
+        return loss + weighted_positives(first, second, temperature, self.config.sigma)
+
+
+def weighted_positives(first: Tensor, second: Tensor, temperature: float | Tensor, sigma: float) -> Tensor:
+    r"""The mean of :math:`(1 - w_i) s_i / \tau`, which turns DCL's :math:`-s_i / \tau` into :math:`-w_i s_i / \tau`.
+
+    :math:`w_i = 2 - \exp(s_i / \sigma) / \text{mean}_j \exp(s_j / \sigma)` over the pairs of all processes, with rows (B, D). As in the
+    authors' code the gradient flows through the weights.
+    """
+    similarity = (normalize_rows(first) * normalize_rows(second)).sum(1, keepdim=True)
+    similarity = all_gather_rows(similarity)[:, 0]
+    weights = 2 - len(similarity) * torch.softmax(similarity / sigma, 0)
+    return ((1 - weights) * similarity / temperature).mean()
+
+
+class Config(simclr.Config):
     """Weighted decoupled contrastive learning (Yeh et al. 2022).
 
     Attributes:
         sigma: how sharply the weights of a von Mises-Fisher density tell near positives from far ones.
     """
 
+    task = DCLW
+    decoupled = True
     sigma: float = Field(0.5, gt=0)
-
-    def build(self, encoder: Encoder, source: ImageDataset) -> DCLW:
-        """The task around an encoder."""
-        self.check_domains(source.has_domains)
-        return DCLW(self, encoder)
-
-
-class DCLW(dcl.DCL):
-    """See :class:`Config`."""
-
-    def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__(config, encoder)
-        self.sigma = config.sigma
-
-    def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
-        """DCL's loss, with its positive term weighted."""
-        loss = super().contrast(first, second, temperature, batch)
-        return loss + weighted_positives(first, second, temperature, self.sigma)
-
-
-def weighted_positives(first: Tensor, second: Tensor, temperature: float | Tensor, sigma: float) -> Tensor:
-    r"""The mean of :math:`(1 - w_i) s_i / \tau`, which turns DCL's :math:`-s_i / \tau` into :math:`-w_i s_i / \tau`.
-
-    :math:`w_i = 2 - \exp(s_i / \sigma) / \text{mean}_j \exp(s_j / \sigma)` over the pairs of all processes. As in the authors'
-    code the gradient flows through the weights.
-
-    Args:
-        first: shape (B, D).
-        second: shape (B, D).
-        temperature: above 0.
-        sigma: above 0.
-    """
-    similarity = (normalize_rows(first) * normalize_rows(second)).sum(1, keepdim=True)
-    similarity = all_gather_rows(similarity)[:, 0]
-    weights = 2 - len(similarity) * torch.softmax(similarity / sigma, 0)
-    return ((1 - weights) * similarity / temperature).mean()

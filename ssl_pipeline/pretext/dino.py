@@ -24,10 +24,10 @@ from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, PretextConfig, StepOutput, Task
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import TemperatureConfig
+from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import PrototypeHead, distillation_head
-from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
-from ssl_pipeline.pretext._projected import forward_views
+from ssl_pipeline.models.heads import PrototypeHead, distillation_head
+from ssl_pipeline.pretext._base import forward_views
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
@@ -58,12 +58,6 @@ class Config(PretextConfig):
     freeze_prototypes: Duration = parse_duration("1 epoch")
 
     def build(self, encoder: Encoder, source: ImageDataset) -> DINO:
-        """The task around an encoder.
-
-        Raises:
-            ConfigError: a teacher's temperature that would have to be learned.
-        """
-        del source  # neither labels nor the number of images matter
         if self.teacher_temperature.learned is not None or self.teacher_temperature.other_domain is not None:
             raise ConfigError(
                 "`pretext.teacher_temperature` can be fixed or scheduled, no gradient reaches it: drop `learned`."
@@ -90,11 +84,9 @@ class _Loss(DINOLoss):  # type: ignore[misc]  # lightly has no types
     """lightly's loss, whose center waits for the optimizer's step: a step that is passed over must leave it as it was."""
 
     def update_center(self, teacher_out: Tensor) -> None:
-        """Keeps the teacher's answers; ``forward`` calls this."""
         self._answers = teacher_out
 
     def move_center(self) -> None:
-        """Moves the center towards the mean of those answers, over all processes."""
         super().update_center(self._answers)
         del self._answers
 
@@ -110,14 +102,12 @@ class DINO(Task):
         self.loss = _Loss(config.prototypes, student_temp=config.temperature, center_momentum=config.center_momentum)
 
     def embed(self, batch: Batch) -> Embeddings:
-        """The student's answers to all views, the teacher's to the global ones."""
         answers = forward_views(self.student, batch.views)
         targets = forward_views(self.teacher, batch.views[:2])
         named = {f"student {i}": rows for i, rows in enumerate(answers)}
         return named | {f"teacher {i}": rows for i, rows in enumerate(targets)}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy between each pair of unlike views."""
         temperature = self.config.teacher_temperature.at(batch.clock)
         targets = [to_float32(embeddings[f"teacher {i}"].detach()) for i in (0, 1)]
         answers = [to_float32(rows) for name, rows in embeddings.items() if name.startswith("student")]
@@ -129,10 +119,8 @@ class DINO(Task):
         )
 
     def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
-        """The prototypes, at first."""
         return [self.student.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 
     def after_step(self, batch: Batch) -> None:
-        """The center moves, and the teacher follows."""
         self.loss.move_center()
         self.teacher.follow(self.student, self.config.momentum.at(batch.clock))

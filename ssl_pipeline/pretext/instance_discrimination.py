@@ -21,12 +21,45 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
-from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.info_nce import info_nce
-from ssl_pipeline.losses.memory import MemoryBank
-from ssl_pipeline.losses.temperature import temperature_figures
+from ssl_pipeline.losses.memory_bank import MemoryBank
+from ssl_pipeline.losses.temperature import temperature_metrics
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
+from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views
+
+
+class InstanceDiscrimination(ProjectionTask):
+    """See :class:`Config`. The projection is the paper's one linear layer by default."""
+
+    config: Config
+
+    def __init__(self, config: Config, encoder: Encoder, samples: int) -> None:
+        super().__init__(config, encoder)
+        self.bank = MemoryBank(samples, config.projection_width)
+        self._seen: Tensor | None = None
+
+    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+        self.bank.fill(extract(self.project))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        temperature = self.temperature(batch.clock)
+        match = batch.index, torch.arange(len(self.bank.rows), device=batch.index.device)
+        views = list(embeddings.values())
+        losses = [info_nce(rows, self.bank.rows, match, temperature) for rows in views]
+        self._seen = torch.stack([rows.detach() for rows in views]).mean(0)
+        details = partial(temperature_metrics, views[0].detach(), self.bank.rows, match, temperature)
+        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature}, details)
+
+    def after_step(self, batch: Batch) -> None:
+        self.temperature.clamp()
+        assert self._seen is not None
+        start, end = self.config.keep, self.config.keep_end
+        self.bank.update(batch.index, self._seen, start + (end - start) * batch.clock.step / batch.clock.total)
+        self._seen = None
 
 
 class Config(ContrastiveConfig):
@@ -37,60 +70,17 @@ class Config(ContrastiveConfig):
         keep_end: likewise at the end; rises linearly (Zhong et al. 2019 let it rise with the epochs).
     """
 
+    contrasts_with = "a memory without domains"
     views_needed: ClassVar[int | None] = None
     layers: int = Field(1, ge=1)
     keep: float = Field(0.5, ge=0, lt=1)
     keep_end: float = Field(0.5, ge=0, le=1)
 
-    def build(self, encoder: Encoder, source: ImageDataset) -> InstanceDiscrimination:
-        """The task around an encoder.
-
-        Raises:
-            ConfigError: the images have no numbers, or a temperature per domain was asked for.
-        """
+    def build(self, encoder: Encoder, source: ImageDataset) -> Task:
         if not isinstance(source, IndexedDataset):
             raise ConfigError(
                 f"`pretext=instance_discrimination` keeps a row for each image, and {source.name} is read from front to back: take "
                 "numbered images (a folder, a table), or a task with a queue, such as moco_v2."
             )
-        if self.temperature.other_domain is not None:
-            raise ConfigError(
-                "`pretext.temperature.other_domain` has no meaning for a memory without domains: use simclr."
-            )
+        self.check_domains(source.has_domains)
         return InstanceDiscrimination(self, encoder, len(source))
-
-
-class InstanceDiscrimination(Contrastive):
-    """See :class:`Config`. The projection is the paper's one linear layer by default."""
-
-    def __init__(self, config: Config, encoder: Encoder, samples: int) -> None:
-        super().__init__(config, encoder)
-        self.bank = MemoryBank(samples, config.projection_width)
-        self.keep = config.keep, config.keep_end
-        self._seen: Tensor | None = None
-
-    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
-        """Fills the memory with what the untrained network makes of every image."""
-        self.bank.fill(extract(self.project))
-
-    def embed(self, batch: Batch) -> Embeddings:
-        """Any number of views."""
-        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
-
-    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """InfoNCE with the memory as keys."""
-        temperature = self.temperature(batch.clock)
-        match = batch.index, torch.arange(len(self.bank.rows), device=batch.index.device)
-        views = list(embeddings.values())
-        losses = [info_nce(rows, self.bank.rows, match, temperature) for rows in views]
-        self._seen = torch.stack([rows.detach() for rows in views]).mean(0)
-        details = partial(temperature_figures, views[0].detach(), self.bank.rows, match, temperature)
-        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature}, details)
-
-    def after_step(self, batch: Batch) -> None:
-        """The batch's rows move towards what was seen of them."""
-        self.temperature.clamp()
-        assert self._seen is not None
-        start, end = self.keep
-        self.bank.update(batch.index, self._seen, start + (end - start) * batch.clock.step / batch.clock.total)
-        self._seen = None

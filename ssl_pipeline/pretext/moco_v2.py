@@ -5,9 +5,9 @@
 When to use: many negatives at a small batch. The queue is older than the encoder, which the slow key encoder makes
 bearable. Chen, Fan et al. 2020, arXiv 2003.04297; He et al. 2020, arXiv 1911.05722, equations 1 and 2.
 
-A batch's statistics are in all of its rows: by them a query could tell its key from the queue's. So BatchNorm takes its
-statistics from groups of images, and the keys' groups are drawn anew over the batch of all processes (shuffling BN, He
-et al. 2020, section 3.3). One statistic over all GPUs (SyncBatchNorm) does not take its place.
+Rows of one batch share its statistics, by which a query could tell its key from the queue's. So BatchNorm normalizes
+groups of images, and the keys' groups are drawn anew over the batch of all processes (shuffling BN, He et al. 2020,
+section 3.3). SyncBatchNorm does not take its place.
 """
 
 from __future__ import annotations
@@ -22,17 +22,99 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ImageDataset
-from ssl_pipeline.engine.task import Embeddings, StepOutput
+from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows, rank_and_world_size
 from ssl_pipeline.losses.info_nce import info_nce
-from ssl_pipeline.losses.memory import MemoryQueue
-from ssl_pipeline.losses.temperature import temperature_figures
+from ssl_pipeline.losses.memory_bank import MemoryQueue
+from ssl_pipeline.losses.temperature import temperature_metrics
 from ssl_pipeline.losses.tiles import Match
+from ssl_pipeline.models.batch_norm import norms_with_statistics
+from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.norms import norms_with_statistics
-from ssl_pipeline.models.teacher import EMAModel, EMAMomentumConfig
-from ssl_pipeline.pretext._projected import Contrastive, ContrastiveConfig, forward_views
+from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views
 from ssl_pipeline.rng import permutation
+
+
+class MoCoV2(ProjectionTask):
+    """See :class:`Config`. In micro-batches (``batch.micro``) the keys are shuffled within each of them."""
+
+    config: Config
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__(config, encoder, norm=False)
+        self.group = config.batch_norm_group
+        self.teacher = EMAModel(self.student())
+        self.queue = MemoryQueue(config.queue, config.projection_width)
+        self.synchronizes_norms = self.group is None
+        self._keys: list[Tensor] = []
+
+    def embed(self, batch: Batch) -> Embeddings:
+        first, second = batch.views
+        views = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
+        if self.group is not None and any(norm.training for norm in norms_with_statistics(self.teacher)):
+            queries = [in_groups(self.project, query, self.group) for query, _ in views]
+            keys = [self._shuffled_keys(key, self.group, batch.clock.step) for _, key in views]
+        else:
+            queries = forward_views(self.project, [query for query, _ in views])
+            keys = forward_views(self.teacher, [key for _, key in views])
+        return {f"query {i}": q for i, q in enumerate(queries)} | {f"key {i}": k for i, k in enumerate(keys)}
+
+    @torch.no_grad()
+    def _shuffled_keys(self, images: Tensor, group: int, step: int) -> Tensor:
+        """The keys of this process's images, in groups that are drawn from the images of all processes."""
+        rank, _ = rank_and_world_size()
+        own = slice(rank * len(images), (rank + 1) * len(images))
+        every = all_gather_rows(images.contiguous())
+        order = permutation(len(every), "shuffled keys", step).to(images.device)
+        keys = all_gather_rows(in_groups(self.teacher, every[order[own]], group))
+        return keys[order.argsort()[own]]
+
+    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
+        temperature = self.temperature(batch.clock)
+        ways = range(2 if self.config.symmetric else 1)
+        queries = [embeddings[f"query {i}"] for i in ways]
+        self._keys = [embeddings[f"key {i}"].detach() for i in ways]
+        contrasts = [self._contrast(keys, batch) for keys in self._keys]
+        losses = [
+            info_nce(rows, keys, positive, temperature, left_out=left_out)
+            for rows, (keys, positive, left_out) in zip(queries, contrasts, strict=True)
+        ]
+        keys, positive, _ = contrasts[0]
+        details = partial(temperature_metrics, queries[0].detach(), keys, positive, temperature)
+        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
+
+    def _contrast(self, keys: Tensor, batch: Batch) -> tuple[Tensor, Match, list[Match]]:
+        """The keys, which of them are positives, and which are no candidates."""
+        rank, _ = rank_and_world_size()
+        older, older_samples = self.queue.keys()
+        keys = all_gather_rows(keys)
+        place = torch.arange(len(batch.index), device=keys.device) + rank * len(batch.index)
+        all_places = torch.arange(len(keys), device=keys.device)
+        positive = place, torch.cat([all_places, torch.full_like(older_samples, -1)])
+        # A query's candidates are its own key and the queue, not the batch's other keys: they share an id with all queries.
+        in_batch = torch.zeros_like(place), torch.cat([torch.zeros_like(all_places), torch.ones_like(older_samples)])
+        # Before the queue has rows, the other keys are all there is.
+        left_out = [in_batch] if len(older) else []
+        if self.config.leave_out_same_sample:
+            left_out.append((batch.index, torch.cat([all_gather_ids(batch.index), older_samples])))
+        return torch.cat([keys, older]), positive, left_out
+
+    def after_step(self, batch: Batch) -> None:
+        self.temperature.clamp()
+        self.teacher.follow(self.student(), self.config.momentum.at(batch.clock))
+        for keys in self._keys:
+            self.queue.push(keys, batch.index)
+        self._keys = []
+
+
+def in_groups(network: Callable[[Tensor], Tensor], images: Tensor, group: int) -> Tensor:
+    """Images (B, C, H, W) to rows (B, D) in even groups of about ``group``, each with batch statistics of its own.
+
+    A process that is alone makes two groups at least: one has nothing to shuffle.
+    """
+    least = 2 if rank_and_world_size()[1] == 1 else 1
+    count = max(1, min(max(least, len(images) // group), len(images) // 2))
+    return torch.cat([network(part) for part in images.tensor_split(count)])
 
 
 class Config(ContrastiveConfig):
@@ -47,128 +129,19 @@ class Config(ContrastiveConfig):
             are shuffled. One process makes two groups at least. Null: of the whole batch, over all GPUs, and nothing is shuffled.
     """
 
+    task = MoCoV2
+    contrasts_with = "a queue without domains"
     queue: int = Field(65536, ge=1)
     momentum: EMAMomentumConfig = EMAMomentumConfig(start=0.999, end=0.999)
     symmetric: bool = False
     leave_out_same_sample: bool = True
     batch_norm_group: int | None = Field(32, ge=2)
 
-    def build(self, encoder: Encoder, source: ImageDataset) -> MoCoV2:
-        """The task around an encoder.
-
-        Raises:
-            ConfigError: the queue would hold an image's own keys as its negatives.
-        """
-        check_queue(self.queue, self.leave_out_same_sample, source)
-        if self.temperature.other_domain is not None:
+    def build(self, encoder: Encoder, source: ImageDataset) -> Task:
+        samples = source.length
+        if samples is not None and self.queue > samples and not self.leave_out_same_sample:
             raise ConfigError(
-                "`pretext.temperature.other_domain` has no meaning for a queue without domains: use simclr."
+                f"`pretext.queue` of {self.queue} is longer than the {samples} images of {source.name}: each image would repel "
+                "itself. Lower it, or set `pretext.leave_out_same_sample` to true."
             )
-        return MoCoV2(self, encoder)
-
-
-def check_queue(size: int, leaves_out_same_sample: bool, source: ImageDataset) -> None:
-    """A queue longer than the data holds every image's own keys.
-
-    Raises:
-        ConfigError: it does, and they would count as negatives.
-    """
-    samples = source.length
-    if samples is not None and size > samples and not leaves_out_same_sample:
-        raise ConfigError(
-            f"`pretext.queue` of {size} is longer than the {samples} images of {source.name}: each image would repel itself. "
-            "Lower it, or set `pretext.leave_out_same_sample` to true."
-        )
-
-
-def in_groups(network: Callable[[Tensor], Tensor], images: Tensor, group: int) -> Tensor:
-    """Images through a network in even groups, each with batch statistics of its own.
-
-    Args:
-        network: images (N, C, H, W) to rows (N, D).
-        images: this process's, of shape (B, C, H, W).
-        group: images of a group, or a few more. A process that is alone makes two groups at least: one has nothing to shuffle.
-
-    Returns:
-        Shape (B, D).
-    """
-    least = 2 if rank_and_world_size()[1] == 1 else 1
-    count = max(1, min(max(least, len(images) // group), len(images) // 2))
-    return torch.cat([network(part) for part in images.tensor_split(count)])
-
-
-class MoCoV2(Contrastive):
-    """See :class:`Config`. In micro-batches (``batch.micro``) the keys are shuffled within each of them."""
-
-    def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__(config, encoder, norm=False)
-        self.teacher = EMAModel(self.student())
-        self.queue = MemoryQueue(config.queue, config.projection_width)
-        self.momentum, self.symmetric = config.momentum, config.symmetric
-        self.leave_out_same_sample = config.leave_out_same_sample
-        self.group = config.batch_norm_group
-        self.synchronizes_norms = self.group is None
-        self._keys: list[Tensor] = []
-
-    def embed(self, batch: Batch) -> Embeddings:
-        """Queries of the encoder, keys of its teacher; the one-way form needs one view of each."""
-        first, second = batch.views
-        views = [(first, second), (second, first)] if self.symmetric else [(first, second)]
-        if self.group is not None and any(norm.training for norm in norms_with_statistics(self.teacher)):
-            queries = [in_groups(self.project, query, self.group) for query, _ in views]
-            keys = [self._shuffled_keys(key, self.group, batch.clock.step) for _, key in views]
-        else:
-            queries = forward_views(self.project, [query for query, _ in views])
-            keys = forward_views(self.teacher, [key for _, key in views])
-        return {f"query {i}": rows for i, rows in enumerate(queries)} | {
-            f"key {i}": rows for i, rows in enumerate(keys)
-        }
-
-    @torch.no_grad()
-    def _shuffled_keys(self, images: Tensor, group: int, step: int) -> Tensor:
-        """The keys of this process's images, each made in a group that is drawn from the images of all processes."""
-        rank, _ = rank_and_world_size()
-        own = slice(rank * len(images), (rank + 1) * len(images))
-        every = all_gather_rows(images.contiguous())
-        order = permutation(len(every), "shuffled keys", step).to(images.device)
-        keys = all_gather_rows(in_groups(self.teacher, every[order[own]], group))
-        return keys[order.argsort()[own]]
-
-    def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """InfoNCE of each query against its key and the queue."""
-        temperature = self.temperature(batch.clock)
-        ways = 2 if self.symmetric else 1
-        queries = [embeddings[f"query {i}"] for i in range(ways)]
-        self._keys = [embeddings[f"key {i}"].detach() for i in range(ways)]
-        contrasts = [self._contrast(keys, batch) for keys in self._keys]
-        losses = [
-            info_nce(rows, keys, positive, temperature, left_out=left_out)
-            for rows, (keys, positive, left_out) in zip(queries, contrasts, strict=True)
-        ]
-        keys, positive, _ = contrasts[0]
-        details = partial(temperature_figures, queries[0].detach(), keys, positive, temperature)
-        return StepOutput(torch.stack(losses).mean(), {"temperature": temperature, "queue": len(self.queue)}, details)
-
-    def _contrast(self, keys: Tensor, batch: Batch) -> tuple[Tensor, Match, list[Match]]:
-        """The keys, which of them are positives, and which are none of a query's candidates."""
-        rank, _ = rank_and_world_size()
-        older, older_samples = self.queue.keys()
-        keys = all_gather_rows(keys)
-        place = torch.arange(len(batch.index), device=keys.device) + rank * len(batch.index)
-        all_places = torch.arange(len(keys), device=keys.device)
-        positive = place, torch.cat([all_places, torch.full_like(older_samples, -1)])
-        # A query's candidates are its own key and the queue, not the batch's other keys: they share an id with all queries.
-        in_batch = torch.zeros_like(place), torch.cat([torch.zeros_like(all_places), torch.ones_like(older_samples)])
-        # Before the queue has rows, the other keys are all there is.
-        left_out = [in_batch] if len(older) else []
-        if self.leave_out_same_sample:
-            left_out.append((batch.index, torch.cat([all_gather_ids(batch.index), older_samples])))
-        return torch.cat([keys, older]), positive, left_out
-
-    def after_step(self, batch: Batch) -> None:
-        """The teacher follows, and the batch's keys join the queue."""
-        self.temperature.clamp()
-        self.teacher.follow(self.student(), self.momentum.at(batch.clock))
-        for keys in self._keys:
-            self.queue.push(keys, batch.index)
-        self._keys = []
+        return super().build(encoder, source)

@@ -27,8 +27,6 @@ class Config(PretextConfig):
     views_needed: ClassVar[int | None] = None
 
     def build(self, encoder: Encoder, source: ImageDataset) -> Rotation:
-        """The task around an encoder."""
-        del source  # neither labels nor the number of images matter
         return Rotation(encoder)
 
 
@@ -48,7 +46,6 @@ class Rotation(Task):
         return {"logits": logits.reshape(-1, len(batch.index), 4).transpose(0, 1)}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy, and the share of right answers (a quarter is chance)."""
         logits = to_float32(embeddings["logits"])
         turns = torch.arange(4, device=logits.device).repeat_interleave(len(batch.views)).expand(logits.shape[:2])
         accuracy = (logits.detach().argmax(2) == turns).float().mean()

@@ -18,27 +18,9 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ImageDataset
-from ssl_pipeline.losses.info_nce import two_view_info_nce
+from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.pretext._projected import ContrastiveConfig
-
-
-class Config(ContrastiveConfig):
-    """Supervised contrastive learning (Khosla et al. 2020), the form with the mean outside of the logarithm."""
-
-    def build(self, encoder: Encoder, source: ImageDataset) -> SupCon:
-        """The task around an encoder.
-
-        Raises:
-            ConfigError: the source has no labels.
-        """
-        if source.classes is None:
-            raise ConfigError(
-                f"`pretext=supcon` reads labels, and {source.name} has none: take a task without labels, such as simclr."
-            )
-        self.check_domains(source.has_domains)
-        return SupCon(self, encoder)
 
 
 class SupCon(simclr.SimCLR):
@@ -46,11 +28,20 @@ class SupCon(simclr.SimCLR):
 
     reads_labels: ClassVar[bool] = True
 
-    def contrast(self, first: Tensor, second: Tensor, temperature: float | Tensor, batch: Batch) -> Tensor:
-        """InfoNCE with all rows of a class as positives; an image without a label (-1) has its other view alone."""
+    def positives(self, batch: Batch) -> Tensor:
+        """The classes; an image without a label (-1) has its other view alone."""
         assert batch.label is not None
-        positives = torch.where(batch.label >= 0, batch.label, -2 - batch.index)
-        return two_view_info_nce(
-            first, second, temperature, positives, domain=self.domain_of(batch),
-            other_domain=self.temperature.config.other_domain,
-        )  # fmt: skip
+        return torch.where(batch.label >= 0, batch.label, -2 - batch.index)
+
+
+class Config(simclr.Config):
+    """Supervised contrastive learning (Khosla et al. 2020), the form with the mean outside of the logarithm."""
+
+    task = SupCon
+
+    def build(self, encoder: Encoder, source: ImageDataset) -> Task:
+        if source.classes is None:
+            raise ConfigError(
+                f"`pretext=supcon` reads labels, and {source.name} has none: take a task without labels, such as simclr."
+            )
+        return super().build(encoder, source)

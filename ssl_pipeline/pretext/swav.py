@@ -19,51 +19,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import rank_and_world_size
 from ssl_pipeline.losses.info_nce import to_float32
-from ssl_pipeline.losses.memory import MemoryQueue
+from ssl_pipeline.losses.memory_bank import MemoryQueue
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import PrototypeHead
-from ssl_pipeline.pretext._projected import ProjectedConfig, ProjectionTask, forward_views
+from ssl_pipeline.models.heads import PrototypeHead
+from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask, forward_views
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
-
-
-class Config(ProjectedConfig):
-    """SwAV (Caron et al. 2020). Takes two global views and any number of local ones (multi-crop).
-
-    Attributes:
-        temperature: of the predictions' softmax.
-        prototypes: cluster centers.
-        sharpness: ε of Sinkhorn's assignment; small is sharp.
-        sinkhorn_iterations: alternations between equal clusters and whole samples.
-        queue: rows of past batches that join the assignment where batches are small; 0 for none.
-        queue_start: when they begin to: their embeddings are noise at first.
-        freeze_prototypes: how long the prototypes stay as they started.
-    """
-
-    takes_local_views: ClassVar[bool] = True
-    temperature: float = Field(0.1, gt=0)
-    prototypes: int = Field(3000, ge=2)
-    sharpness: float = Field(0.05, gt=0)
-    sinkhorn_iterations: int = Field(3, ge=1)
-    queue: int = Field(0, ge=0)
-    queue_start: Duration = parse_duration("15 epochs")
-    freeze_prototypes: Duration = parse_duration("1 epoch")
-
-    def build(self, encoder: Encoder, source: ImageDataset) -> SwAV:
-        """The task around an encoder."""
-        del source  # neither labels nor the number of images matter
-        return SwAV(self, encoder)
 
 
 class SwAV(ProjectionTask):
     """See :class:`Config`. Sinkhorn's assignment runs in fp32 over the rows of all processes."""
 
+    config: Config
+
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        self.config = config
         self.prototypes = PrototypeHead(config.projection_width, config.prototypes)
         self.first_queue, self.second_queue = (MemoryQueue(config.queue, config.projection_width) for _ in range(2))
         self.loss = SwaVLoss(
@@ -76,7 +48,6 @@ class SwAV(ProjectionTask):
         return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Every view predicts the assignment of each of the two global ones."""
         views = [to_float32(rows) for rows in embeddings.values()]
         self._projections = [rows.detach() for rows in views[:2]]
         with torch.autocast(views[0].device.type, enabled=False):
@@ -86,7 +57,6 @@ class SwAV(ProjectionTask):
         return StepOutput(loss.sum(), {"temperature": self.config.temperature, "prototypes_used": used})
 
     def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
-        """The prototypes, at first."""
         return [self.prototypes.weight] if clock.step < self.config.freeze_prototypes.on(clock) else []
 
     @torch.no_grad()
@@ -99,8 +69,31 @@ class SwAV(ProjectionTask):
         return [self.prototypes(part[rank::processes][: len(part) // processes]) for part in rows]
 
     def after_step(self, batch: Batch) -> None:
-        """The global views' projections join the queues."""
         if self.config.queue:
             for queue, rows in zip((self.first_queue, self.second_queue), self._projections, strict=True):
                 queue.push(rows, batch.index)
         self._projections = []
+
+
+class Config(ProjectionConfig):
+    """SwAV (Caron et al. 2020). Takes two global views and any number of local ones (multi-crop).
+
+    Attributes:
+        temperature: of the predictions' softmax.
+        prototypes: cluster centers.
+        sharpness: ε of Sinkhorn's assignment; small is sharp.
+        sinkhorn_iterations: alternations between equal clusters and whole samples.
+        queue: rows of past batches that join the assignment where batches are small; 0 for none.
+        queue_start: when they begin to: their embeddings are noise at first.
+        freeze_prototypes: how long the prototypes stay as they started.
+    """
+
+    task = SwAV
+    takes_local_views: ClassVar[bool] = True
+    temperature: float = Field(0.1, gt=0)
+    prototypes: int = Field(3000, ge=2)
+    sharpness: float = Field(0.05, gt=0)
+    sinkhorn_iterations: int = Field(3, ge=1)
+    queue: int = Field(0, ge=0)
+    queue_start: Duration = parse_duration("15 epochs")
+    freeze_prototypes: Duration = parse_duration("1 epoch")

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._projected import BatchStatisticsTask, ProjectedConfig
+from ssl_pipeline.pretext._base import BatchStatisticsTask, ProjectionConfig
 
 
-class Config(ProjectedConfig):
+class Config(ProjectionConfig):
     """VICReg (Bardes et al. 2022).
 
     Attributes:
@@ -35,6 +35,4 @@ class Config(ProjectedConfig):
     covariance: float = Field(1.0, ge=0)
 
     def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
-        """The task around an encoder."""
-        del source  # neither labels nor the number of images matter
         return BatchStatisticsTask(self, encoder, VICRegLoss(self.invariance, self.variance, self.covariance))

@@ -23,11 +23,10 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import open_training
-from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.features import class_name, extract, one_of_each_class
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
-from ssl_pipeline.metrics.classes import class_name, one_of_each_class
 from ssl_pipeline.metrics.knn import nearest_neighbors
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.report.planes import projections
 from ssl_pipeline.report.read import RunRecord

@@ -17,17 +17,16 @@ from ssl_pipeline.config.base import dump
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.labels import LabeledSplit, draw_folds, draw_index
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, Rows, targets_of
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, Rows, targets_of
 from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig, model_card, open_unlabeled, starting_point
 from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.artifact import EncoderSpec, save
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.encoder import Encoder, EncoderSpec, save
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.study.grid import Cell
 from ssl_pipeline.transforms.multi_view import Views

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.report.planes import pca_projection

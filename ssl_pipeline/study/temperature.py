@@ -19,8 +19,8 @@ from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import open_training
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.progress import console
-from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_figures
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_metrics
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _real_images(axes: Axes, run: Path) -> None:
     first, second, name = _two_views(run)
     rows, place = torch.cat([first, second]), torch.arange(2 * len(first))
     pairs = place % len(first)
-    found = [temperature_figures(rows, rows, (pairs, pairs), t, own=(place, place)) for t in TEMPERATURES]
+    found = [temperature_metrics(rows, rows, (pairs, pairs), t, own=(place, place)) for t in TEMPERATURES]
     for key, label in NAMES.items():
         axes.plot(TEMPERATURES, [float(figures[key]) for figures in found], label=label)
     axes.set_title(f"The encoder's features of {len(first)} images of {name}", parse_math=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.across import split_domains
+from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.logging.run import write_json

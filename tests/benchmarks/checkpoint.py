@@ -19,8 +19,9 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.engine.task import Task
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.schedules import TrainProgress
@@ -65,7 +66,7 @@ def measure(rounds: int) -> dict[str, float]:
     return figures
 
 
-def _task(backbone: str, side: int, batch: int) -> tuple[simclr.SimCLR, Batch]:
+def _task(backbone: str, side: int, batch: int) -> tuple[Task, Batch]:
     pixels = torch.zeros(batch, 3, 8, 8, dtype=torch.uint8)
     blueprint = EncoderSpec(
         backbone=BackboneConfig(name=backbone), neck=NeckConfig(), channels=3, size=side,
@@ -76,7 +77,7 @@ def _task(backbone: str, side: int, batch: int) -> tuple[simclr.SimCLR, Batch]:
     return task, Batch(TrainProgress(0, 10, 1), torch.arange(batch), views, None)
 
 
-def _step(task: simclr.SimCLR, batch: Batch, optimizer: Optimizer) -> float:
+def _step(task: Task, batch: Batch, optimizer: Optimizer) -> float:
     began = time.perf_counter()
     task(batch).loss.backward()
     optimizer.step()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.metrics.knn import knn_predict
-from ssl_pipeline.metrics.sgd_probe import choose, sweep
+from ssl_pipeline.metrics.linear_probe import sgd_probes
 from tests.benchmarks.command import run
 from tests.benchmarks.loss import resident_kib
 
@@ -80,8 +80,8 @@ def _sweep() -> float:
     rows, _, _ = _rows(12_000, 1)
     labels = torch.arange(12_000) % _CLASSES
     began = time.perf_counter()
-    probes = sweep(rows[:10_000], labels[:10_000], _CLASSES, _RATES)
-    choose(probes, rows[10_000:], labels[10_000:])
+    probes = sgd_probes(rows[:10_000], labels[:10_000], _CLASSES, _RATES)
+    probes.choose(rows[10_000:], labels[10_000:])
     return time.perf_counter() - began
 
 

@@ -27,10 +27,9 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.teacher import EMAMomentumConfig
-from ssl_pipeline.pretext._projected import forward_views
+from ssl_pipeline.models.ema import EMAMomentumConfig
+from ssl_pipeline.models.encoder import Encoder, EncoderSpec
+from ssl_pipeline.pretext._base import forward_views
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.multi_view import Views

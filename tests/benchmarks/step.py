@@ -30,9 +30,8 @@ from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
 from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig

@@ -25,11 +25,11 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
+from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.logging.run import open_run
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
-from ssl_pipeline.models.artifact import EncoderSpec
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing

@@ -20,8 +20,8 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views

@@ -23,8 +23,8 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.sharded import is_sharded
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig

@@ -22,10 +22,10 @@ from torchvision.models import ResNet18_Weights
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.sources import huggingface, torchvision
 from ssl_pipeline.data.tar import ShardError, read_groups
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.engine.checkpoint import CheckpointError, Checkpoints
 from ssl_pipeline.finetune import finetune
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.models.weights import read_weights
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_finetune, tiny_pretrain

@@ -16,7 +16,7 @@ from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.pictures import color_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
-from ssl_pipeline.domain.distance import proxy_a_distance
+from ssl_pipeline.domain.metrics import proxy_a_distance
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import pretrain

@@ -18,11 +18,11 @@ from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources.fashion_domains import Config
-from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream.labels import LabelsConfig
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.regime import Best
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune

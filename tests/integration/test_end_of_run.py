@@ -21,7 +21,7 @@ from ssl_pipeline.evaluation.gain import without_gain
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.artifact import load_encoder, read
+from ssl_pipeline.models.encoder import load_encoder, read
 from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.summary import summary

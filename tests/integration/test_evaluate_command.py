@@ -13,10 +13,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.evaluation.command import EvaluateConfig, Evaluation, evaluate, main
-from ssl_pipeline.evaluation.encoder import describe_encoder
-from ssl_pipeline.models.artifact import Card, EncoderSpec, save
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate, main
+from ssl_pipeline.evaluation.load_encoder import describe_encoder
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import color_folder
 
@@ -97,7 +97,7 @@ def test_what_can_not_be_is_told(run: Path, images: Path) -> None:
     for overrides, message in {
         "knn.k=[5,500]": r"`knn\.k` is 500, and the bank has only",
         "probe.layers=[c9]": "no 'c9'. Known: neck, c2, c3, c4",
-        "data.channels=1": r"reads 3 channel\(s\), and the images have 1: set `data\.channels=3`",
+        "data.channels=1": r"reads 3 channel\(s\), and .* has 1: set `data\.channels=3`",
     }.items():
         with pytest.raises(ConfigError, match=message):
             evaluate(config(run, images, "what=[knn,probe]", overrides))
@@ -112,7 +112,7 @@ def test_features_that_are_no_numbers_are_told(images: Path, tmp_path: Path) -> 
         torch.nn.init.constant_(parameter, float("nan"))
     save(tmp_path, encoder, Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}))
     with pytest.raises(ConfigError, match="no numbers"):
-        evaluate(config(tmp_path, images, "what=[spread]"))
+        evaluate(config(tmp_path, images, "what=[alignment_uniformity]"))
 
 
 def test_the_command_prints_a_table_and_writes_the_file(

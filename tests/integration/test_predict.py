@@ -17,15 +17,15 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.config.resolve import component
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.answers import Boxes, Mask, build_formatter, palette
 from ssl_pipeline.export.coco import coco_results
 from ssl_pipeline.export.export import export
 from ssl_pipeline.export.parts import open_parts
 from ssl_pipeline.export.predict import main, open_predictor, predict
-from ssl_pipeline.models.artifact import Card, EncoderSpec, save
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 

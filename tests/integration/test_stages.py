@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.sources.embedded import Config as Embedded
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.export.predict import predict
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.artifact import load_encoder, read
+from ssl_pipeline.models.encoder import load_encoder, read
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import same_bytes, tiny_finetune, tiny_pretrain
 

@@ -17,8 +17,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.artifact import Card, EncoderSpec, save
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs

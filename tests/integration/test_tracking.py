@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.evaluation.pictures import ImageLogger
+from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.background import AsyncLogger
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics
 from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
 from ssl_pipeline.logging.run import Run, open_run
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_finetune, tiny_pretrain
 from tests.wandb_file import history, records

@@ -25,11 +25,9 @@ from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighborhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
 from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
-from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
-from ssl_pipeline.domain.certainty import class_confusion, entropy, information_maximization
-from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig
-from ssl_pipeline.domain.selection import soft_neighborhood_density
-from ssl_pipeline.domain.statistics import estimate_statistics
+from ssl_pipeline.domain.losses import class_confusion, coral_loss, entropy, information_maximization, mmd_loss
+from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig, update_bn
+from ssl_pipeline.domain.metrics import soft_neighborhood_density
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
@@ -38,11 +36,11 @@ from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.head import CosineHead
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.batch_norm import batch_norms
+from ssl_pipeline.models.encoder import EncoderSpec
+from ssl_pipeline.models.heads import CosineHead
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -247,7 +245,7 @@ def test_the_two_sides_are_not_cropped_alike() -> None:
     )  # fmt: skip
     made = list[PairedLoader]()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ssl_pipeline.domain.train.run_kept_loop", lambda *words: made.append(words[2]))
+        patched.setattr("ssl_pipeline.domain.train.fit_with_checkpoints", lambda *words: made.append(words[2]))
         regime = load("finetune", FinetuneConfig, ["regime=scratch", "regime.length=2 steps"]).regime
         train_across(config, regime, task.classifier, target, around)
     assert made[0].views.seed != made[0].target.views.seed
@@ -396,7 +394,7 @@ def test_statistics_become_those_of_all_images_and_nothing_else_changes() -> Non
     task, _, target = tiny_method("adabn")
     classifier, before = task.classifier, {k: v.clone() for k, v in task.classifier.state_dict().items()}
     classifier.train()
-    estimate_statistics(classifier, classifier.predict, target, PREPROCESSING, SHARE)
+    update_bn(classifier, classifier.predict, target, PREPROCESSING, SHARE)
     assert classifier.training
     first = batch_norms(classifier)[0]
     with torch.no_grad():
@@ -417,7 +415,7 @@ def test_statistics_of_class_sorted_images_are_those_of_all_images() -> None:
     noise = torch.randint(0, 60, (1024, 1, 12, 12), generator=torch.Generator().manual_seed(0))
     source = ArrayDataset("sorted", (brightness[:, None, None, None] + noise).to(torch.uint8))
     norm = nn.BatchNorm2d(1)
-    estimate_statistics(norm, norm, source, PREPROCESSING, SHARE)
+    update_bn(norm, norm, source, PREPROCESSING, SHARE)
     whole = torch.cat(list(read_in_order(source, PREPROCESSING, SHARE.device)))
     assert norm.running_mean is not None
     assert norm.running_var is not None

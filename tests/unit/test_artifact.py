@@ -11,9 +11,8 @@ from torch import nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, read, save
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, load_encoder, read, save
 from ssl_pipeline.models.neck import NeckConfig
 
 

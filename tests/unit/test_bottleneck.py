@@ -17,9 +17,9 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -87,7 +87,7 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str
     labeled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
     around = TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
     for module in ("downstream.regime", "domain.train"):
-        monkeypatch.setattr(f"ssl_pipeline.{module}.run_kept_loop", lambda *_: None)
+        monkeypatch.setattr(f"ssl_pipeline.{module}.fit_with_checkpoints", lambda *_: None)
     if config.domain is None:
         train(config.regime, task, around)
     else:

@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.evaluation.command import EvaluateConfig
-from ssl_pipeline.evaluation.encoder import open_encoder
-from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
+from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.evaluation.evaluate import EvaluateConfig
+from ssl_pipeline.evaluation.load_encoder import open_encoder
+from ssl_pipeline.models.backbone import build_backbone
+from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.small_resnet import SmallResNet
 
 State = Mapping[str, Tensor]
 Layout = Callable[[State, State], Any]
+
+RGB = ArrayDataset("images", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def under(prefix: str, state: State) -> dict[str, Tensor]:
@@ -231,7 +235,7 @@ def test_a_transformers_part_is_found(wrapper: str, tmp_path: Path) -> None:
 def test_objects_that_would_run_are_named_and_not_run(tmp_path: Path) -> None:
     path = tmp_path / "theirs.pth"
     torch.save({"model": SmallResNet(4)}, path)  # a pickled network, which is code
-    with pytest.raises(ConfigError, match=r"it also holds .*ssl_pipeline\.model\.small_resnet.*no code is ever run"):
+    with pytest.raises(ConfigError, match=r"it also holds .*ssl_pipeline\.models\.small_resnet.*no code is ever run"):
         loaded(path)
 
 
@@ -257,4 +261,4 @@ def test_evaluate_finds_it_by_the_same_function(networks: tuple[SmallResNet, Sma
     words = [f"encoder={path}", "backbone.width=4", "size=32"]
     for key, wanted in (("null", first), ("student", second)):
         config = load("evaluate", EvaluateConfig, [*words, f"backbone.weights_key={key}"])
-        assert same(state_of(open_encoder(config, 3).encoder.backbone.trunk), wanted)
+        assert same(state_of(open_encoder(config, RGB).encoder.backbone.trunk), wanted)

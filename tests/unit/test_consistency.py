@@ -27,8 +27,8 @@ from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_inde
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.finetune import FinetuneConfig, check, finetune, open_unlabeled
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views

@@ -15,18 +15,17 @@ from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
+from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream import classification, multi_label, regression
-from ssl_pipeline.downstream.dense import DenseTask
+from ssl_pipeline.downstream.dense_task import DenseTask
 from ssl_pipeline.downstream.labels import LabeledSplit
-from ssl_pipeline.downstream.vector import PooledConfig, PooledTask
+from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.cell import _of
 from ssl_pipeline.transforms.preprocessing import Preprocessing

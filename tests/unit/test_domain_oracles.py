@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.domain.adaptation.dann import reverse_gradient
-from ssl_pipeline.domain.alignment import coral_loss, mmd_loss
-from ssl_pipeline.domain.certainty import class_confusion
-from ssl_pipeline.domain.open_set import auroc, fpr_at_95_known, oscr, scores
+from ssl_pipeline.domain.losses import class_confusion, coral_loss, mmd_loss
+from ssl_pipeline.metrics.classification import auroc
+from ssl_pipeline.metrics.open_set import fpr_at_95_known, oscr, scores
 
 
 def rows(count: int, width: int, seed: int) -> Tensor:

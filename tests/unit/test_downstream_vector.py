@@ -23,17 +23,16 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
-from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
-from ssl_pipeline.downstream.solve import fit_labels, fit_ridge
+from ssl_pipeline.downstream.load_model import load_model
+from ssl_pipeline.downstream.retrieval import KNNHead
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
-from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.head import KNNHead, LinearHead
-from ssl_pipeline.models.layers import head_layer, layer_of
+from ssl_pipeline.metrics.linear_probe import fit_labels, fit_ridge
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder, EncoderSpec
+from ssl_pipeline.models.heads import LinearHead
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import same_bytes
@@ -300,7 +299,7 @@ def test_permuting_held_out_numbers_changes_no_weight(table: Path, tmp_path: Pat
 )
 def test_deeper_layers_learn_faster(name: str, last: int) -> None:
     built = encoder(name, 32)
-    layers = layer_of(built)
+    layers = built.layer_ids()[0]
     places = list(layers.values())
     assert places == sorted(places)
     assert set(places) == set(range(last + 1))
@@ -342,9 +341,9 @@ def test_layers_of_torchvisions_networks_are_those_of_timms(name: str, timms: st
     parameters = [dict(network.named_parameters()) for network in (built, whole)]
     counts = [
         Counter({n: sum(of[p].numel() for p, number in layers.items() if number == n) for n in set(layers.values())})
-        for of, layers in zip(parameters, (layer_of(built), theirs), strict=True)
+        for of, layers in zip(parameters, (built.layer_ids()[0], theirs), strict=True)
     ]
-    head = head_layer(built)
+    head = built.layer_ids()[1]
     assert head == max(theirs.values())
     if name == "vit_b_32":  # the final norm is the head's, as BEiT and MAE have it; timm takes it to the last block
         norm = whole.norm.weight.numel() * 2

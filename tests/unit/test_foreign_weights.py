@@ -13,10 +13,13 @@ from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.evaluation.command import EvaluateConfig
-from ssl_pipeline.evaluation.encoder import LoadedEncoder, describe_encoder, open_encoder
+from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.evaluation.evaluate import EvaluateConfig
+from ssl_pipeline.evaluation.load_encoder import LoadedEncoder, describe_encoder, open_encoder
 
 Names = Callable[[models.ResNet], dict[str, Tensor]]
+
+RGB = ArrayDataset("images", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def lightlys_sequence(network: models.ResNet) -> nn.Module:
@@ -46,7 +49,7 @@ SAVED: dict[str, Names] = {
 
 def opened(encoder: Path | str | None, *overrides: str) -> LoadedEncoder:
     words = [] if encoder is None else describe_encoder([str(encoder)], ["encoder"])
-    return open_encoder(load("evaluate", EvaluateConfig, [*words, "size=64", *overrides]), 3)
+    return open_encoder(load("evaluate", EvaluateConfig, [*words, "size=64", *overrides]), RGB)
 
 
 @pytest.mark.parametrize("names", SAVED)

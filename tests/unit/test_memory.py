@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_pipeline.losses.memory import MemoryBank, MemoryQueue
+from ssl_pipeline.losses.memory_bank import MemoryBank, MemoryQueue
 
 
 @settings(max_examples=30, deadline=None)

@@ -13,13 +13,14 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_pipeline.models.backbone import Backbone, build_backbone
+from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
-from ssl_pipeline.models.dense_head import DeepLab, SkipHead
-from ssl_pipeline.models.encoder import Encoder, build_encoder
-from ssl_pipeline.models.families import feature_info, remove_classifier
-from ssl_pipeline.models.head import CosineHead, LinearHead, prediction_head, projection_head
+from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.models.heads import CosineHead, LinearHead, prediction_head, projection_head
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.segmentation_heads import DeepLab, SkipHead
+from ssl_pipeline.models.torchvision_backbones import feature_info, remove_classifier
 from ssl_pipeline.models.weights import load_strictly
 
 SIZE = 64
@@ -58,8 +59,8 @@ def shake(model: nn.Module) -> nn.Module:
 
 def encoder_of(name: str, channels: int = 3, size: int = SIZE, neck: str = "gap", **more: Any) -> Encoder:
     config = BackboneConfig(name=name, **{"stem": "imagenet", **more})
-    encoder, _ = build_encoder(config, NeckConfig.model_validate({"name": neck}), channels, size)
-    return encoder.eval()
+    backbone, _ = build_backbone(config, channels, size)
+    return Encoder(backbone, NeckConfig.model_validate({"name": neck})).eval()
 
 
 def check_declared(config: BackboneConfig, size: int = SIZE) -> Backbone:

@@ -13,21 +13,14 @@ from torch import Tensor
 
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.open_set import (
-    aupr_unknown,
-    auroc,
-    fpr_at_95_known,
-    hos,
-    neighbor_score,
-    open_set_metrics,
-    oscr,
-    scores,
-    threshold,
-)
+from ssl_pipeline.domain.metrics import open_set_metrics
 from ssl_pipeline.downstream import classification
+from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.evaluation.features import extract
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.metrics.classification import auroc
+from ssl_pipeline.metrics.open_set import aupr_unknown, fpr_at_95_known, hos, neighbor_score, oscr, scores, threshold
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
@@ -91,8 +84,13 @@ def test_the_rejection_of_hos_is_chosen_by_held_out_source_images() -> None:
     preprocessing, share = Preprocessing(12, (0.5,), (0.3,)), DistInfo(0, 1, torch.device("cpu"))
     taught, held_back, source = noise(30, 0, 0.8), noise(41, 1, 0.5), noise(30, 2, 0.5)
     target, unknown = noise(60, 3, 0.0), noise(50, 4, 0.3)
+
+    def read(images: ArrayDataset) -> Rows:
+        return model.read(images, preprocessing, share)
+
+    known = {"source": read(source), "target": read(target)}
     figures = open_set_metrics(
-        model, taught, held_back, {"source": source, "target": target}, ("target",), unknown, preprocessing, share
+        model.eval(), read(taught), read(held_back), known, ("target",), read(unknown), share.device
     )
 
     def logits(images: ArrayDataset) -> Tensor:

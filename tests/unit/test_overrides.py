@@ -14,7 +14,7 @@ from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import as_yaml, literal, read_yaml, resolved
 from ssl_pipeline.config.words import listed, quoted, read_value, split_list
-from ssl_pipeline.evaluation.encoder import describe_encoder
+from ssl_pipeline.evaluation.load_encoder import describe_encoder
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.study.domain import DomainStudyConfig, Shift

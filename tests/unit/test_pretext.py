@@ -20,7 +20,7 @@ from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.training import TrainState
-from ssl_pipeline.models.teacher import EMAMomentumConfig
+from ssl_pipeline.models.ema import EMAMomentumConfig
 from ssl_pipeline.pretext.dino import DINO
 from ssl_pipeline.pretext.instance_discrimination import InstanceDiscrimination
 from ssl_pipeline.pretext.moco_v2 import MoCoV2

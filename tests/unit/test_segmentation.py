@@ -20,11 +20,11 @@ from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.masks import Masks
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.sources import mask_folder
-from ssl_pipeline.downstream.finished import load_model
+from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.models.dense_head import DeepLab
+from ssl_pipeline.models.segmentation_heads import DeepLab
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -142,7 +142,7 @@ def test_every_tap_of_deeplab_sees_the_map(side: int, rates: tuple[int, int, int
 
 
 def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Path, tmp_path: Path) -> None:
-    from ssl_pipeline.models.artifact import load_encoder
+    from ssl_pipeline.models.encoder import load_encoder
 
     result = run(
         folder,

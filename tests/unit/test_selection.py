@@ -22,15 +22,14 @@ from ssl_pipeline.data.splits import folds
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw
-from ssl_pipeline.downstream.probe import choose_decay
+from ssl_pipeline.downstream.pooled_task import PooledConfig, Rows, choose_decay
 from ssl_pipeline.downstream.regime import Best, TrainContext, train
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.downstream.vector import PooledConfig, Rows
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.metrics.linear_probe import fit_linear
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_pipeline.metrics.knn import _greatest, knn_predict, nearest_neighbors
-from ssl_pipeline.metrics.sgd_probe import Probes, choose, sweep
+from ssl_pipeline.metrics.linear_probe import Probes, sgd_probes
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import warmup_cosine
 
@@ -43,7 +43,7 @@ def trained_alone(features: Tensor, labels: Tensor, rate: float, epochs: int, ba
 def test_all_rates_at_once_are_each_rate_alone() -> None:
     features, labels = blobs()
     rates = (0.01, 0.3, 1.0)
-    probes = sweep(features, labels, 3, rates, epochs=4, batch=25, seed=3)
+    probes = sgd_probes(features, labels, 3, rates, epochs=4, batch=25, seed=3)
     for i, rate in enumerate(rates):
         weight, bias = trained_alone(features, labels, rate, 4, 25)
         torch.testing.assert_close(probes.weight[i], weight, atol=1e-4, rtol=1e-4)
@@ -55,11 +55,11 @@ def test_the_choice_is_by_validation_labels_and_the_lowest_rate_of_equals() -> N
     weight = torch.stack([identity, identity.roll(1, 0), identity])
     probes = Probes((0.3, 1.0, 0.1), weight, torch.zeros(3, 3))
     rows, labels = torch.eye(3), torch.arange(3)
-    assert choose(probes, rows, labels) == (2, [1.0, 0.0, 1.0])
-    assert choose(probes, rows, labels.roll(-1))[0] == 1
-    learned = sweep(*blobs(), 3, (0.1,), epochs=3)
+    assert probes.choose(rows, labels) == (2, [1.0, 0.0, 1.0])
+    assert probes.choose(rows, labels.roll(-1))[0] == 1
+    learned = sgd_probes(*blobs(), 3, (0.1,), epochs=3)
     held_out, truth = blobs(seed=1)
-    assert choose(learned, held_out, truth)[1][0] > 0.8
+    assert learned.choose(held_out, truth)[1][0] > 0.8
 
 
 def test_neighbors_are_those_of_the_whole_matrix_whatever_the_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from timm.models.levit import Attention
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
-from ssl_pipeline.models.norms import batch_norms, norms_with_statistics
-from ssl_pipeline.models.teacher import EMAModel
+from ssl_pipeline.models.batch_norm import batch_norms, norms_with_statistics
+from ssl_pipeline.models.ema import EMAModel
 from tests.tasks import tiny_task
 from tests.unit.test_consistency import tiny as tiny_consistency
 

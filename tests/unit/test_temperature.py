@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig, entropy_share, temperature_figures
+from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig, entropy_share, temperature_metrics
 from ssl_pipeline.schedules import TrainProgress
 from tests.tasks import tiny_task
 
@@ -131,7 +131,7 @@ def loop_figures(rows: torch.Tensor, temperature: float) -> dict[str, float]:
 def test_the_figures_are_what_their_names_say() -> None:
     rows, place = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), torch.arange(60)
     pairs = place % 30
-    figures = temperature_figures(rows, rows, (pairs, pairs), 0.3, own=(place, place))
+    figures = temperature_metrics(rows, rows, (pairs, pairs), 0.3, own=(place, place))
     assert {key: float(value) for key, value in figures.items()} == pytest.approx(loop_figures(rows, 0.3), rel=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_the_figures_are_what_their_names_say() -> None:
 def test_a_high_temperature_spreads_the_gradient(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     rows, place = make(torch.randn(40, 5)), torch.arange(40)
     pairs = place % 20
-    cold, warm = (temperature_figures(rows, rows, (pairs, pairs), t, own=(place, place)) for t in (0.05, 5.0))
+    cold, warm = (temperature_metrics(rows, rows, (pairs, pairs), t, own=(place, place)) for t in (0.05, 5.0))
     assert float(cold["hardest_5pct"]) >= float(warm["hardest_5pct"]) - 1e-6
     assert float(warm["effective_negatives"]) == pytest.approx(38, rel=0.02)
 

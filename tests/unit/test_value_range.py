@@ -28,11 +28,11 @@ from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, ta
 from ssl_pipeline.data.sources import torchvision as torchvision_sets
 from ssl_pipeline.data.stream_loader import read_stream_crops
 from ssl_pipeline.data.verdicts import warn_once
-from ssl_pipeline.downstream.finished import Model
+from ssl_pipeline.downstream.load_model import Model
 from ssl_pipeline.export.embed import EmbedConfig, open_every
 from ssl_pipeline.export.predict import open_predictor, predict
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
-from ssl_pipeline.models.encoder import Encoder, build_encoder
+from ssl_pipeline.models.backbone import build_backbone
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.small_resnet import SmallResNet
 from ssl_pipeline.models.weights import load_trunk
@@ -34,12 +35,17 @@ def _saved(folder: Path, state: dict[str, Tensor], form: str) -> Path:
     return path
 
 
+def built(config: BackboneConfig, channels: int) -> tuple[Encoder, list[str]]:
+    backbone, notes = build_backbone(config, channels, SIZE)
+    return Encoder(backbone, NeckConfig()), notes
+
+
 @pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module", "safetensors"])
 def test_a_file_of_the_librarys_gives_its_features(form: str, tmp_path: Path) -> None:
     theirs = shake(SmallResNet()).eval()
     state = {**theirs.state_dict(), "fc.weight": torch.zeros(10, 128), "fc.bias": torch.zeros(10)}
     path = _saved(tmp_path, state, form)
-    encoder, notes = build_encoder(BackboneConfig(weights=str(path)), NeckConfig(), 3, SIZE)
+    encoder, notes = built(BackboneConfig(weights=str(path)), 3)
     assert any("2 classifier tensors left out" in note for note in notes)
     with torch.no_grad():
         torch.testing.assert_close(encoder.eval()(images()), theirs(images()))
@@ -72,7 +78,7 @@ def test_a_grayscale_image_gives_what_its_rgb_form_gives(name: str, channels: in
     assert isinstance(rgb, Encoder)
     path = _saved(tmp_path, rgb.backbone.trunk.state_dict(), "plain")
     config = BackboneConfig(name=name, weights=str(path))
-    other, notes = build_encoder(config, NeckConfig(), channels, SIZE)
+    other, notes = built(config, channels)
     assert any("summed" in note for note in notes)
     grayscale = images(channels=1)
     with torch.no_grad():
@@ -87,7 +93,7 @@ def test_a_grayscale_image_gives_what_its_rgb_form_gives(name: str, channels: in
 def test_a_file_of_a_grayscale_trunk_is_taken_as_it_is(tmp_path: Path) -> None:
     grayscale = encoder_of("resnet18", channels=1)
     path = _saved(tmp_path, grayscale.backbone.trunk.state_dict(), "plain")
-    again, notes = build_encoder(BackboneConfig(name="resnet18", weights=str(path)), NeckConfig(), 1, SIZE)
+    again, notes = built(BackboneConfig(name="resnet18", weights=str(path)), 1)
     assert not any("summed" in note for note in notes)
     with torch.no_grad():
         assert torch.equal(again.eval()(images(channels=1)), grayscale(images(channels=1)))

@@ -22,19 +22,21 @@ from torchvision.transforms.functional import pil_to_tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.downstream.start import new_encoder
-from ssl_pipeline.evaluation.command import EvaluateConfig
 from ssl_pipeline.evaluation.corruptions import Corrupted
-from ssl_pipeline.evaluation.encoder import open_encoder
-from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
-from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.evaluation.evaluate import EvaluateConfig
+from ssl_pipeline.evaluation.load_encoder import open_encoder
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.build_encoder import build_encoder
+from ssl_pipeline.models.encoder import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.weights_input import IMAGENET, WeightsInput, published_input, weights_input
+from ssl_pipeline.models.pretrained_cfg import IMAGENET, PretrainedCfg, published_cfg, resolve_cfg
 from ssl_pipeline.transforms.preprocessing import Preprocessing, resize_and_crop_image
 
 timms: Any = timm.data
 DAISY = 985
 LITE = "timm/tf_efficientnet_lite0"
+
+RGB = ArrayDataset("images", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def photo(name: str = "flower.jpg") -> Image.Image:
@@ -42,19 +44,19 @@ def photo(name: str = "flower.jpg") -> Image.Image:
     return Image.fromarray(load_sample_image(name))
 
 
-def published_cfg(full: str) -> dict[str, Any]:
+def timm_cfg(full: str) -> dict[str, Any]:
     registered: Any = timm.get_pretrained_cfg(full)
     found: dict[str, Any] = registered.to_dict()
     return found
 
 
-def of(name: str, weights: str) -> WeightsInput:
-    found = published_input(BackboneConfig(name=name, weights=weights))
+def of(name: str, weights: str) -> PretrainedCfg:
+    found = published_cfg(BackboneConfig(name=name, weights=weights))
     assert found is not None
     return found
 
 
-def preprocessing(found: WeightsInput, size: int | None = None) -> Preprocessing:
+def preprocessing(found: PretrainedCfg, size: int | None = None) -> Preprocessing:
     size = size or found.size or 224
     return Preprocessing(size, found.mean, found.std, found.resize_at(size))
 
@@ -72,7 +74,7 @@ def test_every_tag_of_timms_has_the_librarys_configuration() -> None:
 
     for full in tags:
         name, _, tag = full.partition(".")
-        found, published = of(f"timm/{name}", tag), published_cfg(full)
+        found, published = of(f"timm/{name}", tag), timm_cfg(full)
         theirs = timms.resolve_data_config({}, pretrained_cfg=published)
         assert (found.mean, found.std) == (theirs["mean"], theirs["std"]), full
         _, height, width = theirs["input_size"]
@@ -120,7 +122,7 @@ def test_every_entry_of_torchvisions_has_the_librarys_configuration() -> None:
 def test_pixels_are_the_librarys(name: str, weights: str, shape: tuple[int, int]) -> None:
     image, found = photo().resize(shape), of(name, weights)
     if name.startswith("timm/"):
-        cfg = published_cfg(f"{name[5:]}.{weights}" if weights != "DEFAULT" else name[5:])
+        cfg = timm_cfg(f"{name[5:]}.{weights}" if weights != "DEFAULT" else name[5:])
         transform = timms.create_transform(**timms.resolve_data_config({}, pretrained_cfg=cfg))
     else:
         transform = get_model_weights(name)[weights].transforms()
@@ -151,7 +153,7 @@ def test_a_known_picture_gets_its_known_class(official: bool, tmp_path: Path, mo
         torch.save(state, tmp_path / "lite.pth")
         weights = str(tmp_path / "lite.pth")
     config = load("evaluate", EvaluateConfig, [f"backbone.name={LITE}", f"backbone.weights='{weights}'"])
-    opened = open_encoder(config, 3)
+    opened = open_encoder(config, RGB)
     assert any("bicubic" in note and "mean 0.5" in note for note in opened.notes)
 
     def answer(prepared: Preprocessing) -> int:
@@ -168,8 +170,8 @@ def test_a_known_picture_gets_its_known_class(official: bool, tmp_path: Path, mo
 def test_files_whose_images_are_known(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     file.touch()
-    assert published_input(BackboneConfig(name="resnet50", weights=str(file))) is None
-    assert published_input(BackboneConfig(name="timm/vit_small_patch16_224", weights=str(file))) is None
+    assert published_cfg(BackboneConfig(name="resnet50", weights=str(file))) is None
+    assert published_cfg(BackboneConfig(name="timm/vit_small_patch16_224", weights=str(file))) is None
     tagged = of("timm/vit_small_patch16_224.augreg_in21k", str(file))
     assert tagged.mean == (0.5, 0.5, 0.5)
     assert of(LITE, str(file)).mean == (0.5, 0.5, 0.5), "timm knows one configuration of it"
@@ -192,17 +194,15 @@ def test_an_earlier_run_as_a_start_brings_its_own_mean_and_std(tmp_path: Path) -
         Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}),
     )
     start = BackboneConfig(width=4, weights=str(tmp_path / "encoder.safetensors"))
-    assert weights_input(start, 3, (0.9,) * 3, (0.9,) * 3).mean == (0.1, 0.2, 0.3)
+    assert resolve_cfg(start, 3, (0.9,) * 3, (0.9,) * 3).mean == (0.1, 0.2, 0.3)
 
 
 def test_other_channels_than_rgb_get_the_mean_of_the_means() -> None:
     for channels in (1, 4):
-        found = weights_input(BackboneConfig(name="resnet18", weights="DEFAULT"), channels, None, None)
+        found = resolve_cfg(BackboneConfig(name="resnet18", weights="DEFAULT"), channels, None, None)
         assert found.mean == (sum(IMAGENET.mean) / 3,) * channels
         assert found.std == (sum(IMAGENET.std) / 3,) * channels
-    assert weights_input(BackboneConfig(name="resnet18"), 1, (0.2,), (0.3,)).mean == (0.2,), (
-        "no weights: the data's own"
-    )
+    assert resolve_cfg(BackboneConfig(name="resnet18"), 1, (0.2,), (0.3,)).mean == (0.2,), "no weights: the data's own"
 
 
 def test_what_timm_does_not_have_is_told_with_what_it_has() -> None:
@@ -222,10 +222,12 @@ def tiny(tmp_path: Path) -> BackboneConfig:
 
 def test_stage_two_takes_the_resize_at_the_weights_own_size(tiny: BackboneConfig) -> None:
     pool = ArrayDataset("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    at_own, _, notes = new_encoder(tiny, NeckConfig(), pool, 160)
+    built = build_encoder(None, tiny, NeckConfig(), pool, 160)
+    at_own, notes = built.blueprint, built.notes
     assert (at_own.mean, at_own.resize) == ((0.5, 0.5, 0.5), of(tiny.name, str(tiny.weights)).resize)
     assert any("shorter side resized to 168 px (bilinear), central 160 px" in note for note in notes)
-    elsewhere, _, notes = new_encoder(tiny, NeckConfig(), pool, 64)
+    built = build_encoder(None, tiny, NeckConfig(), pool, 64)
+    elsewhere, notes = built.blueprint, built.notes
     assert (elsewhere.mean, elsewhere.resize) == ((0.5, 0.5, 0.5), None)
     assert any("made for 160 px" in note for note in notes)
     assert at_own.at_size(64).resize is None
@@ -234,8 +236,12 @@ def test_stage_two_takes_the_resize_at_the_weights_own_size(tiny: BackboneConfig
 
 def test_the_card_carries_the_resize_and_older_cards_have_none(tmp_path: Path, tiny: BackboneConfig) -> None:
     pool = ArrayDataset("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    blueprint, encoder, _ = new_encoder(tiny, NeckConfig(), pool, 160)
-    save(tmp_path, encoder, Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}))
+    built = build_encoder(None, tiny, NeckConfig(), pool, 160)
+    save(
+        tmp_path,
+        built.encoder,
+        Card(kind="encoder", blueprint=built.blueprint, config={}, data={}, figures={}, versions={}),
+    )
     _, card = load_encoder(tmp_path)
     assert Preprocessing.of(card.blueprint) == preprocessing(of(tiny.name, str(tiny.weights)))
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
-from ssl_pipeline.domain.statistics import estimate_statistics
+from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask, update_bn
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.models.norms import batch_norms
+from ssl_pipeline.models.batch_norm import batch_norms
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
@@ -22,17 +21,11 @@ class Config(MethodConfig):
     keeps_statistics: ClassVar[bool] = False
 
     def build(self, classifier: Classification, target: IndexedDataset) -> AdaBN:
-        """The task around a classifier.
-
-        Raises:
-            ConfigError: the network has no BatchNorm, so that nothing would happen.
-        """
-        del target
         if not batch_norms(classifier):
             raise ConfigError(
                 "`domain=adabn` adapts BatchNorm's statistics, and this network has none: take another method."
             )
-        return AdaBN(classifier)
+        return AdaBN(self, classifier)
 
 
 class AdaBN(SourceTask):
@@ -41,6 +34,4 @@ class AdaBN(SourceTask):
     def finish(
         self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
-        """The target's statistics; of images without random views."""
-        del labeled
-        estimate_statistics(self.classifier, self.classifier.predict, target, preprocessing, share)
+        update_bn(self.classifier, self.classifier.predict, target, preprocessing, share)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.certainty import entropy
-from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.domain.losses import entropy
+from ssl_pipeline.domain.method import JointConfig, MemoryTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import normalize_rows
-from ssl_pipeline.losses.memory import MemoryBank
+from ssl_pipeline.schedules import TrainProgress
 
 _NO_NEIGHBOR = -1e4  # a logit of no weight; an infinite one has no gradient
 
@@ -40,7 +38,6 @@ class Config(JointConfig):
     margin: float = Field(0.5, ge=0)
 
     def build(self, classifier: Classification, target: IndexedDataset) -> DANCE:
-        """The task around a classifier, for a target of so many images."""
         return DANCE(self, classifier, len(target))
 
 
@@ -65,31 +62,13 @@ def entropy_separation(logits: Tensor, margin: float) -> Tensor:
     return -torch.where(distance > margin, distance, 0).mean()
 
 
-class DANCE(JointTask):
+class DANCE(MemoryTask):
     """See :class:`Config`."""
 
-    def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
-        super().__init__(config, classifier)
-        self.temperature, self.margin = config.temperature, config.margin
-        self.bank = MemoryBank(samples, classifier.width)
-        self._seen: Tensor | None = None
+    config: Config
 
-    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
-        """Fills the memory with the features of the target's images."""
-        self.bank.fill(extract(self.classifier.neck_features))
-
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        """On the target's features and logits."""
-        del source
-        rows, index = target["features"], batch.index.chunk(2)[1]
-        self._seen = rows.detach()
+    def memory_term(self, target: Embeddings, index: Tensor, clock: TrainProgress) -> Tensor:
         prototypes = self.classifier.head.weight
         assert isinstance(prototypes, Tensor)
-        gathered = neighborhood_entropy(rows, self.bank.rows, index, prototypes, self.temperature)
-        return gathered + entropy_separation(target["logits"], self.margin)
-
-    def after_step(self, batch: Batch) -> None:
-        """The memory's rows become what was seen of them."""
-        assert self._seen is not None
-        self.bank.update(batch.index.chunk(2)[1], self._seen, 0.0)
-        self._seen = None
+        near = neighborhood_entropy(target["features"], self.bank.rows, index, prototypes, self.config.temperature)
+        return near + entropy_separation(target["logits"], self.config.margin)

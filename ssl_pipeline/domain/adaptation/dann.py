@@ -11,30 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.domain.method import JointConfig, JointTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.schedules import TrainProgress
-
-
-class Config(JointConfig):
-    r"""Domain-adversarial training (Ganin et al. 2016), with the paper's ramp.
-
-    .. math:: \lambda(p) = \frac{2}{1 + e^{-\gamma p}} - 1, \qquad p = \text{step} / \text{total}
-
-    Attributes:
-        gamma: how steep the ramp is.
-        hidden_width: of the discriminator.
-    """
-
-    gamma: float = Field(10.0, gt=0)
-    hidden_width: int = Field(256, ge=1)
-
-    def build(self, classifier: Classification, target: IndexedDataset) -> DANN:
-        """The task around a classifier."""
-        del target
-        return DANN(self, classifier)
 
 
 def ramp(clock: TrainProgress, gamma: float) -> float:
@@ -64,14 +44,31 @@ def reverse_gradient(rows: Tensor, strength: float) -> Tensor:
 class DANN(JointTask):
     """See :class:`Config`."""
 
+    config: Config
+
     def __init__(self, config: Config, classifier: Classification) -> None:
         super().__init__(config, classifier)
-        self.gamma, width = config.gamma, config.hidden_width
+        width = config.hidden_width
         self.discriminator = nn.Sequential(nn.Linear(classifier.width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
         """The discriminator's cross-entropy; it learns at full strength, the features by the reversed, ramped gradient."""
         rows = torch.cat([source["features"], target["features"]])
-        logits = self.discriminator(reverse_gradient(rows, ramp(batch.clock, self.gamma)))[:, 0]
+        logits = self.discriminator(reverse_gradient(rows, ramp(batch.clock, self.config.gamma)))[:, 0]
         is_source = torch.arange(len(rows), device=rows.device) < len(source["features"])
         return F.binary_cross_entropy_with_logits(logits.float(), is_source.float())
+
+
+class Config(JointConfig):
+    r"""Domain-adversarial training (Ganin et al. 2016), with the paper's ramp.
+
+    .. math:: \lambda(p) = \frac{2}{1 + e^{-\gamma p}} - 1, \qquad p = \text{step} / \text{total}
+
+    Attributes:
+        gamma: how steep the ramp is.
+        hidden_width: of the discriminator.
+    """
+
+    task = DANN
+    gamma: float = Field(10.0, gt=0)
+    hidden_width: int = Field(256, ge=1)

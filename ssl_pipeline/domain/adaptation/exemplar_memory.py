@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.domain.method import JointConfig, MemoryTask
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import normalize_rows
-from ssl_pipeline.losses.memory import MemoryBank
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.color import amplitude_mix
 
 
@@ -44,20 +42,11 @@ class Config(JointConfig):
     keep_end: float = Field(0.6, ge=0, lt=1)
 
     def build(self, classifier: Classification, target: IndexedDataset) -> ExemplarMemory:
-        """The task around a classifier, for a target of so many images."""
         return ExemplarMemory(self, classifier, len(target))
 
 
 def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, neighbors: int) -> Tensor:
-    """See :class:`Config`.
-
-    Args:
-        rows: float32 of shape (B, D).
-        bank: unit rows (N, D).
-        index: which row of the bank each is, int64 of shape (B,).
-        temperature: divides the similarities.
-        neighbors: k; 0 leaves them out.
-    """
+    """See :class:`Config`: rows (B, D), the bank's unit rows (N, D), the row of each, and k, which 0 leaves out."""
     similarity = normalize_rows(rows) @ bank.T
     log_share = (similarity / temperature).log_softmax(1)
     loss = -log_share.gather(1, index[:, None])[:, 0]
@@ -68,21 +57,13 @@ def memory_loss(rows: Tensor, bank: Tensor, index: Tensor, temperature: float, n
     return loss.mean()
 
 
-class ExemplarMemory(JointTask):
+class ExemplarMemory(MemoryTask):
     """See :class:`Config`."""
 
-    def __init__(self, config: Config, classifier: Classification, samples: int) -> None:
-        super().__init__(config, classifier)
-        self.config = config
-        self.bank = MemoryBank(samples, classifier.width)
-        self._seen: Tensor | None = None
-
-    def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
-        """Fills the memory with the features of the target's images."""
-        self.bank.fill(extract(self.classifier.neck_features))
+    config: Config
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Some of the target's images in the style of the source's, in place of themselves: it costs no forward."""
+        """Some of the target's images take the style of the source's, in place of themselves: it costs no forward."""
         source, target = batch.views[0].chunk(2)
         # torch's generator: the loop has reseeded it by the step's name.
         chosen = torch.rand(len(target), device=target.device) < self.config.restyled
@@ -90,18 +71,10 @@ class ExemplarMemory(JointTask):
         views = [torch.cat([source, amplitude_mix(target, source, strength)])]
         return super().embed(Batch(batch.clock, batch.index, views, batch.label, batch.domain))
 
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        """On the target's features."""
-        del source
-        config, clock = self.config, batch.clock
-        rows = target["features"]
-        self._seen = rows.detach()
+    def memory_term(self, target: Embeddings, index: Tensor, clock: TrainProgress) -> Tensor:
+        config = self.config
         count = config.neighbors if clock.step >= config.neighbors_from * clock.total else 0
-        return memory_loss(rows, self.bank.rows, batch.index.chunk(2)[1], config.temperature, count)
+        return memory_loss(target["features"], self.bank.rows, index, config.temperature, count)
 
-    def after_step(self, batch: Batch) -> None:
-        """The memory's rows move towards what was seen of them."""
-        assert self._seen is not None
-        keep = self.config.keep_end * batch.clock.step / batch.clock.total
-        self.bank.update(batch.index.chunk(2)[1], self._seen, keep)
-        self._seen = None
+    def momentum(self, clock: TrainProgress) -> float:
+        return self.config.keep_end * clock.step / clock.total

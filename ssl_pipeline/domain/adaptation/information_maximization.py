@@ -5,26 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.certainty import information_maximization
+from ssl_pipeline.domain.losses import information_maximization
 from ssl_pipeline.domain.method import JointConfig, JointTask
-from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
-
-
-class Config(JointConfig):
-    """SHOT-IM's loss (Liang et al. 2020) in one training with the source; without the source it is ``shot_im``."""
-
-    def build(self, classifier: Classification, target: IndexedDataset) -> InformationMaximization:
-        """The task around a classifier."""
-        del target
-        return InformationMaximization(self, classifier)
 
 
 class InformationMaximization(JointTask):
     """See :class:`Config`."""
 
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        """On the target's logits."""
-        del source, batch
         return information_maximization(target["logits"])
+
+
+class Config(JointConfig):
+    """SHOT-IM's loss (Liang et al. 2020) in one training with the source; without the source it is ``shot_im``."""
+
+    task = InformationMaximization

@@ -6,11 +6,18 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.certainty import class_confusion
+from ssl_pipeline.domain.losses import class_confusion
 from ssl_pipeline.domain.method import JointConfig, JointTask
-from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
+
+
+class MCC(JointTask):
+    """See :class:`Config`."""
+
+    config: Config
+
+    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
+        return class_confusion(target["logits"], self.config.temperature)
 
 
 class Config(JointConfig):
@@ -20,22 +27,5 @@ class Config(JointConfig):
         temperature: of the predictions in this loss.
     """
 
+    task = MCC
     temperature: float = Field(2.5, gt=0)
-
-    def build(self, classifier: Classification, target: IndexedDataset) -> MCC:
-        """The task around a classifier."""
-        del target
-        return MCC(self, classifier)
-
-
-class MCC(JointTask):
-    """See :class:`Config`."""
-
-    def __init__(self, config: Config, classifier: Classification) -> None:
-        super().__init__(config, classifier)
-        self.temperature = config.temperature
-
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        """On the target's logits."""
-        del source, batch
-        return class_confusion(target["logits"], self.temperature)

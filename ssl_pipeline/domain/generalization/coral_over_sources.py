@@ -9,26 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.domain.alignment import moments_loss
+from ssl_pipeline.domain.losses import moments_loss
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
-from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-
-
-class Config(GeneralizationConfig):
-    """CORAL as a generalization method: means and covariances of each pair of sources (Gulrajani and Lopez-Paz 2021).
-
-    Attributes:
-        weight: of the mean over the pairs of sources.
-    """
-
-    weight: float = Field(1.0, ge=0)
-
-    def build(self, classifier: Classification, target: IndexedDataset) -> CORALOverSources:
-        """The task around a classifier."""
-        del target
-        return CORALOverSources(classifier, self.weight)
 
 
 def pairwise_coral(features: Tensor, domain: Tensor) -> Tensor:
@@ -46,14 +29,22 @@ def pairwise_coral(features: Tensor, domain: Tensor) -> Tensor:
 class CORALOverSources(SourceTask):
     """See :class:`Config`."""
 
-    def __init__(self, classifier: Classification, weight: float) -> None:
-        super().__init__(classifier)
-        self.weight = weight
+    config: Config
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        """Cross-entropy plus ``weight`` times the term."""
         output = super().objective(embeddings, batch)
         assert batch.domain is not None
         with torch.autocast(batch.domain.device.type, enabled=False):  # a covariance in bf16 has two digits
             term = pairwise_coral(embeddings["features"].float(), batch.domain)
-        return StepOutput(output.loss + self.weight * term, output.metrics | {"term": term.detach()})
+        return StepOutput(output.loss + self.config.weight * term, output.metrics | {"term": term.detach()})
+
+
+class Config(GeneralizationConfig):
+    """CORAL as a generalization method: means and covariances of each pair of sources (Gulrajani and Lopez-Paz 2021).
+
+    Attributes:
+        weight: of the mean over the pairs of sources.
+    """
+
+    task = CORALOverSources
+    weight: float = Field(1.0, ge=0)

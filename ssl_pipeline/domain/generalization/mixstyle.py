@@ -31,12 +31,6 @@ class Config(GeneralizationConfig):
     alpha: float = Field(0.1, gt=0)
 
     def build(self, classifier: Classification, target: IndexedDataset) -> MixStyle:
-        """The task around a classifier.
-
-        Raises:
-            ConfigError: the backbone does not say what leads to its levels.
-        """
-        del target
         if not any(level.modules for level in classifier.encoder.backbone.levels.values()):
             raise ConfigError("`domain=mixstyle` needs a convolutional backbone of torchvision's or small_resnet.")
         return MixStyle(self, classifier)
@@ -59,9 +53,10 @@ def mix_statistics(maps: Tensor, other: Tensor, share: Tensor) -> Tensor:
 class MixStyle(SourceTask):
     """See :class:`Config`."""
 
+    config: Config
+
     def __init__(self, config: Config, classifier: Classification) -> None:
-        super().__init__(classifier)
-        self.probability, self.alpha = config.probability, config.alpha
+        super().__init__(config, classifier)
         backbone = classifier.encoder.backbone
         ends = [level.modules[-1] for level in backbone.levels.values() if level.modules]
         self._hooks = [
@@ -69,16 +64,14 @@ class MixStyle(SourceTask):
         ]
 
     def _mix(self, module: nn.Module, arguments: Any, maps: Tensor) -> Tensor:
-        del arguments
-        if not module.training or float(torch.rand(())) >= self.probability:  # reseeded by the step's name
+        if not module.training or float(torch.rand(())) >= self.config.probability:  # reseeded by the step's name
             return maps
-        share = Beta(self.alpha, self.alpha).sample((len(maps),)).to(maps)
+        share = Beta(self.config.alpha, self.config.alpha).sample((len(maps),)).to(maps)
         return mix_statistics(maps, torch.randperm(len(maps), device=maps.device), share)
 
     def finish(
         self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
     ) -> None:
         """The classifier goes on without its hooks."""
-        del labeled, target, preprocessing, share
         for hook in self._hooks:
             hook.remove()

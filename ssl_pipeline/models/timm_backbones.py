@@ -1,4 +1,4 @@
-"""Trunks by timm, an optional extra: named ``timm/NAME``, or by a name that torchvision does not have."""
+"""Backbones by timm, an optional extra: named ``timm/NAME``, or by a name that torchvision does not have."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import difflib
 import importlib.util
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision import models
-from torchvision.models import list_models
 
 from ssl_pipeline.config.base import ConfigError, first_line
-from ssl_pipeline.models.families import FeatureInfo, FeatureLevel, adapt_input_conv
-from ssl_pipeline.models.weights import holds_channels, is_file_name, load_trunk, network_weights
-
-if TYPE_CHECKING:
-    from ssl_pipeline.models.backbone import BackboneConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig, torchvision_names
+from ssl_pipeline.models.torchvision_backbones import FeatureInfo, FeatureLevel
+from ssl_pipeline.models.weights import is_file_name, load_published
 
 
 def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[nn.Module, FeatureInfo, list[str]]:
-    """Builds a trunk by timm without its classifier.
+    """Builds a network by timm without its classifier.
 
     Args:
         config: which one.
@@ -31,7 +27,7 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
         image_size: in pixels; a transformer is bound to it.
 
     Returns:
-        The trunk, its anatomy, and notes for the log.
+        The network, its levels, and notes for the log.
 
     Raises:
         ConfigError: timm is absent or has no such network, or the weights or the size do not fit.
@@ -42,28 +38,22 @@ def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[
             "`backbone.stem=small` is for torchvision's ResNets, VGGs, EfficientNets and MobileNets; "
             "timm has models with small stems of its own."
         )
-    path = config.weights if config.weights is not None and is_file_name(config.weights) else None
-    official = config.weights is not None and path is None
+    is_file = config.weights is not None and is_file_name(config.weights)
+    official = config.weights is not None and not is_file
     if config.weights is not None and official:
         name = _with_tag(name, config.weights)
     # A file is read into the network it was written for; its stem is fitted to the images after that.
-    trunk = _create(name, official, image_size, channels if path is None else 3)
+    trunk = _create(name, official, image_size, 3 if is_file else channels)
     notes = list[str]()
-    if path is not None:
-        state, notes = network_weights(trunk, config)
-        if channels != 3 and holds_channels(trunk, state, channels):
-            adapt_input_conv(trunk, channels)
+    if is_file:
         prefixes = trunk.default_cfg["classifier"]
-        prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
-        notes += load_trunk(trunk, state, tuple(f"{p}." for p in prefixes), f"`backbone.weights` {path}")
-        if channels != 3 and not holds_channels(trunk, state, channels):
-            adapt_input_conv(trunk, channels)
-            notes.append(f"backbone: the stem's kernels were summed for images with {channels} channel(s)")
-    return trunk, _anatomy(trunk), notes
+        classifier = tuple(f"{p}." for p in ((prefixes,) if isinstance(prefixes, str) else prefixes))
+        notes = load_published(trunk, config, classifier, channels)
+    return trunk, _feature_info(trunk), notes
 
 
 def is_timms(name: str) -> bool:
-    """Whether timm is there and has a network of that name; a pretrained tag may follow it."""
+    """Whether timm is installed and has a network of that name; a pretrained tag may follow it."""
     if importlib.util.find_spec("timm") is None:
         return False
     import timm
@@ -74,7 +64,7 @@ def is_timms(name: str) -> bool:
 def _known(config: BackboneConfig) -> str:
     """The network's name in timm; an error with the nearest names if it has none."""
     name = config.name.removeprefix("timm/")
-    elsewhere = difflib.get_close_matches(name, [*list_models(module=models), "small_resnet"], n=3)
+    elsewhere = difflib.get_close_matches(name, [*torchvision_names(), "small_resnet"], n=3)
     hint = f" torchvision's nearest: {', '.join(elsewhere)}." if elsewhere and name == config.name else ""
     if importlib.util.find_spec("timm") is None:
         fault = "needs timm" if name != config.name else "is not torchvision's, and others need timm"
@@ -83,7 +73,7 @@ def _known(config: BackboneConfig) -> str:
         )
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
+    if not is_timms(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         nearest = f" timm's nearest: {close}." if close else ""
         where = "neither torchvision nor timm has" if name == config.name else "timm has no"
@@ -105,11 +95,7 @@ def _tags(name: str) -> list[str]:
 
 
 def _with_tag(name: str, tag: str) -> str:
-    """A network's name with a pretrained tag, as timm writes it.
-
-    Raises:
-        ConfigError: timm has no such tag of it; names those that it has.
-    """
+    """A network's name with a pretrained tag, as timm writes it; an error with the known tags if it has no such one."""
     known = _tags(name)
     architecture, _, named = name.partition(".")
     if not known:
@@ -126,24 +112,12 @@ def _with_tag(name: str, tag: str) -> str:
 
 
 def pretrained_tags(config: BackboneConfig) -> list[str]:
-    """The tags that ``backbone.weights`` may name for one of timm's networks, the default first.
-
-    Raises:
-        ConfigError: timm is absent or has no such network.
-    """
+    """The tags that ``backbone.weights`` may name for one of timm's networks, the default first."""
     return _tags(_known(config))
 
 
 def pretrained_cfg(config: BackboneConfig, tag: str) -> dict[str, Any]:
-    """What timm publishes beside pretrained weights.
-
-    Args:
-        config: the network.
-        tag: of the weights, or ``DEFAULT``.
-
-    Raises:
-        ConfigError: timm is absent, or has no such network or tag.
-    """
+    """What timm publishes beside the pretrained weights of a tag, or of ``DEFAULT``."""
     name = _with_tag(_known(config), tag)
     import timm
 
@@ -178,11 +152,7 @@ def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
     embedding: Any = getattr(trunk, "patch_embed", None)
     # Of other embeddings, the patches overlap, or are as large as all strides together.
     side = embedding.patch_size[0] if hasattr(embedding, "grid_size") else 1
-    if image_size % side:
-        raise ConfigError(
-            f"an image size of {image_size} px is no multiple of {name}'s patches of {side} px: "
-            f"take {max(image_size // side, 1) * side}."
-        )
+    check_patches(name, image_size, side)
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(
             f"`backbone.name`: timm's {name} gives no feature maps; take one that has forward_intermediates."
@@ -190,7 +160,22 @@ def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
     return trunk
 
 
-def _anatomy(trunk: Any) -> FeatureInfo:
+def check_patches(name: str, image_size: int, patch: int) -> None:
+    """Raises a ConfigError where images are not made of whole patches."""
+    if image_size % patch:
+        raise ConfigError(
+            f"an image size of {image_size} px is no multiple of {name}'s patches of {patch} px: "
+            f"take {max(image_size // patch, 1) * patch}."
+        )
+
+
+def fixed_size(trunk: nn.Module) -> int | None:
+    """The image size that one of timm's transformers is bound to."""
+    embedding: Any = getattr(trunk, "patch_embed", None)
+    return int(embedding.img_size[0]) if getattr(embedding, "strict_img_size", False) else None
+
+
+def _feature_info(trunk: Any) -> FeatureInfo:
     """Levels as ``feature_info`` declares them, the last one being what the library itself would pool."""
     info = list(trunk.feature_info)
     last = FeatureLevel((), int(trunk.num_features), int(info[-1]["reduction"]))
@@ -238,21 +223,20 @@ def _norm(trunk: nn.Module, name: str, width: int) -> nn.Module | None:
     return found if tuple(getattr(found, "normalized_shape", ())) == (width,) else None
 
 
-def try_out(name: str, backbone: nn.Module, widths: dict[str, int], channels: int, image_size: int) -> frozenset[str]:
-    """Follows the shapes of images through a backbone, on the meta device, where nothing is computed.
+def unused_parameters(
+    name: str, backbone: nn.Module, widths: dict[str, int], channels: int, image_size: int
+) -> frozenset[str]:
+    """Names of the parameters that no map depends on, such as those of the classifier alone.
 
-    timm has some thousand networks. Some give other maps than they declare, some take no images of this size, and some have
-    parameters for the classifier alone.
+    Shapes are followed on the meta device, where nothing is computed: some of timm's networks give other maps than they
+    declare, and some take no images of this size.
 
     Args:
-        name: of the network, for people.
+        name: of the network, for messages.
         backbone: images to maps by level.
         widths: their channels, as declared.
         channels: of the images.
         image_size: in pixels.
-
-    Returns:
-        Names of the parameters that no map depends on.
 
     Raises:
         ConfigError: the backbone does not give the maps that it declares.
@@ -279,19 +263,19 @@ def try_out(name: str, backbone: nn.Module, widths: dict[str, int], channels: in
     return frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None)
 
 
-def timm_maps(trunk: Any, anatomy: FeatureInfo, images: Tensor) -> dict[str, Tensor]:
+def timm_maps(trunk: Any, info: FeatureInfo, images: Tensor) -> dict[str, Tensor]:
     """Images (B, C, H, W) to a map (B, width, H ÷ stride, W ÷ stride) per level, and ``token`` where there is one."""
-    if not anatomy.taps:
+    if not info.taps:
         last, taps = trunk.forward_features(images), []
     else:
-        last, taps = trunk.forward_intermediates(images, indices=list(anatomy.taps), output_fmt="NCHW")
-    maps = dict(zip(anatomy.levels, taps, strict=False))
-    stride = anatomy.levels["c5"].stride
+        last, taps = trunk.forward_intermediates(images, indices=list(info.taps), output_fmt="NCHW")
+    maps = dict(zip(info.levels, taps, strict=False))
+    stride = info.levels["c5"].stride
     if last.ndim == 3:
         grid = getattr(trunk.patch_embed, "grid_size", None) or tuple(side // stride for side in images.shape[2:])
         tokens = last[:, getattr(trunk, "num_prefix_tokens", last.shape[1] - math.prod(grid)) :]
         maps["c5"] = tokens.transpose(1, 2).unflatten(2, grid)
-        return {**maps, "token": last[:, 0]} if anatomy.token else maps
+        return {**maps, "token": last[:, 0]} if info.token else maps
     channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
     maps["c5"] = torch.permute(last, (0, 3, 1, 2)) if channels_last else last
     return maps

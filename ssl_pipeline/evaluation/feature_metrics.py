@@ -1,4 +1,4 @@
-"""What is measured of an encoder, and how it is kept honest: choices look at held-out training labels, the test is read once."""
+"""The metrics of ``ssl-pipeline evaluate``: choices are made on held-out training labels, and the test is read once."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
-from ssl_pipeline.evaluation.encoder import LoadedEncoder
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
+from ssl_pipeline.evaluation.load_encoder import LoadedEncoder
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.metrics.linear_probe import fit_linear
-from ssl_pipeline.metrics.sgd_probe import choose, sweep
+from ssl_pipeline.metrics.linear_probe import fit_linear, sgd_probes
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.multi_view import Views
 
-_PAIRS = 2048  # rows for figures that look at pairs
+_PAIRS = 2048  # rows for metrics of pairs
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One measured value.
 
     Attributes:
         name: the key it has in the file.
-        value: the figure.
+        value: what was measured.
         how: by which settings, for the table.
         share: whether it is a share, shown in percent.
         half: half the 95 % interval; None where there is none.
@@ -44,7 +43,6 @@ class Figure:
     half: float | None = None
 
     def shown(self) -> str:
-        """For people: percent for shares."""
         if not self.share:
             return f"{self.value:.3f}"
         return f"{100 * self.value:.1f}" + (f" ± {100 * self.half:.1f}" if self.half is not None else "")
@@ -64,28 +62,24 @@ class Features:
 
     @property
     def neck(self) -> Tensor:
-        """What the encoder gives."""
         return self.layers["neck"]
 
     def select(self, index: Tensor) -> Features:
-        """The chosen rows."""
         return Features({name: rows[index] for name, rows in self.layers.items()}, self.labels[index])
 
 
 def layer_names(opened: LoadedEncoder) -> list[str]:
     """The encoder's layers, ``neck`` first; a last level whose mean the neck is already is left out."""
-    same = opened.blueprint.neck.name == "gap"
     levels = list(opened.encoder.widths)
-    return ["neck", *(levels[:-1] if same else levels)]
+    return ["neck", *(levels[:-1] if opened.blueprint.neck.name == "gap" else levels)]
 
 
 def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequence[str]) -> Features:
-    """All layers of a source's labeled images in one pass."""
+    """Some layers, ``neck`` first, of a source's labeled images in one pass."""
     assert source.labels is not None
-    encoder = opened.encoder
+    encoder, levels = opened.encoder, layers[1:]
 
     def forward(images: Tensor) -> Tensor:
-        levels = [name for name in layers if name != "neck"]
         if not levels:
             return encoder.features(images)
         maps = encoder.feature_maps(images)
@@ -93,12 +87,11 @@ def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequenc
 
     labeled = (source.labels >= 0).nonzero()[:, 0]
     rows, read = extract_readable(encoder, source, opened.preprocessing, opened.share, labeled, forward)
-    widths = {"neck": encoder.width, **encoder.widths}
-    parts = rows.split([widths[name] for name in layers], 1)
+    parts = rows.split([encoder.width, *(encoder.widths[name] for name in levels)], 1)
     return Features(dict(zip(layers, parts, strict=True)), source.labels[read])
 
 
-def knn_figures(train: Features, test: Features, classes: int, ks: Sequence[int], temperature: float) -> list[Figure]:
+def knn_metrics(train: Features, test: Features, classes: int, ks: Sequence[int], temperature: float) -> list[Metric]:
     """The accuracy by each of some numbers of neighbors; all are reported, none is chosen.
 
     Raises:
@@ -109,15 +102,12 @@ def knn_figures(train: Features, test: Features, classes: int, ks: Sequence[int]
             f"`knn.k` is {max(ks)}, and the bank has only {len(train.labels)} labeled training images: ask for at most that many."
         )
     how = f"τ = {temperature:g}, {len(train.labels)} in the bank, exact"
-    return [
-        Figure(f"knn_{k}", knn_accuracy(test.neck, test.labels, train.neck, train.labels, classes, k, temperature),
-               f"k = {k}, {how}")
-        for k in ks
-    ]  # fmt: skip
+    found = {k: knn_accuracy(test.neck, test.labels, train.neck, train.labels, classes, k, temperature) for k in ks}
+    return [Metric(f"knn_{k}", value, f"k = {k}, {how}") for k, value in found.items()]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenProbe:
     """The probe that did best on validation labels.
 
     Attributes:
@@ -135,14 +125,16 @@ class Chosen:
     how: str
 
     def accuracy(self, features: Features) -> float:
-        """The share it gets right."""
-        logits = features.layers[self.layer] @ self.weight.T + self.bias
-        return float((logits.argmax(1) == features.labels).float().mean())
+        return _accuracy(features.layers[self.layer], features.labels, self.weight, self.bias)
+
+
+def _accuracy(rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> float:
+    return float(((rows @ weight.T + bias).argmax(1) == labels).float().mean())
 
 
 def choose_probe(
     train: Features, classes: int, rates: Sequence[float], epochs: int, validation: float, seed: int, device: torch.device
-) -> Chosen:  # fmt: skip
+) -> ChosenProbe:  # fmt: skip
     """Trains a probe for every layer and rate on a part of the training labels, and chooses on the rest of them."""
     rest, held_out = stratified_split(
         train.labels, max(1, round(validation * len(train.labels))), seed, "probe validation"
@@ -150,47 +142,47 @@ def choose_probe(
     if not len(rest) or not len(held_out):
         raise ConfigError(f"`probe.validation`: {len(train.labels)} labels are too few to hold some out: add images.")
     learn, check, trials = train.select(rest), train.select(held_out), dict[str, float]()
-    best: tuple[float, Chosen] | None = None
+    best, chosen = -1.0, None
     for layer, rows in learn.layers.items():
-        probes = sweep(rows.to(device), learn.labels.to(device), classes, rates, epochs, seed=seed)
-        which, found = choose(probes, check.layers[layer].to(device), check.labels.to(device))
+        probes = sgd_probes(rows.to(device), learn.labels.to(device), classes, rates, epochs, seed=seed)
+        which, found = probes.choose(check.layers[layer].to(device), check.labels.to(device))
         trials |= {f"{layer} {rate:g}": accuracy for rate, accuracy in zip(rates, found, strict=True)}
-        if best is None or found[which] > best[0]:
+        if found[which] > best:
             how = f"{layer}, rate {rates[which]:g}: best of {len(learn.layers)} × {len(rates)} on {len(held_out)} training labels"
-            best = found[which], Chosen(layer, probes.weight[which].cpu(), probes.bias[which].cpu(), trials, how)
-    assert best is not None
-    return best[1]
+            best = found[which]
+            chosen = ChosenProbe(layer, probes.weight[which].cpu(), probes.bias[which].cpu(), trials, how)
+    assert chosen is not None
+    return chosen
 
 
-def few_shot_figures(
+def few_shot_metrics(
     train: Features, test: Features, classes: Sequence[str], counts: Sequence[int], seeds: int, decay: float, seed: int
-) -> tuple[list[Figure], list[str]]:
+) -> tuple[list[Metric], list[str]]:
     """A solved probe on few labels a class, by several draws of them. Its weight decay is fixed: there is nothing to choose on.
 
     Returns:
-        The figures, and notes on the numbers that a class has too few labels for.
+        The metrics, and notes on the numbers that a class has too few labels for.
     """
     least = int(train.labels.bincount(minlength=len(classes))[train.labels.unique()].min())
-    notes = [
-        f"few_shot of {count}: left out, as a class has only {least} labels"
-        for count in counts
-        if count > least
-    ]  # fmt: skip
-    figures = []
-    for count in (count for count in counts if count <= least):
+    metrics, notes = [], []
+    for count in counts:
+        if count > least:
+            notes.append(f"few_shot of {count}: left out, as a class has only {least} labels")
+            continue
         right = []
         for draw in range(seed, seed + seeds):
             few = train.select(draw_labels(train.labels, count, None, draw, classes))
-            weight, bias = fit_linear(few.neck, few.labels, len(classes), decay)
-            right.append(float(((test.neck @ weight.T + bias).argmax(1) == test.labels).float().mean()))
+            right.append(_accuracy(test.neck, test.labels, *fit_linear(few.neck, few.labels, len(classes), decay)))
         found = interval(right)
         how = f"{count} a class, {seeds} draws, decay {decay:g} (fixed)"
-        figures.append(Figure(f"few_shot_{count}", found.mean, how, half=found.half if seeds > 1 else None))
-    return figures, notes
+        metrics.append(Metric(f"few_shot_{count}", found.mean, how, half=found.half if seeds > 1 else None))
+    return metrics, notes
 
 
-def spread_figures(opened: LoadedEncoder, source: IndexedDataset, views: Views, seed: int) -> list[Figure]:
-    """How the features lie, without any label: effective rank, standard deviation, uniformity, alignment."""
+def alignment_uniformity_metrics(
+    opened: LoadedEncoder, source: IndexedDataset, views: Views, seed: int
+) -> list[Metric]:
+    """The distribution of the features, without any label: effective rank, standard deviation, uniformity, alignment."""
     index = permutation(len(source), seed, "spread")[:_PAIRS].sort().values
     rows = extract(opened.encoder, source, opened.preprocessing, opened.share, index)
     first, second = two_views(opened.encoder, source, views, opened.share.device, index[:256])
@@ -198,22 +190,26 @@ def spread_figures(opened: LoadedEncoder, source: IndexedDataset, views: Views, 
         raise ConfigError("the encoder gives features that are no numbers (NaN or infinite): its weights are damaged.")
     how = f"{len(index)} images"
     return [
-        Figure("effective_rank", collapse.effective_rank(rows), f"of {opened.encoder.width}, {how}", share=False),
-        Figure("feature_std", collapse.feature_std(rows), f"1 is spread evenly, 0 is collapse, {how}", share=False),
-        Figure("uniformity", collapse.uniformity(rows), f"lower is more even, {how}", share=False),
-        Figure("alignment", collapse.alignment(first, second), f"0 is perfect, two views of {len(first)}", share=False),
+        Metric("effective_rank", collapse.effective_rank(rows), f"of {opened.encoder.width}, {how}", share=False),
+        Metric("feature_std", collapse.feature_std(rows), f"1 is spread evenly, 0 is collapse, {how}", share=False),
+        Metric("uniformity", collapse.uniformity(rows), f"lower is more even, {how}", share=False),
+        Metric("alignment", collapse.alignment(first, second), f"0 is perfect, two views of {len(first)}", share=False),
     ]
 
 
-def robustness_figures(
-    opened: LoadedEncoder, source: IndexedDataset, judges: dict[str, Callable[[Features], float]], layer: str, seed: int
-) -> list[Figure]:
-    """Accuracy on corrupted images, per corruption the mean over five strengths, by classifiers that never saw any.
+def robustness_metrics(
+    opened: LoadedEncoder,
+    source: IndexedDataset,
+    classifiers: dict[str, Callable[[Features], float]],
+    layer: str,
+    seed: int,
+) -> list[Metric]:
+    """Accuracy on corrupted images, per corruption the mean over five strengths, of classifiers that never saw any.
 
     Args:
         opened: the encoder.
         source: the clean test images.
-        judges: by name, features to accuracy.
+        classifiers: by name, features to accuracy.
         layer: the layer that they read beside the neck.
         seed: of the noise.
     """
@@ -224,26 +220,23 @@ def robustness_figures(
     seen, layers = opened.preprocessing, list(dict.fromkeys(["neck", layer]))
     # What is corrupted is what the encoder sees: already resized and cut.
     as_seen = replace(opened, blueprint=opened.blueprint.model_copy(update={"resize": None}))
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for name in CORRUPTIONS:
         for strength in STRENGTHS:
             corrupted = Corrupted(source, seen.size, name, strength, seed, seen.resize, seen.mean)
             features = read_features(as_seen, corrupted, layers)
-            for judge, accuracy in judges.items():
-                value = accuracy(features)
-                found.setdefault(f"{judge}_{name}", []).append(value)
-                found.setdefault(f"{judge}_corrupted", []).append(value)
+            for classifier, accuracy in classifiers.items():
+                found.setdefault(name, {}).setdefault(classifier, []).append(accuracy(features))
     how = f"mean of strengths 1 to 5, {len(source)} images"
-    figures = [
-        Figure(name, sum(values) / len(values), f"{how}: {', '.join(f'{100 * v:.0f}' for v in values)}")
-        for name, values in found.items()
-        if not name.endswith("_corrupted")
+    metrics = [
+        Metric(f"{classifier}_{name}", _mean(values), f"{how}: {', '.join(f'{100 * v:.0f}' for v in values)}")
+        for name, by_classifier in found.items()
+        for classifier, values in by_classifier.items()
     ]
-    return [
-        *figures,
-        *(
-            Figure(f"{judge}_corrupted", sum(values) / len(values), f"mean of all {len(CORRUPTIONS)} corruptions")
-            for judge in judges
-            if (values := found[f"{judge}_corrupted"])
-        ),
-    ]
+    overall = {name: _mean([v for values in found.values() for v in values[name]]) for name in classifiers}
+    how = f"mean of all {len(CORRUPTIONS)} corruptions"
+    return [*metrics, *(Metric(f"{name}_corrupted", value, how) for name, value in overall.items())]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

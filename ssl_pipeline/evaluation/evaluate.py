@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -14,27 +14,27 @@ from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.evaluation import protocol
-from ssl_pipeline.evaluation.encoder import EncoderConfig, LoadedEncoder, describe_encoder, open_encoder
-from ssl_pipeline.evaluation.protocol import Features, Figure
+from ssl_pipeline.evaluation import feature_metrics
+from ssl_pipeline.evaluation.feature_metrics import Features, Metric
+from ssl_pipeline.evaluation.load_encoder import EncoderConfig, LoadedEncoder, describe_encoder, open_encoder
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions, write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.artifact import finite
+from ssl_pipeline.models.encoder import finite
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 
-What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
-_ALL: tuple[What, ...] = ("knn", "probe", "few_shot", "spread", "robustness")
+MetricGroup = Literal["knn", "probe", "few_shot", "alignment_uniformity", "robustness"]
+_UNLABELED: MetricGroup = "alignment_uniformity"  # the one group that needs no labels
 
 
 class KnnConfig(FrozenModel):
     """Neighbors.
 
     Attributes:
-        k: numbers of neighbors; each gives a figure.
+        k: numbers of neighbors; each gives a metric.
         temperature: sharpness of their weights.
     """
 
@@ -49,7 +49,7 @@ class ProbeConfig(FrozenModel):
         rates: learning rates to choose from.
         layers: what to choose from: ``neck`` and levels (``c2`` … ``c5``); null takes all that the encoder has.
         epochs: passes over the cached features.
-        validation: the share of the training labels that the choice looks at.
+        validation: the share of the training labels that the choice is made on.
     """
 
     rates: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
@@ -76,8 +76,8 @@ class EvaluateConfig(EncoderConfig):
     """What is measured, on which images.
 
     Attributes:
-        what: some of ``knn``, ``probe``, ``few_shot``, ``spread``, ``robustness``; null takes all that the data allows.
-        split: what the figures are of; everything is learned and chosen on ``train``.
+        what: some of ``knn``, ``probe``, ``few_shot``, ``alignment_uniformity``, ``robustness``; null takes all that the data allows.
+        split: what is measured; everything is learned and chosen on ``train``.
         views: the random views that alignment compares.
         knn: neighbors.
         probe: the linear probe.
@@ -87,7 +87,7 @@ class EvaluateConfig(EncoderConfig):
         output: the JSON file.
     """
 
-    what: tuple[What, ...] | None = None
+    what: tuple[MetricGroup, ...] | None = None
     split: Literal["test", "dev"] = "test"
     views: ViewsConfig
     knn: KnnConfig = KnnConfig()
@@ -100,7 +100,7 @@ class EvaluateConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """What was measured.
 
     Attributes:
         figures: in the order of the table.
@@ -108,95 +108,97 @@ class Evaluation:
         notes: for the log.
     """
 
-    figures: list[Figure]
+    figures: list[Metric]
     trials: dict[str, float]
     notes: list[str]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measures an encoder's features on a data set."""
-    opened_train, opened_test = config.scaled_data.open("train"), config.scaled_data.open(config.split)
-    assert opened_train is not None
-    what, notes = _settle(config, opened_train, opened_test)
-    train, test = _at_most(opened_train, config.images, config.seed), None
-    if opened_test is not None:
-        test = _at_most(opened_test, config.images, config.seed)
-    opened = open_encoder(config, train.channels, train.mean, train.std)
+    train, test = config.scaled_data.open("train"), config.scaled_data.open(config.split)
+    assert train is not None
+    groups, notes = _groups(config, train, test)
+    train = _at_most(train, config.images, config.seed)
+    test = None if test is None else _at_most(test, config.images, config.seed)
+    opened = open_encoder(config, train)
     notes += opened.notes
-    layers = _layers(config, opened, "probe" in what)
-    figures, trials = list[Figure](), dict[str, float]()
-    if "spread" in what:
-        figures += protocol.spread_figures(opened, test or train, _views(config, opened, test or train), config.seed)
-    if test is None or set(what) == {"spread"}:
-        return _finite(figures, trials, notes)
+    layers = _layers(config, opened) if "probe" in groups else ["neck"]
+    metrics, trials = list[Metric](), dict[str, float]()
+    if _UNLABELED in groups:
+        views = _views(config, opened, test or train)
+        metrics += feature_metrics.alignment_uniformity_metrics(opened, test or train, views, config.seed)
+    if test is not None and set(groups) != {_UNLABELED}:
+        found, trials, more = _labeled_metrics(config, opened, groups, layers, train, test)
+        metrics, notes = metrics + found, notes + more
+    absent = ", ".join(metric.name for metric in metrics if not math.isfinite(metric.value))
+    notes += [f"{absent}: not a finite number, left out"] if absent else []
+    return Evaluation([metric for metric in metrics if math.isfinite(metric.value)], finite(trials), notes)
 
-    classes = train.classes
-    assert classes is not None
-    bank = protocol.read_features(opened, train, layers)
-    chosen = None
-    if "probe" in what or "robustness" in what:
-        probe = config.probe
-        chosen = protocol.choose_probe(
-            bank, len(classes), probe.rates, probe.epochs, probe.validation, config.seed, opened.share.device
+
+def _labeled_metrics(
+    config: EvaluateConfig,
+    opened: LoadedEncoder,
+    groups: tuple[MetricGroup, ...],
+    layers: list[str],
+    train: IndexedDataset,
+    test: IndexedDataset,
+) -> tuple[list[Metric], dict[str, float], list[str]]:
+    """The metrics, the probe's trials, and notes."""
+    assert train.classes is not None
+    classes, metrics, notes, knn, probe = len(train.classes), list[Metric](), list[str](), config.knn, config.probe
+    bank, chosen = feature_metrics.read_features(opened, train, layers), None
+    if "probe" in groups or "robustness" in groups:
+        chosen = feature_metrics.choose_probe(
+            bank, classes, probe.rates, probe.epochs, probe.validation, config.seed, opened.share.device
         )
-        trials = chosen.trials
-    queries = protocol.read_features(opened, test, layers)  # once, and after everything was chosen
-    if "knn" in what:
-        figures += protocol.knn_figures(bank, queries, len(classes), config.knn.k, config.knn.temperature)
+    queries = feature_metrics.read_features(opened, test, layers)  # once, and after everything was chosen
+    if "knn" in groups:
+        metrics += feature_metrics.knn_metrics(bank, queries, classes, knn.k, knn.temperature)
     if chosen is not None:
-        figures.append(Figure("probe", chosen.accuracy(queries), chosen.how))
-    if "few_shot" in what:
+        metrics.append(Metric("probe", chosen.accuracy(queries), chosen.how))
+    if "few_shot" in groups:
         few = config.few_shot
-        found, more = protocol.few_shot_figures(
-            bank, queries, classes, few.per_class, few.seeds, few.decay, config.seed
+        found, notes = feature_metrics.few_shot_metrics(
+            bank, queries, train.classes, few.per_class, few.seeds, few.decay, config.seed
         )
-        figures, notes = figures + found, notes + more
-    if "robustness" in what:
+        metrics += found
+    if "robustness" in groups:
         assert chosen is not None
-        k = min(max(config.knn.k), len(bank.labels))
+        k = min(max(knn.k), len(bank.labels))
 
         def by_neighbors(rows: Features) -> float:
-            return knn_accuracy(rows.neck, rows.labels, bank.neck, bank.labels, len(classes), k, config.knn.temperature)
+            return knn_accuracy(rows.neck, rows.labels, bank.neck, bank.labels, classes, k, knn.temperature)
 
-        judges = {"probe": chosen.accuracy, f"knn_{k}": by_neighbors}
-        hard = _at_most(test, config.corrupted, config.seed)
-        figures += protocol.robustness_figures(opened, hard, judges, chosen.layer, config.seed)
-    return _finite(figures, trials, notes)
-
-
-def _finite(figures: list[Figure], trials: dict[str, float], notes: list[str]) -> Evaluation:
-    """What was measured, without what is not a finite number; a note says what is left out."""
-    measured = [figure for figure in figures if math.isfinite(figure.value)]
-    absent = ", ".join(figure.name for figure in figures if figure not in measured)
-    return Evaluation(
-        measured, finite(trials), [*notes, f"{absent}: not a finite number, left out"] if absent else notes
-    )
+        classifiers = {"probe": chosen.accuracy, f"knn_{k}": by_neighbors}
+        images = _at_most(test, config.corrupted, config.seed)
+        metrics += feature_metrics.robustness_metrics(opened, images, classifiers, chosen.layer, config.seed)
+    return metrics, {} if chosen is None else chosen.trials, notes
 
 
-def _settle(
+def _groups(
     config: EvaluateConfig, train: IndexedDataset, test: IndexedDataset | None
-) -> tuple[tuple[What, ...], list[str]]:
-    """What can be measured; an error where something was asked for by name that can't."""
-    labeled = train.labels is not None and bool((train.labels >= 0).any()) and test is not None
+) -> tuple[tuple[MetricGroup, ...], list[str]]:
+    """The groups of metrics that the data allows; an error where a named one can't be measured."""
+    labeled = train.labels is not None and bool((train.labels >= 0).any())
     if labeled and test is not None and test.labels is not None:
-        return config.what or _ALL, []
+        return config.what or get_args(MetricGroup), []
     lack = (
         f"{train.name} has no labels: one folder per class would give them"
         if train.labels is None
         else f"{train.name} has no labeled `{config.split}` split"
     )
     if config.what is None:
-        return ("spread",), [f"{lack}; only what needs none is measured"]
-    wanted = [name for name in config.what if name != "spread"]
+        return (_UNLABELED,), [f"{lack}; only what needs none is measured"]
+    wanted = [name for name in config.what if name != _UNLABELED]
     if wanted:
-        raise ConfigError(f"`what` asks for {', '.join(wanted)}, and {lack}. what=[spread] needs none.")
+        raise ConfigError(f"`what` asks for {', '.join(wanted)}, and {lack}. what=[{_UNLABELED}] needs none.")
     return config.what, []
 
 
-def _layers(config: EvaluateConfig, opened: LoadedEncoder, probes: bool) -> list[str]:
-    known = protocol.layer_names(opened)
-    if config.probe.layers is None or not probes:
-        return known if probes else ["neck"]
+def _layers(config: EvaluateConfig, opened: LoadedEncoder) -> list[str]:
+    known = feature_metrics.layer_names(opened)
+    if config.probe.layers is None:
+        return known
     unknown = [name for name in config.probe.layers if name not in ("neck", *opened.encoder.widths)]
     if unknown:
         raise ConfigError(
@@ -217,7 +219,7 @@ def _views(config: EvaluateConfig, opened: LoadedEncoder, source: IndexedDataset
     return build_views(source, views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
 
 
-def evaluate_and_tell(config: EvaluateConfig) -> None:
+def evaluate_and_print(config: EvaluateConfig) -> None:
     """Measures an encoder's features on a data set."""
     path = Path(config.output).expanduser()
     check_folder_of(path, "`output`")
@@ -227,7 +229,7 @@ def evaluate_and_tell(config: EvaluateConfig) -> None:
     name = config.encoder or f"{config.backbone.name} ({config.backbone.weights or 'random'})"
     print_table(
         f"{name} on {config.data.name}, {config.split}; accuracies in %",
-        ["figure", "value", "how"],
+        ["metric", "value", "how"],
         [[figure.name, figure.shown(), figure.how] for figure in found.figures],
     )
     record = {
@@ -245,7 +247,7 @@ def evaluate_and_tell(config: EvaluateConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    run_command("evaluate", EvaluateConfig, evaluate_and_tell, describe_encoder(sys.argv[1:], ["encoder"]))
+    run_command("evaluate", EvaluateConfig, evaluate_and_print, describe_encoder(sys.argv[1:], ["encoder"]))
 
 
 if __name__ == "__main__":

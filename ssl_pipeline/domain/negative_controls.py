@@ -19,12 +19,11 @@ Control = Literal["no_shift", "noise", "shuffled"]
 
 
 def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Every value is drawn anew."""
     return torch.randint(0, 256, image.shape, generator=generator, dtype=torch.uint8)
 
 
 def _shuffled(image: Tensor, generator: torch.Generator) -> Tensor:
-    """The pixels stand anywhere: the same colors, and no shape."""
+    """The same colors, and no shape."""
     order = torch.randperm(image.shape[1] * image.shape[2], generator=generator)
     return image.flatten(1)[:, order].view_as(image)
 
@@ -33,12 +32,7 @@ _STAND_INS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"noise": _
 
 
 def make_control(name: Control, images: IndexedDataset) -> IndexedDataset:
-    """As many images of the same sizes, the same at every call.
-
-    Args:
-        name: ``noise``, or ``shuffled``: the pixels of each image in another order.
-        images: what is stood in for.
-    """
+    """As many images of the same sizes, the same at every call: of ``noise``, or with ``shuffled`` pixels."""
     if images.pixels is None:
         return _StandIn(name, images)
     changed = [_changed(name, number, image) for number, image in enumerate(images.pixels)]
@@ -54,7 +48,7 @@ def _changed(name: str, number: int, image: Tensor) -> Tensor:
 
 
 class _StandIn(IndexedDataset):
-    """For images in files: see :func:`make_control`."""
+    """For images in files."""
 
     def __init__(self, name: str, images: IndexedDataset, numbers: Tensor | None = None) -> None:
         self.name, self.channels, self.license = images.name, images.channels, images.license
@@ -67,20 +61,16 @@ class _StandIn(IndexedDataset):
         return len(self._images)
 
     def open_image(self, index: int) -> Image.Image:
-        """The changed image."""
         opened = as_8_bit(self._images.open_image(index), "L" if self._images.channels == 1 else "RGB")
         image = pil_to_tensor(opened)
         changed: Image.Image = to_pil_image(_changed(self._how, int(self._numbers[index]), image))
         return changed
 
     def describe(self, index: int) -> str:
-        """The image that is stood in for."""
         return self._images.describe(index)
 
     def fingerprint(self) -> str:
-        """Of the images and of what became of them."""
         return hashlib.blake2b(f"{self._how} {self._images.fingerprint()}".encode(), digest_size=16).hexdigest()
 
     def select(self, index: Tensor) -> _StandIn:
-        """The chosen samples, as changed as before."""
         return _StandIn(self._how, self._images.select(index), self._numbers[index])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,12 @@ class Rows:
     def to(self, device: torch.device) -> Rows:
         return Rows(self.features.to(device), self.targets.to(device), self.index)
 
-    def only(self, chosen: Tensor) -> Rows:
-        """Those of a mask, bool of shape (N,)."""
-        return Rows(self.features[chosen], self.targets[chosen], self.index[chosen.cpu()])
+    def only(self, mask: Tensor) -> Rows:
+        return Rows(self.features[mask], self.targets[mask], self.index[mask.cpu()])
 
 
 class PooledTask(DownstreamTask):
-    """An encoder, perhaps a bottleneck, and a head; evaluation looks at an image's central square.
+    """An encoder, perhaps a bottleneck, and a head; evaluation takes an image's central square.
 
     Attributes:
         bottleneck: features to fewer features; the identity by default.
@@ -58,7 +58,7 @@ class PooledTask(DownstreamTask):
         self.bottleneck, self.width = build_bottleneck(config.bottleneck, encoder.width)
 
     def neck_features(self, images: Tensor) -> Tensor:
-        """What the head reads, of shape (B, D)."""
+        """What the head reads of images, of shape (B, D)."""
         return self.through_bottleneck(self.encoder.features(images))
 
     def through_bottleneck(self, features: Tensor) -> Tensor:
@@ -67,17 +67,16 @@ class PooledTask(DownstreamTask):
         return rows
 
     def predict(self, images: Tensor) -> Tensor:
-        """What the head makes of it, of shape (B, K)."""
         return self.of_features(self.neck_features(images))
 
     def of_features(self, features: Tensor) -> Tensor:
-        """What ``predict`` makes of features (B, D)."""
+        """What ``predict`` makes of features (B, D), of shape (B, K)."""
         prediction: Tensor = self.head(features)
         return prediction
 
     @abstractmethod
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """The probe: sets the head to the best one on fixed features.
+        """Sets the head to the best one on fixed features.
 
         Args:
             features: float32 of shape (N, D).
@@ -87,10 +86,9 @@ class PooledTask(DownstreamTask):
 
     @abstractmethod
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """Named figures of predictions (N, K); the first one is what selection looks at, and larger is better."""
+        """Metrics of predictions (N, K) by name; selection goes by the first one, and larger is better."""
 
     def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:
-        """The figures of all predictions, each sample exactly once."""
         rows = self.read(source, preprocessing, share)
         return self.evaluate_features(rows.features, rows.targets)
 
@@ -122,7 +120,6 @@ class PooledConfig(DownstreamConfig):
     bottleneck: BottleneckConfig = BottleneckConfig()
 
     def check_regime(self, regime: str) -> list[str]:
-        """A frozen regime trains no bottleneck."""
         if regime == "frozen" and self.bottleneck.width is not None:
             return ["`downstream.bottleneck` is new and must be trained, and regime `frozen` trains the head alone."]
         return []
@@ -135,3 +132,65 @@ def targets_of(source: IndexedDataset) -> Tensor:
         return numbers.values
     assert source.labels is not None
     return source.labels
+
+
+def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:
+    """What columns of numbers lack, in training and in what is measured on, as sentences."""
+    problems = []
+    for images, where in ((source, "training images"), (held_out, "images to measure on")):
+        if images is None:
+            continue
+        numbers = annotations_of(images, NumericTargets)
+        if numbers is None:
+            return [
+                f"{task} needs numbers beside its images, and {images.name} has none: take data=table, and name their columns by "
+                "`data.target_columns`."
+            ]
+        problems += [
+            f"{images.name}: {name!r} has no value in any of the {where}: fill it in, or leave it out."
+            for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True)
+            if bool(column.isnan().all())
+        ]
+    return problems
+
+
+def choose_decay(
+    task: PooledTask, decays: Sequence[float], train: Rows, held_out: Rows | None, folds: Tensor | None
+) -> float:
+    """The weight decay whose head scores best on images that it was not fitted on; the largest of equals.
+
+    Args:
+        task: its head is fitted for each decay.
+        decays: to choose from.
+        train: what the head learns from, on its device.
+        held_out: what a head is measured on where it is there; otherwise
+        folds: each training row's part of a cross-validation (:class:`ssl_pipeline.downstream.labels.LabeledSplit`); the parts'
+            predictions are scored together. With neither, the first decay.
+    """
+    if len(decays) == 1 or (held_out is None and folds is None):
+        return decays[0]
+    scores = dict[float, float]()
+    for decay in sorted(decays, reverse=True):
+        if held_out is not None:
+            predictions, targets = _predictions(task, decay, train, held_out), held_out.targets
+        else:
+            assert folds is not None
+            own = folds.to(train.targets.device)
+            parts = [own == part for part in range(int(folds.max()) + 1)]
+            predictions = torch.cat([_predictions(task, decay, train.only(~part), train.only(part)) for part in parts])
+            targets = torch.cat([train.targets[part] for part in parts])
+        scores[decay] = first_metric(task.score(predictions, targets.cpu()))
+    return max(scores, key=lambda decay: scores[decay])
+
+
+@torch.no_grad()
+def _predictions(task: PooledTask, decay: float, train: Rows, measured: Rows) -> Tensor:
+    """Of a head that is fitted on some images, for others: float32 on the CPU."""
+    task.fit_head(train.features, train.targets, decay)
+    return task.of_features(measured.features).float().cpu()
+
+
+def first_metric(metrics: dict[str, float]) -> float:
+    """The one that selection goes by; larger is better, and NaN is the least."""
+    value = next(iter(metrics.values()))
+    return float("-inf") if math.isnan(value) else value

@@ -1,27 +1,24 @@
-"""The images that weights expect: mean, std, size and resize, as torchvision, timm or a card of ours publish them."""
+"""The images that published weights expect: mean, std, size and resize, as torchvision, timm or a card of ours say."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torchvision import models
-from torchvision.models import get_model_weights, list_models
+from torchvision.models import get_model_weights
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.artifact import read_card
-from ssl_pipeline.models.timm_trunks import data_config, pretrained_cfg, pretrained_tags
+from ssl_pipeline.models.backbone_config import BackboneConfig, torchvision_names
+from ssl_pipeline.models.encoder import read_card
+from ssl_pipeline.models.timm_backbones import data_config, pretrained_cfg, pretrained_tags
 from ssl_pipeline.models.weights import is_file_name, official_entry
 from ssl_pipeline.transforms.preprocessing import Resize
 
-if TYPE_CHECKING:
-    from ssl_pipeline.models.backbone import BackboneConfig
-
 
 @dataclass(frozen=True)
-class WeightsInput:
+class PretrainedCfg:
     """The images that weights expect.
 
     Attributes:
@@ -29,7 +26,7 @@ class WeightsInput:
         std: per channel.
         size: height and width in pixels; None where it is not known, or not square.
         resize: how evaluation brings an image to that size; None where it is not known.
-        origin: whose configuration this is, for the log; empty where it is the data's own.
+        origin: who says so, for the log; empty where it is the data's own.
     """
 
     mean: tuple[float, ...]
@@ -39,10 +36,10 @@ class WeightsInput:
     origin: str = ""
 
     def resize_at(self, size: int) -> Resize | None:
-        """The published resize, which goes with the published size alone."""
+        """The published resize, which belongs to the published size alone."""
         return self.resize if size == self.size else None
 
-    def for_channels(self, channels: int) -> WeightsInput:
+    def for_channels(self, channels: int) -> PretrainedCfg:
         """For other images than RGB: the mean of the three means and of the three stds in each channel."""
         if channels == len(self.mean):
             return self
@@ -54,7 +51,7 @@ class WeightsInput:
 
         Args:
             size: of the images in pixels.
-            evaluated: whether the weights are measured, or a start whose own evaluation takes the central square.
+            evaluated: whether the weights are measured, rather than trained on, which takes the central square.
         """
         if not self.origin:
             return []
@@ -69,12 +66,12 @@ class WeightsInput:
         return [line]
 
 
-IMAGENET = WeightsInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), origin="ImageNet's, as nothing else is known")
+IMAGENET = PretrainedCfg((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), origin="ImageNet's, as nothing else is known")
 
 
-def weights_input(
+def resolve_cfg(
     config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> WeightsInput:
+) -> PretrainedCfg:
     """The images that an encoder will expect: those of its weights, or of the data where it has none.
 
     Args:
@@ -82,25 +79,19 @@ def weights_input(
         channels: of the images.
         mean: of the data, per channel, where it is known.
         std: likewise.
-
-    Raises:
-        ConfigError: there are no such weights.
     """
     if config.weights is None and mean is not None and std is not None:
-        return WeightsInput(mean, std)
-    found = published_input(config) if config.weights is not None else None
+        return PretrainedCfg(mean, std)
+    found = published_cfg(config) if config.weights is not None else None
     return (found or IMAGENET).for_channels(channels)
 
 
-def published_input(config: BackboneConfig) -> WeightsInput | None:
+def published_cfg(config: BackboneConfig) -> PretrainedCfg | None:
     """What the publisher of weights says of their images; None where nobody does, as for most files.
 
     Of a file it is known where a card of ours or a ``config.json`` of the Hugging Face Hub lies in its folder, where it has the name that
     torchvision publishes it under, where ``backbone.name`` has a pretrained tag of timm's (``timm/NAME.TAG``), or where timm has
     only one for that network.
-
-    Raises:
-        ConfigError: there are no such weights.
     """
     assert config.weights is not None
     if not is_file_name(config.weights):
@@ -112,17 +103,17 @@ def published_input(config: BackboneConfig) -> WeightsInput | None:
     return _of_timms_file(config, path) if config.is_timm else _of_torchvisions_file(config.name, path)
 
 
-def _of_torchvision(name: str, weights: str) -> WeightsInput:
+def _of_torchvision(name: str, weights: str) -> PretrainedCfg:
     entry = official_entry(name, weights)
     transforms = entry.transforms()
     (size,), (resize_size,) = transforms.crop_size, transforms.resize_size
     resize = Resize(resize_size=resize_size, interpolation=transforms.interpolation.value)
-    return WeightsInput(tuple(transforms.mean), tuple(transforms.std), size, resize, f"{entry.name}'s own")
+    return PretrainedCfg(tuple(transforms.mean), tuple(transforms.std), size, resize, f"{entry.name}'s own")
 
 
-def _of_torchvisions_file(name: str, path: Path) -> WeightsInput | None:
-    """Of a file that was copied from torchvision's server, which has its digest in its name."""
-    if name not in list_models(module=models):
+def _of_torchvisions_file(name: str, path: Path) -> PretrainedCfg | None:
+    """A file from torchvision's server has its digest in its name."""
+    if name not in torchvision_names():
         return None
     for entry in get_model_weights(name):
         if path.name == entry.url.rsplit("/", 1)[-1]:
@@ -130,13 +121,12 @@ def _of_torchvisions_file(name: str, path: Path) -> WeightsInput | None:
     return None
 
 
-def _of_tag(config: BackboneConfig, tag: str) -> WeightsInput:
+def _of_tag(config: BackboneConfig, tag: str) -> PretrainedCfg:
     cfg = pretrained_cfg(config, tag)
     return _of_timm(cfg, f"{cfg['tag']}'s own")
 
 
-def _of_timm(cfg: dict[str, Any], origin: str) -> WeightsInput:
-    """Of a configuration as timm publishes it."""
+def _of_timm(cfg: dict[str, Any], origin: str) -> PretrainedCfg:
     found = data_config(cfg)
     _, height, width = found["input_size"]
     size = height if height == width else None
@@ -147,10 +137,10 @@ def _of_timm(cfg: dict[str, Any], origin: str) -> WeightsInput:
             interpolation=found["interpolation"],
             crop_mode=found["crop_mode"],
         )
-    return WeightsInput(tuple(found["mean"]), tuple(found["std"]), size, resize, origin)
+    return PretrainedCfg(tuple(found["mean"]), tuple(found["std"]), size, resize, origin)
 
 
-def _of_timms_file(config: BackboneConfig, path: Path) -> WeightsInput | None:
+def _of_timms_file(config: BackboneConfig, path: Path) -> PretrainedCfg | None:
     hub = path.parent / "config.json"
     if hub.is_file():
         try:
@@ -166,14 +156,13 @@ def _of_timms_file(config: BackboneConfig, path: Path) -> WeightsInput | None:
     return _of_timm(pretrained_cfg(config, tag), f"those of timm's tag {tag!r}") if tag else None
 
 
-def _of_our_card(path: Path) -> WeightsInput | None:
-    """Of an encoder or a model that this pipeline wrote."""
+def _of_our_card(path: Path) -> PretrainedCfg | None:
     card = path.parent / "card.json"
     if path.name not in ("encoder.safetensors", "model.safetensors") or not card.is_file():
         return None
     blueprint = read_card(card, "encoder" if path.name.startswith("encoder") else "model").blueprint
     origin = f"as {card} has them"
-    return WeightsInput(blueprint.mean, blueprint.std, blueprint.size, blueprint.resize, origin)
+    return PretrainedCfg(blueprint.mean, blueprint.std, blueprint.size, blueprint.resize, origin)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

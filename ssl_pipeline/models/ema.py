@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import FrozenModel
-from ssl_pipeline.models.norms import norms_with_statistics
+from ssl_pipeline.models.batch_norm import norms_with_statistics
 from ssl_pipeline.schedules import TrainProgress
 
 
@@ -33,18 +33,14 @@ class EMAMomentumConfig(FrozenModel):
         return value
 
     def at(self, clock: TrainProgress) -> float:
-        """The momentum at a step."""
         return self.end - (self.end - self.start) * (1 + math.cos(math.pi * clock.step / clock.total)) / 2
 
 
 class EMAModel(nn.Module):
-    """A copy of a network without gradients.
+    """A copy of a network without gradients, whose parameters follow the student's.
 
-    Its parameters follow the student's. Its norms are in training mode, with running statistics of their own. All else is in
-    evaluation mode: dropout and stochastic depth are the student's, and targets that they blur say nothing of the images.
-
-    Args:
-        student: the network to copy and to follow.
+    Its norms are in training mode, with running statistics of their own. All else is in evaluation mode: dropout and stochastic depth
+    are the student's, and would only blur the targets.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -53,7 +49,7 @@ class EMAModel(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> EMAModel:
-        """As torch's, for the norms alone; of them the network has the last word, as some keep their statistics."""
+        """As torch's, for the norms alone, but those of which the network itself keeps the statistics."""
         super().train(mode)
         norms = set(norms_with_statistics(self.network))
         for module in self.network.modules():
@@ -63,7 +59,6 @@ class EMAModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """What the network gives."""
         rows: Tensor = self.network(images)
         return rows
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 def projection_head(
     in_width: int, hidden_width: int, out_width: int, layers: int = 2, *, norm: bool = True, final_norm: bool = False
 ) -> nn.Module:
-    """Stage one's head: linear, norm and ReLU, and a linear layer last (Chen et al. 2020); (B, in) to (B, out).
+    """Linear, norm and ReLU, and a linear layer last (Chen et al. 2020); (B, in) to (B, out).
 
     Args:
         in_width: the encoder's features.
         hidden_width: between the layers.
         out_width: where the loss is taken.
-        layers: linear layers; 1 is a single linear layer.
+        layers: linear layers.
         norm: whether batch norms stand between the layers (MoCo v2 has none).
-        final_norm: whether a batch norm follows the last layer (as in Chen et al. 2020, SimCLR's code).
+        final_norm: whether a batch norm follows the last layer (as in the code of SimCLR).
     """
     widths = [in_width, *[hidden_width] * (layers - 1), out_width]
     hidden = [(a, b, nn.BatchNorm1d(b) if norm else None, nn.ReLU()) for a, b in itertools.pairwise(widths[:-1])]
@@ -36,22 +36,22 @@ def prediction_head(width: int, hidden_width: int) -> nn.Module:
 
 
 class LinearHead(nn.Linear):
-    """One linear layer, starting near zero so that its first gradient tells the classes apart and no more."""
+    """One linear layer that starts near zero, so that its first gradient depends on the classes alone."""
 
     def __init__(self, in_width: int, classes: int) -> None:
         super().__init__(in_width, classes)
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def assign(self, weight: Tensor, bias: Tensor) -> None:
+        """Copies a solved weight (classes, in_width) and bias (classes,) in."""
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
 
 class CosineHead(nn.Module):
-    """Cosine similarity to one weight per class, over a temperature (Gidaris and Komodakis 2018).
-
-    Args:
-        in_width: features.
-        classes: number of classes.
-        temperature: divides the similarities.
-    """
+    """Cosine similarity to one weight per class, divided by a temperature (Gidaris and Komodakis 2018)."""
 
     def __init__(self, in_width: int, classes: int, temperature: float = 0.05) -> None:
         super().__init__()
@@ -63,47 +63,10 @@ class CosineHead(nn.Module):
         return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1)) / self.temperature
 
 
-class KNNHead(nn.Module):
-    """Votes of the nearest labeled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); nothing in it learns.
-
-    Args:
-        in_width: features.
-        classes: number of classes.
-        k: neighbors that vote; all rows if there are fewer.
-        temperature: sharpness of the weights.
-    """
-
-    rows: Tensor
-    labels: Tensor
-
-    def __init__(self, in_width: int, classes: int, k: int, temperature: float) -> None:
-        super().__init__()
-        self.classes, self.k, self.temperature = classes, k, temperature
-        self.register_buffer("rows", torch.zeros(1, in_width))
-        self.register_buffer("labels", torch.zeros(1, dtype=torch.int64))
-
-    def remember(self, features: Tensor, labels: Tensor) -> None:
-        """Keeps rows, (N, in_width), and their labels, int64 of shape (N,)."""
-        self.rows, self.labels = F.normalize(features, dim=1), labels
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, in_width) to the logarithm of the classes' shares of the votes, (B, classes)."""
-        similarity, neighbors = (F.normalize(features.float(), dim=1) @ self.rows.T).topk(
-            min(self.k, len(self.rows)), dim=1
-        )
-        shares = (similarity / self.temperature).softmax(1)
-        votes = shares.new_zeros(len(features), self.classes).scatter_add_(1, self.labels[neighbors], shares)
-        return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
-
-
 class PrototypeHead(nn.Module):
     """Cosine similarity to learned prototypes (Caron et al. 2020); (B, in_width) to (B, prototypes).
 
     Only a prototype's direction counts, so nothing has to be normalized after a step.
-
-    Args:
-        in_width: of a row.
-        prototypes: how many.
     """
 
     def __init__(self, in_width: int, prototypes: int) -> None:
@@ -111,7 +74,6 @@ class PrototypeHead(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, in_width), dim=1))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The cosines."""
         return F.linear(F.normalize(rows, dim=1), F.normalize(self.weight, dim=1))
 
 

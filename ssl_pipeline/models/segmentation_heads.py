@@ -44,13 +44,7 @@ _ATROUS_SHARES = (12 / 65, 24 / 65, 36 / 65)
 
 
 class _Atrous(nn.Conv2d):
-    """A 3×3 convolution whose taps are a share of the map's side apart, so that they lie inside maps of any size and stride.
-
-    Args:
-        in_width: channels that come in.
-        out_width: channels that go out.
-        share: distance of two taps ÷ side of the map.
-    """
+    """A 3×3 convolution whose taps are a share of the map's side apart, so that they are inside maps of any size and stride."""
 
     def __init__(self, in_width: int, out_width: int, share: float) -> None:
         super().__init__(in_width, out_width, 3, bias=False)
@@ -65,7 +59,7 @@ class _Atrous(nn.Conv2d):
 class DeepLab(nn.Module):
     """Atrous spatial pyramid pooling of the last level (Chen et al. 2017), of torchvision's parts.
 
-    The published rates, 12, 24 and 36 pixels, are for maps of stride 8; of one of stride 32 they leave the middle tap alone. Here
+    The published rates, 12, 24 and 36 pixels, are for maps of stride 8; at stride 32 only the middle tap would be inside the map. Here
     they are the same shares of the map, whatever its stride.
 
     Args:

@@ -13,7 +13,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.models.artifact import Card, read
+from ssl_pipeline.models.encoder import Card, read
 from ssl_pipeline.models.weights import load_strictly
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
@@ -24,7 +24,7 @@ class Model:
 
     Attributes:
         task: encoder and head, in evaluation mode.
-        card: what it is.
+        card: of the run that wrote it.
         config: the downstream task's.
     """
 
@@ -34,35 +34,30 @@ class Model:
 
     @property
     def gives(self) -> str:
-        """What a prediction is; see :class:`DownstreamConfig`."""
         return self.config.gives
 
     @property
     def channels(self) -> int:
-        """How images must be decoded: 1 for grayscale, 3 for RGB."""
         return self.card.blueprint.channels
 
     @property
     def value_range(self) -> tuple[float, float] | None:
-        """Likewise, of more than 8 bits: the stored values that were black and white in training."""
+        """The stored values that were black and white in training, of images of more than 8 bits."""
         return self.card.blueprint.range
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of the predictions."""
         assert self.card.classes is not None
         return self.card.classes
 
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Any:
-        """The task's predictions for decoded images, one entry each; what they are is the task's to say."""
-        blueprint = self.card.blueprint
-        preprocessing = Preprocessing.of(blueprint)
-        return self.task.predict(self.task.prepare(images, preprocessing))
+        """The task's predictions for decoded images, one entry each."""
+        return self.task.predict(self.task.prepare(images, Preprocessing.of(self.card.blueprint)))
 
 
 def load_model(path: str | Path) -> Model:
-    """Loads stage two's model, every key accounted for.
+    """Loads stage two's model; every key must fit.
 
     Args:
         path: a stage-two run's folder, or its ``model.safetensors``.
@@ -84,11 +79,7 @@ def load_model(path: str | Path) -> Model:
 
 
 def _check_code_is_yours(path: Path, downstream: dict[str, Any]) -> None:
-    """A card may name a module of your own; one that lies beside the weights came with them.
-
-    Raises:
-        ConfigError: naming it.
-    """
+    """Refuses a module that lies beside the weights: a card may only name one of your own."""
     name = str(downstream.get("name"))
     package = name.partition(".")[0]
     found = importlib.util.find_spec(package) if "." in name and package else None

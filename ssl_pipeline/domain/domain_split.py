@@ -12,24 +12,23 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.splits import draw_labels, stratified_split
-from ssl_pipeline.domain.controls import make_control
-from ssl_pipeline.domain.distance import proxy_a_distance
 from ssl_pipeline.domain.method import MethodConfig
-from ssl_pipeline.domain.open_set import open_set_metrics
-from ssl_pipeline.domain.selection import unlabeled_metrics
+from ssl_pipeline.domain.metrics import open_set_metrics, proxy_a_distance, unlabeled_metrics
+from ssl_pipeline.domain.negative_controls import make_control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_folds, draw_index
+from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class DomainSplit:
-    """The sides of a run.
+    """The images that a run across domains learns from, sees without labels, and is measured on.
 
     Attributes:
-        method: what was asked for.
-        source: the training images of the source domains, labeled; none where a finished model is adapted without them.
+        method: the method's configuration.
+        source: the labeled training images of the source domains; none where a finished model is adapted without them.
         target: those of the target domains, without labels.
         measured: per domain its held-out images of known classes; read by the final evaluation alone.
         targets: which of those domains are targets.
@@ -49,7 +48,7 @@ class DomainSplit:
     _names: tuple[str, ...]
 
     def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> LabeledSplit:
-        """What is learned from: of the source as many labels as are asked for, and with them ``target_labels`` of the target.
+        """What is learned from: labels of the source, and ``target_labels`` of the target.
 
         Labels that choose, held out or by cross-validation, are the *source's* alone.
         """
@@ -63,15 +62,7 @@ class DomainSplit:
         return LabeledSplit(learned, None if held_out is None else self.source.select(held_out), folds)
 
     def labeled(self, seed: int, taught: Tensor | None = None) -> IndexedDataset:
-        """Images of the source, and with them ``target_labels`` of each class of the target, drawn by the seed.
-
-        Args:
-            seed: of the draw.
-            taught: the source's images that are meant, by their numbers in it; None for all.
-
-        Raises:
-            ConfigError: a class of the target has fewer.
-        """
+        """Images of the source (by their numbers in it; None for all), and ``target_labels`` of each class of the target."""
         per_class = self.method.target_labels
         if per_class == 0:
             return self.source if taught is None else self.source.select(taught)
@@ -90,51 +81,45 @@ class DomainSplit:
     ) -> dict[str, float]:
         """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
 
-        Beside it what needs no label of the target (``domain.selection``), how far source and target are apart
-        (``domain.distance``), and with ``known`` how well unknown classes are found (``domain.open_set``).
+        Beside it the metrics of ``domain.metrics``: those that need no label of the target, the distance of source and target
+        where both have held-out images, and with ``known`` how well unknown classes are found.
         """
-        read = {name: classifier.read(images, preprocessing, share) for name, images in self.measured.items()}
-        features = {name: rows.features for name, rows in read.items()}
-        labels = {name: rows.targets for name, rows in read.items()}
-        logits = {name: classifier.of_features(rows.to(share.device)).float().cpu() for name, rows in features.items()}
-        predictions = torch.cat([logits[name] for name in self.targets])
-        truth = torch.cat([labels[name] for name in self.targets])
-        figures = classifier.score(predictions, truth)
-        accuracies = {name: classifier.score(logits[name], labels[name])["accuracy"] for name in self.measured}
+
+        def read(images: IndexedDataset) -> Rows:
+            return classifier.read(images, preprocessing, share)
+
+        rows = {name: read(images) for name, images in self.measured.items()}
+        labels = {name: found.targets for name, found in rows.items()}
+        logits = {n: classifier.of_features(r.features.to(share.device)).float().cpu() for n, r in rows.items()}
+        predictions, truth = (torch.cat([side[name] for name in self.targets]) for side in (logits, labels))
+        found = classifier.score(predictions, truth)
+        accuracies = {name: classifier.score(logits[name], labels[name])["accuracy"] for name in rows}
         if len(self.targets) > 1:
-            figures["worst_domain_accuracy"] = min(accuracies[name] for name in self.targets)
-        figures |= {f"accuracy/{name}": value for name, value in accuracies.items()}
+            found["worst_domain_accuracy"] = min(accuracies[name] for name in self.targets)
+        found |= {f"accuracy/{name}": value for name, value in accuracies.items()}
         right = (predictions.argmax(1) == truth).float()
         classes = self.source.classes or ()
-        figures |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
-        figures |= unlabeled_metrics(classifier, self.target, learned.validation, preprocessing, share)
-        figures |= self._distance(features)
+        found |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
+        found |= unlabeled_metrics(classifier, self.target, learned.validation, preprocessing, share)
+        sides = [
+            [r.features for n, r in rows.items() if (n in self.targets) == is_target] for is_target in (False, True)
+        ]
+        if all(sum(map(len, side)) > 1 for side in sides):
+            found["label_free/proxy_a_distance"] = proxy_a_distance(*map(torch.cat, sides))
         if self.unknown is not None:
-            figures |= open_set_metrics(
-                classifier,
-                learned.train,
-                learned.validation,
-                self.measured,
-                self.targets,
-                self.unknown,
-                preprocessing,
-                share,
+            was_training = classifier.training
+            held_out = None if learned.validation is None else read(learned.validation)
+            found |= open_set_metrics(
+                classifier.eval(), read(learned.train), held_out, rows, self.targets, read(self.unknown), share.device
             )
-        return figures
-
-    def _distance(self, features: dict[str, Tensor]) -> dict[str, float]:
-        """Of the source's held-out images from the target's; nothing where either has none to compare."""
-        sides = [[rows for name, rows in features.items() if (name in self.targets) == is_target]
-                 for is_target in (False, True)]  # fmt: skip
-        if any(sum(map(len, side)) < 2 for side in sides):
-            return {}
-        return {"label_free/proxy_a_distance": proxy_a_distance(*(torch.cat(side) for side in sides))}
+            classifier.train(was_training)
+        return found
 
 
 def split_domains(
     config: MethodConfig, pool: IndexedDataset, held_out: IndexedDataset | None, classes: tuple[str, ...] | None = None
 ) -> DomainSplit:
-    """The sides of a run, of images of several domains.
+    """Splits images of several domains by what a method names.
 
     Args:
         config: names the domains.

@@ -15,10 +15,10 @@ from torch import Tensor
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.reading import open_or_replace
+from ssl_pipeline.evaluation.features import one_of_each_class
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.tracker import LoggerCollection
-from ssl_pipeline.metrics.classes import one_of_each_class
 from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.transforms.config import ViewsConfig
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("ssl_pipeline")
 _MOST_OF_THE_TIME = 0.005
 _MAP, _THUMBNAIL, _TILE, _EDGE = 800, 28, 64, 3
 _QUERIES, _NEIGHBORS = 8, 7
-_OTHER_CLASS, _SAME_CLASS, _NO_CLASS = "#d55e00", "#009e73", "#999999"  # told apart by the color-blind, too
+_OTHER_CLASS, _SAME_CLASS, _NO_CLASS = "#d55e00", "#009e73", "#999999"  # the color-blind see the difference, too
 _CLASSES = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#444444", "#8c564b", "#b3b3b3",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class ImageLogger:
         self._draw(step, {"views": partial(views_picture, source, config, seed)})
 
     def evaluation(self, step: int, evaluation: OnlineEvaluation, must: bool) -> None:
-        """Neighbors and map of the images that an evaluation has just looked at.
+        """Neighbors and map of the images of the last evaluation.
 
         Args:
             step: steps done.
@@ -120,13 +120,13 @@ def embedding_map(source: IndexedDataset, index: Tensor, features: Tensor) -> Im
 
 
 def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
-    """A confusion matrix, int64 of shape (true, told): the darker a cell, the greater its share of the true class."""
+    """A confusion matrix, int64 of shape (true, predicted): the darker a cell, the greater its share of the true class."""
     cell = max(4, min(48, 960 // len(classes)))
     ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
     left, top = 8 + max(int(ruler.textlength(name)) for name in classes), 20
     picture = Image.new("RGB", (max(360, left + cell * len(classes)), cell * len(classes) + top), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((4, 4), f"rows: true class, columns: told class, same order; {int(matrix.sum())} images", "black")
+    draw.text((4, 4), f"rows: true class, columns: predicted class, same order; {int(matrix.sum())} images", "black")
     shares = (matrix / matrix.sum(1, keepdim=True).clamp_min(1)).tolist()
     for row, name in enumerate(classes):
         y = top + row * cell

@@ -10,13 +10,9 @@ from ssl_pipeline.losses.info_nce import normalize_rows
 
 
 class MemoryQueue(nn.Module):
-    """The last rows that were pushed, first in, first out (He et al. 2020).
+    """The last ``size`` rows of ``width`` that were pushed, first in, first out (He et al. 2020).
 
-    It starts empty rather than with noise, and a batch that reaches the end goes on at the start: no row is lost.
-
-    Args:
-        size: rows it holds.
-        width: of a row.
+    It starts empty rather than with noise, and a batch that reaches the end continues at the start: no row is lost.
     """
 
     rows: Tensor
@@ -40,12 +36,7 @@ class MemoryQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, sample: Tensor) -> None:
-        """Adds the rows of all processes, L2-normalized; the oldest make room.
-
-        Args:
-            rows: shape (B, width), this process's.
-            sample: int64 of shape (B,).
-        """
+        """Adds the rows (B, width) of all processes, L2-normalized, with their samples, int64 (B,); the oldest are overwritten."""
         rows, sample = all_gather_rows(normalize_rows(rows).to(self.rows.dtype)), all_gather_ids(sample)
         place = (self.pushed + torch.arange(len(rows), device=rows.device)) % self.size
         kept = slice(max(0, len(rows) - self.size), None)
@@ -54,12 +45,7 @@ class MemoryQueue(nn.Module):
 
 
 class MemoryBank(nn.Module):
-    """An exemplar memory: one L2-normalized row a sample (Wu et al. 2018; Zhong et al. 2019).
-
-    Args:
-        samples: of the source.
-        width: of a row.
-    """
+    """An exemplar memory: one L2-normalized row of ``width`` a sample (Wu et al. 2018; Zhong et al. 2019)."""
 
     rows: Tensor
 
@@ -69,7 +55,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
-        """Fills it before use (a row of zeros would count as a candidate of exp 0); float of shape (samples, width)."""
+        """Fills it before use with float (samples, width): a row of zeros would count as a candidate of exp 0."""
         self.rows.copy_(normalize_rows(rows.to(self.rows.device)))
 
     @torch.no_grad()
@@ -79,7 +65,7 @@ class MemoryBank(nn.Module):
         Args:
             index: int64 of shape (B,), this process's.
             rows: shape (B, width).
-            momentum: m: what is kept of the old row.
+            momentum: m.
         """
         index, rows = all_gather_ids(index), all_gather_rows(normalize_rows(rows).to(self.rows.dtype))
         samples, inverse = index.unique(return_inverse=True)

@@ -1,8 +1,9 @@
-"""Tasks whose head reads feature maps. An image is looked at whole, and figures are taken at its own resolution."""
+"""Tasks whose head reads feature maps, of whole images; metrics are taken at an image's own resolution."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,31 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_readable
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluation.together import gather_parts
+from ssl_pipeline.evaluation.features import gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
+
+
+def unseen_classes(
+    source: IndexedDataset, what: str, names: Sequence[str], known: Iterable[object], wanted: Iterable[object]
+) -> list[str]:
+    """A sentence where images to measure on have classes that training lacks.
+
+    Args:
+        source: the images, for the message.
+        what: what has the classes.
+        names: of the classes.
+        known: per class, whether training has it.
+        wanted: per class, whether it is measured.
+    """
+    unseen = [repr(name) for name, here, there in zip(names, known, wanted, strict=True) if there and not here]
+    if not unseen:
+        return []
+    return [
+        f"{source.name}: {what} that no training image has: {', '.join(unseen)}. Nothing could learn them: add training images, "
+        "or take these out."
+    ]
 
 
 class DenseConfig(DownstreamConfig):
@@ -28,7 +50,6 @@ class DenseConfig(DownstreamConfig):
     reads_square = False
 
     def check_views(self, views: ViewsConfig) -> list[str]:
-        """Masks and boxes follow a crop and a mirror."""
         if views.rotation.probability > 0:
             return ["`views.rotation.probability` turns images away from their masks and boxes: set it to 0."]
         return []
@@ -46,7 +67,6 @@ class DenseTask(DownstreamTask):
         self.fix_encoder(False)
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-        """Whole images, resized to a square and normalized."""
         return replace(preprocessing, whole=True).of_files(images)
 
     @abstractmethod

@@ -43,13 +43,12 @@ class _Part:
 
     @property
     def rank(self) -> int:
-        """Which of several alike is taken: the highest."""
+        """The highest of several alike is taken."""
         words = set(re.split(r"[._]", self.prefix))
         return bool(words & _PREFERRED) - bool(words & _SECOND)
 
     @property
     def name(self) -> str:
-        """For people."""
         return f"`{self.prefix}`" if self.prefix else "the outermost names"
 
     def is_meant_by(self, key: str) -> bool:
@@ -62,13 +61,13 @@ def find_network(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The network's part of a checkpoint, under the network's own names.
 
-    The part is where most of the network's names end the file's: ``state_dict.module.encoder_q.layer1.0.conv1.weight``. Children may also
-    be numbered, as in lightly's ``nn.Sequential(*list(resnet.children())[:-1])``. Of several parts that fit alike a teacher or an average goes before
-    all others, and a student, a momentum encoder, a target network and an encoder of keys come last.
+    The part is where most of the network's names end the file's: ``state_dict.module.encoder_q.layer1.0.conv1.weight``. Children may
+    be numbered, as in lightly's ``nn.Sequential(*list(resnet.children())[:-1])``. Of several parts that fit alike a teacher or an
+    average is preferred, and a student, a momentum encoder, a target network and an encoder of keys come last.
 
     Args:
-        trunk: where the tensors are to go, without its classifier.
-        tensors: as :func:`~ssl_pipeline.models.checkpoint_file.read_tensors` gives them.
+        trunk: the network, without its classifier.
+        tensors: of :func:`~ssl_pipeline.models.checkpoint_file.read_tensors`.
         what: the file, for messages.
         key: which part is wanted; None leaves it to the rule above.
 
@@ -128,11 +127,7 @@ def _parts(trunk: nn.Module, own: Mapping[str, torch.Size], tensors: Mapping[str
 
 
 def _choose(parts: list[_Part], own: Mapping[str, object], what: str) -> tuple[_Part, list[_Part]]:
-    """The part to take, and others that fit as well.
-
-    Raises:
-        ConfigError: several differ and nothing tells which is meant.
-    """
+    """The part to take, and others that fit as well; an error where several differ and nothing decides."""
     most = max((part.fitting, part.named) for part in parts)
     alike = [part for part in parts if (part.fitting, part.named) == most]
     best = max(part.rank for part in alike)
@@ -152,7 +147,7 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], own: Mapping[
 
 
 def _without_heads(state: dict[str, Tensor], own: Mapping[str, object]) -> tuple[dict[str, Tensor], int]:
-    """Leaves out what pretraining had beside the network; the trunk's own classifier stays for the loader to count."""
+    """Leaves out what pretraining had beside the network; the network's own classifier stays for the loader to count."""
 
     def is_head(name: str) -> bool:
         return name not in own and name.startswith(_HEADS)
@@ -184,7 +179,7 @@ def _word(part: _Part, other: _Part) -> str:
 
 
 def _contents(tensors: Mapping[str, Tensor]) -> str:
-    """What a file holds, for people: its branches with a tensor of each."""
+    """A file's branches with a tensor of each, for messages."""
     prefix = ""
     while True:
         rest = [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
