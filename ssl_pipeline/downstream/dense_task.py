@@ -30,7 +30,7 @@ def unseen_classes(
 
     Args:
         source: the images, for the message.
-        what: what has the classes.
+        what: an image or a mask, for the message.
         names: of the classes.
         known: per class, whether training has it.
         wanted: per class, whether it is measured.
@@ -39,8 +39,8 @@ def unseen_classes(
     if not unseen:
         return []
     return [
-        f"{source.name}: {what} that no training image has: {', '.join(unseen)}. Nothing could learn them: add training images, "
-        "or take these out."
+        f"{source.name}: {what}s to measure on hold classes that no training {what} has: {', '.join(unseen)}. Nothing could learn "
+        "them: add training images, or take these out."
     ]
 
 

@@ -75,7 +75,7 @@ class Config(DenseConfig):
         for counts, where in ((known, "training images"), (wanted, "images to measure on")):
             if not bool(counts.any()):
                 problems.append(f"{source.name}: the {where} hold no box: annotate some.")
-        return problems + unseen_classes(source, "images to measure on hold classes", boxes.names, known, wanted)
+        return problems + unseen_classes(source, "image", boxes.names, known, wanted)
 
 
 class Detection(DenseTask):

@@ -54,7 +54,7 @@ class Config(DenseConfig):
             problems.append(
                 f"{source.name}: the training masks hold fewer than two classes, and there is nothing to tell apart."
             )
-        return problems + unseen_classes(source, "masks to measure on hold classes", masks.names, known, wanted)
+        return problems + unseen_classes(source, "mask", masks.names, known, wanted)
 
 
 class Segmentation(DenseTask):
