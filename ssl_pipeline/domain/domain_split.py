@@ -1,4 +1,4 @@
-"""Which images a run across domains learns from, which it sees without labels, and which it is measured on."""
+"""The images of a run across domains: those it learns from, those it sees without labels, and those it is measured on."""
 
 from __future__ import annotations
 

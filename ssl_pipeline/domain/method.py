@@ -34,20 +34,19 @@ class MethodConfig(ComponentConfig, ABC):
 
     Attributes:
         source: the domains with labels; null takes all that are no target.
-        target: the domains that it is for. Their labels, where there are some, are for the final figures alone.
-        target_labels: labels of each class in the target that may be learned from after all (semi-supervised): they join the
-            source's.
-        control: what the target's training images are instead, to see whether a method gains where it can't: ``no_shift`` takes a
-            half of the source's (the other half teaches, and the source is measured), ``noise`` and ``shuffled`` pixels take
-            their places while the real target is measured. Null: what they are.
+        target: the domains to adapt to. Their labels, if any, are read by the final metrics alone.
+        target_labels: labels of each class in the target that are learned from, with the source's (semi-supervised).
+        control: a negative control instead of the target's training images: ``no_shift`` takes a half of the source's (the other half
+            is learned from, and the source is measured), ``noise`` and ``shuffled`` replace their pixels while the real target is
+            measured. Null: none.
         known: the classes to learn; images of other classes are left out of the source, and unknown in the target. Null: all.
         task: the class of the method.
         phases: the trainings, one after the other: ``source`` sees labeled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
-        fits_bare_encoder: whether the method makes sense where nothing but the head is trained.
+        fits_bare_encoder: whether the method works where only the head is trained.
         head: the one ``downstream.head`` that the method is made for; None takes any.
-        selects: whether labeled images held out of the *source* choose the step that is kept; otherwise it is the last one.
-        keeps_statistics: whether it works with ``regime.statistics=kept``: it does not estimate the encoder's anew.
+        selects: whether labeled images held out of the *source* choose the step that is kept, instead of the last one.
+        keeps_statistics: whether it works with ``regime.statistics=kept``, as it does not estimate the encoder's statistics anew.
     """
 
     task: ClassVar[Callable[..., Method]]

@@ -1,4 +1,4 @@
-"""Targets from which nothing can be learned: what a method gains with them, it did not gain from the target."""
+"""Negative controls: targets from which nothing can be learned. A gain with them does not come from the target."""
 
 from __future__ import annotations
 

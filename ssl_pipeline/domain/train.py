@@ -63,7 +63,7 @@ def _run_phase(
 ) -> None:
     share, labeled = around.share, around.labeled
     images = target if phase == "target" else labeled.train
-    # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
+    # As even as an epoch allows, and no side of a joint batch is larger than its data.
     most = min(regime.batch, len(target)) if phase == "joint" else regime.batch
     size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
     total = max(1, training.least_steps, training.length.steps(len(images) // size, 0))

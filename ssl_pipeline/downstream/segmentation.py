@@ -2,7 +2,7 @@
 
     ℓ = mean over the known pixels of −log softmax(s(x))_y
 
-When to use: what is where, without telling one object of a class from the next. The first metric is the mean
+When to use: what is where, without separating the objects of a class. The first metric is the mean
 intersection over union. Long et al. 2015, arXiv 1411.4038; Chen et al. 2017, arXiv 1706.05587.
 """
 

@@ -1,4 +1,4 @@
-"""What ``labels.validation=auto`` comes to: which labels choose what, as a sentence for people and a record for the run."""
+"""Which labels choose what under ``labels.validation``, as a sentence and as a record of the run."""
 
 from __future__ import annotations
 

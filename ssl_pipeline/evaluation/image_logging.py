@@ -1,4 +1,4 @@
-"""What an evaluation saw, as pictures: which images lie near one another. Drawn by Pillow alone, in a tenth of a second."""
+"""Pictures of an evaluation: neighbors, a map of the features, a confusion matrix. Drawn by Pillow, in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ImageLogger:
     A picture that can't be drawn ends the drawing with one warning, and the run goes on.
 
     Args:
-        trackers: hear of the pictures.
-        clock: gives seconds, for what drawing costs.
+        trackers: get the pictures.
+        clock: seconds, to measure what drawing costs.
     """
 
     def __init__(self, trackers: LoggerCollection, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -56,7 +56,7 @@ class ImageLogger:
         Args:
             step: steps done.
             evaluation: after it was called.
-            must: drawn whatever was spent before; otherwise only while pictures took less than 0.5 % of the time.
+            must: draw in any case; otherwise only while pictures took less than 0.5 % of the time.
         """
         affordable = self._spent <= _MOST_OF_THE_TIME * (self._clock() - self._began)
         if evaluation.seen is not None and (must or affordable):

@@ -30,7 +30,7 @@ class EncoderConfig(FrozenModel):
             of ``backbone.name``, such as lightly's. Null takes ``backbone`` with ``backbone.weights``.
         data: the images.
         backbone: used where the encoder is not one of ours.
-        neck: likewise.
+        neck: the same.
         size: the images' size in pixels; null takes the encoder's own, or the weights' where it is known, and 224 where it is not.
         seed: of every draw.
     """

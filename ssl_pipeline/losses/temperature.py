@@ -15,7 +15,7 @@ from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
 class CosineConfig(FrozenModel):
-    """A temperature that swings (Kukleva et al. 2023): high ones learn groups, low ones tell instances apart.
+    """A temperature that swings (Kukleva et al. 2023): high ones learn groups, low ones separate instances.
 
     Attributes:
         high: the greatest temperature; ``value`` is the least.
@@ -32,8 +32,8 @@ class LearnedConfig(FrozenModel):
     """A temperature that is learned, by its logarithm and without weight decay (as CLIP's, Radford et al. 2021).
 
     Attributes:
-        least: it is clamped to this after every step.
-        most: likewise.
+        least: lower bound, after every step.
+        most: upper bound.
     """
 
     least: float = Field(0.01, gt=0)

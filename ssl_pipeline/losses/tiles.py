@@ -1,4 +1,4 @@
-"""The inside of InfoNCE: forward and backward over tiles of the logits.
+"""InfoNCE's forward and backward over tiles of the logits.
 
 Let ``s`` be a tile of logits. Forward keeps, for every query, the logarithm of the sum of exponentials over its negatives and
 over its positives, and nothing else. Backward computes each tile again and turns it into weights ``∂loss/∂s`` in place.
@@ -36,7 +36,7 @@ class _Pairs:
         first = torch.searchsorted(ids, wanted)
         count = torch.searchsorted(ids, wanted, right=True) - first
         rows = torch.arange(high - low, device=ids.device).repeat_interleave(count)
-        # Each row's matches stand side by side in the sorted ids: from its first on, one after another.
+        # Each row's matches are consecutive in the sorted ids.
         before = (count.cumsum(0) - count)[rows]
         place = torch.arange(len(rows), device=ids.device) - before + first[rows]
         return rows, order[place]

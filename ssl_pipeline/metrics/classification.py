@@ -38,7 +38,7 @@ def confusion_matrix(predicted: Tensor, true: Tensor, classes: int) -> Tensor:
 
     Args:
         predicted: int64 of shape (N,).
-        true: likewise; negative where it is not known, which is not counted.
+        true: int64 of shape (N,); negative where it is unknown, which is not counted.
         classes: number of classes.
     """
     known = true >= 0

@@ -1,4 +1,4 @@
-"""The layers whose statistics are of the images that a network was trained on."""
+"""Batch norms: the layers with running statistics of the training images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 
 
 def norms_with_statistics(network: nn.Module) -> list[nn.Module]:
-    """All layers that have running statistics: BatchNorms, and those of timm's norms that are of no such class."""
+    """All layers that have running statistics: BatchNorms, and those norms of timm's that are of another class."""
     return [module for module in network.modules() if _own_statistics(module)]
 
 

@@ -1,4 +1,4 @@
-"""The one way to an encoder: of a finished run, of somebody's checkpoint, with published weights, or with fresh ones."""
+"""Builds an encoder: of a finished run, of a checkpoint, with published weights, or with fresh ones."""
 
 from __future__ import annotations
 

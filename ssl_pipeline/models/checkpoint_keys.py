@@ -1,4 +1,4 @@
-"""Which part of somebody's checkpoint is the network, whatever its tensors are called there."""
+"""Finds the network in a checkpoint of any code, whatever prefix its keys have."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 
-# Wrappers that may stand in the middle of a name: torch.compile's, FSDP's, activation checkpointing's.
+# Wrappers in the middle of a name: torch.compile's, FSDP's, activation checkpointing's.
 _INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PLAIN = {"", "state_dict", "model", "module", "state_dict.module", "model.module"}
-# Of two networks that are alike the slower average is the better one; the copy that only gives targets is not the one that is evaluated.
+# Of two equal networks the slower average is the better one; the copy that only gives targets is not evaluated.
 _PREFERRED = {"teacher", "ema"}
 _SECOND = {"student", "momentum", "target", "key", "k"}
 # What pretraining has beside the network, under the same prefix as the network's own tensors.
@@ -30,7 +30,7 @@ class _Part:
     """A place in the file where names of the network are found.
 
     Attributes:
-        prefix: what stands before them, without the last dot.
+        prefix: of their keys, without the last dot.
         tensors: all that has the prefix, under the network's own names.
         fitting: how many of the network's tensors are there in their shape.
         named: how many are there by name.

@@ -31,7 +31,7 @@ class _DetectionHead(nn.Module):
         self.pyramid = FeaturePyramidNetwork(list(widths.values()), width, extra_blocks=LastLevelMaxPool())
 
     def levels(self, maps: dict[str, Tensor], size: int) -> tuple[dict[str, Tensor], ImageList]:
-        """The pyramid's levels by name, from fine to coarse, and the images as torchvision's parts want them: by their size alone."""
+        """The pyramid's levels by name, from fine to coarse, and the images, of which torchvision's parts only read the size."""
         first = next(iter(maps.values()))
         shape = first.new_empty(1).expand(len(first), 3, size, size)
         return self.pyramid(maps), ImageList(shape, [(size, size)] * len(first))

@@ -204,7 +204,7 @@ def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
         return tuple((name,) for name, _ in trunk.named_children())
     from timm.models import group_parameters
 
-    # timm's groups are of a network with its head, and a trunk has none: this one stands for it.
+    # timm's groups are of a network with its head, and a trunk has none: this name takes its place.
     names, head = [name for name, _ in trunk.named_parameters()], "a head, which no group of the trunk matches"
     whole: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in (*names, head)))
     found = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)

@@ -31,7 +31,7 @@ class FeatureLevel:
     """One level of the feature pyramid.
 
     Attributes:
-        modules: names of the network's modules that lead to it from the level before.
+        modules: names of the network's modules after the level before.
         width: its channels.
         stride: the image's pixels per pixel of it.
     """

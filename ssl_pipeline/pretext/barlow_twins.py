@@ -4,7 +4,7 @@
 
 with A and B both views' projections, each feature standardized over the batch, and λ ``off_diagonal``.
 
-When to use: neither negatives nor a teacher; wants a wide projection. Zbontar et al. 2021, arXiv 2103.03230,
+When to use: neither negatives nor a teacher; needs a wide projection. Zbontar et al. 2021, arXiv 2103.03230,
 equations 1 and 2.
 """
 

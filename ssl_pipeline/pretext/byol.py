@@ -1,4 +1,4 @@
-"""BYOL: predict what a slowly moving teacher makes of the other view; no negatives.
+"""BYOL: predict a slowly moving teacher's projection of the other view; no negatives.
 
     ℓ = −½ [ cos(q(z₁), z′₂) + cos(q(z₂), z′₁) ],   θ′ ← m θ′ + (1 − m) θ
 

@@ -43,7 +43,7 @@ class Config(simclr.Config):
     """Weighted decoupled contrastive learning (Yeh et al. 2022).
 
     Attributes:
-        sigma: how sharply the weights of a von Mises-Fisher density tell near positives from far ones.
+        sigma: how sharply the weights of a von Mises-Fisher density separate near positives from far ones.
     """
 
     task = DCLW

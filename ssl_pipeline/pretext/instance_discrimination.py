@@ -67,7 +67,7 @@ class Config(ContrastiveConfig):
 
     Attributes:
         keep: what is kept of a memory row when its image is seen again, at the start of training.
-        keep_end: likewise at the end; rises linearly (Zhong et al. 2019 let it rise with the epochs).
+        keep_end: the same at the end; rises linearly (Zhong et al. 2019 let it rise with the epochs).
     """
 
     contrasts_with = "a memory without domains"

@@ -5,7 +5,7 @@
 When to use: many negatives at a small batch. The queue is older than the encoder, which the slow key encoder makes
 bearable. Chen, Fan et al. 2020, arXiv 2003.04297; He et al. 2020, arXiv 1911.05722, equations 1 and 2.
 
-Rows of one batch share its statistics, by which a query could tell its key from the queue's. So BatchNorm normalizes
+Rows of one batch share its statistics, by which a query could recognize its key. So BatchNorm normalizes
 groups of images, and the keys' groups are drawn anew over the batch of all processes (shuffling BN, He et al. 2020,
 section 3.3). SyncBatchNorm does not take its place.
 """

@@ -1,4 +1,4 @@
-"""DANN: features from which a discriminator can't tell the domain."""
+"""DANN: features from which a discriminator can't predict the domain."""
 
 from __future__ import annotations
 
