@@ -33,11 +33,11 @@ from ssl_pipeline.engine.distributed import (
     start_accelerator,
 )
 from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.engine.launcher import save_with_launcher
 from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluation.alerts import open_alerts
@@ -67,7 +67,7 @@ class BatchConfig(FrozenModel):
 
     Attributes:
         size: images of a step over all processes; where there are fewer, the largest batch that they make, which is said.
-        micro: images that a process embeds at once: the two-pass form (``engine/two_pass.py``) gives the gradient of the whole
+        micro: images that a process embeds at once: the two-pass form (``engine/grad_cache.py``) gives the gradient of the whole
             batch at the memory of a small one. By default a process's whole share.
     """
 

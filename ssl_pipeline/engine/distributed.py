@@ -18,9 +18,9 @@ from torch import nn
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.engine.fsdp import shard_on_cpu, sharding_asked_for
 from ssl_pipeline.engine.group import NEVER, watch_group
 from ssl_pipeline.engine.lost import leave_group
-from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

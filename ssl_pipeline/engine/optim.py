@@ -9,7 +9,7 @@ from lightly.utils.lars import LARS
 from pydantic import Field, model_validator
 from torch.optim import SGD, AdamW, Optimizer
 
-from ssl_pipeline.engine.numbers import NonFiniteConfig
+from ssl_pipeline.engine.nonfinite import NonFiniteConfig
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.schedules import TrainProgress, WarmupCosine
 

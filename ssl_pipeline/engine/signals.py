@@ -1,6 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the run is saved at the end of its step, on all processes alike, and left calmly.
 
-A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/numbers.py``), so
+A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/nonfinite.py``), so
 that one which was told a step earlier than the others does not wait for them in vain. Nor does an evaluation hold a run up:
 one that lasts is cut short, where processes exchange its parts, and made up for by the run that goes on.
 

@@ -16,7 +16,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream import detection, multi_label, regression, segmentation
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.numbers import NonFiniteConfig, NonFiniteError
+from ssl_pipeline.engine.nonfinite import NonFiniteConfig, NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.engine.training import TrainState

@@ -20,8 +20,8 @@ from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.fsdp import is_sharded
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.engine.sharded import is_sharded
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig

@@ -23,7 +23,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.sharded import check_shardable
+from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import ROOT, command, tiny_pretrain

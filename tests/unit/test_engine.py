@@ -14,7 +14,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.distributed import batchnorm_notes, check_all_learn
 from ssl_pipeline.engine.fit import _due
-from ssl_pipeline.engine.numbers import NonFiniteError
+from ssl_pipeline.engine.nonfinite import NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.pretext.simclr import Config as SimCLRConfig
