@@ -38,10 +38,9 @@ from ssl_pipeline.engine.distributed import (
     run_on_main,
     start_accelerator,
 )
-from ssl_pipeline.engine.launcher import save_with_launcher
-from ssl_pipeline.engine.lost import clean_distributed_exit
+from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.memory import check_memory, processes_here
-from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
+from ssl_pipeline.engine.signals import handle_signals
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
@@ -382,9 +381,7 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    install_signal_handlers()
-    save_with_launcher()
-    with clean_distributed_exit():
+    with command_process():
         run_command("finetune", FinetuneConfig, finetune_and_tell)
 
 

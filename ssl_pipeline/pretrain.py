@@ -32,13 +32,12 @@ from ssl_pipeline.engine.distributed import (
     run_on_main,
     start_accelerator,
 )
+from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.fsdp import check_shardable
-from ssl_pipeline.engine.launcher import save_with_launcher
-from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.engine.signals import handle_signals, install_signal_handlers
+from ssl_pipeline.engine.signals import handle_signals
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.evaluation.alerts import open_alerts
 from ssl_pipeline.evaluation.best import BestEncoder
@@ -394,9 +393,7 @@ def encoder_card(
 
 def main() -> None:
     """The command line."""
-    install_signal_handlers()
-    save_with_launcher()
-    with clean_distributed_exit():
+    with command_process():
         run_command("pretrain", PretrainConfig, pretrain)
 
 

@@ -18,9 +18,8 @@ from torch import nn
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.engine.failures import NEVER, watch_group
 from ssl_pipeline.engine.fsdp import shard_on_cpu, sharding_asked_for
-from ssl_pipeline.engine.group import NEVER, watch_group
-from ssl_pipeline.engine.lost import leave_group
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +45,7 @@ def start_accelerator() -> Accelerator:
     kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     of_group = int(os.environ.get("WORLD_SIZE", "1"))
     if cpu and of_group > 1 and not is_initialized():
-        watch_group(leave_group)
+        watch_group()
     patience = InitProcessGroupKwargs(timeout=NEVER if cpu else timedelta(seconds=timeout_seconds()))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs, patience])
     asked = max(of_group, _processes_asked_of_launcher())

@@ -15,7 +15,7 @@ from ssl_pipeline.data.lanes import StreamLoader
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import all_gather_objects
-from ssl_pipeline.engine.lost import guard_dataloader
+from ssl_pipeline.engine.failures import guard_dataloader
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task

@@ -18,9 +18,9 @@ from ssl_pipeline.data.lanes import StreamLoader
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_buffers, check_all_learn
+from ssl_pipeline.engine.failures import explain
 from ssl_pipeline.engine.fsdp import copy_full_params, full_state_dict, shard_for_training, shard_state_dict
 from ssl_pipeline.engine.grad_cache import two_pass
-from ssl_pipeline.engine.lost import explain
 from ssl_pipeline.engine.nonfinite import (
     FILE_NAME,
     BatchNormSnapshot,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from ssl_pipeline.config.base import first_line
-from ssl_pipeline.engine.lost import LostProcessError
+from ssl_pipeline.engine.failures import LostProcessError
 from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.evaluation.best import BestEncoder
 from ssl_pipeline.evaluation.online import OnlineEvaluation

@@ -16,8 +16,8 @@ from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
+from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.fit import fit
-from ssl_pipeline.engine.lost import clean_distributed_exit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.models.artifact import EncoderSpec
@@ -105,5 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_distributed_exit():
+    with command_process():
         main()
