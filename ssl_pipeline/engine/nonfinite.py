@@ -169,10 +169,23 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
     return found
 
 
-def write(file: Path, step: int, findings: list[NonFiniteReport]) -> None:
-    """Everything that is known of a bad step, as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"step": step, "processes": [asdict(f) for f in findings]}, indent=1), encoding="utf-8")
+def report_nonfinite(
+    task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool, folder: Path | None
+) -> NonFiniteError:
+    """The error of a bad step, whose cause is written into a file of ``folder``, if there is one; see :func:`find`."""
+    step, findings = batch.clock.taken, find(task, batch, loss, accelerator, alone)
+    message = f"{sentence(step, findings)} Nothing was changed by this step"
+    if folder is not None:
+        file = folder / FILE_NAME
+        if accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tree = {"step": step, "processes": [asdict(finding) for finding in findings]}
+            file.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        message += f", and the state before it is saved; {file} lists all samples"
+    return NonFiniteError(
+        f"{message}. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature; `optim.nonfinite.action=skip` passes "
+        "over such steps."
+    )
 
 
 def sentence(step: int, findings: list[NonFiniteReport]) -> str:

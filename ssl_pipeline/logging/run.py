@@ -37,7 +37,7 @@ _FREE_TO_CHANGE = (
 Resume = Literal["no", "auto", "changed"]
 
 
-class Run:
+class RunFolder:
     """An open run folder; closing it lets another process in.
 
     Attributes:
@@ -63,7 +63,7 @@ class Run:
             self.close()
             raise
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -81,7 +81,7 @@ def open_run(
     root: Path = Path("runs"),
     data: Mapping[str, str] | None = None,
     check_change: Callable[[Path], None] | None = None,
-) -> Run:
+) -> RunFolder:
     """Makes or continues a run's folder, and writes ``config.yaml`` and ``run.json`` into it.
 
     Args:
@@ -109,7 +109,7 @@ def open_run(
             if _occupied(path) and not (path / "config.yaml").exists():
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
-        run = Run(path, False, _lock(path))
+        run = RunFolder(path, False, _lock(path))
         with run.closed_on_error():
             _settle(run, resume, config, dict(data or {}), check_change)
     except OSError as error:
@@ -186,7 +186,7 @@ def _lock(path: Path) -> FolderLock:
 
 
 def _settle(
-    run: Run,
+    run: RunFolder,
     resume: Resume,
     config: dict[str, Any],
     data: dict[str, str],

@@ -23,9 +23,10 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.encoder import Encoder
@@ -94,7 +95,8 @@ def measure(rounds: int) -> dict[str, float]:
         task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         views = Views(config.views.for_channels(train.channels)[0], train.mean, train.std, seed)
         batches = IndexedLoader(train, views, config.batch.size, seed, share, config.total_steps(len(train)))
-        fit(task, batches, config.optim, build_optimizer(config.optim, task, config.batch.size), accelerator)
+        optimizer = build_optimizer(config.optim, task, config.batch.size)
+        fit(TrainState(task, optimizer, config.optim, accelerator), batches)
         accelerator.free_memory()
         preprocessing = Preprocessing(config.views.size, train.mean, train.std)
         return 100 * OnlineEvaluation(train, dev, views, preprocessing, share)(encoder)["eval/knn"]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.engine.training import TrainState
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.logging.progress import print_table
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
@@ -77,7 +77,7 @@ class Walk:
             yield
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
 
     def _add(self, code: CodeType) -> None:
         name = code.co_qualname.partition(".<locals>.<")[0]

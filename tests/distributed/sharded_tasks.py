@@ -19,17 +19,18 @@ from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.fsdp import is_sharded
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.distributed.every_task import OPTIONS, distance
-from tests.tasks import tiny_config
+from tests.tasks import Recorder, tiny_config
 
 SAMPLES, SIZE, STEPS = 24, 16, 3
 GENTLE = OptimConfig(
@@ -66,16 +67,14 @@ def trained(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Every step's loss, and what the caller's task holds in the end."""
     task, batches = task_of(name)
-    losses = []
-
-    def note(done: int, figures: Any) -> None:
-        losses.append(torch.tensor(figures["train/loss"]))
 
     def evaluate(clock: TrainProgress) -> dict[str, float]:
         return {"sum": float(sum(value.double().sum() for value in task.state_dict().values()))}
 
     optimizer = build_optimizer(optim, task, 8)
-    fit(task, batches, optim, optimizer, accelerator, checkpoints, resume, evaluate, 2, (note,))
+    recorder = Recorder(evaluate, 2)
+    fit(TrainState(task, optimizer, optim, accelerator, checkpoints, resume), batches, [recorder])
+    losses = [torch.tensor(metrics["train/loss"]) for metrics in recorder.metrics.values()]
     assert not any(isinstance(parameter, DTensor) for parameter in task.parameters())
     assert any(isinstance(p, DTensor) for m in accelerator._models for p in m.parameters()) is is_sharded(accelerator)
     accelerator.free_memory()

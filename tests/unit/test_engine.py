@@ -13,7 +13,7 @@ from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.distributed import batchnorm_notes, check_all_learn
-from ssl_pipeline.engine.fit import _due
+from ssl_pipeline.engine.loop import _due
 from ssl_pipeline.engine.nonfinite import NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
 from ssl_pipeline.engine.task import StepOutput, Task

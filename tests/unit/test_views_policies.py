@@ -12,7 +12,7 @@ from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluation.plot_views import PictureConfig, columns_of, draw
 from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
-from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
+from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.transforms.config import BlurConfig, ViewConfig
 from ssl_pipeline.transforms.policy import Views, ViewsConfig
 from tests.runs import tiny_pretrain
@@ -79,14 +79,14 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
     local = ["views.local.count=2", "views.local.size=8"]
     with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
         pretrain(tiny_pretrain(None, *local))
-    views = tiny_pretrain(None, *local).views
     for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
+        config = tiny_pretrain(None, *local, f"backbone.name={name}")
         backbone, _ = build_backbone(BackboneConfig(name=name, width=4), 3, size)
         if name == "small_resnet":
-            check_local_views(views, backbone, name)
+            config.check_local_views(backbone)
         else:
             with pytest.raises(ConfigError, match=r"`views\.local` needs a backbone that takes images of any size"):
-                check_local_views(views, backbone, name)
+                config.check_local_views(backbone)
 
 
 def test_second_view_by_override() -> None:

@@ -22,7 +22,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import ArrayDataset
-from ssl_pipeline.downstream.start import new_encoder
+from ssl_pipeline.downstream.plan import new_encoder
 from ssl_pipeline.evaluation.command import EvaluateConfig
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.encoder import open_encoder
