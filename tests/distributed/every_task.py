@@ -179,7 +179,7 @@ def main() -> None:
     mutations: dict[str, tuple[Any, str, Any]] = {
         "own-slice gradient": (gather._Gather, "backward", staticmethod(own_slice)),
         "divided by world": (gather._Gather, "backward", staticmethod(divided)),
-        "labels not shifted": (info_nce, "world", lambda: (0, dist.get_world_size())),
+        "labels not shifted": (info_nce, "rank_and_world_size", lambda: (0, dist.get_world_size())),
         "self not masked": (info_nce, "info_nce", without("own")),
     }
     for title, (place, attribute, mutant) in mutations.items():
