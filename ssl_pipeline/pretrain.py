@@ -118,7 +118,8 @@ def build_task(
     encoder, notes = spec.build()
     config.check_local_views(encoder.backbone)
     task = config.pretext.build(encoder, train)
-    check_shardable(task, config.batch.micro, accelerator)
+    if accelerator.is_fsdp2:
+        check_shardable(task, config.batch.micro)
     share = dist_info(accelerator)
     if share.device.type == "cpu":
         views, images = config.views.for_channels(spec.channels)[0], config.batch.size // share.processes

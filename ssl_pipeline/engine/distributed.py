@@ -19,7 +19,7 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.failures import NEVER, watch_group
-from ssl_pipeline.engine.fsdp import shard_on_cpu, sharding_asked_for
+from ssl_pipeline.engine.fsdp import check_fsdp_environment, shard_on_cpu
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -37,7 +37,9 @@ def start_accelerator() -> Accelerator:
     problem = without_launcher(os.environ)
     if problem is not None:
         raise ConfigError(problem)
-    cpu, sharded = not torch.cuda.is_available(), sharding_asked_for()
+    cpu, sharded = not torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded:
+        check_fsdp_environment()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
         precision = "bf16"

@@ -80,23 +80,23 @@ def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator
         step: the first.
         workers: processes that decode them.
     """
-    watchdog = Watchdog()
+    watchdog = Watchdog() if workers else None
     try:
         with looping():
-            for batch in watchdog.watched(batches) if workers else batches:
+            for batch in batches if watchdog is None else watchdog.watched(batches):
                 yield batch
                 step += 1
     except UserError as error:
         error.everywhere = False  # only this process knows what is wrong with its data
         raise
     except RuntimeError as error:
-        lost = _hanging_worker(step) if watchdog.barked else explain(error, step)
+        lost = _hanging_worker(step) if watchdog is not None and watchdog.barked else explain(error, step)
         _end_workers()  # one that hangs would keep the interpreter from exiting
         if lost is None:
             raise
         raise lost from error
     except (ConnectionError, EOFError) as error:  # the worker that was to hand over this batch's memory is gone
-        if not workers or (str(error).startswith("Caught") and not watchdog.barked):
+        if watchdog is None or (str(error).startswith("Caught") and not watchdog.barked):
             raise
         _end_workers()
         if watchdog.barked:

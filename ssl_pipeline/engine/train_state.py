@@ -77,10 +77,11 @@ class TrainState:
             ConfigError: the checkpoint does not fit.
         """
         self._loader, self._beside, resume = loader, beside, self.resume
-        with must_fit():
-            if resume is not None:
+        if resume is not None:
+            with must_fit():
                 self._whole.load_state_dict(resume["task"])
-        self._task, self._optimizer = shard_for_training(self._whole, self._optimizer, self.accelerator)
+        if self.accelerator.is_fsdp2:
+            self._task, self._optimizer = shard_for_training(self._whole, self._optimizer, self.accelerator)
         self._model, self._prepared = self.accelerator.prepare(self._task, self._optimizer)
         if resume is not None:
             self._load(resume)
@@ -135,7 +136,8 @@ class TrainState:
     def sync(self) -> None:
         """Gives all processes the same task to evaluate or save; called on all of them."""
         broadcast_buffers(self._task)
-        copy_full_params(self._task, self._whole)
+        if self._task is not self._whole:
+            copy_full_params(self._task, self._whole)
 
     def save(self, done: int, wait: bool = False, **more: Any) -> None:
         """Saves a checkpoint after ``done`` steps, if the run keeps any; called on all processes, after :meth:`sync`."""
@@ -149,10 +151,11 @@ class TrainState:
         # A start from here does not find the bad files again.
         self._loader.learn(all_gather_objects(self.accelerator, self._loader.untold()))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        keep = self.accelerator.is_main_process
         state = {"task": self._task.state_dict(), "optimizer": self._optimizer.state_dict()}
+        if self._task is not self._whole:
+            state = full_state_dict(state, keep=self.accelerator.is_main_process)
         return {
-            **full_state_dict(state, keep=keep), "scaler": scaler, "skipped": (self.skipped, self.skipped_by_scaler), "rate": self._lr,
+            **state, "scaler": scaler, "skipped": (self.skipped, self.skipped_by_scaler), "rate": self._lr,
             "position": self._loader.position(done - self._loader.offset), "batches": self._loader.state_dict(),
         }  # fmt: skip
 
@@ -164,7 +167,9 @@ class TrainState:
         groups = self._optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         with must_fit():
-            self._prepared.load_state_dict(shard_state_dict(resume["optimizer"], self._optimizer))
+            sharded = self._task is not self._whole
+            state = shard_state_dict(resume["optimizer"], self._optimizer) if sharded else resume["optimizer"]
+            self._prepared.load_state_dict(state)
             for group, own_settings in zip(self._optimizer.param_groups, settings, strict=True):
                 group.update(own_settings)
         self._loader.load_state_dict(resume["batches"])

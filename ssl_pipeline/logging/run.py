@@ -1,4 +1,4 @@
-"""A run's folder: never shared by two runs, and enough in it to repeat the run."""
+"""A run's folder: never shared by two runs, and with all that is needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,7 @@ Resume = Literal["no", "auto", "changed"]
 
 
 class RunFolder:
-    """An open run folder; closing it lets another process in.
+    """An open run folder; closing it releases its lock.
 
     Attributes:
         path: the folder.
@@ -51,17 +50,8 @@ class RunFolder:
         self.changes: list[str] = []
 
     def close(self) -> None:
-        """Gives the folder's lock back."""
+        """Releases the lock."""
         self._lock.release()
-
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Around what is done before the run is entered: an error there, which a notebook keeps, must not keep the folder."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -110,8 +100,11 @@ def open_run(
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
         run = RunFolder(path, False, _lock(path))
-        with run.closed_on_error():
+        try:
             _settle(run, resume, config, dict(data or {}), check_change)
+        except BaseException:  # which a notebook keeps: the folder must be free again
+            run.close()
+            raise
     except OSError as error:
         raise ConfigError(
             f"`output`: {str(path or root)!r} can't be written ({error.strerror}): choose a folder that can."

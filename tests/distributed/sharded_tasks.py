@@ -19,7 +19,6 @@ from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.data.source import ArrayDataset
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fsdp import is_sharded
 from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
@@ -76,7 +75,7 @@ def trained(
     fit(TrainState(task, optimizer, optim, accelerator, checkpoints, resume), batches, [recorder])
     losses = [torch.tensor(metrics["train/loss"]) for metrics in recorder.metrics.values()]
     assert not any(isinstance(parameter, DTensor) for parameter in task.parameters())
-    assert any(isinstance(p, DTensor) for m in accelerator._models for p in m.parameters()) is is_sharded(accelerator)
+    assert any(isinstance(p, DTensor) for m in accelerator._models for p in m.parameters()) is accelerator.is_fsdp2
     accelerator.free_memory()
     return losses, {key: value.clone() for key, value in task.state_dict().items()}
 
@@ -84,7 +83,7 @@ def trained(
 def shard(accelerator: Accelerator, wanted: bool) -> None:
     kind = DistributedType.FSDP if wanted else DistributedType.MULTI_CPU
     accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
-    assert is_sharded(accelerator) is wanted
+    assert accelerator.is_fsdp2 is wanted
 
 
 def continued(accelerator: Accelerator, folder: Path) -> dict[str, float]:
@@ -109,7 +108,7 @@ def continued(accelerator: Accelerator, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     accelerator = start_accelerator()
-    assert is_sharded(accelerator)
+    assert accelerator.is_fsdp2
     found: dict[str, Any] = {}
     for name in sys.argv[2:]:
         shard(accelerator, False)
