@@ -70,7 +70,7 @@ def train_across(
     has_source = method.starts_from is None
     if has_source:
         classifier.look_at(labeled.train)
-    regime.settle(classifier)
+    regime.apply_to(classifier)
     if regime.probes and has_source:
         fit_linear_probe(regime, classifier, context)
     task = method.build(classifier, target).to(share.device)

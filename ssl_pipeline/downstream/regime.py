@@ -1,4 +1,4 @@
-"""How stage two trains: a probe on fixed features, all layers, or the one and then the other.
+"""How stage two trains: a probe on fixed features, all layers, or first one and then the other.
 
 Linear probing first keeps fine-tuning from distorting the features while the head is still random (Kumar et al. 2022).
 """
@@ -87,8 +87,8 @@ class RegimeConfig(TrainingConfig):
         """Whether all layers are trained."""
         return self.name != "frozen"
 
-    def settle(self, task: DownstreamTask) -> None:
-        """Tells a task how its encoder is to be trained."""
+    def apply_to(self, task: DownstreamTask) -> None:
+        """Sets how a task's encoder is trained."""
         task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
         task.encoder.keeps_statistics = self.statistics == "kept"
 
@@ -134,13 +134,13 @@ class TrainContext:
 
 
 def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> None:
-    """Trains a task in place by a regime; selection goes by labels that are held out of the training labels, or by none.
+    """Trains a task in place by a regime; training labels that are held out select, or none do.
 
-    A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
-    last checkpoint, or from its end.
+    A training that was stopped repeats its steps: a head is solved again, to the same bits, and a loop continues from its last
+    checkpoint, or from its end.
     """
     task.look_at(context.labeled.train)
-    regime.settle(task)
+    regime.apply_to(task)
     on_all_labels: Callable[[], None] | None = None
     if regime.probes and isinstance(task, PooledTask):
         on_all_labels = fit_linear_probe(regime, task, context)

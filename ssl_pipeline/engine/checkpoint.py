@@ -31,7 +31,7 @@ _log = logging.getLogger("ssl_pipeline")
 
 
 class CheckpointError(UserError):
-    """A checkpoint can't be written, or none that is left can be read."""
+    """A checkpoint can't be written, or none of those left can be read."""
 
 
 class _DamagedError(Exception):
@@ -44,8 +44,8 @@ class Checkpoints:
     A checkpoint is written with its checksum under a temporary name and flushed to the disk; then it gets its name, the
     folder is flushed too, and only then are older ones removed: at every instant after the first, a complete one exists.
 
-    A large one is written by a thread from a copy, while the run goes on. One write is under way at most, what goes wrong in
-    it is raised at the next step, and leaving the ``with`` block waits for it (docs/decisions/0005-checkpoints.md).
+    A large one is written by a thread from a copy, while the run goes on. At most one write is under way; its error is raised
+    at the next step, and leaving the ``with`` block waits for it (docs/decisions/0005-checkpoints.md).
 
     Args:
         folder: where they are kept.
@@ -93,7 +93,7 @@ class Checkpoints:
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Until the write under way is done.
+        """Waits for the write under way.
 
         Raises:
             CheckpointError: it has failed.
@@ -103,7 +103,7 @@ class Checkpoints:
             under_way.result()
 
     def load(self) -> dict[str, Any] | None:
-        """The state of the last checkpoint that is whole, or None where there never was one; removes what a kill has left.
+        """The state of the last whole checkpoint, or None if there never was one; removes what a killed write has left.
 
         Raises:
             CheckpointError: there are some, and none is whole.
@@ -150,7 +150,7 @@ class Checkpoints:
             ) from error
 
     def _remove_others(self, newest: Path) -> None:
-        """Keeps the newest ones; those of later steps are damaged, or of a future that is not going to come."""
+        """Keeps the newest ones; those of later steps are damaged, or of a run that was reset to an earlier step."""
         earlier = [path for path in self._complete() if path < newest]
         later = [path for path in self._complete() if path > newest]
         for path in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *later]:
