@@ -27,12 +27,12 @@ from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.run import Run, start_run
 from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import seconds_before
 from ssl_pipeline.logging.progress import console, duration, print_table, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.artifact import Card, finite, save, write_card
-from ssl_pipeline.stages import FinetuneConfig
 
 __all__ = ["FinetuneConfig", "finetune", "open_plan"]
 _log = logging.getLogger("ssl_pipeline")

@@ -35,8 +35,8 @@ from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.artifact import Card, EncoderSpec
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.weights_input import weights_input
+from ssl_pipeline.pretrain_config import BatchConfig, PretrainConfig
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.stages import BatchConfig, PretrainConfig
 
 __all__ = ["BatchConfig", "PretrainConfig", "pretrain"]
 

@@ -19,7 +19,7 @@ from ssl_pipeline.engine.failures import explain
 from ssl_pipeline.engine.fsdp import copy_full_params, full_state_dict, shard_for_training, shard_state_dict
 from ssl_pipeline.engine.grad_cache import two_pass
 from ssl_pipeline.engine.nonfinite import BatchNormSnapshot, all_reduce_status, gradient_check, report_nonfinite
-from ssl_pipeline.engine.optim import OptimConfig, set_rate
+from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import TrainProgress
@@ -103,7 +103,7 @@ class TrainState:
         # Dropout and drop-path draw from torch's generator: reseeded by name, it has no state to save.
         self._reseed(batch.clock.taken, 0)
         self._statistics.keep()
-        self._lr = lr = set_rate(self._optimizer, self._optim, batch.clock)
+        self._lr = lr = self._optim.set_lr(self._optimizer.param_groups, batch.clock)
         try:
             output = self._backward(batch)
             if batch.clock.taken == self.done and isinstance(self._model, nn.parallel.DistributedDataParallel):

@@ -13,6 +13,7 @@ LEVELS = [
     {"schedules"},
     {"models", "losses"},
     {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "transforms", "engine", "logging"},
+    {"pretrain_config", "finetune_config"},
     {"pretrain", "finetune"},
     {"study", "export", "report"},
     {"cli"},
@@ -22,7 +23,7 @@ ONLY_IN = {
     "hydra": {"config"},
     "wandb": {"logging"},
     "wandb_workspaces": {"logging"},
-    "accelerate": {"engine", "logging", "pretrain", "finetune", "downstream/regime.py"},
+    "accelerate": {"engine", "logging", "pretrain", "finetune", "downstream/plan.py", "downstream/regime.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
