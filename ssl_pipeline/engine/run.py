@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from accelerate import Accelerator
-from pydantic import BaseModel
 
 from ssl_pipeline.config.base import dump
 from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
@@ -45,7 +45,7 @@ class RunConfig(Protocol):
 @contextmanager
 def start_run(
     stage: str,
-    config: BaseModel,
+    config: RunConfig,
     accelerator: Accelerator,
     data: Mapping[str, str],
     loader: Loader | None = None,
@@ -70,16 +70,17 @@ def start_run(
         if loader is not None and state is not None:
             check_steps_left(state, loader, in_steps)
 
-    keys: RunConfig = config  # type: ignore[assignment]
+    settings = dump(config)  # type: ignore[arg-type]
     opened = run_on_main(
         accelerator,
-        lambda: open_run(keys.output, stage, keys.resume, dump(config), data=data, check_change=check_change),
+        lambda: open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change),
     )
     with opened or nullcontext(), ExitStack() as stack:
         folder, changes = broadcast_from_main(accelerator, (opened.path, opened.changes) if opened else (Path(), []))
-        yield Run(stage, config, keys, accelerator, opened, folder, changes, stack)
+        yield Run(folder, changes, stage, config, settings, opened, accelerator, stack)
 
 
+@dataclass
 class Run:
     """An open run; see :func:`start_run`.
 
@@ -91,26 +92,18 @@ class Run:
         progress: of the whole run.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        config: BaseModel,
-        keys: RunConfig,
-        accelerator: Accelerator,
-        opened: RunFolder | None,
-        folder: Path,
-        changes: list[str],
-        stack: ExitStack,
-    ) -> None:
-        self._stage, self._config, self._keys, self._accelerator = stage, config, keys, accelerator
-        self._opened, self._stack, self.folder, self.changes, self.main = (
-            opened,
-            stack,
-            folder,
-            changes,
-            opened is not None,
-        )
-        self.loggers, self.progress = LoggerCollection(None, []), Progress(0, 0, self.main, keys.tracking.terminal)
+    folder: Path
+    changes: list[str]
+    _stage: str
+    _config: RunConfig
+    _settings: dict[str, Any]
+    _opened: RunFolder | None
+    _accelerator: Accelerator
+    _stack: ExitStack
+
+    def __post_init__(self) -> None:
+        self.main, self.loggers = self._opened is not None, LoggerCollection(None, [])
+        self.progress = Progress(0, 0, self.main, self._config.tracking.terminal)
         self._steps_before = 0  # of stage two's loops that are over
 
     def checkpoints(self, loader: Loader, in_steps: bool, name: str = "") -> tuple[Checkpoints, dict[str, Any] | None]:
@@ -124,8 +117,8 @@ class Run:
         Raises:
             ConfigError: processes read checkpoints of different steps; on all of them.
         """
-        every = self._keys.checkpoint_every.on(loader.clock(0)) or None
-        checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._keys.keep_checkpoints, self.main)
+        every = self._config.checkpoint_every.on(loader.clock(0)) or None
+        checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._config.keep_checkpoints, self.main)
         resume = checkpoints.load()
         check_same_start(self._accelerator, int(resume["done"]) if resume else 0)
         if resume is not None:
@@ -144,10 +137,10 @@ class Run:
         if checkpoints is not None:
             enter(checkpoints)
         if total:
-            mode = self._keys.tracking.terminal
+            mode = self._config.tracking.terminal
             self.progress = enter(Progress(total, max(last_step, 0), self.main, mode, seconds_before=before))
-        tracking = self._keys.tracking
-        self.loggers = enter(open_loggers(self._opened, self._stage, dump(self._config), tracking, last_step))
+        tracking = self._config.tracking
+        self.loggers = enter(open_loggers(self._opened, self._stage, self._settings, tracking, last_step))
         enter(handle_signals(self.folder if self.main else None))
 
     def say(self, text: str) -> None:
@@ -184,7 +177,7 @@ class Run:
             self.loggers.log(seed, {TRAINING_STEP: before + step, **own})
 
         title = f"seed {seed}, {name.replace('_', ' ')}"
-        with Progress(total, done, self.main, self._keys.tracking.terminal, title) as progress:
+        with Progress(total, done, self.main, self._config.tracking.terminal, title) as progress:
             yield _LoopLogger(progress, log), max(1, total // _POINTS)
         self._steps_before = before + total
 
