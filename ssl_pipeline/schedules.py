@@ -127,3 +127,14 @@ class WarmupCosine(FrozenModel):
     def factor(self, clock: TrainProgress) -> float:
         """The factor at a step; see :func:`warmup_cosine`."""
         return warmup_cosine(clock.step, clock.total, self.warmup.on(clock), self.start_factor, self.end_factor)
+
+    def set_lr(self, param_groups: list[dict[str, Any]], clock: TrainProgress) -> float:
+        """Gives every group its rate of the step; computed from the step, so that processes can't multiply it.
+
+        Returns:
+            The first group's rate, for the log.
+        """
+        factor = self.factor(clock)
+        for group in param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return float(param_groups[0]["lr"])

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,27 @@ from torch import Tensor, nn
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress
 from tests.runs import small_pretext
+
+
+class Recorder(Callback):
+    """Keeps the metrics of each step, and evaluates by a function."""
+
+    def __init__(self, evaluate: Callable[[TrainProgress], dict[str, float]] | None = None, every: int = 0) -> None:
+        self.metrics, self._function, self.evaluate_every = dict[int, dict[str, float]](), evaluate, every
+
+    def evaluate(self, progress: TrainProgress) -> dict[str, float]:
+        return {} if self._function is None else self._function(progress)
+
+    def on_log(self, done: int, metrics: Mapping[str, float]) -> None:
+        self.metrics[done] = dict(metrics)
 
 
 def tiny_config(name: str, overrides: Sequence[str] = ()) -> PretextConfig:

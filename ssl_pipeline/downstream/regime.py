@@ -1,4 +1,4 @@
-"""How stage two trains: a probe on fixed features, all layers, or the one and then the other.
+"""How stage two trains: a probe on fixed features, all layers, or first one and then the other.
 
 Linear probing first keeps fine-tuning from distorting the features while the head is still random (Kumar et al. 2022).
 """
@@ -10,30 +10,28 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, TrainLoader
+from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, UnlabeledImages
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.pooled_task import PooledTask, Rows, choose_decay, first_metric, targets_of
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.continuing import go_on
-from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.distributed import broadcast_from_main, dist_info
+from ssl_pipeline.engine.loop import Callback, fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.run import Run
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.logging.training import TrainingCurves
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.models.bottleneck import estimate_bottleneck
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 from ssl_pipeline.transforms.multi_view import Views
@@ -89,32 +87,24 @@ class RegimeConfig(TrainingConfig):
         """Whether all layers are trained."""
         return self.name != "frozen"
 
-    def settle(self, task: DownstreamTask) -> None:
-        """Tells a task how its encoder is to be trained."""
+    def apply_to(self, task: DownstreamTask) -> None:
+        """Sets how a task's encoder is trained."""
         task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
         task.encoder.keeps_statistics = self.statistics == "kept"
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """The checkpoints of one training, which each of its loops has in a folder of its own.
+class CachedFeatures:
+    """An encoder's features that were extracted before: of the images to learn from, those that choose, and those to measure on."""
 
-    Attributes:
-        folder: of this training.
-        every: between two of a loop.
-        keep: how many of a loop.
-        main: whether this process writes.
-    """
-
-    folder: Path
-    every: Duration
-    keep: int
-    main: bool
+    train: Rows
+    validation: Rows | None = None
+    held_out: Rows | None = None
 
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a regime trains with, the same for probe and training.
+    """What one seed is trained with.
 
     Attributes:
         labeled: the images to learn from.
@@ -122,11 +112,9 @@ class TrainContext:
         preprocessing: what is done to an image without randomness.
         seed: of this training.
         accelerator: gives precision and processes.
-        share: this process's share of the work.
-        workers: processes that decode files; None settles it by the machine.
-        keeping: where and how often the state is kept to continue from; None keeps none.
-        curves: hears the loops; None hears nothing.
-        features: the encoder's, of the images to learn from and of those held out, where they were taken before.
+        workers: processes that decode files; None lets the machine decide.
+        run: keeps checkpoints and logs; None does neither.
+        features: of the encoder, where they were extracted before.
         unlabeled: images that are learned from without labels while all layers are trained; None takes the labeled ones alone.
     """
 
@@ -135,42 +123,44 @@ class TrainContext:
     preprocessing: Preprocessing
     seed: int
     accelerator: Accelerator
-    share: DistInfo
     workers: int | None = None
-    keeping: CheckpointConfig | None = None
-    curves: TrainingCurves | None = None
-    features: tuple[Rows, Rows | None] | None = None
+    run: Run | None = None
+    features: CachedFeatures | None = None
     unlabeled: UnlabeledImages | None = None
 
+    @property
+    def share(self) -> DistInfo:
+        return dist_info(self.accelerator)
 
-def train(regime: RegimeConfig, task: DownstreamTask, around: TrainContext) -> None:
-    """Trains a task in place by a regime; selection goes by labels that are held out of the training labels, or by none.
 
-    A training that was stopped takes the same way again: a head is solved anew, to the same bits, and a loop goes on from its
-    last checkpoint, or from its end.
+def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> None:
+    """Trains a task in place by a regime; training labels that are held out select, or none do.
+
+    A training that was stopped repeats its steps: a head is solved again, to the same bits, and a loop continues from its last
+    checkpoint, or from its end.
     """
-    task.look_at(around.labeled.train)
-    regime.settle(task)
+    task.look_at(context.labeled.train)
+    regime.apply_to(task)
     on_all_labels: Callable[[], None] | None = None
     if regime.probes and isinstance(task, PooledTask):
-        on_all_labels = fit_linear_probe(regime, task, around)
+        on_all_labels = fit_linear_probe(regime, task, context)
         if not regime.trains_all and on_all_labels is not None:
             on_all_labels()
     elif regime.probes:
         task.fix_encoder(True)
-        _run_loop(regime.probe, regime.batch, task, around, "probe", Best(task, around))
+        _run_supervised(regime.probe, regime.batch, task, context, "probe", Best(task, context))
         task.fix_encoder(False)
     if not regime.trains_all:
         return
-    best = Best(task, around, starts_trained=regime.probes, on_all_labels=on_all_labels)
-    if around.unlabeled is not None:
+    best = Best(task, context, starts_trained=regime.probes, on_all_labels=on_all_labels)
+    if context.unlabeled is not None:
         assert isinstance(task, Classification)  # finetune's `check` allows no other
-        _run_consistency(regime, task, around, around.unlabeled, best)
+        _run_consistency(regime, task, context, context.unlabeled, best)
     else:
-        _run_loop(regime, regime.batch, task, around, "all_layers", best)
+        _run_supervised(regime, regime.batch, task, context, "all_layers", best)
 
 
-def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContext) -> Callable[[], None] | None:
+def fit_linear_probe(regime: RegimeConfig, task: PooledTask, context: TrainContext) -> Callable[[], None] | None:
     """The probe: fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
 
     A bottleneck has random weights, and gets the statistics that fit them and the features first.
@@ -178,12 +168,16 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContex
     Returns:
         What fits the head again, on the held-out labels too, once they have nothing left to choose; None where none are held out.
     """
-    labeled, device = around.labeled, around.share.device
-    train, held_out = around.features or (None, None)
-    if train is None:
-        train = task.read(labeled.train, around.preprocessing, around.share, task.encoder.features)
+    labeled, device = context.labeled, context.share.device
+
+    def features_of(images: IndexedDataset) -> Rows:
+        return task.read(images, context.preprocessing, context.share, task.encoder.features)
+
+    cached = context.features
+    train = cached.train if cached is not None else features_of(labeled.train)
+    held_out = cached.validation if cached is not None else None
     if held_out is None and labeled.validation is not None:
-        held_out = task.read(labeled.validation, around.preprocessing, around.share, task.encoder.features)
+        held_out = features_of(labeled.validation)
     was_training = task.training
     task.eval()
     estimate_bottleneck(task.bottleneck, train.features.to(device))
@@ -193,7 +187,7 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, around: TrainContex
     )
     task.train(was_training)
     folds = None if labeled.folds is None else labeled.folds[train.index]
-    decay = broadcast_from_main(around.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
+    decay = broadcast_from_main(context.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
 
     def fit_on(*parts: Rows) -> None:
         features, targets = (torch.cat([getattr(part, side) for part in parts]) for side in ("features", "targets"))
@@ -208,37 +202,37 @@ def _behind_bottleneck(task: PooledTask, rows: Rows) -> Rows:
     return Rows(task.through_bottleneck(rows.features), rows.targets, rows.index)
 
 
-def _run_loop(
-    training: TrainingConfig, batch: int, task: DownstreamTask, around: TrainContext, name: str, best: Best
+def _run_supervised(
+    training: TrainingConfig, batch: int, task: DownstreamTask, context: TrainContext, name: str, best: Best
 ) -> None:
-    labeled, share = around.labeled, around.share
-    size, total = _steps(training, batch, around)
+    labeled, share = context.labeled, context.share
+    size, total = _steps(training, batch, context)
     make = AnnotatedLoader if isinstance(labeled.train, AnnotatedDataset) else IndexedLoader
-    batches = make(labeled.train, around.views, size, around.seed, share, total, around.workers, with_labels=True)
-    _run(training, task, batches, around, name, best)
+    loader = make(labeled.train, context.views, size, context.seed, share, total, context.workers, with_labels=True)
+    _run(training, task, loader, context, name, best)
 
 
 def _run_consistency(
-    regime: RegimeConfig, task: Classification, around: TrainContext, unlabeled: UnlabeledImages, best: Best
+    regime: RegimeConfig, task: Classification, context: TrainContext, unlabeled: UnlabeledImages, best: Best
 ) -> None:
-    """All layers, from labeled images and as many times ``ratio`` others."""
-    labeled, ratio = around.labeled, unlabeled.config.ratio
-    size, total = _steps(regime, min(regime.batch, len(unlabeled.images) // ratio), around)
-    batches = PairedLoader(
-        labeled.train, unlabeled.images, around.views, unlabeled.views, size, around.seed, around.share, total, around.workers,
+    """All layers, from labeled images and ``ratio`` times as many others."""
+    labeled, ratio = context.labeled, unlabeled.config.ratio
+    size, total = _steps(regime, min(regime.batch, len(unlabeled.images) // ratio), context)
+    loader = PairedLoader(
+        labeled.train, unlabeled.images, context.views, unlabeled.views, size, context.seed, context.share, total, context.workers,
         ratio * size,
     )  # fmt: skip
-    learner = Consistency(unlabeled.config, task, targets_of(labeled.train)).to(around.share.device)
-    _run(regime, learner, batches, around, "all_layers", best)
+    learner = Consistency(unlabeled.config, task, targets_of(labeled.train)).to(context.share.device)
+    _run(regime, learner, loader, context, "all_layers", best)
 
 
-def _steps(training: TrainingConfig, batch: int, around: TrainContext) -> tuple[int, int]:
+def _steps(training: TrainingConfig, batch: int, context: TrainContext) -> tuple[int, int]:
     """Labeled samples of a step, as even as an epoch allows, and the number of steps.
 
     Raises:
         ConfigError: there are fewer labeled samples than processes.
     """
-    labels, processes = len(around.labeled.train), around.share.processes
+    labels, processes = len(context.labeled.train), context.share.processes
     if labels < processes:
         raise ConfigError(
             f"{labels} labeled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
@@ -248,72 +242,55 @@ def _steps(training: TrainingConfig, batch: int, around: TrainContext) -> tuple[
 
 
 def _run(
-    training: TrainingConfig, learner: Task, batches: TrainLoader, around: TrainContext, name: str, best: Best
+    training: TrainingConfig, task: Task, loader: IndexedLoader, context: TrainContext, name: str, best: Best
 ) -> None:
-    """A loop that keeps the best weights where held-out labels tell them."""
-    optimizer = build_optimizer(training.optim, learner, batches.batch_size)
-    chooses = around.labeled.validation is not None
-    every = max(batches.steps_per_epoch, batches.total_steps // 20) if chooses else 0
-    fit_with_checkpoints(training, learner, batches, optimizer, around, name, best if chooses else None, every)
+    """A loop that keeps the best weights, if labels are held out to judge them."""
+    if context.labeled.validation is None:
+        run_loop(training, task, loader, context, name)
+        return
+    best.evaluate_every = max(loader.steps_per_epoch, loader.total_steps // 20)
+    run_loop(training, task, loader, context, name, best)
 
 
-def fit_with_checkpoints(
+def run_loop(
     training: TrainingConfig,
     task: Task,
-    batches: TrainLoader,
-    optimizer: Optimizer,
-    around: TrainContext,
+    loader: IndexedLoader,
+    context: TrainContext,
     name: str,
-    best: Best | None,
-    evaluate_every: int,
+    best: Best | None = None,
 ) -> None:
-    """One loop with its checkpoints, continued where it was stopped; the best weights are put back at its end.
+    """One loop, continued where it was stopped; the best weights are put back at its end.
 
     Args:
-        training: gives the optimizer's schedule.
-        task: what is trained.
-        batches: what it learns from.
-        optimizer: of its parameters.
-        around: what it is trained with.
+        training: gives the optimizer and its schedule.
+        task: trained in place.
+        loader: of the loop, from its start.
+        context: what it is trained with.
         name: of this loop among those of a training.
         best: keeps the weights that score best; None takes the last ones.
-        evaluate_every: steps between two looks of ``best``; 0 for never.
     """
+    optimizer, run = build_optimizer(training.optim, task, loader.batch_size), context.run
     checkpoints, resume = None, None
-    if around.keeping is not None:
-        kept = around.keeping
-        interval = kept.every.on(batches.clock(0)) or None
-        beside = best.state_dict if best is not None else dict[str, Any]
-        checkpoints = Checkpoints(kept.folder / name, interval, kept.keep, kept.main, beside=beside)
-        resume = checkpoints.load()
-        check_same_start(around.accelerator, int(resume["done"]) if resume else 0)
-    if resume is not None:
-        go_on(resume, batches, in_steps=training.length.unit == "steps")
-    if best is not None:
-        best.begin() if resume is None else best.load_state_dict(resume)
-    total, done = batches.total_steps + batches.offset, int(resume["done"]) if resume is not None else 0
-    curves = around.curves
-    with (
-        checkpoints or nullcontext(),
-        curves.loop(around.seed, name, total, done) if curves is not None else nullcontext() as hear,
-    ):
-        fit(
-            task, batches, training.optim, optimizer, around.accelerator, checkpoints, resume,
-            evaluate=best.evaluate if best is not None else None, evaluate_every=evaluate_every,
-            listeners=(hear.figures,) if hear is not None else (), moved=hear.moved if hear is not None else lambda _: None,
-            log_every=curves.log_every(total) if curves is not None else total, prefix="finetune",
-        )  # fmt: skip
+    if run is not None:
+        in_steps = training.length.unit == "steps"
+        checkpoints, resume = run.checkpoints(loader, in_steps, f"seed-{context.seed}/{name}")
+    total, done = loader.total_steps + loader.offset, int(resume["done"]) if resume is not None else 0
+    log = run.logging(context.seed, name, total, done) if run is not None else nullcontext((Callback(), total))
+    with checkpoints or nullcontext(), log as (logger, log_every):
+        state = TrainState(task, optimizer, training.optim, context.accelerator, checkpoints, resume)
+        fit(state, loader, (logger,) if best is None else (best, logger), log_every, prefix="finetune")
     if best is not None:
         best.restore()
-    around.accelerator.free_memory()
+    context.accelerator.free_memory()
 
 
-class Best:
+class Best(Callback):
     """Keeps the weights that score best on held-out labels; the latest of equals, as few labels make many of them.
 
     Args:
         task: whose weights.
-        around: what it is trained with.
+        context: what it is trained with.
         starts_trained: whether the weights that the loop starts from, a probe's, are a candidate too.
         on_all_labels: fits the probe's head again, on the held-out labels too, if those weights are the best: they were judged by a
             head that had not seen them.
@@ -322,42 +299,28 @@ class Best:
     def __init__(
         self,
         task: DownstreamTask,
-        around: TrainContext,
+        context: TrainContext,
         starts_trained: bool = False,
         on_all_labels: Callable[[], None] | None = None,
     ) -> None:
-        self._task, self._around = task, around
+        self._task, self._context = task, context
         self._starts_trained, self._on_all_labels = starts_trained, on_all_labels
         self._value, self._state, self._is_start = float("-inf"), dict[str, Any](), False
 
-    def begin(self) -> None:
-        """Takes the weights before the first step for the best, where they are a candidate."""
-        if self._starts_trained:
+    def on_train_start(self, resume: Mapping[str, Any] | None) -> None:
+        if resume is not None:
+            best = resume["best"]
+            self._value, self._state, self._is_start = best["value"], best["state"], best["is_start"]
+        elif self._starts_trained:
             self._measure(is_start=True)
 
-    def evaluate(self, clock: TrainProgress) -> Mapping[str, float]:
-        """The figures on held-out labels; keeps the weights if none before were better."""
-        del clock
-        figures = self._measure(is_start=False)
-        return {f"finetune/validation_{name}": value for name, value in figures.items()}
-
-    def _measure(self, is_start: bool) -> dict[str, float]:
-        held_out, around = self._around.labeled.validation, self._around
-        assert held_out is not None
-        figures = self._task.evaluate(held_out, around.preprocessing, around.share)
-        if first_metric(figures) >= self._value:
-            self._value, self._is_start = first_metric(figures), is_start
-            self._state = copy.deepcopy(self._task.state_dict())
-        return figures
+    def evaluate(self, progress: TrainProgress) -> Mapping[str, float]:
+        """The metrics on held-out labels; keeps the weights if none before were better."""
+        del progress
+        return {f"finetune/validation_{name}": value for name, value in self._measure(is_start=False).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
         return {"best": {"value": self._value, "state": self._state, "is_start": self._is_start}}
-
-    def load_state_dict(self, resume: Mapping[str, Any]) -> None:
-        """Takes it from a checkpoint."""
-        best = resume["best"]
-        self._value, self._state, self._is_start = best["value"], best["state"], best.get("is_start", False)
 
     def restore(self) -> None:
         """Puts the best weights back."""
@@ -365,3 +328,12 @@ class Best:
             self._task.load_state_dict(self._state)
         if self._is_start and self._on_all_labels is not None:
             self._on_all_labels()
+
+    def _measure(self, is_start: bool) -> dict[str, float]:
+        held_out, context = self._context.labeled.validation, self._context
+        assert held_out is not None
+        figures = self._task.evaluate(held_out, context.preprocessing, context.share)
+        if first_metric(figures) >= self._value:
+            self._value, self._is_start = first_metric(figures), is_start
+            self._state = copy.deepcopy(self._task.state_dict())
+        return figures

@@ -1,30 +1,36 @@
-"""A run's own resume state: written whole or not at all, and checked when it is read."""
+"""A run's resume state: written whole or not at all, checked when it is read, and where a changed run continues from it."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.base import ConfigError, UserError, first_line
+from ssl_pipeline.data.loader import TrainLoader
+from ssl_pipeline.engine.optim import OptimConfig
 
+Loader = TrainLoader
 _NAME, _PARTIAL = "step-", ".partial"
 _MARK = b"sha256:"  # a checkpoint ends with this and the digest of all that stands before it
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
-_SMALL = 32 * 2**20  # bytes; so many are on the disk before anybody has waited
+_SMALL = 32 * 2**20  # bytes, which are on the disk before anybody has waited
+_LEAP = 1.25  # a learning rate that changes by more than this factor from one step to the next is said to leap
 _log = logging.getLogger("ssl_pipeline")
 
 
 class CheckpointError(UserError):
-    """A checkpoint can't be written, or none that is left can be read."""
+    """A checkpoint can't be written, or none of those left can be read."""
 
 
 class _DamagedError(Exception):
@@ -37,26 +43,18 @@ class Checkpoints:
     A checkpoint is written with its checksum under a temporary name and flushed to the disk; then it gets its name, the
     folder is flushed too, and only then are older ones removed: at every instant after the first, a complete one exists.
 
-    A large one is written by a thread from a copy, while the run goes on. One write is under way at most, what goes wrong in
-    it is raised at the next step, and leaving the ``with`` block waits for it (docs/decisions/0005-checkpoints.md).
+    A large one is written by a thread from a copy, while the run goes on. At most one write is under way; its error is raised
+    at the next step, and leaving the ``with`` block waits for it (docs/decisions/0005-checkpoints.md).
 
     Args:
         folder: where they are kept.
         every: steps between two; None for the end only.
         keep: how many to keep, 1 or more.
         main: whether this process writes. All of them read.
-        beside: gives what else belongs into each, under names of its own.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        every: int | None = None,
-        keep: int = 2,
-        main: bool = True,
-        beside: Callable[[], dict[str, Any]] = dict,
-    ) -> None:
-        self.folder, self.every, self.keep, self.main, self.beside = folder, every, keep, main, beside
+    def __init__(self, folder: Path, every: int | None = None, keep: int = 2, main: bool = True) -> None:
+        self.folder, self.every, self.keep, self.main = folder, every, keep, main
         self._under_way: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -85,7 +83,7 @@ class Checkpoints:
         if not self.main:
             return
         self.wait()
-        whole = {"done": done, **self.beside(), **state}
+        whole = {"done": done, **state}
         if _bytes(whole) <= _SMALL:
             self._write(done, whole)
             return
@@ -94,7 +92,7 @@ class Checkpoints:
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Until the write under way is done.
+        """Waits for the write under way.
 
         Raises:
             CheckpointError: it has failed.
@@ -104,7 +102,7 @@ class Checkpoints:
             under_way.result()
 
     def load(self) -> dict[str, Any] | None:
-        """The state of the last checkpoint that is whole, or None where there never was one; removes what a kill has left.
+        """The state of the last whole checkpoint, or None if there never was one; removes what a killed write has left.
 
         Raises:
             CheckpointError: there are some, and none is whole.
@@ -151,7 +149,7 @@ class Checkpoints:
             ) from error
 
     def _remove_others(self, newest: Path) -> None:
-        """Keeps the newest ones; those of later steps are damaged, or of a future that is not going to come."""
+        """Keeps the newest ones; those of later steps are damaged, or of a run that was reset to an earlier step."""
         earlier = [path for path in self._complete() if path < newest]
         later = [path for path in self._complete() if path > newest]
         for path in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *later]:
@@ -159,6 +157,58 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_NAME}*.pt"))
+
+
+@contextlib.contextmanager
+def must_fit() -> Iterator[None]:
+    """Around the loading of a checkpoint's state: ``resume=changed`` can't carry it into another network.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the checkpoint does not fit this configuration ({first_line(error)}). `resume=changed` goes on with other rates, lengths and data, "
+            "and not with another network, task or optimizer: undo that change, or choose another `output`."
+        ) from error
+
+
+def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -> None:
+    """Refuses a changed configuration that would end without a step, as if it had been trained; changes nothing.
+
+    Args:
+        state: the checkpoint to continue from.
+        loader: of the new configuration.
+        in_steps: whether its length is given in optimizer steps, rather than in epochs.
+
+    Raises:
+        ConfigError: no step is left.
+    """
+    planned = copy.copy(loader)
+    step = planned.resume(state["position"], state["done"], in_steps)
+    if step < planned.total_steps:
+        return
+    epoch = step / planned.steps_per_epoch
+    longer = 2 * state["done"] if in_steps else max(math.ceil(2 * epoch), math.floor(epoch) + 1)
+    raise ConfigError(
+        f"nothing is left to train: {state['done']} steps were taken, up to epoch {epoch:.2f}, and this configuration ends at "
+        f"step {planned.total_steps + planned.offset} (epoch {planned.total_steps / planned.steps_per_epoch:.2f}). Train longer, such as by "
+        f"{'steps' if in_steps else 'epochs'}={longer}, undo the change, or choose another output=FOLDER."
+    )
+
+
+def describe_resume(state: Mapping[str, Any], loader: Loader, optim: OptimConfig) -> str:
+    """Epoch and learning rate before and after a change, of a loader that continues already."""
+    progress = loader.clock(state["done"] - loader.offset)
+    epoch, ends = progress.step / loader.steps_per_epoch, loader.total_steps / loader.steps_per_epoch
+    rate, before = optim.peak_rate(loader.batch_size) * optim.factor(progress), state["rate"]
+    leaps = before > 0 and not 1 / _LEAP <= rate / before <= _LEAP
+    return (
+        f"goes on at epoch {epoch:.2f} of {ends:.2f}, after step {state['done']} of {loader.total_steps + loader.offset}: the learning "
+        f"rate {'leaps' if leaps else 'goes'} from {before:.3g} to {rate:.3g}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One process or many: the accelerator, and the guard against processes that don't know of each other."""
+"""One process or many: the accelerator, and what processes exchange outside of a step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from torch import nn
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.engine.group import NEVER, watch_group
-from ssl_pipeline.engine.lost import leave_group
-from ssl_pipeline.engine.sharded import shard_on_cpu, sharding_asked_for
+from ssl_pipeline.engine.failures import NEVER, watch_group
+from ssl_pipeline.engine.fsdp import check_fsdp_environment, shard_on_cpu
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -29,16 +28,18 @@ _TASKS_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def start_accelerator() -> Accelerator:
-    """The accelerator of this process; precision and processes are the launcher's to say.
+    """The accelerator of this process; the launcher decides precision and processes.
 
     Raises:
-        ConfigError: the launcher was asked for several processes, and they did not become one group, or for a kind of sharding
-            that there is not.
+        ConfigError: the launcher was asked for several processes, which did not become one group, or for sharding that is not
+            supported.
     """
     problem = without_launcher(os.environ)
     if problem is not None:
         raise ConfigError(problem)
-    cpu, sharded = not torch.cuda.is_available(), sharding_asked_for()
+    cpu, sharded = not torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded:
+        check_fsdp_environment()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None and not cpu and torch.cuda.is_bf16_supported():
         precision = "bf16"
@@ -46,7 +47,7 @@ def start_accelerator() -> Accelerator:
     kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     of_group = int(os.environ.get("WORLD_SIZE", "1"))
     if cpu and of_group > 1 and not is_initialized():
-        watch_group(leave_group)
+        watch_group()
     patience = InitProcessGroupKwargs(timeout=NEVER if cpu else timedelta(seconds=timeout_seconds()))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs, patience])
     asked = max(of_group, _processes_asked_of_launcher())
@@ -61,15 +62,12 @@ def start_accelerator() -> Accelerator:
 
 
 def without_launcher(environment: Mapping[str, str]) -> str | None:
-    """What is wrong where `srun` or `mpirun` started several processes that would each do the same run; None where nothing is.
+    """What is wrong where `srun` or `mpirun` started several processes that would each do the same run; None if nothing is.
 
-    A shell of `salloc`, and a script of `sbatch`, know the job's number of tasks, too, and are one process: what counts is
-    the step that this process belongs to.
-
-    Args:
-        environment: the process's variables.
+    A shell of `salloc`, and a script of `sbatch`, also know the job's number of tasks, and are one process: what counts is the
+    step that this process belongs to.
     """
-    if "WORLD_SIZE" in environment:  # a launcher of torch's has told each process what it is
+    if "WORLD_SIZE" in environment:  # set by torch's launchers
         return None
     job, step = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"))
     in_step = (
@@ -90,12 +88,12 @@ def without_launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def dist_info(accelerator: Accelerator) -> DistInfo:
-    """This process's share of the work."""
+    """This process's rank and device, and the number of processes."""
     return DistInfo(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
 def move_to_device(task: M, share: DistInfo) -> M:
-    """A task on this process's device; on several GPUs its BatchNorms see the whole batch, unless it wants them not to."""
+    """Moves a task to this process's device; on several GPUs its BatchNorms see the whole batch, unless it opts out."""
     if share.processes > 1 and share.device.type == "cuda" and getattr(task, "synchronizes_norms", True):
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
     moved: M = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -103,7 +101,7 @@ def move_to_device(task: M, share: DistInfo) -> M:
 
 
 def batchnorm_notes(task: nn.Module, share: DistInfo) -> list[str]:
-    """What is to be said where processes do not share BatchNorm's statistics: SyncBatchNorm works on GPUs alone."""
+    """A note where processes do not share BatchNorm's statistics: SyncBatchNorm works on GPUs alone."""
     has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
     if share.processes == 1 or share.device.type != "cpu" or not has_norms:
         return []
@@ -114,7 +112,7 @@ def batchnorm_notes(task: nn.Module, share: DistInfo) -> list[str]:
 
 
 def check_all_learn(task: nn.Module) -> None:
-    """Holds, after a first backward pass, that each parameter that learns has a gradient.
+    """Checks, after the first backward pass, that each parameter that learns has a gradient.
 
     Raises:
         ConfigError: some have none, for which DistributedDataParallel would wait; on all processes.
@@ -153,7 +151,7 @@ def all_gather_objects(accelerator: Accelerator, value: T) -> list[T]:
 
 
 def check_same_start(accelerator: Accelerator, done: int) -> None:
-    """Holds that all processes continue from the same step.
+    """Checks that all processes continue from the same step.
 
     Raises:
         ConfigError: they don't; on all of them.
@@ -167,7 +165,7 @@ def check_same_start(accelerator: Accelerator, done: int) -> None:
 
 
 def run_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
-    """Makes something on the main process alone (None elsewhere); its mistake is every process's.
+    """Makes something on the main process alone (None elsewhere).
 
     Raises:
         ConfigError: on all processes, where the main process's ``make`` raised a UserError.

@@ -1,6 +1,6 @@
-"""``launch/run``: `accelerate launch` with what it lacks: signals reach the run, nothing is left over, exit codes survive.
+"""``launch/run``: `accelerate launch` with what it lacks: signals reach the run, no process is left over, exit codes survive.
 
-It imports nothing large, so that it listens from the start.
+It imports nothing large, so that it handles signals from the start.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Launch:
         self._launcher = subprocess.Popen(
             command, env={**os.environ, EXIT_CODES: str(codes)}, start_new_session=True, preexec_fn=_die_with_parent
         )
-        if self._signal:  # it came before there was anybody to pass it on to
+        if self._signal:  # it came before the launcher was there
             self._pass_on(self._signal, None)
 
     def wait(self) -> int:
@@ -75,29 +75,29 @@ class Launch:
         assert launcher is not None
         while (code := launcher.poll()) is None:
             time.sleep(0.2)
-            if LOST in self._told():
+            if LOST in self._exit_codes():
                 self._end_the_others(launcher)
         _end(psutil.Process().children(recursive=True))
         for known in (_SAVED, _BY_HAND, _WRONG_INPUT, LOST):
-            if known in self._told():
+            if known in self._exit_codes():
                 return known
         if code == 0:
             return 0
-        if self._signal in (signal.SIGTERM, signal.SIGUSR1) and not self._told():
-            return _SAVED  # it died of the signal before it listened, or was told twice: what it has saved is whole
+        if self._signal in (signal.SIGTERM, signal.SIGUSR1) and not self._exit_codes():
+            return _SAVED  # it died of the signal before it handled any, or had two: what it has saved is whole
         return 128 + (self._signal or -code) if self._signal or code < 0 else code
 
-    def _told(self) -> list[int]:
+    def _exit_codes(self) -> list[int]:
         return [int(word) for word in self._codes.read_text().split()]
 
     def _end_the_others(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Of a group that has lost a process nothing will come: what hangs is killed, which the launcher is slow to do."""
+        """Kills what hangs of a group that has lost a process; the launcher is slow to do so."""
         others = psutil.Process(launcher.pid).children()
         for process in psutil.wait_procs(others, _SECONDS_AFTER_A_LOSS)[1]:
             process.kill()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """To the run's processes themselves: the launcher would kill them half a minute later, or leave them alone."""
+        """Sends the signal to the run's processes: the launcher would kill them half a minute later, or leave them alone."""
         del frame
         self._signal = number
         if self._launcher is None:
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def _end(left: list[psutil.Process]) -> None:
-    """Asks what is left to save and leave, and kills what does not in time."""
+    """Terminates what is left, and kills what does not exit in time."""
     for process in left:
         try:
             process.terminate()
@@ -134,7 +134,7 @@ def _end(left: list[psutil.Process]) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Linux's prctl; elsewhere an orphan of a killed launcher stays what it is."""
+    """Linux's prctl; elsewhere an orphan of a killed launcher is left alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)
 
@@ -144,6 +144,6 @@ def _die_with_parent() -> None:
 
 
 def save_with_launcher() -> None:
-    """Under ``launch/run``: a process whose own launcher is killed is told to save and leave."""
+    """Under ``launch/run``: a process whose own launcher is killed gets SIGTERM, so that it saves and exits."""
     if EXIT_CODES in os.environ:
         _prctl(_PARENT_DIES, signal.SIGTERM)

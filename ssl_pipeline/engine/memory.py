@@ -1,4 +1,4 @@
-"""How much memory a step will need, estimated before the first one: a CPU that runs out of it is not told so, it is killed.
+"""How much memory a step will need, estimated before the first one: a process that runs out of it on a CPU is killed.
 
 The estimate, for one process:
 
@@ -40,19 +40,14 @@ _log = logging.getLogger("ssl_pipeline")
 
 
 class Memory(NamedTuple):
-    """Memory of this machine, or of the container or batch job that this process runs in, in bytes.
+    """Bytes that this machine, or the container or batch job that this process runs in, has at most, and has free."""
 
-    Attributes:
-        total: what can be had at most, swap included.
-        free: what can be had now.
-    """
-
-    total: float
+    total: float  # swap included
     free: float
 
 
 def kept_bytes(task: Task, views: Sequence[tuple[int, int, int]], samples: int, whole: bool = True) -> int:
-    """What autograd keeps between forward and backward, weights left out, in bytes; nothing is computed or changed.
+    """Bytes that autograd keeps between forward and backward, without weights; nothing is computed or changed.
 
     Args:
         task: in any mode; counted in training mode.

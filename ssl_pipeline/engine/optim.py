@@ -9,9 +9,9 @@ from lightly.utils.lars import LARS
 from pydantic import Field, model_validator
 from torch.optim import SGD, AdamW, Optimizer
 
-from ssl_pipeline.engine.numbers import NonFiniteConfig
+from ssl_pipeline.engine.nonfinite import NonFiniteConfig
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.schedules import TrainProgress, WarmupCosine
+from ssl_pipeline.schedules import WarmupCosine
 
 
 class OptimConfig(WarmupCosine):
@@ -61,7 +61,7 @@ def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimiz
         batch_size: samples of a step over all processes.
 
     Returns:
-        An optimizer whose groups carry ``base_lr``; :func:`set_rate` makes the step's rate of it. Norms and biases are in
+        An optimizer whose groups carry ``base_lr``; :meth:`OptimConfig.set_lr` makes the step's rate of it. Norms and biases are in
         groups of their own without decay, which LARS therefore also leaves unscaled.
     """
     groups: list[dict[str, Any]] = []
@@ -79,15 +79,3 @@ def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimiz
         lars: Optimizer = LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust)
         return lars
     return SGD(groups, lr=config.lr, momentum=config.momentum)
-
-
-def set_rate(optimizer: Optimizer, config: OptimConfig, clock: TrainProgress) -> float:
-    """Gives every group its rate of the step; computed from the step, so that processes can't multiply it.
-
-    Returns:
-        The first group's rate, for the log.
-    """
-    factor = config.factor(clock)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])

@@ -1,11 +1,11 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the run is saved at the end of its step, on all processes alike, and left calmly.
 
-A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/numbers.py``), so
-that one which was told a step earlier than the others does not wait for them in vain. Nor does an evaluation hold a run up:
-one that lasts is cut short, where processes exchange its parts, and made up for by the run that goes on.
+A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/nonfinite.py``), so
+that one which receives it a step earlier does not wait for the others in vain. A long evaluation is cut short where processes
+exchange its parts, and repeated by the run that continues.
 
-Ctrl-C (SIGINT) outside of the loop is what it always is in Python, a KeyboardInterrupt: there is nothing to save. A second one
-leaves a command at once; in Python, such as in a notebook, it is a KeyboardInterrupt.
+Ctrl-C (SIGINT) outside of the loop is a KeyboardInterrupt, as always in Python: there is nothing to save. A second one ends a
+command at once; in a notebook it is a KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from ssl_pipeline.config.base import StoppedByHand, UserError
 
 FILE_NAME = "requeue"
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
-# Batch systems and launchers pass one request on by several ways: what comes within this time is the same one.
+# Batch systems and launchers send one request in several ways: signals within this time are the same one.
 _SECONDS_OF_ONE_REQUEST = 5.0
-# Launchers kill what is there half a minute after the signal: an evaluation that is nearly done is worth a part of that.
+# Launchers kill half a minute after the signal: an evaluation that is nearly done may use a part of that.
 _SECONDS_FOR_AN_EVALUATION = 8.0
-_NONE = 0
 _first: tuple[int, float] | None = None
-_loops = 0  # that are under way in this process
+_loops = 0  # running in this process
 
 
 class StoppedError(UserError):
-    """A signal has ended the run; its state is saved where it has checkpoints.
+    """A signal has ended the run; its state is saved if it keeps checkpoints.
 
     Attributes:
         number: the signal's.
-        saved: whether it can be continued.
+        saved: whether the run can be continued.
         after: how far it came, as the start of a sentence.
     """
 
@@ -55,7 +54,7 @@ class StoppedError(UserError):
 
 
 class CutShortError(StoppedError):
-    """A signal has ended an evaluation that lasts, on all processes; outside of the loop there is nothing to save."""
+    """A signal has ended a long evaluation, on all processes; outside of the loop there is nothing to save."""
 
     def __init__(self, number: int) -> None:
         self.number, self.saved, self.after = number, True, f"stopped by {_name(number)} in an evaluation"
@@ -65,34 +64,34 @@ class CutShortError(StoppedError):
 
 
 def install_signal_handlers() -> None:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C from now on; one that comes again later leaves at once."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C from now on; one that comes again later ends the process at once."""
     for number in (*HEARD, signal.SIGINT):
         signal.signal(number, _note)
 
 
 def pending_signal() -> int:
     """The number of the signal that this process was sent, 0 for none."""
-    return _NONE if _first is None else _first[0]
+    return 0 if _first is None else _first[0]
 
 
 def overdue() -> int:
-    """Like ``pending_signal``, once an evaluation has to give way: some time after a batch system's signal, and at once after Ctrl-C."""
+    """Like ``pending_signal``, once an evaluation has to stop: some time after a batch system's signal, at once after Ctrl-C."""
     if _first is None or (not _loops and _first[0] == signal.SIGINT):
-        return _NONE
+        return 0
     number, since = _first
     late = number == signal.SIGINT or time.monotonic() - since > _SECONDS_FOR_AN_EVALUATION
-    return number if late else _NONE
+    return number if late else 0
 
 
 def reset_signals() -> None:
-    """As if no signal had come."""
+    """Forgets a signal that has come."""
     global _first
     _first = None
 
 
 @contextmanager
 def looping() -> Iterator[None]:
-    """Around a training loop: here Ctrl-C is noted, and heard at the next step's end."""
+    """Around a training loop: Ctrl-C is noted, and acted on at the end of the step."""
     global _loops
     _loops += 1
     try:
@@ -103,12 +102,12 @@ def looping() -> Iterator[None]:
 
 @contextmanager
 def handle_signals(folder: Path | None) -> Iterator[None]:
-    """Around a run's work: Ctrl-C is heard, and a signal that ends the run leaves a file ``requeue`` in its folder.
+    """Around a run's work: Ctrl-C saves it, and a signal that ends it leaves a file ``requeue`` in its folder.
 
-    Handlers are set where nobody has (in Python, such as in a notebook) and in the main thread alone, which may; they are put back.
+    A handler is set if there is none yet (in a notebook), in the main thread alone, and removed at the end.
 
     Args:
-        folder: the run's; None in processes that don't write.
+        folder: the run's; None on rank > 0.
 
     Raises:
         StoppedByHand: Ctrl-C has ended the run, on all processes.

@@ -1,4 +1,4 @@
-"""The contract of a task: what the loop knows of what it trains."""
+"""The contract of a task: what the loop knows of the module that it trains."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Embeddings = dict[str, Tensor]
 
 @dataclass
 class StepOutput:
-    """What a step gives.
+    """The loss and metrics of a step.
 
     Attributes:
         loss: a scalar, the mean over this process's samples.
-        metrics: further figures to log, scalars.
-        details: makes figures that cost something to make; called only at the steps that are logged.
+        metrics: further scalars to log.
+        details: computes metrics that cost time; called at logged steps alone.
     """
 
     loss: Tensor
@@ -37,13 +37,13 @@ class StepOutput:
 class Task(nn.Module, ABC):
     """A batch goes in, a loss comes out. All state that must survive a resume is in parameters and persistent buffers.
 
-    ``embed`` and ``objective`` move no state but the norms' running statistics: a step whose loss is not finite is passed over,
-    and then ``after_step`` is not called.
+    ``embed`` and ``objective`` change no state but BatchNorm's running statistics: a step whose loss is not finite is skipped, and
+    then ``after_step`` is not called.
 
     Attributes:
         reads_labels: whether the task needs ``batch.label``.
-        encoder: what is handed over to the next stage.
-        synchronizes_norms: whether its BatchNorms are to see the batch of all GPUs, rather than each its own share.
+        encoder: what the next stage takes over.
+        synchronizes_norms: whether its BatchNorms see the batch of all GPUs, rather than each its own share.
     """
 
     reads_labels: ClassVar[bool] = False
@@ -59,12 +59,12 @@ class Task(nn.Module, ABC):
         """The loss's part: embeddings to a scalar. Called once a step, with this process's whole share of the batch."""
 
     def forward(self, batch: Batch, gradients: Embeddings | None = None) -> StepOutput:
-        """Both; this is what DistributedDataParallel sees.
+        """Both; what DistributedDataParallel wraps.
 
         Args:
-            batch: a batch, or a micro-batch of the two-pass form.
-            gradients: the two-pass form's second pass: the loss's gradient by each embedding, known already. The loss is then
-                the linear function of the embeddings that has these gradients.
+            batch: a batch, or a micro-batch of GradCache.
+            gradients: of the loss by each embedding, in GradCache's second pass: the loss returned is then the linear function of
+                the embeddings that has these gradients.
         """
         embeddings = self.embed(batch)
         if gradients is None:
@@ -77,24 +77,21 @@ class Task(nn.Module, ABC):
         return [{"params": [(n, p) for n, p in self.named_parameters() if p.requires_grad], "lr_factor": 1.0}]
 
     def frozen(self, clock: TrainProgress) -> list[nn.Parameter]:
-        """Parameters that stay as they are in a step though the loss has a gradient for them.
+        """Parameters that a step leaves unchanged although the loss has a gradient for them.
 
-        They take part in the backward pass, as several processes have to exchange the same gradients at every step. Then their
-        gradient is dropped: one of zero would still decay them, and would fill the optimizer's moments with zeros, after which
-        AdamW's first steps are several times too large.
-
-        Args:
-            clock: tells the step.
+        They take part in the backward pass, since processes exchange the same gradients at every step. Then their gradient is
+        dropped: a gradient of zero would still decay them, and would fill AdamW's moments with zeros, after which its first steps
+        are several times too large.
         """
         del clock
         return []
 
     def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
-        """What must be known of all samples before the first step (a memory's rows); not called on a resume.
+        """Fills what depends on all samples before the first step, such as a memory; not called on a resume.
 
         Args:
-            extract: runs a function of images (B, C, H, W) to rows (B, D) over all samples, without randomness, and returns the
-                rows in the samples' order, on the CPU.
+            extract: applies a function from images (B, C, H, W) to rows (B, D) to all samples, without randomness; returns the rows
+                in the samples' order, on the CPU.
         """
         del extract
 
@@ -107,7 +104,7 @@ class PretextConfig(ComponentConfig, ABC):
     """The base of every pretext task's ``Config``.
 
     Attributes:
-        views_needed: how many global views of an image the task wants; None for any number.
+        views_needed: global views of an image that the task needs; None for any number.
         takes_local_views: whether it also takes multi-crop's local views.
     """
 

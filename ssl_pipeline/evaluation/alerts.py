@@ -1,15 +1,14 @@
-"""What a person should hear of at once: a loss that jumps, features that collapse."""
+"""Alerts: a loss that jumps, features that collapse."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from statistics import median
 
+from ssl_pipeline.engine.loop import Callback
+from ssl_pipeline.engine.run import Run
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.logging.progress import Progress
-from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.collapse import verdict
 
 _WINDOW, _FEWEST = 50, 20
@@ -21,8 +20,8 @@ _LEAST_SHARE = 0.02  # a loss that hardly moves has no spread worth the name
 class LossSpikes:
     """A loss far above those before it, by their median and median absolute deviation.
 
-    It looks at the losses that are logged, on the main process alone, and is made anew from the log when a run is continued:
-    so it costs a step nothing, and has no state to save. One jump is told once, until the loss is back.
+    It reads the logged losses, on the main process alone, and is rebuilt from the log when a run continues: it costs a step
+    nothing and has no state to save. A jump is reported once, until the loss is back.
 
     Args:
         before: losses logged before, the last ones last.
@@ -50,47 +49,30 @@ class LossSpikes:
         )
 
 
-class Alerts:
-    """Listens to the figures of a run, and says what is wrong with them.
+class Alerts(Callback):
+    """Tells the terminal and the loggers when the loss jumps or the features collapse.
 
     Args:
-        prefix: group of the step's own figures.
+        run: gives both, and the losses that it has logged before.
+        prefix: group of the step's own metrics.
         width: of the features.
-        tell: is given the step, a title, and a sentence.
-        before: losses logged before.
     """
 
-    def __init__(
-        self, prefix: str, width: int, tell: Callable[[int, str, str], None], before: Iterable[float] = ()
-    ) -> None:
-        self._loss, self._width, self._tell, self._spikes = f"{prefix}/loss", width, tell, LossSpikes(before)
+    def __init__(self, run: Run, prefix: str, width: int) -> None:
+        self._run, self._loss, self._width = run, f"{prefix}/loss", width
+        lines = read_metrics(run.folder) if run.main else []
+        losses = [line[self._loss] for line in lines if self._loss in line]
+        self._spikes = LossSpikes(losses[-_WINDOW:])
 
-    def __call__(self, done: int, figures: Mapping[str, float]) -> None:
-        """``done`` steps are done."""
-        jump = self._spikes(figures[self._loss]) if self._loss in figures else None
+    def on_log(self, done: int, metrics: Mapping[str, float]) -> None:
+        jump = self._spikes(metrics[self._loss]) if self._loss in metrics else None
         if jump is not None:
-            self._tell(done, "loss spike", jump)
-        measured = {name.removeprefix("eval/"): value for name, value in figures.items() if name.startswith("eval/")}
+            self._alert(done, "loss spike", jump)
+        measured = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
         collapsed = verdict(measured, self._width)
         if collapsed is not None:
-            self._tell(done, "collapse", collapsed)
+            self._alert(done, "collapse", collapsed)
 
-
-def open_alerts(prefix: str, width: int, progress: Progress, trackers: LoggerCollection, logged: Path | None) -> Alerts:
-    """Alerts that are told in the terminal and to the mirrors.
-
-    Args:
-        prefix: group of the step's own figures.
-        width: of the features.
-        progress: the terminal.
-        trackers: the mirrors.
-        logged: the folder of a run that goes on, whose log holds losses from before; None for a new one.
-    """
-
-    def tell(step: int, title: str, text: str) -> None:
-        progress.say(text)
-        trackers.alert(step, title, text)
-
-    lines = read_metrics(logged) if logged is not None else []
-    losses = [line[f"{prefix}/loss"] for line in lines if f"{prefix}/loss" in line]
-    return Alerts(prefix, width, tell, losses[-_WINDOW:])
+    def _alert(self, step: int, title: str, text: str) -> None:
+        self._run.say(text)
+        self._run.loggers.alert(step, title, text)

@@ -16,7 +16,6 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.evaluation.features import one_of_each_class
-from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.knn import nearest_neighbors
@@ -50,18 +49,18 @@ class ImageLogger:
         """Some images with their random views."""
         self._draw(step, {"views": partial(views_picture, source, config, seed)})
 
-    def evaluation(self, step: int, evaluation: OnlineEvaluation, must: bool) -> None:
+    def evaluation(self, step: int, seen: tuple[IndexedDataset, Tensor, Tensor] | None, must: bool) -> None:
         """Neighbors and map of the images of the last evaluation.
 
         Args:
             step: steps done.
-            evaluation: after it was called.
-            must: draw in any case; otherwise only while pictures took less than 0.5 % of the time.
+            seen: a source, the numbers of its images that were evaluated, and their features; None where none were.
+            must: drawn whatever was spent before; otherwise only while pictures took less than 0.5 % of the time.
         """
         affordable = self._spent <= _MOST_OF_THE_TIME * (self._clock() - self._began)
-        if evaluation.seen is not None and (must or affordable):
+        if seen is not None and (must or affordable):
             makers = {"neighbors": neighbor_strips, "embedding_map": embedding_map}
-            self._draw(step, {name: partial(make, *evaluation.seen) for name, make in makers.items()})
+            self._draw(step, {name: partial(make, *seen) for name, make in makers.items()})
 
     def confusion(self, step: int, matrix: Tensor, classes: tuple[str, ...]) -> None:
         """A confusion matrix."""

@@ -1,4 +1,4 @@
-"""A run's folder: never shared by two runs, and enough in it to repeat the run."""
+"""A run's folder: never shared by two runs, and with all that is needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +36,8 @@ _FREE_TO_CHANGE = (
 Resume = Literal["no", "auto", "changed"]
 
 
-class Run:
-    """An open run folder; closing it lets another process in.
+class RunFolder:
+    """An open run folder; closing it releases its lock.
 
     Attributes:
         path: the folder.
@@ -51,19 +50,10 @@ class Run:
         self.changes: list[str] = []
 
     def close(self) -> None:
-        """Gives the folder's lock back."""
+        """Releases the lock."""
         self._lock.release()
 
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Around what is done before the run is entered: an error there, which a notebook keeps, must not keep the folder."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -81,7 +71,7 @@ def open_run(
     root: Path = Path("runs"),
     data: Mapping[str, str] | None = None,
     check_change: Callable[[Path], None] | None = None,
-) -> Run:
+) -> RunFolder:
     """Makes or continues a run's folder, and writes ``config.yaml`` and ``run.json`` into it.
 
     Args:
@@ -109,9 +99,12 @@ def open_run(
             if _occupied(path) and not (path / "config.yaml").exists():
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
-        run = Run(path, False, _lock(path))
-        with run.closed_on_error():
+        run = RunFolder(path, False, _lock(path))
+        try:
             _settle(run, resume, config, dict(data or {}), check_change)
+        except BaseException:  # which a notebook keeps: the folder must be free again
+            run.close()
+            raise
     except OSError as error:
         raise ConfigError(
             f"`output`: {str(path or root)!r} can't be written ({error.strerror}): choose a folder that can."
@@ -186,7 +179,7 @@ def _lock(path: Path) -> FolderLock:
 
 
 def _settle(
-    run: Run,
+    run: RunFolder,
     resume: Resume,
     config: dict[str, Any],
     data: dict[str, str],

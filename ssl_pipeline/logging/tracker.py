@@ -18,7 +18,7 @@ from ssl_pipeline.logging.by_name import check_names, open_by_name
 from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
 from ssl_pipeline.logging.progress import Mode
 from ssl_pipeline.logging.redaction import redact
-from ssl_pipeline.logging.run import Run
+from ssl_pipeline.logging.run import RunFolder
 
 _log = logging.getLogger("ssl_pipeline")
 
@@ -153,7 +153,12 @@ class LoggerCollection:
 
 
 def open_loggers(
-    run: Run | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int, main: bool = True
+    run: RunFolder | None,
+    stage: str,
+    config: dict[str, Any],
+    tracking: TrackingConfig,
+    start_step: int,
+    main: bool = True,
 ) -> LoggerCollection:
     """The trackers of a run.
 

@@ -27,7 +27,7 @@ from ssl_pipeline.evaluation.features import class_name, extract, one_of_each_cl
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
 from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.models.encoder import load_encoder
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.report.planes import projections
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.rng import permutation

@@ -15,21 +15,20 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import dump
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.downstream.labels import LabeledSplit, draw_folds, draw_index
-from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, Rows, targets_of
-from ssl_pipeline.downstream.regime import TrainContext, train
+from ssl_pipeline.downstream.labels import draw_index
+from ssl_pipeline.downstream.plan import Start
+from ssl_pipeline.downstream.pooled_task import PooledConfig, Rows, targets_of
+from ssl_pipeline.downstream.regime import CachedFeatures
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.finetune import FinetuneConfig, model_card, open_unlabeled, starting_point
+from ssl_pipeline.finetune import model_card, open_plan, open_start
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.encoder import Encoder, EncoderSpec, save
+from ssl_pipeline.models.encoder import save
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.study.grid import Cell
-from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
@@ -81,7 +80,7 @@ class CellRunner:
         self.accelerator = start_accelerator()
         self.share = dist_info(self.accelerator)
         self._sources: dict[str, tuple[IndexedDataset, IndexedDataset]] = {}
-        self._starts: dict[str, tuple[EncoderSpec, Encoder | None]] = {}
+        self._starts: dict[str, Start] = {}
 
     def run(self, task: FeatureJob | TrainJob) -> str:
         """Does a piece of work; returns what it was."""
@@ -103,26 +102,23 @@ class CellRunner:
             self._sources = {key: (pool, held_out)}  # of one study's cells all have the same
         return self._sources[key]
 
-    def start(self, config: FinetuneConfig) -> tuple[EncoderSpec, Encoder]:
-        """A cell's architecture, and an encoder of its own to train."""
+    def start(self, config: FinetuneConfig) -> Start:
+        """What a cell starts from."""
         tree = dump(config)
         key = str(
             [config.starts_fresh, *(tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "views"))]
         )
-        if key not in self._starts:
-            self._starts = {
-                key: starting_point(config, self.sources(config)[0])
-            }  # the last one: cells come in its order
-        blueprint, pretrained = self._starts[key]
-        torch.manual_seed(derive_seed(config.seed, "initialisation"))
-        return blueprint, copy.deepcopy(pretrained) if pretrained is not None else blueprint.build()[0]
+        if key not in self._starts:  # the last one alone: cells come in its order
+            self._starts = {key: open_start(config, self.sources(config)[0])}
+        return self._starts[key]
 
     def read(self, task: FeatureJob) -> None:
         """Takes an encoder's features of training images and of those to measure on, and writes them whole or not at all."""
         pool, held_out = self.sources(task.cell.config)
-        blueprint, encoder = self.start(task.cell.config)
-        encoder = move_to_device(encoder, self.share)
-        preprocessing = Preprocessing.of(blueprint)
+        start = self.start(task.cell.config)
+        torch.manual_seed(derive_seed(task.cell.config.seed, "initialisation"))
+        encoder = copy.deepcopy(start.encoder) if start.encoder is not None else start.spec.build()[0]
+        encoder, preprocessing = move_to_device(encoder, self.share), Preprocessing.of(start.spec)
         index = torch.arange(len(pool)) if task.knn else task.index
         found = {"index": index}
         for name, source, asked in (("train", pool, index), ("held_out", held_out, None)):
@@ -141,29 +137,22 @@ class CellRunner:
         """Trains and measures a cell, and writes its figures, the model first."""
         began, cell, config = time.perf_counter(), task.cell, task.cell.config
         pool, held_out = self.sources(config)
-        blueprint, encoder = self.start(config)
-        assert pool.classes is not None
-        model = move_to_device(config.downstream.build(encoder, len(pool.classes)), self.share)
-        policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
-        views = Views(policy, blueprint.mean, blueprint.std, config.seed)
-        preprocessing = Preprocessing.of(blueprint)
-        index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
-        folds = draw_folds(config.labels, config.downstream, pool, (index, validation), config.seed)
-        labeled = LabeledSplit(pool.select(index), None if validation is None else pool.select(validation), folds)
-        rows = load_file(task.features) if task.features is not None else None
-        cached = None
-        if rows is not None:
-            cached = _of(rows, index, pool), None if validation is None else _of(rows, validation, pool)
-        around = TrainContext(
-            labeled, views, preprocessing, config.seed, self.accelerator, self.share, config.workers, features=cached,
-            unlabeled=open_unlabeled(config, blueprint, pool, config.seed),
-        )  # fmt: skip
-        train(config.regime, model, around)
-        figures = _measure(model, config, held_out, rows, preprocessing, self.share)
+        config, plan = open_plan(config, (pool, held_out), self.start(config))
+        features = None
+        if task.features is not None:
+            rows = load_file(task.features)
+            index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
+            measured = Rows(rows["held_out"], targets_of(held_out)[rows["held_out_read"]], rows["held_out_read"])
+            features = CachedFeatures(
+                _of(rows, index, pool), None if validation is None else _of(rows, validation, pool), measured
+            )
+        context = plan.context(config.seed, self.accelerator, features=features)
+        model = plan.train(context)
+        figures = plan.measure(model, context)
         if task.model is not None:
             task.model.mkdir(parents=True, exist_ok=True)
-            save(task.model, model, model_card(config, blueprint, pool, figures))
-        chosen_by = selection(config.labels, config.downstream, config.regime, labeled)
+            save(task.model, model, model_card(config, plan, figures))
+        chosen_by = selection(config.labels, config.downstream, config.regime, context.labeled)
         count = chosen_by["learned_from"] + chosen_by["held_out"]
         row = {
             "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "held_out": chosen_by["held_out"], "seed": cell.seed, "split": config.split,
@@ -171,15 +160,6 @@ class CellRunner:
         }  # fmt: skip
         write_json(task.record, {**row, **task.facts})
         return figures
-
-
-def _measure(
-    model: DownstreamTask, config: FinetuneConfig, held_out: IndexedDataset, rows: dict[str, Tensor] | None,
-    preprocessing: Preprocessing, share: DistInfo,
-) -> dict[str, float]:  # fmt: skip
-    if rows is not None and not config.regime.trains_all and isinstance(model, PooledTask):
-        return model.evaluate_features(rows["held_out"], targets_of(held_out)[rows["held_out_read"]])
-    return model.evaluate(held_out, preprocessing, share)
 
 
 def _of(rows: dict[str, Tensor], index: Tensor, pool: IndexedDataset) -> Rows:

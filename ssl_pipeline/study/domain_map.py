@@ -15,7 +15,7 @@ from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.report.planes import pca_projection
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 

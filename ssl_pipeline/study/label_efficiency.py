@@ -23,9 +23,9 @@ from ssl_pipeline.config.words import listed, quoted
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.labels import draw, draw_index
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.finetune import check, starting_point
+from ssl_pipeline.finetune import open_start
 from ssl_pipeline.logging.progress import console, print_table
-from ssl_pipeline.logging.run import Run, open_run, versions, write_json
+from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json
 from ssl_pipeline.logging.tracker import open_loggers
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.models.weights import is_file_name
@@ -77,7 +77,7 @@ def _open(grid: dict[str, list[Cell]]) -> tuple[IndexedDataset, IndexedDataset]:
     config = next(iter(grid.values()))[0].config
     pool, held_out = config.scaled_data.open("train"), config.scaled_data.open(config.split)
     assert pool is not None
-    check(config, pool, held_out)
+    config.check(pool, held_out)
     assert held_out is not None
     return pool, held_out
 
@@ -96,9 +96,9 @@ def _check(grid: dict[str, list[Cell]], pool: IndexedDataset, held_out: IndexedD
             if key in seen or name in left_out:
                 continue
             seen.add(key)
-            check(cell.config, pool, held_out)
+            cell.config.check(pool, held_out)
             try:
-                starting_point(cell.config, pool)
+                open_start(cell.config, pool)
             except ConfigError as error:
                 weights = cell.config.backbone.weights
                 if cell.config.encoder is not None or weights is None or is_file_name(weights):
@@ -250,7 +250,7 @@ def _tell(
     return findings
 
 
-def _track(config: StudyConfig, findings: StudyTable, run: Run) -> None:
+def _track(config: StudyConfig, findings: StudyTable, run: RunFolder) -> None:
     """The study as one run of the mirrors: each condition's mean by label count, and the picture; nothing where there are none."""
     tracking = config.tracking
     if tracking.name == "off" and not tracking.mirrors:

@@ -9,7 +9,7 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.config.words import listed, quoted
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.run import Resume, open_run, write_json
 from ssl_pipeline.metrics.interval import Interval, interval, paired_difference

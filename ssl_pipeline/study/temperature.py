@@ -21,7 +21,7 @@ from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_metrics
 from ssl_pipeline.models.encoder import load_encoder
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

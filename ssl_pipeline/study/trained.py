@@ -13,7 +13,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.domain.domain_split import split_domains
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.interval import LEVEL, Interval, holm

@@ -21,7 +21,8 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.features import extract
-from ssl_pipeline.finetune import FinetuneConfig, starting_point
+from ssl_pipeline.finetune import open_start
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.benchmarks.clock import now
@@ -88,7 +89,7 @@ def _side(name: str, share: DistInfo) -> Side:
     source, target = _domain(pool, 0), _domain(pool, 1)
     target.labels = None
     torch.manual_seed(0)
-    blueprint, _ = starting_point(config, pool)
+    blueprint = open_start(config, pool).spec
     classifier = config.downstream.build(blueprint.build()[0], len(pool.classes or ()))
     assert isinstance(classifier, Classification)
     task = move_to_device(method.build(classifier, target), share)

@@ -31,7 +31,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.benchmarks.command import run
 
 _STEPS, _SAVES, _LOOKS, _KILLS_OF_A_RUN = 40, 5, 8, 5

@@ -23,14 +23,15 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.models.ema import EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.pretext._base import forward_views
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -94,7 +95,8 @@ def measure(rounds: int) -> dict[str, float]:
         task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         views = Views(config.views.for_channels(train.channels)[0], train.mean, train.std, seed)
         batches = IndexedLoader(train, views, config.batch.size, seed, share, config.total_steps(len(train)))
-        fit(task, batches, config.optim, build_optimizer(config.optim, task, config.batch.size), accelerator)
+        optimizer = build_optimizer(config.optim, task, config.batch.size)
+        fit(TrainState(task, optimizer, config.optim, accelerator), batches)
         accelerator.free_memory()
         preprocessing = Preprocessing(config.views.size, train.mean, train.std)
         return 100 * OnlineEvaluation(train, dev, views, preprocessing, share)(encoder)["eval/knn"]

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.benchmarks.command import run
 from tests.chromium import Chromium, find_chromium
 

@@ -144,7 +144,7 @@ def _work(out: Path, rounds: int) -> None:
         figures = {"seconds": statistics.median(seconds), "wire": min(wire), "parameters": parameters, **counted}
         out.write_text(json.dumps(figures))
     accelerator.wait_for_everyone()
-    os._exit(0)  # as engine.lost.leaving_together does
+    os._exit(0)  # as engine.failures.command_process does
 
 
 def _task(images: int, width: int) -> tuple[Task, Batch]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import Callback, fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
@@ -135,13 +136,23 @@ def _model_only(task: simclr.SimCLR, batches: IndexedLoader, accelerator: Accele
     return batches.total_steps * batches.batch_size / (now(accelerator.device) - began)
 
 
+class _Log(Callback):
+    """Writes metrics.jsonl."""
+
+    def __init__(self, log: JsonlLogger) -> None:
+        self._log = log
+
+    def on_log(self, done: int, metrics: Mapping[str, float]) -> None:
+        self._log.log(done, metrics)
+
+
 def _pretraining(task: simclr.SimCLR, batches: IndexedLoader, accelerator: Accelerator) -> float:
     optimizer = build_optimizer(_OPTIM, task, batches.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         log = JsonlLogger(Path(folder) / FILE_NAME)
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         began = now(accelerator.device)
-        fit(task, batches, _OPTIM, optimizer, accelerator, checkpoints, listeners=(log.log,), log_every=10)
+        fit(TrainState(task, optimizer, _OPTIM, accelerator, checkpoints), batches, [_Log(log)], log_every=10)
         seconds = now(accelerator.device) - began
         log.finish()
     accelerator.free_memory()

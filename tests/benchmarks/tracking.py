@@ -23,14 +23,15 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.build import build_loader
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import Callback, fit
 from ssl_pipeline.engine.optim import build_optimizer
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.run import open_run
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.encoder import EncoderSpec
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.benchmarks.command import run
@@ -132,16 +133,17 @@ def _steps(config: PretrainConfig, tracking: TrackingConfig, accelerator: Accele
     with _trackers(tracking) as (trackers, seconds):
         time.sleep(_IMPORTS if tracking.name != "off" else 0)
 
-        def hear(done: int, figures: Mapping[str, float]) -> None:
-            nonlocal told
-            began = time.perf_counter()
-            trackers.log(done, figures)
-            told += time.perf_counter() - began
+        class Timed(Callback):
+            """Logs, and counts the time that it takes."""
+
+            def on_log(self, done: int, metrics: Mapping[str, float]) -> None:
+                nonlocal told
+                began = time.perf_counter()
+                trackers.log(done, metrics)
+                told += time.perf_counter() - began
 
         wall, processor = time.perf_counter(), time.process_time()
-        fit(
-            task, batches, config.optim, optimizer, accelerator, listeners=(hear,), log_every=config.log_every, prefix="pretrain",
-        )  # fmt: skip
+        fit(TrainState(task, optimizer, config.optim, accelerator), batches, [Timed()], config.log_every, "pretrain")
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
     accelerator.free_memory()
     return Cost(wall, processor, told, sum(seconds))
@@ -162,7 +164,7 @@ def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
             began = time.perf_counter()
             gallery.views(step, train, config.views, config.seed)
             between = time.perf_counter()
-            gallery.evaluation(step, look, must=True)
+            gallery.evaluation(step, look.seen, must=True)
             found.append((between - began, time.perf_counter() - between))
     of_views, of_evaluations = zip(*found[1:], strict=True)
     return statistics.median(of_views), statistics.median(of_evaluations)

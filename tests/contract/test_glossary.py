@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 TERMS = [

@@ -13,7 +13,8 @@ LEVELS = [
     {"schedules"},
     {"transforms"},
     {"models", "losses"},
-    {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "engine", "logging"},
+    {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "transforms", "engine", "logging"},
+    {"pretrain_config", "finetune_config"},
     {"pretrain", "finetune"},
     {"study", "export", "report"},
     {"cli"},
@@ -23,7 +24,7 @@ ONLY_IN = {
     "hydra": {"config"},
     "wandb": {"logging"},
     "wandb_workspaces": {"logging"},
-    "accelerate": {"engine", "logging", "pretrain", "finetune", "downstream/regime.py"},
+    "accelerate": {"engine", "logging", "pretrain", "finetune", "downstream/plan.py", "downstream/regime.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

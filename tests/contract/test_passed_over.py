@@ -16,10 +16,10 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream import detection, multi_label, regression, segmentation
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.numbers import NonFiniteConfig, NonFiniteError
+from ssl_pipeline.engine.nonfinite import NonFiniteConfig, NonFiniteError
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import StepOutput, Task
-from ssl_pipeline.engine.training import TrainState
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.schedules import TrainProgress
 from tests.tasks import tiny_batch, tiny_task
 from tests.unit.test_adaptation import prime, tiny_batches, tiny_method
@@ -138,7 +138,9 @@ def training_of(
     optim = OptimConfig(name="adamw", lr=0.01, scaling="none", clip=1.0, nonfinite=NonFiniteConfig(action=action))
     optimizer = build_optimizer(optim, task, 8)
     steps: Any = Steps()
-    return TrainState(task, steps, optim, optimizer, start_accelerator(), checkpoints, micro, None), optimizer
+    state = TrainState(task, optimizer, optim, start_accelerator(), checkpoints, micro=micro)
+    state.start(steps)
+    return state, optimizer
 
 
 def check_passes_over(case: Case, micro: int | None, view: int | None) -> None:
@@ -180,7 +182,8 @@ def test_a_step_that_the_gradient_scaler_passes_over_moves_nothing() -> None:
     optimizer = build_optimizer(OptimConfig(lr=0.01), task, 8)
     accelerator, steps = start_accelerator(), Steps()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the gradient overflows
-    training = TrainState(task, steps, OptimConfig(lr=0.01), optimizer, accelerator, None, None, None)  # type: ignore[arg-type]
+    training = TrainState(task, optimizer, OptimConfig(lr=0.01), accelerator)
+    training.start(steps)  # type: ignore[arg-type]
     before = everything(task, optimizer)
     training.step(first)
     assert training.skipped_by_scaler == 1

@@ -24,7 +24,8 @@ from ssl_pipeline.data.sources.torchvision import Config as Torchvision
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import ROOT, SMALL_HEADS
 
 OWN = {"quickstart_pretrain", "quickstart_study"}  # measured here: docs/results/quickstart.md

@@ -17,11 +17,12 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.study.grid import StudyConfig, cells
 from tests.runs import small_pretext

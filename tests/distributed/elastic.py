@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,17 +16,18 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
-from ssl_pipeline.engine.lost import clean_distributed_exit
+from ssl_pipeline.engine.failures import command_process
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.task import PretextConfig, Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import TINY, small_pretext
-from tests.tasks import as_group_norm
+from tests.tasks import Recorder, as_group_norm
 
 SAMPLES, BATCH, STOP, STEPS = 48, 16, 3, 8
 DTYPES = {"double": torch.float64, "single": torch.float32}
@@ -77,12 +78,9 @@ def train(folder: Path, dtype: torch.dtype) -> None:
     task = build(config, source).to(dtype)
     optimizer = build_optimizer(config.optim, task, BATCH)
     checkpoints = Checkpoints(folder, 1, keep=99, main=share.rank == 0)
-    rates = {}
-
-    def note(done: int, figures: Mapping[str, float]) -> None:
-        rates[done] = figures["train/lr"]
-
-    fit(task, batches, config.optim, optimizer, accelerator, checkpoints, checkpoints.load(), listeners=(note,))
+    recorder = Recorder()
+    fit(TrainState(task, optimizer, config.optim, accelerator, checkpoints, checkpoints.load()), batches, [recorder])
+    rates = {done: metrics["train/lr"] for done, metrics in recorder.metrics.items()}
     (folder / f"seen-{share.rank}.json").write_text(json.dumps({"samples": batches.seen, "rates": rates}))
     accelerator.wait_for_everyone()
 
@@ -105,5 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_distributed_exit():
+    with command_process():
         main()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine.grad_cache import two_pass
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.engine.two_pass import two_pass
 from ssl_pipeline.losses import gather, info_nce
 from ssl_pipeline.pretext.moco_v2 import MoCoV2
 from tests.tasks import tiny_batch, tiny_task
@@ -179,7 +179,7 @@ def main() -> None:
     mutations: dict[str, tuple[Any, str, Any]] = {
         "own-slice gradient": (gather._Gather, "backward", staticmethod(own_slice)),
         "divided by world": (gather._Gather, "backward", staticmethod(divided)),
-        "labels not shifted": (info_nce, "world", lambda: (0, dist.get_world_size())),
+        "labels not shifted": (info_nce, "rank_and_world_size", lambda: (0, dist.get_world_size())),
         "self not masked": (info_nce, "info_nce", without("own")),
     }
     for title, (place, attribute, mutant) in mutations.items():

@@ -19,10 +19,10 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
-from ssl_pipeline.engine.sharded import is_sharded
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
@@ -30,7 +30,7 @@ from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.distributed.every_task import OPTIONS, distance
-from tests.tasks import tiny_config
+from tests.tasks import Recorder, tiny_config
 
 SAMPLES, SIZE, STEPS = 24, 16, 3
 GENTLE = OptimConfig(
@@ -67,18 +67,16 @@ def trained(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Every step's loss, and what the caller's task holds in the end."""
     task, batches = task_of(name)
-    losses = []
-
-    def note(done: int, figures: Any) -> None:
-        losses.append(torch.tensor(figures["train/loss"]))
 
     def evaluate(clock: TrainProgress) -> dict[str, float]:
         return {"sum": float(sum(value.double().sum() for value in task.state_dict().values()))}
 
     optimizer = build_optimizer(optim, task, 8)
-    fit(task, batches, optim, optimizer, accelerator, checkpoints, resume, evaluate, 2, (note,))
+    recorder = Recorder(evaluate, 2)
+    fit(TrainState(task, optimizer, optim, accelerator, checkpoints, resume), batches, [recorder])
+    losses = [torch.tensor(metrics["train/loss"]) for metrics in recorder.metrics.values()]
     assert not any(isinstance(parameter, DTensor) for parameter in task.parameters())
-    assert any(isinstance(p, DTensor) for m in accelerator._models for p in m.parameters()) is is_sharded(accelerator)
+    assert any(isinstance(p, DTensor) for m in accelerator._models for p in m.parameters()) is accelerator.is_fsdp2
     accelerator.free_memory()
     return losses, {key: value.clone() for key, value in task.state_dict().items()}
 
@@ -86,7 +84,7 @@ def trained(
 def shard(accelerator: Accelerator, wanted: bool) -> None:
     kind = DistributedType.FSDP if wanted else DistributedType.MULTI_CPU
     accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
-    assert is_sharded(accelerator) is wanted
+    assert accelerator.is_fsdp2 is wanted
 
 
 def continued(accelerator: Accelerator, folder: Path) -> dict[str, float]:
@@ -111,7 +109,7 @@ def continued(accelerator: Accelerator, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     accelerator = start_accelerator()
-    assert is_sharded(accelerator)
+    assert accelerator.is_fsdp2
     found: dict[str, Any] = {}
     for name in sys.argv[2:]:
         shard(accelerator, False)

@@ -12,7 +12,7 @@ import torch
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.load_model import load_model
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.distributed.test_processes import TWO
 from tests.runs import command

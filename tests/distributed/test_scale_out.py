@@ -9,23 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.sharded import check_shardable
+from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import ROOT, command, tiny_pretrain
 from tests.tasks import tiny_task
 
@@ -147,21 +145,15 @@ def test_a_sharded_run_is_handed_over_and_continues_on_one_process(tmp_path: Pat
         torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-class _Asked(SimpleNamespace):
-    is_fsdp2 = True
-
-
 def test_what_cannot_be_shared_out_is_told() -> None:
-    asked: Any = _Asked()
     task, _ = tiny_task("simclr", ["pretext.temperature.learned.least=0.05"])
     with pytest.raises(ConfigError) as caught:
-        check_shardable(task, 16, asked)
+        check_shardable(task, 16)
     micro, scalar, blocks = caught.value.problems
     assert "`batch.micro`" in micro
     assert "temperature.log_scale learns one" in scalar
     assert "has none" in blocks
     assert all("gpu_8.yaml" in problem for problem in (micro, scalar, blocks))
-    check_shardable(nn.Linear(2, 2), 16, Accelerator(cpu=True))  # not asked for
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from timm.layers.evo_norm import EvoNorm2dB0
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.numbers import BatchNormSnapshot, NonFiniteError, gradient_check
+from ssl_pipeline.engine.nonfinite import BatchNormSnapshot, NonFiniteError, gradient_check
 from ssl_pipeline.engine.task import StepOutput
 from ssl_pipeline.evaluation.alerts import LossSpikes
 from ssl_pipeline.finetune import finetune

@@ -21,8 +21,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.engine.group import waits_in_torch
-from ssl_pipeline.engine.lost import LostProcessError, explain
+from ssl_pipeline.engine.failures import LostProcessError, explain, waits_in_torch
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR

@@ -17,7 +17,8 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.models.encoder import load_encoder
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.pictures import color_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 

@@ -19,11 +19,13 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.downstream.regime import train
 from ssl_pipeline.engine.checkpoint import Checkpoints
-from ssl_pipeline.engine.fit import _tell as tell
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.engine.loop import _log
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.logging.names import TRAINING_STEP
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_words
 from tests.shapes import mask_folder
 
@@ -124,13 +126,13 @@ def test_a_step_beyond_the_last_checkpoint_is_told_once(
     words = ["regime=end_to_end", *SHORT, "checkpoint_every=4 steps"]
     whole = finetune(tiny_finetune(encoder, tmp_path / "whole", *words)).folder
 
-    def tell_and_stop(listeners: Any, done: int, *rest: Any) -> None:
-        tell(listeners, done, *rest)
+    def tell_and_stop(callbacks: Any, done: int, *rest: Any) -> None:
+        _log(callbacks, done, *rest)
         if done == 5:
             raise StoppedError
 
     with monkeypatch.context() as patched:
-        patched.setattr("ssl_pipeline.engine.fit._tell", tell_and_stop)
+        patched.setattr("ssl_pipeline.engine.loop._log", tell_and_stop)
         with pytest.raises(StoppedError):
             finetune(tiny_finetune(encoder, tmp_path / "parts", *words))
     check_same(whole, finetune(tiny_finetune(encoder, tmp_path / "parts", *words, "resume=auto")).folder, 12)
@@ -175,18 +177,18 @@ def test_a_frozen_encoders_seeds_are_not_done_twice(
     seeds = []
 
     def noted(stops_at: int | None) -> Callable[..., None]:
-        def train_unless(regime: Any, task: Any, around: Any) -> None:
-            if around.seed == stops_at:
+        def train_unless(regime: Any, task: Any, context: Any) -> None:
+            if context.seed == stops_at:
                 raise StoppedError
-            seeds.append(around.seed)
-            train(regime, task, around)
+            seeds.append(context.seed)
+            train(regime, task, context)
 
         return train_unless
 
-    monkeypatch.setattr("ssl_pipeline.finetune.train", noted(1))
+    monkeypatch.setattr("ssl_pipeline.downstream.plan.train", noted(1))
     with pytest.raises(StoppedError):
         finetune(config("parts"))
-    monkeypatch.setattr("ssl_pipeline.finetune.train", noted(None))
+    monkeypatch.setattr("ssl_pipeline.downstream.plan.train", noted(None))
     parts = finetune(config("parts", "resume=auto")).folder
     assert seeds == [0, 1]
     check_same(whole, parts, 0)

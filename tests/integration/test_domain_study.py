@@ -15,7 +15,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
 from ssl_pipeline.domain.metrics import proxy_a_distance
 from ssl_pipeline.evaluation.result import Result
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs

@@ -25,7 +25,8 @@ from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.regime import Best
 from ssl_pipeline.evaluation.result import Result
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.schedules import TrainProgress
 from tests.runs import ROOT, tiny_pretrain

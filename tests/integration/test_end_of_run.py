@@ -17,12 +17,13 @@ from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine import memory
-from ssl_pipeline.evaluation.gain import without_gain
-from ssl_pipeline.evaluation.online import OnlineEvaluation
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.evaluation.online import OnlineEvaluation, without_gain
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.models.encoder import load_encoder, read
-from ssl_pipeline.pretrain import PretrainConfig, check, fit_batch, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.summary import summary
 from tests.pictures import color_folder
@@ -139,16 +140,16 @@ def test_the_batch_is_the_largest_that_the_images_make(
 ) -> None:
     source = ArrayDataset("few", torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
     words = [f"batch.size={size}", f"batch.micro={'null' if micro is None else micro}", "optim.warmup=0 steps"]
-    config, notes = fit_batch(load("pretrain", PretrainConfig, [*words]), source, processes)
+    config, notes = load("pretrain", PretrainConfig, [*words]).fit_batch(source, processes)
     assert (config.batch.size, config.batch.micro) == expected
     assert bool(notes) == (images < size)
     assert not notes or "has only" in notes[0]
-    check(config, source, processes)
+    config.check(source, processes)
 
 
 def test_too_few_images_for_the_processes_are_told() -> None:
     source = ArrayDataset("few", torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
-    config, notes = fit_batch(load("pretrain", PretrainConfig, []), source, 2)
+    config, notes = load("pretrain", PretrainConfig, []).fit_batch(source, 2)
     assert notes == []
     with pytest.raises(ConfigError, match="has only 3 images to train on, and each of 2"):
-        check(config, source, 2)
+        config.check(source, 2)

@@ -33,7 +33,8 @@ from ssl_pipeline.export.export import default_name, export, main
 from ssl_pipeline.export.parts import ExportBundle, Part, open_parts
 from ssl_pipeline.export.predict import image_files, open_predictor, predict
 from ssl_pipeline.export.predict import main as predict_main
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.pictures import color_folder

@@ -9,7 +9,7 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.metrics.open_set import SCORES
 from ssl_pipeline.study.open_set import OpenSetConfig, known_classes, study, tabulate
 from tests.integration.test_domain_study import COMMON

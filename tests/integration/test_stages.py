@@ -14,7 +14,8 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.export.predict import predict
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.models.encoder import load_encoder, read
 from ssl_pipeline.pretrain import pretrain
@@ -181,7 +182,7 @@ def test_a_folder_of_files_of_many_sizes_is_pretrained_on(tmp_path: Path) -> Non
         pixels = (torch.rand(30 + i, 50 - i // 2, 3) * 255).to(torch.uint8)
         Image.fromarray(pixels.numpy()).save(images / f"{i}.{'png' if i % 2 else 'jpg'}")
     from ssl_pipeline.config.command import load
-    from ssl_pipeline.pretrain import PretrainConfig
+    from ssl_pipeline.pretrain_config import PretrainConfig
 
     def run(name: str, workers: int) -> Path:
         wanted = [

@@ -23,7 +23,7 @@ from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.background import AsyncLogger
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics
 from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
-from ssl_pipeline.logging.run import Run, open_run
+from ssl_pipeline.logging.run import RunFolder, open_run
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import pretrain
@@ -136,7 +136,7 @@ def test_config_is_kept_and_no_secret(runs: tuple[Path, Path]) -> None:
             assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
 
 
-def stopped(run: Run, tracking: TrackingConfig) -> None:
+def stopped(run: RunFolder, tracking: TrackingConfig) -> None:
     with open_loggers(run, "pretrain", {}, tracking, 1) as trackers:
         trackers.log(2, {"pretrain/loss": 0.5})
         raise KeyboardInterrupt

@@ -28,14 +28,15 @@ from ssl_pipeline.domain.adaptation.exemplar_memory import memory_loss
 from ssl_pipeline.domain.losses import class_confusion, coral_loss, entropy, information_maximization, mmd_loss
 from ssl_pipeline.domain.method import JointConfig, Method, MethodConfig, update_bn
 from ssl_pipeline.domain.metrics import soft_neighborhood_density
-from ssl_pipeline.domain.train import train_across
+from ssl_pipeline.domain.plan import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.regime import TrainContext
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.engine.train_state import TrainState
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.batch_norm import batch_norms
 from ssl_pipeline.models.encoder import EncoderSpec
@@ -44,6 +45,7 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
+from tests.tasks import Recorder
 
 SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))
@@ -241,11 +243,11 @@ def test_the_two_sides_are_not_cropped_alike() -> None:
     policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
     task, config, target = tiny_method("dann")
     around = TrainContext(
-        LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+        LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), 0
     )  # fmt: skip
     made = list[PairedLoader]()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ssl_pipeline.domain.train.fit_with_checkpoints", lambda *words: made.append(words[2]))
+        patched.setattr("ssl_pipeline.domain.plan.run_loop", lambda *words: made.append(words[2]))
         regime = load("finetune", FinetuneConfig, ["regime=scratch", "regime.length=2 steps"]).regime
         train_across(config, regime, task.classifier, target, around)
     assert made[0].views.seed != made[0].target.views.seed
@@ -284,12 +286,13 @@ def test_a_method_resumes_bit_for_bit(name: str) -> None:
             kept: dict[str, Any] = kept,
         ) -> dict[str, float]:
             if clock.step == 1:
-                kept |= {"done": 2, "task": copy.deepcopy(task.state_dict()), "scaler": None}
+                kept |= {"done": 2, "skipped": (0, 0), "task": copy.deepcopy(task.state_dict()), "scaler": None}
                 kept |= {"optimizer": copy.deepcopy(optimizer.state_dict()), "batches": batches.state_dict()}
             return {}
 
         saved = states[0][1] if resume else None
-        fit(task, batches, optim, optimizer, Accelerator(cpu=True), resume=saved, evaluate=keep, evaluate_every=2)
+        state = TrainState(task, optimizer, optim, Accelerator(cpu=True), resume=saved)
+        fit(state, batches, [Recorder(keep, 2)])
         states.append((copy.deepcopy(task.state_dict()), kept))
     whole, resumed = states[0][0], states[1][0]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -313,7 +316,8 @@ def test_source_free_adaptation_leaves_the_head_as_it_is() -> None:
     task, config, target = tiny_method("shot_im")
     before = copy.deepcopy(dict(task.named_parameters()))
     optim = OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)
-    fit(task, tiny_batches(config, target), optim, build_optimizer(optim, task, 6), Accelerator(cpu=True))
+    state = TrainState(task, build_optimizer(optim, task, 6), optim, Accelerator(cpu=True))
+    fit(state, tiny_batches(config, target))
     stayed = {name for name, value in task.named_parameters() if torch.equal(value, before[name])}
     assert stayed == {name for name in before if ".head." in name}
     assert len(stayed) == 2
@@ -329,7 +333,7 @@ def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
     around = TrainContext(
-        LabeledSplit(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0
+        LabeledSplit(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), 0
     )  # fmt: skip
     before = copy.deepcopy(classifier.state_dict())
     train_across(method, config.regime, classifier, target, around)

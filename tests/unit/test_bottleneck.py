@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.train import train_across
+from ssl_pipeline.domain.plan import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.regime import TrainContext, train
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
 from ssl_pipeline.models.encoder import EncoderSpec
@@ -85,9 +85,9 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str
     task.encoder.features = lambda images: scale * features(images)  # type: ignore[method-assign]
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     labeled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
-    around = TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
-    for module in ("downstream.regime", "domain.train"):
-        monkeypatch.setattr(f"ssl_pipeline.{module}.fit_with_checkpoints", lambda *_: None)
+    around = TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), 0)
+    for module in ("downstream.regime", "domain.plan"):
+        monkeypatch.setattr(f"ssl_pipeline.{module}.run_loop", lambda *_: None)
     if config.domain is None:
         train(config.regime, task, around)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, ConsistencyConfig
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_index, unlabeled_pool
+from ssl_pipeline.downstream.plan import Plan, Start
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.engine.task import Embeddings, StepOutput
-from ssl_pipeline.finetune import FinetuneConfig, check, finetune, open_unlabeled
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
@@ -40,6 +43,15 @@ BLUEPRINT = EncoderSpec(
     backbone=BackboneConfig(width=4), neck=NeckConfig(), channels=1, size=12, mean=(0.5,), std=(0.3,)
 )
 TOLD = ["tracking=off", "unlabeled=consistency", "regime=scratch"]
+
+
+def context_of(config: FinetuneConfig, pool: ArrayDataset, labeled: LabeledSplit) -> TrainContext:
+    views, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    plan = Plan(
+        downstream=config.downstream, regime=config.regime, labels=config.labels, unlabeled=config.unlabeled, views=views,
+        pool=pool, held_out=pool, start=Start(BLUEPRINT), workers=0,
+    )  # fmt: skip
+    return dataclasses.replace(plan.context(0, Accelerator(cpu=True)), labeled=labeled)
 
 
 def settled(*words: str) -> tuple[FinetuneConfig, ConsistencyConfig]:
@@ -132,14 +144,10 @@ def test_kept_statistics_are_stage_ones_for_classifier_and_teacher(statistics: s
     told = ["unlabeled=consistency", f"regime={regime}", f"regime.statistics={statistics}", "regime.length=2 steps",
             "regime.least_steps=0", "regime.optim.lr=0.01", "unlabeled.ratio=2"]  # fmt: skip
     config = load("finetune", FinetuneConfig, ["tracking=off", *told])
-    pool, preprocessing = images(24), Preprocessing(12, (0.5,), (0.3,))
-    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    pool = images(24)
     torch.manual_seed(0)
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
-    around = TrainContext(
-        LabeledSplit(pool, None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabeled=open_unlabeled(config, BLUEPRINT, pool, 0),
-    )  # fmt: skip
+    around = context_of(config, pool, LabeledSplit(pool, None))
     before, learners = copy.deepcopy(task.encoder.state_dict()), list[Consistency]()
     with pytest.MonkeyPatch.context() as patched:
         after_step = Consistency.after_step
@@ -205,14 +213,10 @@ def accuracy(*words: str) -> float:
     config = load("finetune", FinetuneConfig, ["tracking=off", "regime=scratch", "regime.least_steps=200", *words,
         "labels.per_class=2", "labels.validation=0", "views.crop.scale=[0.9,1.0]", "regime.length=1 steps", "regime.batch=4"])  # fmt: skip
     pool, held_out, preprocessing = images(200), images(200, 1), Preprocessing(12, (0.5,), (0.3,))
-    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     torch.manual_seed(0)
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
     index, _ = draw_index(config.labels, config.downstream, pool, 0)
-    around = TrainContext(
-        LabeledSplit(pool.select(index), None), Views(policy, (0.5,), (0.3,), 0), preprocessing, 0, Accelerator(cpu=True), SHARE, 0,
-        unlabeled=open_unlabeled(config, BLUEPRINT, pool, 0),
-    )  # fmt: skip
+    around = context_of(config, pool, LabeledSplit(pool.select(index), None))
     train(config.regime, task, around)
     return task.evaluate(held_out, preprocessing, SHARE)["accuracy"]
 
@@ -236,7 +240,7 @@ def test_it_helps_where_labels_are_few() -> None:
 def test_what_does_not_go_together_is_told(words: list[str], said: str) -> None:
     config, _ = settled(*words)
     with pytest.raises(ConfigError, match=said):
-        check(config, images(40), images(10, 1))
+        config.check(images(40), images(10, 1))
 
 
 def test_a_folder_of_images_may_stand_beside_the_data(tmp_path: Path) -> None:

@@ -27,10 +27,12 @@ from ssl_pipeline.data.sources import coco
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.evaluation.result import Result
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.batch_norm import batch_norms
 from ssl_pipeline.models.encoder import load_encoder
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views

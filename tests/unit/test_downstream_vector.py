@@ -28,13 +28,15 @@ from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.retrieval import KNNHead
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.evaluation.result import Result
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.metrics.linear_probe import fit_labels, fit_ridge
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.heads import LinearHead
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import same_bytes
 from tests.shapes import number_table, scene
 

@@ -13,9 +13,9 @@ from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.distributed import batchnorm_notes, check_all_learn
-from ssl_pipeline.engine.fit import _due
-from ssl_pipeline.engine.numbers import NonFiniteError
-from ssl_pipeline.engine.optim import OptimConfig, build_optimizer, set_rate
+from ssl_pipeline.engine.loop import _due
+from ssl_pipeline.engine.nonfinite import NonFiniteError
+from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import StepOutput, Task
 from ssl_pipeline.pretext.simclr import Config as SimCLRConfig
 from ssl_pipeline.pretext.simclr import SimCLR
@@ -57,7 +57,7 @@ def test_lars_scales_by_the_trust_ratio(task: Task) -> None:
 def test_the_rate_scales_with_the_batch_and_follows_the_step(task: Task) -> None:
     config = OptimConfig(lr=0.1, scaling="linear", warmup=parse_duration("10 steps"), start_factor=0.5)
     optimizer = build_optimizer(config, task, 512)
-    rates = [set_rate(optimizer, config, TrainProgress(step, 100, 10)) for step in (0, 10, 99)]
+    rates = [config.set_lr(optimizer.param_groups, TrainProgress(step, 100, 10)) for step in (0, 10, 99)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[1] == pytest.approx(0.2)
     assert rates[2] < 0.001

@@ -10,7 +10,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources.fashion_domains import DOMAINS, Config
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 
 
 def opened(split: Split = "train", **keys: object) -> ArrayDataset:

@@ -15,8 +15,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import as_yaml, literal, read_yaml, resolved
 from ssl_pipeline.config.words import listed, quoted, read_value, split_list
 from ssl_pipeline.evaluation.load_encoder import describe_encoder
-from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.study.domain import DomainStudyConfig, Shift
 from ssl_pipeline.study.grid import StudyConfig
 from ssl_pipeline.study.label_efficiency import initializations_of

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.fit import fit
+from ssl_pipeline.engine.loop import fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.pretext.nnclr import NNCLR
-from tests.tasks import tiny_batch, tiny_task
+from tests.tasks import Recorder, tiny_batch, tiny_task
 from tests.unit.test_adaptation import prime, tiny_batches, tiny_method
 from tests.unit.test_consistency import step_of
 from tests.unit.test_consistency import tiny as tiny_consistency
@@ -171,11 +172,10 @@ def test_the_loop_in_bf16_keeps_weights_and_state_in_fp32() -> None:
     accelerator = start_accelerator()
     assert accelerator.mixed_precision == "bf16"
     task, _ = tiny_task("byol")
-    optimizer, losses = build_optimizer(OptimConfig(name="adamw", clip=1.0), task, 8), list[float]()
-    fit(
-        task, _Batches(task), OptimConfig(name="adamw", clip=1.0), optimizer, accelerator,  # type: ignore[arg-type]
-        listeners=(lambda done, figures: losses.append(figures["train/loss"]),),
-    )  # fmt: skip
+    optim, recorder = OptimConfig(name="adamw", clip=1.0), Recorder()
+    optimizer = build_optimizer(optim, task, 8)
+    fit(TrainState(task, optimizer, optim, accelerator), _Batches(task), [recorder])  # type: ignore[arg-type]
+    losses = [metrics["train/loss"] for metrics in recorder.metrics.values()]
     assert len(losses) == 3
     assert all(math.isfinite(value) for value in losses)
     kinds = {value.dtype for value in task.state_dict().values() if value.is_floating_point()}

@@ -19,7 +19,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.engine.training import TrainState
+from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.models.ema import EMAMomentumConfig
 from ssl_pipeline.pretext.dino import DINO
 from ssl_pipeline.pretext.instance_discrimination import InstanceDiscrimination
@@ -135,7 +135,9 @@ def test_frozen_prototypes_stay_and_thaw_as_if_the_optimizer_were_new(
 
     def training(task: Task) -> TrainState:
         steps: Any = SimpleNamespace(seed=0)
-        return TrainState(task, steps, config, build_optimizer(config, task, 8), start_accelerator(), None, None, None)
+        state = TrainState(task, build_optimizer(config, task, 8), config, start_accelerator())
+        state.start(steps)
+        return state
 
     frozen, before = training(task), task.get_parameter(key).detach().clone()
     for step in range(3):

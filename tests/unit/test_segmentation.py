@@ -23,9 +23,11 @@ from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.segmentation_heads import DeepLab
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.runs import same_bytes

@@ -26,7 +26,8 @@ from ssl_pipeline.downstream.pooled_task import PooledConfig, Rows, choose_decay
 from ssl_pipeline.downstream.regime import Best, TrainContext, train
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.evaluation.features import extract
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
@@ -61,7 +62,7 @@ def around(labeled: LabeledSplit, *words: str) -> tuple[FinetuneConfig, TrainCon
     config = load("finetune", FinetuneConfig, ["tracking=off", "initialization=random", *words])
     policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
-    return config, TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), SHARE, 0)
+    return config, TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), 0)
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (100, 0), (990, 0), (1000, 200), (7000, 1400)])
@@ -208,7 +209,7 @@ def test_the_latest_of_equals_is_kept() -> None:
             task.head.bias.fill_(step)  # type: ignore[operator]
         best.evaluate(TrainProgress(step, 5, 1))
     other = Best(task, around(labeled)[1])
-    other.load_state_dict(copy.deepcopy(best.state_dict()))
+    other.on_train_start(copy.deepcopy(best.state_dict()))
     for one in (best, other):
         with torch.no_grad():
             task.head.bias.fill_(9)  # type: ignore[operator]
@@ -221,9 +222,9 @@ def test_a_probe_that_is_the_best_is_fitted_again_after_a_resume_too() -> None:
     labeled = LabeledSplit(images(8), images(8, seed=1))
     best = Best(task, around(labeled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("before"))
     task.evaluate = lambda *_: {"accuracy": 0.5}  # type: ignore[method-assign]
-    best.begin()
+    best.on_train_start(None)
     resumed = Best(task, around(labeled)[1], starts_trained=True, on_all_labels=lambda: fitted.append("after"))
-    resumed.load_state_dict(best.state_dict())
+    resumed.on_train_start(best.state_dict())
     resumed.restore()
     assert fitted == ["after"]
     resumed.evaluate(TrainProgress(0, 5, 1))  # as good, and later

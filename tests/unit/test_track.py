@@ -24,10 +24,11 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics, seconds_before
 from ssl_pipeline.logging.progress import Progress, print_table
 from ssl_pipeline.logging.redaction import redact, redact_command
-from ssl_pipeline.logging.run import Run, open_run, versions, write_json, write_text_atomic
+from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json, write_text_atomic
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.wandb import open_wandb
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import tiny_pretrain
 
 CONFIG: dict[str, Any] = {
@@ -39,7 +40,7 @@ CONFIG: dict[str, Any] = {
 OFF = TrackingConfig(name="off")
 
 
-def run_in(folder: Path, resume: Any = "no", config: dict[str, Any] | None = None) -> Run:
+def run_in(folder: Path, resume: Any = "no", config: dict[str, Any] | None = None) -> RunFolder:
     return open_run(str(folder), "pretrain", resume, config or CONFIG)
 
 
@@ -379,7 +380,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
-def track(run: Run, tracking: TrackingConfig) -> None:
+def track(run: RunFolder, tracking: TrackingConfig) -> None:
     with open_loggers(run, "pretrain", CONFIG | {"token": "hush"}, tracking, 0) as trackers:
         trackers.log(1, {"pretrain/loss": 1.0})
     assert [line["step"] for line in read_metrics(run.path)] == [1]

@@ -31,9 +31,11 @@ from ssl_pipeline.data.verdicts import warn_once
 from ssl_pipeline.downstream.load_model import Model
 from ssl_pipeline.export.embed import EmbedConfig, open_every
 from ssl_pipeline.export.predict import open_predictor, predict
-from ssl_pipeline.finetune import FinetuneConfig, finetune
+from ssl_pipeline.finetune import finetune
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.encoder import load_encoder
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing

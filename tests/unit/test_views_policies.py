@@ -13,7 +13,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluation.plot_views import PictureConfig, columns_of, draw
 from ssl_pipeline.models.backbone import build_backbone
 from ssl_pipeline.models.backbone_config import BackboneConfig
-from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
+from ssl_pipeline.pretrain import pretrain
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.config import BlurConfig, ViewConfig, ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import tiny_pretrain
@@ -80,14 +81,14 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
     local = ["views.local.count=2", "views.local.size=8"]
     with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
         pretrain(tiny_pretrain(None, *local))
-    views = tiny_pretrain(None, *local).views
     for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
+        config = tiny_pretrain(None, *local, f"backbone.name={name}")
         backbone, _ = build_backbone(BackboneConfig(name=name, width=4), 3, size)
         if name == "small_resnet":
-            check_local_views(views, backbone, name)
+            config.check_local_views(backbone)
         else:
             with pytest.raises(ConfigError, match=r"`views\.local` needs a backbone that takes images of any size"):
-                check_local_views(views, backbone, name)
+                config.check_local_views(backbone)
 
 
 def test_second_view_by_override() -> None:

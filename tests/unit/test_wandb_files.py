@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
-from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging import dashboard
-from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

@@ -1,26 +1,26 @@
-"""A large batch on a small device: the gradient of the whole batch, from micro-batches (GradCache, Gao et al. 2021).
+"""The gradient of a large batch in the memory of a small one (GradCache, Gao et al. 2021).
 
-Plain accumulation of gradients would compare each sample with its own micro-batch alone. Here the first pass embeds all
-micro-batches without keeping a graph, the objective sees the embeddings of the whole batch, and the second pass carries the
-gradient of each embedding through the network, one micro-batch at a time.
+Plain gradient accumulation would compare each sample with its own micro-batch alone. Here the first pass embeds all
+micro-batches without a graph, the objective sees the embeddings of the whole batch, and the second pass carries the gradient of
+each embedding through the network, one micro-batch at a time.
 
 The gradient is that of the whole batch for networks that treat samples apart (GroupNorm, LayerNorm). BatchNorm takes its
-statistics from the micro-batch, in both passes alike: the gradient is then exact for a network whose batches, to BatchNorm,
-are micro-batches; running statistics move once for each micro-batch.
+statistics from the micro-batch in both passes: the gradient is then exact for a network whose BatchNorm sees micro-batches, and
+running statistics move once a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.engine.nonfinite import BatchNormSnapshot
 from ssl_pipeline.engine.task import StepOutput, Task
 
 
@@ -45,12 +45,13 @@ def two_pass(
     Returns:
         The objective's output; the gradients are in the parameters.
     """
-    parts = batch.split(micro)
+    parts, statistics = batch.split(micro), BatchNormSnapshot(task)
     pieces = []
-    with torch.no_grad(), _statistics_kept(task), accelerator.autocast():
+    with torch.no_grad(), accelerator.autocast():
         for number, part in enumerate(parts):
             reseed(number)
             pieces.append(task.embed(part))
+    statistics.restore()  # the second pass moves them
     embeddings = {name: torch.cat([piece[name] for piece in pieces]).requires_grad_() for name in pieces[0]}
     with accelerator.autocast():
         output = task.objective(embeddings, batch)
@@ -72,25 +73,3 @@ def two_pass(
                     loss = loss + (parameter * gradient).sum()
             accelerator.backward(loss)
     return output
-
-
-@contextmanager
-def _statistics_kept(task: nn.Module) -> Iterator[None]:
-    """Lets BatchNorm use a batch's statistics without adding them to the running ones: the second pass will.
-
-    One that is in evaluation mode uses its running statistics, and keeps them.
-    """
-    norms = [
-        norm for norm in task.modules() if isinstance(norm, _BatchNorm) and norm.training and norm.track_running_stats
-    ]
-    for norm in norms:
-        norm.track_running_stats = False
-    kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm in norms:
-            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-        yield
-    finally:
-        for norm, (mean, var, count) in zip(norms, kept, strict=True):
-            norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count
-            norm.track_running_stats = True

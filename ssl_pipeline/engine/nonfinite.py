@@ -1,4 +1,4 @@
-"""A loss or gradient that is no finite number: met by all processes together, before the optimizer could spoil the weights."""
+"""All processes skip or stop before the optimizer's step if the loss or gradient of any is not finite."""
 
 from __future__ import annotations
 
@@ -39,17 +39,13 @@ class NonFiniteConfig(FrozenModel):
 
 
 class NonFiniteError(UserError):
-    """The loss or gradient is no finite number; raised on all processes, and nothing was changed by the step."""
+    """The loss or gradient is not finite; raised on all processes, and the step has changed nothing."""
 
     exit_code = 1
 
 
 class BatchNormSnapshot:
-    """The norms' running statistics before a step: its forward pass moves them, and a bad step must not.
-
-    Args:
-        task: whose norms they are; they must not be replaced later.
-    """
+    """The running statistics of a task's BatchNorms before a step, whose forward pass moves them: a bad step must not."""
 
     def __init__(self, task: nn.Module) -> None:
         self._now = running_statistics(task)
@@ -57,24 +53,17 @@ class BatchNormSnapshot:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remembers them as they are."""
         if self._now:
             torch._foreach_copy_(self._kept, self._now)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Makes them what they were."""
         if self._now:
             torch._foreach_copy_(self._now, self._kept)
 
 
 class StepStatus(NamedTuple):
-    """What all processes know of a step after its exchange.
-
-    Attributes:
-        finite: the loss and gradient of each are finite.
-        signal: the number of the signal that one of them was sent, 0 for none.
-    """
+    """Whether loss and gradient are finite on all processes, and the signal that one of them was sent, 0 for none."""
 
     finite: bool
     signal: int
@@ -83,7 +72,7 @@ class StepStatus(NamedTuple):
 def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
     """A number that is finite only if all gradients are: on a CPU their sum, which does not overflow as a norm's squares do.
 
-    Of sharded gradients a process looks at its own shards there; ``all_reduce_status`` brings the processes together.
+    Of sharded gradients it covers this process's shards; ``all_reduce_status`` covers the others'.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients[0].is_cuda:  # a sum of each tensor would be a launch of each
@@ -93,12 +82,12 @@ def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> StepStatus:
-    """The one exchange that every step has, of two numbers a process; nothing at all is sent where there is one process.
+    """The one exchange of every step: two numbers a process, and none where there is one process.
 
     Args:
         accelerator: gives the processes.
         loss: this process's.
-        check: finite only if the gradient is; None where a gradient scaler looks at it itself.
+        check: finite only if the gradient is; None where a gradient scaler checks it.
     """
     if isinstance(check, DTensor):  # the norm of shared-out gradients
         check = check.full_tensor()
@@ -113,23 +102,14 @@ def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | No
 
 @dataclass
 class NonFiniteReport:
-    """What one process knows of a bad step.
-
-    Attributes:
-        process: its rank.
-        loss: as text, for JSON has no NaN.
-        samples: numbers of those samples whose images or embeddings are not finite.
-        batch: the numbers of all its samples of this step.
-        gradients: names of parameters whose gradient is not finite.
-        own: whether ``gradients`` are this process's alone, from before the exchange.
-    """
+    """What one process knows of a bad step; written as JSON."""
 
     process: int
-    loss: str
-    samples: list[int]
-    batch: list[int]
-    gradients: list[str] = field(default_factory=list)
-    own: bool = False
+    loss: str  # JSON has no NaN
+    samples: list[int]  # those whose images or embeddings are not finite
+    batch: list[int]  # all samples of its share
+    gradients: list[str] = field(default_factory=list)  # parameters whose gradient is not finite
+    own: bool = False  # whether these gradients are from before the exchange, and so this process's alone
 
     @property
     def starts_it(self) -> bool:
@@ -138,17 +118,17 @@ class NonFiniteReport:
 
 
 def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[NonFiniteReport]:
-    """Looks for the cause of a bad step; called on all processes, once: it costs another step.
+    """Looks for the cause of a bad step, after its backward pass; called on all processes, once: it costs another step.
 
     Args:
-        task: after the step's backward pass.
+        task: that took the step.
         batch: this process's share.
         loss: this process's.
         accelerator: gives the processes.
-        alone: whether the gradient can be made again without the other processes' (a plain replica, a batch in one piece).
+        alone: whether the gradient can be computed again without the other processes (a plain replica, a batch in one piece).
 
     Returns:
-        One a process, the same on all.
+        One report a process, the same list on all.
     """
     mine = NonFiniteReport(
         accelerator.process_index, str(float(loss.detach())), _bad_samples(task, batch), batch.index.tolist(), own=alone
@@ -169,15 +149,28 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
     return found
 
 
-def write(file: Path, step: int, findings: list[NonFiniteReport]) -> None:
-    """Everything that is known of a bad step, as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"step": step, "processes": [asdict(f) for f in findings]}, indent=1), encoding="utf-8")
+def report_nonfinite(
+    task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool, folder: Path | None
+) -> NonFiniteError:
+    """The error of a bad step, whose cause is written into a file of ``folder``, if there is one; see :func:`find`."""
+    step, findings = batch.clock.taken, find(task, batch, loss, accelerator, alone)
+    message = f"{sentence(step, findings)} Nothing was changed by this step"
+    if folder is not None:
+        file = folder / FILE_NAME
+        if accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tree = {"step": step, "processes": [asdict(finding) for finding in findings]}
+            file.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        message += f", and the state before it is saved; {file} lists all samples"
+    return NonFiniteError(
+        f"{message}. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature; `optim.nonfinite.action=skip` passes "
+        "over such steps."
+    )
 
 
 def sentence(step: int, findings: list[NonFiniteReport]) -> str:
-    """What is wrong with a step, for people: who, what, and which samples."""
-    # A loss that compares samples of all processes carries one's bad gradient to the others: it is the last thing to go by.
+    """What is wrong with a step: which process, what, and which samples."""
+    # A loss that compares samples of all processes carries one's bad gradient to the others: gradients are the weakest sign.
     guilty = [finding for finding in findings if finding.starts_it]
     guilty = guilty or [finding for finding in findings if finding.own and finding.gradients] or findings
     return f"step {step} gives no finite number: " + "; ".join(_told(finding) for finding in guilty[:_TOLD]) + "."

@@ -31,24 +31,16 @@ _BLOCKS = {
 _INSTEAD = "or start it without sharding, by launch/accelerate/gpu_8.yaml."
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the launcher asked for FSDP2."""
-    return bool(accelerator.is_fsdp2)
-
-
-def sharding_asked_for() -> bool:
-    """Whether the launcher asked for FSDP2, by the environment that it makes.
+def check_fsdp_environment() -> None:
+    """Refuses, of a launcher that asked for FSDP, its first version, and fp16.
 
     Raises:
-        ConfigError: FSDP of the first version, or in fp16.
+        ConfigError: with the setting to change.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("sharding is FSDP2's here: set `fsdp_version: 2` in the launcher's `fsdp_config`.")
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise ConfigError("FSDP2 runs in bf16 or fp32 here: set `mixed_precision: bf16` for the launcher.")
-    return True
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
@@ -58,19 +50,16 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
         accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def check_shardable(task: nn.Module, micro: int | None, accelerator: Accelerator) -> None:
-    """Refuses what FSDP2 can't train, if the launcher asked for it.
+def check_shardable(task: nn.Module, micro: int | None) -> None:
+    """Refuses what FSDP2 can't train.
 
     Args:
         task: whole yet.
         micro: ``batch.micro``.
-        accelerator: knows what was asked for.
 
     Raises:
         ConfigError: naming each obstacle, and what to do.
     """
-    if not is_sharded(accelerator):
-        return
     problems = []
     if micro is not None:
         problems.append(
@@ -93,14 +82,12 @@ def check_shardable(task: nn.Module, micro: int | None, accelerator: Accelerator
 
 
 def shard_for_training(task: Task, optimizer: Optimizer, accelerator: Accelerator) -> tuple[Task, Optimizer]:
-    """What the loop is to train: the task itself or, under FSDP2, a copy that will be sharded, with its own optimizer.
+    """A copy of the task that will be sharded, with its own optimizer.
 
     Raises:
         ConfigError: see :func:`check_shardable`.
     """
-    if not is_sharded(accelerator):
-        return task, optimizer
-    check_shardable(task, None, accelerator)
+    check_shardable(task, None)
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = sorted(_blocks(task))
     plugin.mixed_precision_policy = None  # Accelerate's would run the heads and the loss's parameters in bf16
@@ -110,9 +97,7 @@ def shard_for_training(task: Task, optimizer: Optimizer, accelerator: Accelerato
 
 @torch.no_grad()
 def copy_full_params(trained: nn.Module, whole: nn.Module) -> None:
-    """Gives the whole task what was learned; nothing to do where it is the one that is trained. All processes take part."""
-    if trained is whole:
-        return
+    """Gives the whole task what its sharded copy has learned; all processes take part."""
     own = whole.state_dict()
     for key, value in trained.state_dict().items():
         own[key].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
@@ -136,10 +121,8 @@ def full_state_dict(tree: Any, keep: bool) -> Any:
 
 
 def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A plain optimizer state dict as the optimizer's parameters are shared out; itself where they are not."""
+    """A plain optimizer state dict, sharded like the optimizer's parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
-        return state
     shares = {}
     for number, entries in state["state"].items():
         parameter = parameters[number]

@@ -1,0 +1,125 @@
+"""The configuration of stage two, and what in it can't go together with the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
+from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.pretrained_range import at_range_of
+from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.domain.method import MethodConfig
+from ssl_pipeline.downstream.consistency import ConsistencyConfig
+from ssl_pipeline.downstream.labels import LabelsConfig
+from ssl_pipeline.downstream.regime import RegimeConfig
+from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.logging.run import Resume
+from ssl_pipeline.logging.tracker import TrackingConfig
+from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.schedules import Duration, parse_duration
+from ssl_pipeline.transforms.config import ViewsConfig
+
+
+class FinetuneConfig(FrozenModel):
+    """Everything that stage two is told; each field's model says what its keys mean.
+
+    Attributes:
+        encoder: a stage-one run's folder, or its ``encoder.safetensors``.
+        initialization: ``random`` takes the same architecture with fresh weights, to compare with.
+        size: height and width of the images in pixels; null is those that the encoder was pretrained on.
+        data: images with labels.
+        views: mild views for training; measuring uses none.
+        backbone: the network where no encoder is given; an encoder brings its own.
+        neck: likewise.
+        downstream: what the labels are for.
+        regime: which layers are trained, and how.
+        domain: a method across domains; null learns and measures on all of them alike.
+        labels: how many labels are used, and how many of them are held out.
+        unlabeled: how the other training images are learned from, without labels; null leaves them alone.
+        tracking: who hears of the run beside ``metrics.jsonl``.
+        seed: of label draws, head, order and views.
+        seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
+        split: what the figure is of; ``dev`` to tune a recipe.
+        output: the run's folder; null numbers them.
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
+        checkpoint_every: how often the state of a training is kept to resume from, of its length.
+        keep_checkpoints: how many of a training are kept; a seed that is done keeps none.
+        workers: processes that decode files; null settles it by the machine.
+    """
+
+    encoder: str | None = None
+    initialization: Literal["pretrained", "random"] = "pretrained"
+    size: int | None = Field(None, ge=8)
+    data: Annotated[SourceConfig, ComponentOf("data.sources")]
+    views: ViewsConfig
+    backbone: BackboneConfig
+    neck: NeckConfig
+    downstream: Annotated[DownstreamConfig, ComponentOf("downstream")]
+    regime: RegimeConfig
+    domain: Annotated[MethodConfig | None, ComponentOf("domain")] = None
+    labels: LabelsConfig
+    unlabeled: ConsistencyConfig | None = None
+    tracking: TrackingConfig
+    seed: int = Field(0, ge=0)
+    seeds: int = Field(1, ge=1)
+    split: Literal["test", "dev"] = "test"
+    output: str | None = None
+    resume: Resume = "no"
+    checkpoint_every: Duration = parse_duration("10%")
+    keep_checkpoints: int = Field(2, ge=1)
+    workers: int | None = Field(None, ge=0)
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether the encoder's weights are random."""
+        return self.initialization == "random" or self.regime.name == "scratch"
+
+    @property
+    def scaled_data(self) -> SourceConfig:
+        """The data, at the range of values that the encoder or model was trained at."""
+        return at_range_of(self.data, self.encoder or (self.domain.starts_from if self.domain is not None else None))
+
+    def check(self, pool: IndexedDataset, held_out: IndexedDataset | None) -> None:
+        """Refuses what can't go together, all of it at once, before anything is written.
+
+        Raises:
+            ConfigError: naming each problem.
+        """
+        problems = self.downstream.check(
+            pool, held_out if self.domain is None else None
+        ) + self.downstream.check_regime(self.regime.name)
+        if not problems and held_out is None:
+            problems.append(f"{pool.name} has no `{self.split}` split to measure on: see its keys in `configs/data`.")
+        starts_from = self.domain.starts_from if self.domain is not None else None
+        if starts_from is not None and (self.encoder is not None or self.starts_fresh):
+            problems.append(
+                "`domain.model` brings its own encoder: leave `encoder` out, and take regime lp_ft or end_to_end."
+            )
+        elif starts_from is None and self.encoder is None and self.backbone.weights is None and not self.starts_fresh:
+            problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
+        if self.regime.statistics == "kept" and self.starts_fresh:
+            problems.append(
+                "`regime.statistics` keeps what stage one has estimated, and fresh weights have no such: set it to batch."
+            )
+        problems += self.downstream.check_views(self.views)
+        if self.domain is not None:
+            problems += self.domain.check(self.downstream.name, self.regime.name)
+            problems += self.domain.check_head(getattr(self.downstream, "head", None))
+            problems += self.domain.check_statistics(self.regime.statistics == "kept")
+            problems += self.data.shown_by_views(self.views.each(), self.domain.target)
+        if self.unlabeled is not None:
+            across = self.domain is not None
+            problems += self.unlabeled.check(self.downstream.name, self.regime.name, across, pool)
+        if self.views.count != 1:
+            problems.append(f"`views.count` is {self.views.count}, and stage two needs 1.")
+        if self.views.restyle.probability:
+            problems.append(
+                "`views.restyle` is for stage one: set its probability to 0 (`domain=exemplar_memory` restyles)."
+            )
+        if self.views.local.count:
+            problems.append(f"`views.local.count` is {self.views.local.count}, and stage two takes no local views.")
+        if problems:
+            raise ConfigError(problems)
