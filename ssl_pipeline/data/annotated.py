@@ -10,18 +10,18 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.loader import IndexedLoader, Preprocessing, open_readable
 from ssl_pipeline.data.value_range import Range
 from ssl_pipeline.rng import NamedRNG
@@ -126,7 +126,7 @@ class AnnotatedDataset(IndexedDataset):
         """One decoded image."""
         return self.images.open_image(index)
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """The images'."""
         return self.images.stored_values()
 

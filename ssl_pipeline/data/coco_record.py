@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.data.masks import report_bad_masks
-from ssl_pipeline.data.verdicts import listed
 
 Categories = tuple[tuple[int, str], ...]  # numbers, which may have gaps, and names; their order is that of the classes
 _CROWD: dict[Any, int] = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}
@@ -26,7 +25,7 @@ def categories_of(rows: Sequence[dict[str, Any]], path: Path) -> Categories:
     """
     wrong = [f"{row['name']!r} has the id {row['id']!r}" for row in rows if not _is_whole(row["id"])]
     if wrong:
-        raise ConfigError(f"{path}: ids of `categories` must be whole numbers, and {listed(wrong)}: number them.")
+        raise ConfigError(f"{path}: ids of `categories` must be whole numbers, and {joined(wrong)}: number them.")
     for key in ("id", "name"):
         twice = [value for value, count in Counter(str(row[key]).strip() for row in rows).items() if count > 1]
         if twice:

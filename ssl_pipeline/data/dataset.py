@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import EncodedImage
-from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.value_range import Range, measured
 
 
@@ -118,7 +118,7 @@ class IndexedDataset(ImageDataset):
         """One image with the values that are stored, for a look at them."""
         return self.open_image(index)
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """The values of a few images spread over all, with the columns of :mod:`~ssl_pipeline.data.value_range`."""
         return measured(self.open_stored, len(self), self.name)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Generic, Literal, TypeVar, cast
+
+import numpy as np
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
-from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle
 from ssl_pipeline.transforms.config import ViewConfig
 
@@ -74,7 +75,7 @@ class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
         splits: tuple[Split, ...] = ("train", "dev", "test")
         return {split: part for split in splits if (part := self.open_part(split)) is not None}
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of images of the training data, by which the range is settled."""
         pool = self.open_part("pool")
         assert pool is not None
@@ -121,7 +122,7 @@ class StreamConfig(DecodedConfig[IndexedDataset | None], ABC):
             stream.value_range = self.value_range()
         return stream
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of the first images of a stream."""
         stream = self.open_stream()
         return super().stored_values() if stream is None else stream.preview(LOOKED_AT).stored_values()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import Sample
-from ssl_pipeline.data.decode import GRAYSCALE_MODES
+from ssl_pipeline.data.decode import is_grayscale
 
 
 def channels_of(samples: Sequence[Sample]) -> int:
@@ -23,7 +23,7 @@ def channels_of(samples: Sequence[Sample]) -> int:
     for sample in samples:
         # Decoders answer damaged bytes with nearly any error; training tells it when the image's turn comes.
         with suppress(Exception), Image.open(BytesIO(sample.data)) as image:
-            found.add(1 if image.mode.split(";")[0] in GRAYSCALE_MODES else 3)
+            found.add(1 if is_grayscale(image.mode) else 3)
     if not found:
         raise ConfigError(
             f"{samples[0].name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."

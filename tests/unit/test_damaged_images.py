@@ -13,7 +13,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly

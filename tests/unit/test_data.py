@@ -24,9 +24,8 @@ from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.embedded.make import make
-from ssl_pipeline.data.file_source import FileDataset
 from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.image_files import FileDataset, scan_folder
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
@@ -380,9 +379,11 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert "13 of 21 files can't be read as images" in text
     assert "data.bad_files=1%" in text
     source = opened(folder(tmp_path, bad_files="90%"), "train")
-    assert len(source.skipped) == 13
-    assert source.skipped[-1] == "dog/bad.png"
-    assert not set(source.skipped) & set(source.files)
+    assert source.bad_files is not None
+    left_out = list(source.bad_files.faults)
+    assert len(left_out) == 13
+    assert left_out[-1] == str(tmp_path / "dog" / "bad.png")
+    assert not set(left_out) & {source.describe(i) for i in range(len(source))}
     assert "left out 13 files of 21" in caplog.text
 
 

@@ -18,7 +18,7 @@ from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.transforms.geometry import reductions

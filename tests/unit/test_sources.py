@@ -15,7 +15,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.idx import read_idx, write_idx
-from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.image_files import scan_folder
 from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 

@@ -17,7 +17,7 @@ from ssl_pipeline.data.annotated import AnnotatedDataset
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
 from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.coco_record import Categories, categories_of, check_images, leave_out, plain_annotations
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.masks import for_all, report_bad_masks, upright_size
 from ssl_pipeline.data.source import DecodedConfig, Part
 from ssl_pipeline.data.splits import part_of, split_three

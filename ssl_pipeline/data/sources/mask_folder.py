@@ -11,14 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.bad_files import warn_once
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, report_bad_masks, upright_size
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
-from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import part_of, split_three
-from ssl_pipeline.data.verdicts import listed, warn_once
+from ssl_pipeline.data.splits import part_of, split_three, splits_in
 from ssl_pipeline.data.walk import images_in
 
 
@@ -174,7 +173,7 @@ def _checked(
         values = tuple(range(max(inside, default=0) + 1 if names is None else len(names)))
     elif names is not None and len(names) != len(values):
         raise ConfigError(
-            f"`data.values` has {len(values)} numbers, and there are {len(names)} classes ({listed(names)})."
+            f"`data.values` has {len(values)} numbers, and there are {len(names)} classes ({joined(names)})."
         )
     elif len(set(values)) < len(values):
         raise ConfigError(f"`data.values` is {list(values)}: each class needs a number of its own.")
@@ -183,7 +182,7 @@ def _checked(
     names = tuple(map(str, values)) if names is None else names
     if present and not set(inside) - {0} and IGNORE not in values and IGNORE in present:
         raise ConfigError(
-            f"the masks in {str(root)!r} hold {listed([str(number) for number in present])} alone, and {IGNORE} means that a pixel "
+            f"the masks in {str(root)!r} hold {joined([str(number) for number in present])} alone, and {IGNORE} means that a pixel "
             f"is of no class, so there is nothing to learn. If {IGNORE} is a class, say so by `data.values={present}`."
         )
     _refuse_other_numbers(names, values, read)
@@ -191,7 +190,7 @@ def _checked(
     if len(used) < len(names):
         told = f" ({IGNORE}, which is there, is no class)" if IGNORE in present and IGNORE not in values else ""
         warn_once(
-            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {listed(used)}{told}. If their numbers stand for "
+            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {joined(used)}{told}. If their numbers stand for "
             f"classes without gaps, say so by `data.values={present}`."
         )
     return names, values
@@ -202,7 +201,7 @@ def _refuse_other_numbers(names: tuple[str, ...], values: tuple[int, ...], read:
     report_bad_masks(
         [
             f"{mask} holds the number {others[int(counts[others].nonzero()[0])]}, and {len(names)} classes are named "
-            f"({listed(names)}), for the numbers {listed([str(value) for value in values])}: name the others, see `data.values`, or "
+            f"({joined(names)}), for the numbers {joined([str(value) for value in values])}: name the others, see `data.values`, or "
             f"mend the mask ({IGNORE} is no class)."
             for pairs in read.values()
             for mask, counts in zip(pairs.masks, pairs.counts, strict=True)

@@ -22,7 +22,7 @@ from torchvision import datasets
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, at_range
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
 from ssl_pipeline.data.splits import part_of, split_three
 
