@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, shorten
 from ssl_pipeline.data.annotated import Annotations, place_of_views
+from ssl_pipeline.data.decode import check_header
 from ssl_pipeline.transforms.policy import Views
 
 IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
@@ -50,7 +51,6 @@ class Masks(Annotations):
         return len(self.files)
 
     def select(self, index: Tensor) -> Masks:
-        """Those of the samples of an int64 index."""
         files = [self.files[i] for i in index.tolist()]
         return Masks(files, self.sizes[index], self.counts[index], self.names, self.values)
 
@@ -112,23 +112,19 @@ def _view_of(mask: Image.Image, box: list[int], mirrored: bool, size: int) -> Te
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file as it is decoded, its EXIF rotation applied, by its header.
+    """Height and width of an image file after EXIF rotation, by its header.
 
     Raises:
         ConfigError: it is no image.
     """
-    try:
-        with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (file.width, file.height) if turned else (file.height, file.width)
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        raise ConfigError(f"{path} can't be read as an image ({error}): remove or replace the file.") from error
+    header = check_header(path)
+    if isinstance(header, str):
+        raise ConfigError(f"{path} can't be read as an image: {header}. Remove or replace the file.")
+    return header.height, header.width
 
 
-def for_all(paths: Sequence[Path], look: Callable[[Path], T]) -> list[T]:
-    """Looks at many files at once, and tells all mistakes together.
+def for_all(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
+    """Reads many files at once, and reports all mistakes together.
 
     Raises:
         ConfigError: naming the first of the files with a mistake.
@@ -136,18 +132,17 @@ def for_all(paths: Sequence[Path], look: Callable[[Path], T]) -> list[T]:
 
     def careful(path: Path) -> T | ConfigError:
         try:
-            return look(path)
+            return read(path)
         except ConfigError as error:
             return error
 
     with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(careful, paths))
-    report_bad_masks([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
+    raise_all([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
     return [one for one in found if not isinstance(one, ConfigError)]
 
 
-def report_bad_masks(problems: Sequence[str], most: int = 10) -> None:
-    """Raises a ConfigError if there are any problems; of many the first are told."""
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises a ConfigError with the first of the problems, if there are any."""
     if problems:
-        more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
-        raise ConfigError([*problems[:most], *more])
+        raise ConfigError(shorten(problems))

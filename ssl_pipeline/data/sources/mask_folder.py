@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.annotated import AnnotatedDataset
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, report_bad_masks, upright_size
+from ssl_pipeline.data.masks import IGNORE, Masks, for_all, raise_all, read_mask, upright_size
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
 from ssl_pipeline.data.splits import part_of, split_three, splits_in
 from ssl_pipeline.data.walk import images_in
@@ -54,12 +55,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
         Raises:
             ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
         """
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise ConfigError(
-                f"`data.path`: there is no folder {self.path!r}: give the one that holds `images` and `masks`."
-            )
-        root = root.resolve()
+        root = existing_folder(self.path, "data.path", "`images` and `masks`")
         names = self.classes or _names_in(root / "classes.txt")
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
@@ -76,11 +72,14 @@ class Config(DecodedConfig[AnnotatedDataset]):
         return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), part)
 
 
-class _Pairs:
-    """Images and masks of one folder, all of them looked at."""
+class _Pairs(NamedTuple):
+    """Images and masks of one folder, all of them checked; ``counts`` has the pixels of each number, int64 of shape (N, 256)."""
 
-    def __init__(self, folder: Path, images: list[str], masks: list[Path], sizes: Tensor, counts: Tensor) -> None:
-        self.folder, self.images, self.masks, self.sizes, self.counts = folder, images, masks, sizes, counts
+    folder: Path
+    images: list[str]
+    masks: list[Path]
+    sizes: Tensor
+    counts: Tensor
 
 
 def _folders(root: Path) -> dict[Split, tuple[str, str]]:
@@ -114,11 +113,11 @@ def _names_in(path: Path) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=8)
 def _read(folder: Path, image_folder: str, mask_folder: str) -> _Pairs:
-    """Reads a folder once in the process's life: every mask is looked at, so that no run stops at one hours later."""
+    """Reads a folder once in the process's life: every mask is checked, so that no run stops at one hours later."""
     images, masks = (_by_stem(folder / part) for part in (image_folder, mask_folder))
     without = sorted(set(images) - set(masks))
     alone = sorted(set(masks) - set(images))
-    report_bad_masks(
+    raise_all(
         [
             f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / mask_folder}."
             for stem in without
@@ -198,7 +197,7 @@ def _checked(
 
 def _refuse_other_numbers(names: tuple[str, ...], values: tuple[int, ...], read: dict[Split, _Pairs]) -> None:
     others = [number for number in range(IGNORE) if number not in values]
-    report_bad_masks(
+    raise_all(
         [
             f"{mask} holds the number {others[int(counts[others].nonzero()[0])]}, and {len(names)} classes are named "
             f"({joined(names)}), for the numbers {joined([str(value) for value in values])}: name the others, see `data.values`, or "
