@@ -46,7 +46,7 @@ class Annotations(ABC):
 
     @abstractmethod
     def select(self, index: Tensor) -> Annotations:
-        """Those of the samples of an int64 index."""
+        """The annotations of an int64 index of samples."""
 
     @abstractmethod
     def digest(self) -> bytes:
@@ -82,11 +82,9 @@ class NumericTargets(Annotations):
         return len(self.values)
 
     def select(self, index: Tensor) -> NumericTargets:
-        """Those of the samples of an int64 index."""
         return NumericTargets(self.values[index], self.names)
 
     def digest(self) -> bytes:
-        """Of the values."""
         return hashlib.blake2b(self.values.numpy().tobytes(), digest_size=16).digest()
 
     def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
@@ -95,67 +93,47 @@ class NumericTargets(Annotations):
         return self.values[index]
 
     def whole(self, index: int) -> Tensor:
-        """(K,)."""
         return self.values[index]
 
 
 class AnnotatedDataset(IndexedDataset):
-    """A source's images with annotations beside them. It has no labels, so stage one reads it like any images.
-
-    Args:
-        images: numbered images.
-        annotations: one per image.
-    """
+    """A source's images with annotations beside them. It has no labels, so stage one reads it like any images."""
 
     def __init__(self, images: IndexedDataset, annotations: Annotations) -> None:
         assert len(images) == len(annotations)
-        self.images, self.annotations = images, annotations
-        self.name, self.channels, self.pixels, self.license = (
-            images.name,
-            images.channels,
-            images.pixels,
-            images.license,
-        )
-        self.mean, self.std, self.classes = images.mean, images.std, annotations.names
-        self.bad_files, self.value_range = images.bad_files, images.value_range
+        self.images, self.annotations, self.classes = images, annotations, annotations.names
+        for name in ("name", "channels", "pixels", "license", "mean", "std", "bad_files", "value_range"):
+            setattr(self, name, getattr(images, name))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def open_image(self, index: int) -> Image.Image:
-        """One decoded image."""
         return self.images.open_image(index)
 
     def stored_values(self) -> Mapping[str, np.ndarray]:
-        """The images'."""
         return self.images.stored_values()
 
     def at_range(self, value_range: Range | None) -> Self:
-        """The same samples, the images decoded at a range of values."""
         source = super().at_range(value_range)
         source.images = self.images.at_range(value_range)
         return source
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As the images' source knows them."""
         return self.images.sizes(index)
 
     def open_reduced(self, index: int, factor: int) -> Image.Image:
-        """One decoded image, perhaps smaller; views are drawn in the whole image's pixels, as annotations are."""
         return self.images.open_reduced(index, factor)
 
     def describe(self, index: int) -> str:
-        """As the images' source says it."""
         return self.images.describe(index)
 
     def fingerprint(self) -> str:
-        """Of images and annotations."""
         digest = hashlib.blake2b(self.images.fingerprint().encode(), digest_size=16)
         digest.update(self.annotations.digest())
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
-        """The samples of an int64 index."""
         chosen = super().select(index)
         chosen.images, chosen.annotations = self.images.select(index), self.annotations.select(index)
         chosen.pixels = chosen.images.pixels

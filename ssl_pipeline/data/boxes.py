@@ -40,13 +40,11 @@ class Boxes(Annotations):
         return len(self.boxes)
 
     def select(self, index: Tensor) -> Boxes:
-        """Those of the samples of an int64 index."""
         chosen = index.tolist()
         boxes, labels, crowds = ([side[i] for i in chosen] for side in (self.boxes, self.labels, self.crowds))
         return Boxes(boxes, labels, self.sizes[index], self.names, crowds)
 
     def digest(self) -> bytes:
-        """Of boxes, classes, sizes and crowds."""
         digest = hashlib.blake2b(self.sizes.numpy().tobytes(), digest_size=16)
         for boxes, labels in zip(self.boxes, self.labels, strict=True):
             digest.update(len(boxes).to_bytes(4) + boxes.numpy().tobytes() + labels.numpy().tobytes())
