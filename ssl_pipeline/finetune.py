@@ -18,8 +18,7 @@ from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.domain.across import DomainSplit, split_domains
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.domain.train import train_across

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
@@ -18,6 +21,7 @@ _BESIDE_IMAGES = {
     ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini", ".html", ".htm", ".url",
     ".pdf", ".db", ".log", ".py", ".ipynb",
 }  # fmt: skip
+T = TypeVar("T")
 _log = logging.getLogger("ssl_pipeline")
 
 
@@ -102,6 +106,31 @@ class BadFiles:
                     f"{self.allowed}: remove or replace them, or raise the limit.",
                 ]
             )
+
+
+def for_all(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
+    """Reads many files at once, and reports all mistakes together.
+
+    Raises:
+        ConfigError: naming the first of the files with a mistake.
+    """
+
+    def careful(path: Path) -> T | ConfigError:
+        try:
+            return read(path)
+        except ConfigError as error:
+            return error
+
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(careful, paths))
+    raise_all([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
+    return [one for one in found if not isinstance(one, ConfigError)]
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises a ConfigError with the first of the problems, if there are any."""
+    if problems:
+        raise ConfigError(shorten(problems))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.value_range import Range, kind_of, measure, stored_mode
 
@@ -184,6 +184,18 @@ def check_header(path: Path) -> Header | str:
         raise
     except Exception as error:  # decoders answer damaged bytes with nearly any error
         return explain(path, error)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file after EXIF rotation, by its header.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    header = check_header(path)
+    if isinstance(header, str):
+        raise ConfigError(f"{path} can't be read as an image: {header}. Remove or replace the file.")
+    return header.height, header.width
 
 
 def _refuse_other_bands(file: Image.Image) -> None:

@@ -216,28 +216,18 @@ def index_folder(root: Path, base: Path | None = None) -> Path:
     return (base or cache.expanduser() / "folders") / f"{root.name}-{digest}"
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    """What a check is to find out.
-
-    Attributes:
-        pixels: decode every file and take its digest, rather than read its header.
-        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
-        recheck: read every file anew, the unchanged ones too.
-    """
-
-    pixels: bool = False
-    cache_side: int = 0
-    recheck: bool = False
-
-
-def index_images(root: Path, place: Path, options: CheckOptions | None = None) -> ImageIndex:
+def index_images(
+    root: Path, place: Path, cache_side: int = 0, *, pixels: bool = False, recheck: bool = False, reuse: bool = True
+) -> ImageIndex:
     """The index of a folder, made anew only where the folder has changed or more is asked than is known.
 
     Args:
         root: the folder, resolved. Nothing in it is changed.
         place: where its index is kept; if nothing can be written there, it is made for this process alone.
-        options: None takes an index that is there, if the folder has not changed.
+        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
+        pixels: decode every file and take its digest, rather than read its header.
+        recheck: read every file anew, the unchanged ones too.
+        reuse: take an index that is there, if the folder has not changed.
 
     Raises:
         ConfigError: a folder can't be listed.
@@ -251,13 +241,14 @@ def index_images(root: Path, place: Path, options: CheckOptions | None = None) -
         _log.info("%s can't be written: every start reads the headers of all files in %s.", place, root)
     with _locked(place) if writable else nullcontext(False) as alone:
         old = ImageIndex.load(place, root)
-        if options is None and old is not None and old.whole and old.is_fresh():
+        reuse = reuse and not (cache_side or pixels or recheck)
+        if reuse and old is not None and old.whole and old.is_fresh():
             return old
         index = _list(root)
         if old is not None:
             _reuse(index, old)
-        _check(index, place if writable else None, options or CheckOptions())
-        if options is not None and alone:
+        _check(index, place if writable else None, cache_side, PIXELS if pixels or cache_side else HEADER, recheck)
+        if alone and not reuse:
             sweep(place, index.cache_side, np.unique(index.columns["shard"]).tolist())
         return (ImageIndex.load(place, root) if writable else None) or index
 
@@ -298,15 +289,14 @@ def _reuse(index: ImageIndex, old: ImageIndex) -> None:
     index.faults, index.modes, index.cache_side = dict(old.faults), dict(old.modes), old.cache_side
 
 
-def _check(index: ImageIndex, place: Path | None, options: CheckOptions) -> None:
+def _check(index: ImageIndex, place: Path | None, side: int, level: int, recheck: bool) -> None:
     """Checks what is not yet known as well as is asked, and saves it now and then."""
-    columns, side = index.columns, options.cache_side
+    columns = index.columns
     if side and side != index.cache_side:
         columns["shard"][:], index.cache_side = -1, side
     if side and place is not None:
         columns["shard"][~np.isin(columns["shard"], list(shards_in(cache_folder(place, side))))] = -1  # were deleted
-    level = PIXELS if options.pixels or side else HEADER
-    due = (columns["checked"] < level) | options.recheck
+    due = (columns["checked"] < level) | recheck
     if side:
         due |= (columns["shard"] < 0) & (columns["fault"] == 0) & (columns["kind"] == 0)
     places, files = due.nonzero()[0].tolist(), index.files

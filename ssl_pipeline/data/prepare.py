@@ -23,7 +23,7 @@ from ssl_pipeline.config.base import ConfigError, UserError, joined
 from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import causes, first_levels
-from ssl_pipeline.data.image_index import TRAITS, CheckOptions, ImageIndex, counting_bar, index_folder, index_images
+from ssl_pipeline.data.image_index import TRAITS, ImageIndex, counting_bar, index_folder, index_images
 from ssl_pipeline.data.source import LOOKED_AT
 from ssl_pipeline.data.sources import folder, webdataset
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
@@ -63,7 +63,7 @@ def prepare(
     usable = 0
     for root in roots:
         place = _output_folder(root, output)
-        report = Report(index_images(root, place, CheckOptions(True, cache_side, recheck)), kind)
+        report = Report(index_images(root, place, cache_side, pixels=True, recheck=recheck), kind)
         _print_bad_files(str(root), report.usable, report.bad, place)
         for line in [*report.remarks(), f"wrote {place}"]:
             _print(line)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Generic, Literal, TypeVar, cast
 
 import numpy as np
@@ -166,3 +168,21 @@ def describe_range_of(config: SourceConfig, learned: ImageDataset) -> list[str]:
     looked = isinstance(learned, StreamDataset) and isinstance(config, DecodedConfig) and isinstance(config.range, str)
     by = f", by the first {LOOKED_AT} images of the stream" if looked else ""
     return [f"of more than 8 bits {describe_range(learned.value_range)}{by}"]
+
+
+def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
+    """The data at the range that an encoder or model was trained at, where the user gives none: what was white must stay white.
+
+    Args:
+        data: the configuration of a source.
+        path: a run's folder or a file in it; None, and what is no run of ours, changes nothing.
+    """
+    if path is None or not isinstance(data, DecodedConfig) or data.range != "auto":
+        return data
+    place = Path(path).expanduser()
+    try:
+        card = json.loads(((place if place.is_dir() else place.parent) / "card.json").read_text(encoding="utf-8"))
+        found = card["blueprint"].get("range")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # told where the encoder is opened
+        return data
+    return data if found is None else data.model_copy(update={"range": (float(found[0]), float(found[1]))})

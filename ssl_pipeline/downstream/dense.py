@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset, read_whole, to_device, whole_view
+from ssl_pipeline.data.annotated_loader import read_whole, to_device, whole_view
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder

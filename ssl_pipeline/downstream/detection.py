@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.data.annotated import annotations_of
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.targets import Boxes, annotations_of
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.detector import FasterRCNNHead

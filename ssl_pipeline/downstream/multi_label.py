@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score
 
-from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.targets import NumericTargets, annotations_of
 from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_labels, known_mean
 from ssl_pipeline.downstream.vector import PooledConfig, PooledTask

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.targets import NumericTargets, annotations_of
 
 
 def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:

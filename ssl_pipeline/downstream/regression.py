@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.data.annotated import NumericTargets, annotations_of
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.targets import NumericTargets, annotations_of
 from ssl_pipeline.downstream.numbers import check_numbers
 from ssl_pipeline.downstream.solve import fit_ridge, known_mean
 from ssl_pipeline.downstream.vector import PooledConfig, PooledTask, targets_of

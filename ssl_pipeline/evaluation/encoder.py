@@ -13,8 +13,7 @@ from pydantic import Field
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, read
 from ssl_pipeline.models.backbone import BackboneConfig, is_network
 from ssl_pipeline.models.encoder import Encoder

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.image_index import HEADER, CheckOptions, FileTable, ImageIndex, index_folder, index_images
+from ssl_pipeline.data.image_index import HEADER, FileTable, ImageIndex, index_folder, index_images
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
@@ -56,7 +56,7 @@ def measure(rounds: int) -> dict[str, float]:
 def _throughput(folder: Path, share: DistInfo, rounds: int) -> dict[str, float]:
     photos, prepared = folder / "photos", folder / "prepared"
     _make_photos(photos)
-    index_images(photos.resolve(), index_folder(photos.resolve(), prepared), CheckOptions(cache_side=256))
+    index_images(photos.resolve(), index_folder(photos.resolve(), prepared), cache_side=256)
     sides: dict[str, tuple[Callable[[], None], int]] = {
         "lightly": (_lightly(photos, default_workers(share)), _PHOTOS * _EPOCHS_OF_LIGHTLY),
         "files": (_ours(photos, prepared, share, False, _EPOCHS), _PHOTOS * _EPOCHS),

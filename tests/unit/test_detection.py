@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, annotations_of
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import coco
+from ssl_pipeline.data.targets import AnnotatedDataset, Boxes, annotations_of
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluation.result import Result

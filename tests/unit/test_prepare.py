@@ -21,7 +21,6 @@ from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.image_index import (
     FILE_NAME,
     FORMAT,
-    CheckOptions,
     FileTable,
     ImageIndex,
     index_folder,
@@ -186,7 +185,7 @@ def test_a_later_start_looks_at_what_is_new(tmp_path: Path, monkeypatch: pytest.
     os.utime(root / "000.jpg", (OLD + 1, OLD + 1))
     os.utime(root, (OLD, OLD))
     seen.clear()
-    assert index_images(root, place, CheckOptions()).columns["width"][0] == 50
+    assert index_images(root, place, reuse=False).columns["width"][0] == 50
     assert "000.jpg" in seen
 
 
@@ -204,13 +203,13 @@ def test_a_stopped_look_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(image_index, "_check_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        index_images(root, place, CheckOptions(cache_side=16))
+        index_images(root, place, cache_side=16)
     monkeypatch.setattr(image_index, "_check_file", whole)
     half = ImageIndex.load(place, root)
     assert half is not None
     assert not half.whole
     seen = counted(monkeypatch)
-    manifest = index_images(root, place, CheckOptions(cache_side=16))
+    manifest = index_images(root, place, cache_side=16)
     assert manifest.whole
     assert 3 <= len(seen) <= 4
     cache = Cache(cache_folder(place, 16))
@@ -222,14 +221,14 @@ def test_bit_rot_is_found_by_its_digest(tmp_path: Path) -> None:
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 4)
     aged(root)
-    index_images(root, place, CheckOptions(pixels=True))
+    index_images(root, place, pixels=True)
     damaged = bytearray((root / "002.jpg").read_bytes())
     damaged[-30] ^= 1
     (root / "002.jpg").write_bytes(damaged)
     aged(root)
-    assert not Report(index_images(root, place, CheckOptions(pixels=True))).bad
+    assert not Report(index_images(root, place, pixels=True)).bad
     for _ in range(2):
-        bad = Report(index_images(root, place, CheckOptions(pixels=True, recheck=True))).bad
+        bad = Report(index_images(root, place, pixels=True, recheck=True)).bad
         assert list(bad) == ["002.jpg"]
         assert "bytes have changed while its size and time have not" in bad["002.jpg"]
 
@@ -334,10 +333,10 @@ def test_shards_and_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     photos(root, 5)
     aged(root)
     monkeypatch.setattr("ssl_pipeline.data.cache.SHARD_BYTES", 2000)
-    index_images(root, place, CheckOptions(cache_side=16))
+    index_images(root, place, cache_side=16)
     assert len(list((place / "cache-16").glob("*.bin"))) == 3
     assert index_images(root, place).cache_side == 16
-    manifest = index_images(root, place, CheckOptions(cache_side=20))
+    manifest = index_images(root, place, cache_side=20)
     assert manifest.cache_side == 20
     assert manifest.columns["cached_height"].tolist() == [20] * 5
 

@@ -24,8 +24,7 @@ from ssl_pipeline.data.decode import as_8_bit, check_header, decode
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import Preprocessing, read_in_order
 from ssl_pipeline.data.prepare import prepare
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import SourceConfig, StreamConfig
+from ssl_pipeline.data.source import SourceConfig, StreamConfig, at_range_of
 from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, table, webdataset
 from ssl_pipeline.data.sources import torchvision as torchvision_sets
 from ssl_pipeline.data.stream_crops import read_stream_crops

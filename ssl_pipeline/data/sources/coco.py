@@ -15,13 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined, shorten
-from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
-from ssl_pipeline.data.boxes import Boxes
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, for_all, parse_limit, raise_all
+from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.masks import for_all, raise_all, upright_size
 from ssl_pipeline.data.source import DecodedConfig, Part
 from ssl_pipeline.data.splits import part_of, split_three
+from ssl_pipeline.data.targets import AnnotatedDataset, Boxes
 
 Row = dict[str, Any]
 Categories = tuple[tuple[int, str], ...]  # ids, which may have gaps, and names; their order is that of the classes

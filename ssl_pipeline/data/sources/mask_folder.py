@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
-from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.bad_files import warn_once
+from ssl_pipeline.data.bad_files import for_all, raise_all, warn_once
+from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.masks import IGNORE, Masks, for_all, raise_all, read_mask, upright_size
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
 from ssl_pipeline.data.splits import part_of, split_three, splits_in
+from ssl_pipeline.data.targets import IGNORE, AnnotatedDataset, Masks, read_mask
 from ssl_pipeline.data.walk import images_in
 
 

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined, shorten
-from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.class_names import class_names
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
@@ -26,6 +25,7 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_dev_labels
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
