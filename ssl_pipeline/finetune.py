@@ -17,7 +17,7 @@ from pydantic import Field
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.domain.across import DomainSplit, split_domains
 from ssl_pipeline.domain.method import MethodConfig
@@ -59,7 +59,9 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights import digest
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _log = logging.getLogger("ssl_pipeline")
 

@@ -17,7 +17,7 @@ from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
 from ssl_pipeline.data.lanes import StreamLoader, build_loader
-from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
+from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.data.source import SourceConfig, describe_range_of, describe_splits, open_training
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.engine.checkpoint import Checkpoints
@@ -58,7 +58,8 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights_input import weights_input
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.transforms.policy import ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class BatchConfig(FrozenModel):

@@ -22,7 +22,7 @@ from ssl_pipeline.config.compose import choices, compose, config_root
 from ssl_pipeline.config.resolve import module_of, names
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.schedules import DurationValue
-from ssl_pipeline.transforms.policy import ViewChanges
+from ssl_pipeline.transforms.config import ViewChanges
 
 # Models that are one value in YAML.
 ONE_VALUE: dict[type, str] = {DurationValue: "duration", BadFilesLimit: "share or number"}

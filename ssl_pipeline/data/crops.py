@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 NEIGHBORS = 64  # that are tried in the place of a file that can't be decoded
 

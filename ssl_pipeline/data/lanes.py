@@ -29,7 +29,7 @@ from ssl_pipeline.data.stream_crops import StreamCrops, read_stream_crops
 from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.rng import derive_seed, hash_bits, permutation
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 _log = logging.getLogger("ssl_pipeline")
 

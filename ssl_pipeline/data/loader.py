@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,9 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.order import samples_of_step, step_at
 from ssl_pipeline.data.workers import read_items
-from ssl_pipeline.models.artifact import EncoderSpec
-from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.evaluation import as_tensor, resize_and_crop, resize_and_crop_image
-from ssl_pipeline.transforms.geometry import as_float, central_boxes, resize_box_of_file, resize_boxes, stack_views
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -222,49 +220,6 @@ def note_bad(source: IndexedDataset, sample: int, error: DecodeError) -> None:
     source.bad_files.note(source.describe(sample), error.fault)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What evaluation and prediction do to an image: resized, cut to the central square, normalized.
-
-    Attributes:
-        size: height and width that the network sees, in pixels.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
-        resize: the evaluation transform of published weights; None cuts out the largest central square first and resizes that.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: Resize | None = None
-
-    @classmethod
-    def of(cls, blueprint: EncoderSpec) -> Preprocessing:
-        """What an encoder's card says of its images."""
-        return cls(blueprint.size, blueprint.mean, blueprint.std, blueprint.resize)
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(values)[None, :, None, None] for values in (self.mean, self.std))
-        return images.sub(mean).div_(std)
-
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) to normalized float32 (B, C, size, size), on the pixels' device."""
-        if self.resize is not None:
-            fill = torch.tensor(self.mean)[:, None, None]
-            return self._normalize(resize_and_crop(pixels, self.size, self.resize, fill))
-        heights, widths = (torch.full((len(pixels),), side) for side in pixels.shape[2:])
-        return self._normalize(resize_boxes(pixels, central_boxes(heights, widths), self.size))
-
-    def of_files(self, images: list[Image.Image]) -> Tensor:
-        """Decoded files to normalized float32 (B, C, size, size)."""
-        if self.resize is not None:
-            cut = [resize_and_crop_image(image, self.size, self.resize, self.mean) for image in images]
-            return self._normalize(as_float(stack_views([as_tensor(image) for image in cut], len(self.mean))))
-        boxes = central_boxes(torch.tensor([i.height for i in images]), torch.tensor([i.width for i in images]))
-        views = [resize_box_of_file(image, box, self.size) for image, box in zip(images, boxes, strict=True)]
-        return self._normalize(as_float(stack_views(views, len(self.mean))))
-
-
 def open_or_replace(source: IndexedDataset, index: int) -> Image.Image:
     """A decoded image; of one that can't be decoded its neighbor, of the same class, which is counted.
 
@@ -298,16 +253,22 @@ def open_readable(source: IndexedDataset, index: int) -> Image.Image | None:
 
 
 def read_readable(
-    source: IndexedDataset, preprocessing: Preprocessing, device: torch.device, index: Tensor, chunk: int = 256
+    source: IndexedDataset,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    index: Tensor,
+    chunk: int = 256,
+    open_image: Callable[[IndexedDataset, int], Image.Image | None] = open_readable,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reads samples once, in order, without randomness; those that can't be decoded are left out.
 
     Args:
         source: numbered samples.
-        preprocessing: the central square, resized and normalized.
+        preprocessing: what is done to the images.
         device: where the images are wanted.
         index: which samples, int64 of shape (N,).
         chunk: samples at a time.
+        open_image: decodes one image; None leaves it out.
 
     Yields:
         The samples that were read, int64 of shape (B,) with B ≤ chunk, and their images, float32 of shape (B, C, size, size).
@@ -317,7 +278,7 @@ def read_readable(
             if source.pixels is not None:
                 yield part, preprocessing.of_pixels(source.pixels[part].to(device))
                 continue
-            opened = list(pool.map(lambda i: open_readable(source, i), part.tolist()))
+            opened = list(pool.map(partial(open_image, source), part.tolist()))
             images = [image for image in opened if image is not None]
             if images:
                 read = torch.tensor([image is not None for image in opened])
@@ -331,23 +292,7 @@ def read_in_order(
     index: Tensor | None = None,
     chunk: int = 256,
 ) -> Iterator[Tensor]:
-    """Reads samples once, in order, without randomness.
-
-    Args:
-        source: numbered samples.
-        preprocessing: the central square, resized and normalized.
-        device: where the images are wanted.
-        index: which samples, int64 of shape (N,); all by default.
-        chunk: samples at a time.
-
-    Yields:
-        float32 of shape (≤ chunk, C, size, size).
-    """
+    """The images of :func:`read_readable`, of all samples by default; neighbors replace those that can't be decoded."""
     index = torch.arange(len(source)) if index is None else index
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for part in index.split(chunk):
-            if source.pixels is not None:
-                yield preprocessing.of_pixels(source.pixels[part].to(device))
-            else:
-                images = list(pool.map(lambda i: open_or_replace(source, i), part.tolist()))
-                yield preprocessing.of_files(images).to(device)
+    for _, images in read_readable(source, preprocessing, device, index, chunk, open_or_replace):
+        yield images

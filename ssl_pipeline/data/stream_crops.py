@@ -16,7 +16,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, EncodedImage
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 Read = TypeVar("Read")
 

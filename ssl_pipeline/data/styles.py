@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from ssl_pipeline.data.dataset import ImageDataset
-from ssl_pipeline.data.loader import Preprocessing, read_in_order
+from ssl_pipeline.data.loader import read_in_order
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 def build_views(

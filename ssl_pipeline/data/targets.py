@@ -20,9 +20,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.value_range import Range
-from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms.geometry import crop_boxes
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
 Kind = TypeVar("Kind", bound="Annotations")
@@ -134,7 +132,7 @@ class Masks(Annotations):
 
     def of_views(self, index: Tensor, views: Views, epoch: int) -> Tensor:
         """The classes of the first views' pixels, int64 of shape (B, S, S); by the nearest pixel, classes have no mean."""
-        boxes, mirrored = place_of_views(index, views, epoch, self.sizes)
+        _, boxes, mirrored = next(views.boxes(index, epoch, *self.sizes[index].unbind(1)))
         places = zip(index.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
         masks = [_view_of(self._read(i), box, mirror, views.config.size) for i, box, mirror in places]
         return torch.stack(masks)
@@ -230,7 +228,7 @@ class Boxes(Annotations):
 
         A box whose center lies outside of the crop is dropped (Liu et al. 2016); one that reaches out of it is cut off.
         """
-        crops, mirrored = place_of_views(index, views, epoch, self.sizes)
+        _, crops, mirrored = next(views.boxes(index, epoch, *self.sizes[index].unbind(1)))
         size, targets = views.config.size, []
         for i, crop, mirror in zip(index.tolist(), crops.float(), mirrored.tolist(), strict=True):
             (top, left, height, width), boxes = crop.unbind(), self.boxes[i]
@@ -304,20 +302,3 @@ def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:
     if isinstance(source, AnnotatedDataset) and isinstance(source.annotations, kind):
         return source.annotations
     return None
-
-
-def place_of_views(index: Tensor, views: Views, epoch: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the first views of samples come from: their crops and mirrors, drawn by the names that the images' have.
-
-    Args:
-        index: int64 of shape (B,).
-        views: the views' policy and seed.
-        epoch: the epoch.
-        sizes: heights and widths of all images, int64 of shape (N, 2).
-
-    Returns:
-        int64 of shape (B, 4): top, left, height, width; and which are mirrored, bool of shape (B,).
-    """
-    draws = NamedRNG(index, views.seed, "views", epoch, 0)
-    heights, widths = sizes[index].unbind(1)
-    return crop_boxes(draws, heights, widths, views.config.crop), draws.happens("flip", views.config.flip)

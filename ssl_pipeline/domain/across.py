@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.domain.controls import make_control
 from ssl_pipeline.domain.distance import proxy_a_distance
@@ -20,6 +20,7 @@ from ssl_pipeline.domain.selection import unlabeled_metrics
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_folds, draw_index
 from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

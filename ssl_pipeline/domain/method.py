@@ -12,11 +12,12 @@ from torch import Tensor
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.controls import Control
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.regime import TrainingConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 Phase = Literal["source", "joint", "target"]
 

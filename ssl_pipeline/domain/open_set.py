@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.metrics.average_precision import average_precision
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 SCORES = ("msp", "max_logit", "energy", "knn")
 

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.certainty import entropy
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.rng import permutation
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _MOST = 4000
 

@@ -20,7 +20,7 @@ from ssl_pipeline.downstream.regime import (
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 
 def train_across(

@@ -28,7 +28,8 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import all_gather_rows
 from ssl_pipeline.models.teacher import EMAModel
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 
 
 class ConsistencyConfig(FrozenModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated_loader import read_whole, to_device, whole_view
+from ssl_pipeline.data.annotated_loader import to_device
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo, read_readable
 from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.transforms.geometry import as_float, stack_views
-from ssl_pipeline.transforms.policy import ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class DenseConfig(DownstreamConfig):
@@ -46,7 +47,7 @@ class DenseTask(DownstreamTask):
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
         """Whole images, resized to a square and normalized."""
-        return whole_images(images, preprocessing)
+        return replace(preprocessing, whole=True).of_files(images)
 
     @abstractmethod
     def compare(self, prediction: Any, target: Any) -> Any:
@@ -69,14 +70,15 @@ class DenseTask(DownstreamTask):
             ConfigError: no image can be read.
         """
         assert isinstance(source, AnnotatedDataset)
+        whole = replace(preprocessing, whole=True)
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
         was_training = self.training
         self.eval()
         compared = gather_parts(
             (
                 self.compare(prediction, to_device(source.annotations.whole(i), share.device))
-                for index, images in read_whole(source, preprocessing, share.device, own)
-                for i, prediction in zip(index, self.predict(images), strict=True)
+                for index, images in read_readable(source, whole, share.device, own, chunk=16)
+                for i, prediction in zip(index.tolist(), self.predict(images), strict=True)
             ),
             share,
         )
@@ -84,10 +86,3 @@ class DenseTask(DownstreamTask):
         if not compared:
             raise ConfigError(f"{source.name}: none of its {len(source)} images can be read: replace the files.")
         return self.score(compared)
-
-
-def whole_images(images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
-    """Decoded images, resized to a square without regard to their shape and normalized: float32 of shape (B, C, size, size)."""
-    views = as_float(stack_views([whole_view(image, preprocessing.size) for image in images], len(preprocessing.mean)))
-    mean, std = (views.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return (views - mean) / std

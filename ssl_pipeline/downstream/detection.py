@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.targets import Boxes, annotations_of
 from ssl_pipeline.downstream.dense import DenseConfig, DenseTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
@@ -28,6 +28,7 @@ from ssl_pipeline.models.detector import FasterRCNNHead
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import batch_norms, have_statistics
 from ssl_pipeline.models.retinanet import PyramidRetinaNetHead
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class Config(DenseConfig):

@@ -12,10 +12,10 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.resolve import component
-from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.models.artifact import Card, read
 from ssl_pipeline.models.weights import load_strictly
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass

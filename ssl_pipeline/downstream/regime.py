@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.annotated_loader import AnnotatedLoader
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.classification import Classification
@@ -38,7 +38,8 @@ from ssl_pipeline.engine.task import Task
 from ssl_pipeline.logging.training import TrainingCurves
 from ssl_pipeline.models.bottleneck import estimate_bottleneck
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class TrainingConfig(FrozenModel):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.layers import head_layer, layer_of
-from ssl_pipeline.transforms.policy import ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class DownstreamTask(Task, ABC):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.targets import NumericTargets, annotations_of
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
 from ssl_pipeline.models.encoder import Encoder
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ssl_pipeline.logging.run import versions, write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
 from ssl_pipeline.models.artifact import finite
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 
 What = Literal["knn", "probe", "few_shot", "spread", "robustness"]
 _ALL: tuple[What, ...] = ("knn", "probe", "few_shot", "spread", "robustness")

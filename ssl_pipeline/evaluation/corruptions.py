@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.transforms.evaluation import resize_and_crop_image
-from ssl_pipeline.transforms.geometry import central_boxes
+from ssl_pipeline.transforms.crop import central_boxes
+from ssl_pipeline.transforms.preprocessing import Resize, resize_and_crop_image
 
 Values = NDArray[np.float64]
 STRENGTHS = (1, 2, 3, 4, 5)

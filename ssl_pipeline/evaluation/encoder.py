@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.words import quoted
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, read
 from ssl_pipeline.models.backbone import BackboneConfig, is_network
@@ -21,6 +21,7 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights import WEIGHTS_FILES, load_strictly
 from ssl_pipeline.models.weights_input import weights_input
 from ssl_pipeline.rng import derive_seed
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _SIZE = 224
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace, read_in_order, read_readable
+from ssl_pipeline.data.loader import DistInfo, open_or_replace, read_in_order, read_readable
 from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @torch.no_grad()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.knn import knn_accuracy
 from ssl_pipeline.models.artifact import finite
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _FEW_IMAGES = 32  # fewer give figures of collapse that say more about their number than about the features
 _FEWEST_FOR_RANK = 8

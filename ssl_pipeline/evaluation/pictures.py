@@ -20,7 +20,7 @@ from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.classes import one_of_each_class
 from ssl_pipeline.metrics.knn import nearest_neighbors
-from ssl_pipeline.transforms.policy import ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")
 _MOST_OF_THE_TIME = 0.005

@@ -20,7 +20,7 @@ from ssl_pipeline.metrics.knn import knn_accuracy
 from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.metrics.sgd_probe import choose, sweep
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
 
 _PAIRS = 2048  # rows for figures that look at pairs
 

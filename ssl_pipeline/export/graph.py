@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,9 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.export.parts import ExportBundle, example
-from ssl_pipeline.models.resize import Resize
-from ssl_pipeline.transforms.evaluation import resize_and_crop
-from ssl_pipeline.transforms.geometry import central_boxes, resize_boxes
+from ssl_pipeline.transforms.crop import central_boxes, resize_boxes, whole_boxes
+from ssl_pipeline.transforms.preprocessing import Preprocessing, Resize, resize_and_crop
 
 TOLERANCE = 1e-4
 _METADATA = "ssl_pipeline.json"
@@ -65,11 +62,6 @@ class ExportWrapper(nn.Module):
         count, _, height, width = images.shape
         box = self.box(torch.full((1,), height), torch.full((1,), width))
         return resize_boxes(images, box.expand(count, 4), self.size)
-
-
-def whole_boxes(heights: Tensor, widths: Tensor) -> Tensor:
-    """All of each image, int64 of shape (B, 4)."""
-    return torch.stack([torch.zeros_like(heights), torch.zeros_like(heights), heights, widths], 1)
 
 
 def metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
@@ -214,7 +206,7 @@ class ExportedModel:
     def predict(self, images: list[Image.Image]) -> Tensor:
         """Logits for decoded images, one entry each."""
         if self.preprocessing is not None and self.gives == "mask":
-            return self.run(whole_images(images, self.preprocessing))
+            return self.run(replace(self.preprocessing, whole=True).of_files(images))
         if self.preprocessing is not None:
             return self.run(self.preprocessing.of_files(images))
         mode = "L" if self.channels == 1 else "RGB"

@@ -22,8 +22,8 @@ from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.models.backbone import BackboneConfig, stem_at
 from ssl_pipeline.models.encoder import Encoder, build_encoder
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.models.weights import load_strictly
+from ssl_pipeline.transforms.preprocessing import Resize
 
 SCHEMA = 1
 _CARD = "card.json"

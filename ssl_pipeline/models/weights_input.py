@@ -12,9 +12,9 @@ from torchvision.models import get_model_weights, list_models
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.models.artifact import read_card
-from ssl_pipeline.models.resize import Resize
 from ssl_pipeline.models.timm_trunks import data_config, pretrained_cfg, pretrained_tags
 from ssl_pipeline.models.weights import is_file_name, official_entry
+from ssl_pipeline.transforms.preprocessing import Resize
 
 if TYPE_CHECKING:
     from ssl_pipeline.models.backbone import BackboneConfig

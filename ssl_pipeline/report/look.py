@@ -20,7 +20,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace
+from ssl_pipeline.data.loader import DistInfo, open_or_replace
 from ssl_pipeline.data.source import open_training
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
@@ -31,6 +31,7 @@ from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.report.planes import projections
 from ssl_pipeline.report.read import RunRecord
 from ssl_pipeline.rng import permutation
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _MOST_IMAGES = 1000  # on the map: the page holds a thumbnail of each
 _QUERIES, _NEIGHBORS = 8, 7

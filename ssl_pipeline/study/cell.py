@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import dump
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.labels import LabeledSplit, draw_folds, draw_index
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.downstream.selection import selection
@@ -30,7 +30,8 @@ from ssl_pipeline.models.artifact import EncoderSpec, save
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.study.grid import Cell
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

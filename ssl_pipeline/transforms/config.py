@@ -1,16 +1,42 @@
-"""The policy of one view: what may be done to it, and how strongly."""
+"""Which random views an image has, what may be done to each, and how strongly."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
-from ssl_pipeline.transforms.geometry import BoxConfig, CropConfig, Share
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class BoxConfig(FrozenModel):
+    """Bounds of a random box.
+
+    Attributes:
+        scale: the smallest and the largest share of the image's area.
+        ratio: the smallest and the largest width ÷ height.
+    """
+
+    scale: tuple[Share, Share]
+    ratio: tuple[float, float]
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"write the smaller bound first, both above 0; got {list(value)}.")
+        return value
+
+
+class CropConfig(BoxConfig):
+    """The random resized crop (Szegedy et al. 2015)."""
+
+    scale: tuple[Share, Share] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
 
 class JitterConfig(FrozenModel):
@@ -133,3 +159,124 @@ class ViewConfig(FrozenModel):
         colors = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
         settled = self.model_copy(update={"jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]})
         return settled, dropped
+
+
+class ViewChanges(FrozenModel):
+    """What a view does otherwise than the base policy; what is left out, also inside a group, is the base's.
+
+    Attributes:
+        crop: the random resized crop.
+        flip: probability of a horizontal mirror.
+        jitter: color jitter.
+        grayscale: probability of dropping the colors.
+        blur: Gaussian blur.
+        solarize: probability of inverting the bright half of the values.
+        rotation: rotation by any angle.
+        erasing: erasing of a box.
+        restyle: the style of another image.
+    """
+
+    crop: CropConfig | None = None
+    flip: Probability | None = None
+    jitter: JitterConfig | None = None
+    grayscale: Probability | Literal["auto"] | None = None
+    blur: BlurConfig | None = None
+    solarize: Probability | None = None
+    rotation: RotationConfig | None = None
+    erasing: ErasingConfig | None = None
+    restyle: RestyleConfig | None = None
+
+    @model_serializer
+    def _only_what_was_given(self) -> dict[str, Any]:
+        """A dumped group must not grow the keys that were left out: read again, they would be changes."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            name: value.model_dump(mode="json", exclude_unset=True) if isinstance(value, FrozenModel) else value
+            for name, value in values.items()
+        }
+
+    def on(self, base: ViewConfig) -> ViewConfig:
+        """The base policy with these changes."""
+        changes = {name: getattr(self, name) for name in ViewConfig.model_fields if hasattr(self, name)}
+        update = {
+            name: getattr(base, name).model_copy(update={key: getattr(change, key) for key in change.model_fields_set})
+            if isinstance(change, FrozenModel)
+            else change
+            for name, change in changes.items()
+            if change is not None
+        }
+        return base.model_copy(update=update)
+
+
+class LocalConfig(ViewChanges):
+    """Multi-crop's small views of small boxes, beside the global ones (Caron et al. 2020).
+
+    Attributes:
+        count: local views of an image.
+        size: their height and width in pixels.
+    """
+
+    count: int = Field(0, ge=0)
+    size: int = Field(96, ge=8)
+    crop: CropConfig | None = CropConfig(scale=(0.05, 0.14))
+
+
+class ViewsConfig(ViewConfig):
+    """The views of an image: the keys of :class:`ViewConfig` are the first view's, and all others' unless changed.
+
+    Attributes:
+        count: global views.
+        second: what the second and later global views do otherwise (BYOL, Grill et al. 2020); null changes nothing.
+        local: multi-crop's local views, which follow the global ones.
+    """
+
+    count: int = Field(2, ge=1)
+    second: ViewChanges | None = None
+    local: LocalConfig = LocalConfig()
+
+    @model_validator(mode="after")
+    def _second_is_there(self) -> ViewsConfig:
+        if self.second and self.count == 1:
+            raise ValueError("`second` changes the second view, and `count` is 1: set second=null.")
+        return self
+
+    @property
+    def total(self) -> int:
+        """The number of all views."""
+        return self.count + self.local.count
+
+    def shapes(self, channels: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each view of an image."""
+        sizes = [self.size] * self.count + [self.local.size] * self.local.count
+        return [(channels, size, size) for size in sizes]
+
+    def each(self) -> list[ViewConfig]:
+        """The policy of every view: ``count`` global ones, then the local ones."""
+        base = ViewConfig(**{name: getattr(self, name) for name in ViewConfig.model_fields})
+        later = self.second.on(base) if self.second else base
+        return [base, *[later] * (self.count - 1), *[self.local.on(base)] * self.local.count]
+
+    def for_channels(self, channels: int, key: str = "views") -> tuple[ViewsConfig, list[str]]:
+        """Settles what is ``auto``: images that are not RGB keep their channels and lose the color operations.
+
+        Args:
+            channels: of the images.
+            key: where this policy stands in the configuration.
+
+        Returns:
+            The policy without ``auto``, and notes for the log.
+
+        Raises:
+            ConfigError: a color operation was asked for by name on images that have no colors.
+        """
+        views = self.each()
+        base, dropped = views[0].settled(channels, key)
+        update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
+        if self.second and self.count > 1:
+            second, _ = views[1].settled(channels, f"{key}.second")
+            update["second"] = self.second.model_copy(update={"jitter": second.jitter, "grayscale": second.grayscale})
+        if self.local.count:
+            local, _ = views[-1].settled(channels, f"{key}.local")
+            update["local"] = self.local.model_copy(update={"jitter": local.jitter, "grayscale": local.grayscale})
+        notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colors"]
+        return self.model_copy(update=update), notes if dropped else []

@@ -14,7 +14,7 @@ import torch
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.domain.method import Method
 from ssl_pipeline.downstream.classification import Classification
@@ -22,7 +22,8 @@ from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_acc
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import FinetuneConfig, starting_point
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

@@ -32,9 +32,8 @@ from ssl_pipeline.data.image_index import HEADER, FileTable, ImageIndex, index_f
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
-from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
-from ssl_pipeline.transforms.geometry import CropConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

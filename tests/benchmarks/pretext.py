@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import IndexedLoader, Preprocessing
+from ssl_pipeline.data.loader import IndexedLoader
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
@@ -33,7 +33,8 @@ from ssl_pipeline.models.teacher import EMAMomentumConfig
 from ssl_pipeline.pretext._projected import forward_views
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.benchmarks.command import run
 
 HIDDEN, WIDTH, QUEUE, PROTOTYPES = 512, 128, 2048, 256

@@ -35,9 +35,8 @@ from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr
-from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
-from ssl_pipeline.transforms.geometry import CropConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.benchmarks.clock import now
 from tests.benchmarks.command import run
 

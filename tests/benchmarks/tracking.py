@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.lanes import build_loader
-from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer
@@ -32,7 +31,8 @@ from ssl_pipeline.logging.run import open_run
 from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.benchmarks.command import run
 
 _STEPS, _FEW_STEPS = 20, 2

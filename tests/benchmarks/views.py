@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ssl_pipeline.transforms.config import BlurConfig, JitterConfig
-from ssl_pipeline.transforms.geometry import CropConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.benchmarks.command import run
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[2] / "ssl_pipeline"
 LEVELS = [
     {"rng", "config"},
     {"schedules"},
+    {"transforms"},
     {"models", "losses"},
-    {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "transforms", "engine", "logging"},
+    {"pretext", "downstream", "domain", "evaluation", "metrics", "data", "engine", "logging"},
     {"pretrain", "finetune"},
     {"study", "export", "report"},
     {"cli"},

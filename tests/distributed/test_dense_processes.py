@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.finetune import FinetuneConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.distributed.test_processes import TWO
 from tests.runs import command
 from tests.shapes import box_folder, mask_folder

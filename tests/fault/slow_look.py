@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import Preprocessing, read_in_order
+from ssl_pipeline.data.loader import read_in_order
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import main
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 FOLDER = next(Path(word.removeprefix("output=")) for word in sys.argv if word.startswith("output="))
 trained = False

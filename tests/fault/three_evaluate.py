@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 def main() -> None:

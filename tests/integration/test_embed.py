@@ -18,7 +18,6 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.export import embed, neighbors
 from ssl_pipeline.export.embed import EmbedConfig
@@ -26,6 +25,7 @@ from ssl_pipeline.export.neighbors import NeighborsConfig, find
 from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.pictures import color_folder
 
 

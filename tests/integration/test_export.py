@@ -27,7 +27,6 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.data.decode import decode
-from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.finished import Model, load_model
 from ssl_pipeline.export import hub
 from ssl_pipeline.export.export import default_name, export, main
@@ -36,6 +35,7 @@ from ssl_pipeline.export.predict import image_files, open_predictor, predict
 from ssl_pipeline.export.predict import main as predict_main
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.pictures import color_folder
 
 

@@ -15,7 +15,8 @@ from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import tiny_finetune, tiny_pretrain
 
 pytestmark = [

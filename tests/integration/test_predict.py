@@ -17,8 +17,6 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.config.resolve import component
-from ssl_pipeline.data.loader import Preprocessing
-from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.answers import Boxes, Mask, build_formatter, palette
@@ -29,6 +27,7 @@ from ssl_pipeline.export.predict import main, open_predictor, predict
 from ssl_pipeline.models.artifact import Card, EncoderSpec, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 SMALL: dict[str, dict[str, Any]] = {
     "regression": {}, "multi_label": {}, "segmentation": {},
@@ -75,7 +74,7 @@ class Planted:
         self.gives = gives
 
     def predict(self, images: list[Image.Image]) -> Any:
-        bright = whole_images(images, Preprocessing(20, (0.5,) * 3, (1.0,) * 3)).mean(1)
+        bright = Preprocessing(20, (0.5,) * 3, (1.0,) * 3, whole=True).of_files(images).mean(1)
         if self.gives == "mask":
             return torch.stack([-bright, bright], 1)
         found = []

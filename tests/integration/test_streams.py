@@ -27,7 +27,8 @@ from ssl_pipeline.data.stream_crops import read_stream_crops
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import same_bytes, tiny_pretrain
 from tests.shards import png, write_shards, write_tar
 from tests.unit.test_loader import photos

@@ -19,7 +19,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.resolve import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_in_order
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.domain.adaptation.dance import DANCE, entropy_separation, neighborhood_entropy
 from ssl_pipeline.domain.adaptation.dann import ramp, reverse_gradient
@@ -43,7 +43,8 @@ from ssl_pipeline.models.head import CosineHead
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.train import train_across
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
@@ -21,7 +21,8 @@ from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 SHARE = DistInfo(0, 1, torch.device("cpu"))
 PREPROCESSING = Preprocessing(12, (0.5,), (0.3,))

@@ -13,7 +13,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
@@ -29,6 +29,7 @@ from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.cell import _of
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.unit.test_loader import photos
 
 CPU = DistInfo(0, 1, torch.device("cpu"))

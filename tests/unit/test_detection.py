@@ -32,7 +32,8 @@ from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import same_bytes
 from tests.shapes import box_folder, scene
 from tests.unit.test_downstream_vector import encoder

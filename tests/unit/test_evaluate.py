@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 from sklearn.linear_model import LogisticRegression
 
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import holm, interval, paired_difference
@@ -19,7 +19,9 @@ from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.models.artifact import EncoderSpec, finite
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 def blobs(seed: int = 0, count: int = 60, classes: int = 3, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

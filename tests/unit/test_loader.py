@@ -19,11 +19,13 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, Preprocessing, read_in_order
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_in_order
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
-from ssl_pipeline.transforms.geometry import reductions
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.crop import reductions
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 

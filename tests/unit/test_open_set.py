@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.open_set import (
     aupr_unknown,
     auroc,
@@ -29,6 +29,7 @@ from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 # Few different values, so that many are equal.
 VALUES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=30).map(torch.tensor)

@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader, read_whole
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
+from ssl_pipeline.data.loader import DistInfo, read_in_order
 from ssl_pipeline.data.sources import mask_folder
 from ssl_pipeline.data.targets import AnnotatedDataset, Masks
 from ssl_pipeline.downstream.finished import load_model
@@ -25,7 +25,8 @@ from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.dense_head import DeepLab
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.runs import same_bytes
 from tests.shapes import NAMES, scene
 from tests.shapes import mask_folder as write_folder
@@ -100,10 +101,8 @@ def test_images_are_read_whole() -> None:
     pixels[..., 36:] = 255
     from ssl_pipeline.data.dataset import ArrayDataset
 
-    ((index, images),) = read_whole(
-        ArrayDataset("x", pixels), Preprocessing(10, (0.0,) * 3, (1.0,) * 3), CPU.device, torch.arange(1)
-    )
-    assert index == [0]
+    whole = Preprocessing(10, (0.0,) * 3, (1.0,) * 3, whole=True)
+    (images,) = read_in_order(ArrayDataset("x", pixels), whole, CPU.device)
     assert images[0, 0, :, -1].min() > 0.8  # a central square would have cut it off
 
 

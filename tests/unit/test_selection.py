@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.splits import folds
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.downstream.classification import Classification
@@ -33,7 +33,8 @@ from ssl_pipeline.models.artifact import EncoderSpec
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.policy import Views
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.runs import same_bytes
 
 SHARE = DistInfo(0, 1, torch.device("cpu"))

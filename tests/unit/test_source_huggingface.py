@@ -22,7 +22,8 @@ from ssl_pipeline.data.lanes import StreamLoader, sample_id
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded
 from ssl_pipeline.data.sources import huggingface
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.shards import png
 from tests.unit.test_loader import photos
 

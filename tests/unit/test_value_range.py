@@ -22,7 +22,7 @@ from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, check_header, decode
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.loader import Preprocessing, read_in_order
+from ssl_pipeline.data.loader import read_in_order
 from ssl_pipeline.data.prepare import prepare
 from ssl_pipeline.data.source import SourceConfig, StreamConfig, at_range_of
 from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, table, webdataset
@@ -34,7 +34,9 @@ from ssl_pipeline.export.predict import open_predictor, predict
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.models.artifact import load_encoder
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.shards import write_tar
 
 CPU = torch.device("cpu")

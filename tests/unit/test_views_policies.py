@@ -13,8 +13,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluation.plot_views import PictureConfig, columns_of, draw
 from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.pretrain import PretrainConfig, check_local_views, pretrain
-from ssl_pipeline.transforms.config import BlurConfig, ViewConfig
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms.config import BlurConfig, ViewConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import tiny_pretrain
 
 SEED = torch.Generator().manual_seed(0)

@@ -14,11 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms import geometry, photometry
-from ssl_pipeline.transforms.appearance import Augmentation
-from ssl_pipeline.transforms.config import BlurConfig, ErasingConfig, JitterConfig, RotationConfig
-from ssl_pipeline.transforms.geometry import CropConfig, resize_matrix
-from ssl_pipeline.transforms.policy import Views, ViewsConfig
+from ssl_pipeline.transforms import color, crop
+from ssl_pipeline.transforms.augment import Augmentation
+from ssl_pipeline.transforms.config import (
+    BlurConfig,
+    CropConfig,
+    ErasingConfig,
+    JitterConfig,
+    RotationConfig,
+    ViewsConfig,
+)
+from ssl_pipeline.transforms.crop import resize_matrix
+from ssl_pipeline.transforms.multi_view import Views
 
 SIMCLR = ViewsConfig(
     size=16,
@@ -121,7 +128,7 @@ def test_a_view_does_not_depend_on_the_batch(side: int, cache: int, monkeypatch:
     index = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:12]
     views = views_of(EVERYTHING, seed=5)
     whole = views.finish(views.of_pixels(pixels, index, 3), index, 3)
-    monkeypatch.setattr(geometry, "_CACHE", cache)
+    monkeypatch.setattr(crop, "_CACHE", cache)
     rows = torch.tensor([7, 2, 11, 4, 0])
     some = views.finish(views.of_pixels(pixels[rows], index[rows], 3), index[rows], 3)
     for one, other in zip(whole, some, strict=True):
@@ -158,13 +165,13 @@ def test_operations_stay_in_range_and_leave_their_input(factor: Tensor) -> None:
     before = images.clone()
     turn = factor / 2 - 0.5
     results = [
-        photometry.brightness(images, factor),
-        photometry.contrast(images, factor),
-        photometry.saturation(images, factor),
-        photometry.hue(images, turn),
-        photometry.gaussian_blur(images, factor + 0.1, 2.1),
-        photometry.grayscale(images),
-        photometry.solarize(images),
+        color.brightness(images, factor),
+        color.contrast(images, factor),
+        color.saturation(images, factor),
+        color.hue(images, turn),
+        color.gaussian_blur(images, factor + 0.1, 2.1),
+        color.grayscale(images),
+        color.solarize(images),
     ]
     assert torch.equal(images, before)
     for result in results:
@@ -177,10 +184,10 @@ def test_operations_stay_in_range_and_leave_their_input(factor: Tensor) -> None:
 def test_hue_turns_back_and_keeps_value_and_chroma(factor: Tensor) -> None:
     images = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(3))
     turn = factor / 2 - 0.5
-    turned = photometry.hue(images, turn)
+    turned = color.hue(images, turn)
     torch.testing.assert_close(turned.amax(1), images.amax(1), atol=1e-6, rtol=0)
     torch.testing.assert_close(turned.amin(1), images.amin(1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(photometry.hue(turned, -turn), images, atol=2e-5, rtol=0)
+    torch.testing.assert_close(color.hue(turned, -turn), images, atol=2e-5, rtol=0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -15,9 +15,9 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.transforms.config import RestyleConfig
-from ssl_pipeline.transforms.policy import LocalConfig, Views, ViewsConfig
-from ssl_pipeline.transforms.style import restyle
+from ssl_pipeline.transforms.color import amplitude_mix
+from ssl_pipeline.transforms.config import LocalConfig, RestyleConfig, ViewsConfig
+from ssl_pipeline.transforms.multi_view import Views
 
 NEUTRAL = (0.0,) * 3, (1.0,) * 3
 SEED = torch.Generator().manual_seed(0)
@@ -41,8 +41,8 @@ def made(views: Views, source: ArrayDataset, index: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("sides", [(8, 8), (7, 9)])
 def test_restyling_keeps_the_phase_and_takes_the_amplitude(sides: tuple[int, int]) -> None:
     images, styles = (torch.randn(4, 2, *sides, generator=SEED) + shift for shift in (0, 2))
-    assert torch.allclose(restyle(images, styles, torch.zeros(4)), images, atol=1e-5)
-    restyled = restyle(images, styles, torch.ones(4))
+    assert torch.allclose(amplitude_mix(images, styles, torch.zeros(4)), images, atol=1e-5)
+    restyled = amplitude_mix(images, styles, torch.ones(4))
     assert torch.allclose(torch.fft.rfft2(restyled).abs(), torch.fft.rfft2(styles).abs(), atol=1e-3)
     turned = torch.fft.rfft2(restyled) / torch.fft.rfft2(images)
     inside = turned[..., 1:-1]  # where the transform is not real, whose sign is all the phase it has

@@ -17,11 +17,11 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision import models
 from torchvision.models import get_model_weights, list_models
+from torchvision.transforms.functional import pil_to_tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.start import new_encoder
 from ssl_pipeline.evaluation.command import EvaluateConfig
 from ssl_pipeline.evaluation.corruptions import Corrupted
@@ -30,7 +30,7 @@ from ssl_pipeline.models.artifact import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.weights_input import IMAGENET, WeightsInput, published_input, weights_input
-from ssl_pipeline.transforms.evaluation import as_tensor, resize_and_crop_image
+from ssl_pipeline.transforms.preprocessing import Preprocessing, resize_and_crop_image
 
 timms: Any = timm.data
 DAISY = 985
@@ -125,7 +125,7 @@ def test_pixels_are_the_librarys(name: str, weights: str, shape: tuple[int, int]
     else:
         transform = get_model_weights(name)[weights].transforms()
     theirs, ours = transform(image), preprocessing(found)
-    (as_file,), (as_pixels,) = ours.of_files([image]), ours.of_pixels(as_tensor(image)[None])
+    (as_file,), (as_pixels,) = ours.of_files([image]), ours.of_pixels(pil_to_tensor(image)[None])
     torch.testing.assert_close(as_file, theirs, atol=1e-6, rtol=1e-6)
     far = (as_pixels - theirs).abs() * torch.tensor(found.std)[:, None, None] * 255
     assert float(far.mean()) < 0.1
@@ -246,14 +246,14 @@ def test_the_card_carries_the_resize_and_older_cards_have_none(tmp_path: Path, t
     image = photo()
     old = Preprocessing.of(card.blueprint).of_files([image])
     square = image.crop((106, 0, 533, 427)).resize((160, 160), Image.Resampling.BILINEAR)
-    torch.testing.assert_close(old[0], (as_tensor(square) / 255 - 0.5) / 0.5, atol=0.02, rtol=0)
+    torch.testing.assert_close(old[0], (pil_to_tensor(square) / 255 - 0.5) / 0.5, atol=0.02, rtol=0)
 
 
 def test_corruptions_are_of_what_the_encoder_sees(tiny: BackboneConfig) -> None:
     found = of(tiny.name, str(tiny.weights))
     assert found.resize is not None
     seen = resize_and_crop_image(photo(), 160, found.resize, found.mean)
-    source = ArrayDataset("a photo", as_tensor(photo())[None])
+    source = ArrayDataset("a photo", pil_to_tensor(photo())[None])
     bright = Corrupted(source, 160, "pixelate", 1, resize=found.resize, fill=found.mean).open_image(0)
     small = seen.resize((96, 96), Image.Resampling.BOX).resize(seen.size, Image.Resampling.NEAREST)
-    assert torch.equal(as_tensor(bright), as_tensor(small))
+    assert torch.equal(pil_to_tensor(bright), pil_to_tensor(small))

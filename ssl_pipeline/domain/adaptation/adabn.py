@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.models.norms import batch_norms
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class Config(MethodConfig):

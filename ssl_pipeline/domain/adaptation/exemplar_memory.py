@@ -15,7 +15,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import normalize_rows
 from ssl_pipeline.losses.memory import MemoryBank
-from ssl_pipeline.transforms.style import restyle
+from ssl_pipeline.transforms.color import amplitude_mix
 
 
 class Config(JointConfig):
@@ -87,7 +87,7 @@ class ExemplarMemory(JointTask):
         # torch's generator: the loop has reseeded it by the step's name.
         chosen = torch.rand(len(target), device=target.device) < self.config.restyled
         strength = torch.rand(len(target), device=target.device) * chosen
-        views = [torch.cat([source, restyle(target, source, strength)])]
+        views = [torch.cat([source, amplitude_mix(target, source, strength)])]
         return super().embed(Batch(batch.clock, batch.index, views, batch.label, batch.domain))
 
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:

@@ -11,9 +11,10 @@ from torch.distributions import Beta
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class Config(GeneralizationConfig):

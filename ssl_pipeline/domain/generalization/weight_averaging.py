@@ -8,12 +8,13 @@ import torch
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, Preprocessing
+from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.domain.statistics import estimate_statistics
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.models.teacher import EMAModel
 from ssl_pipeline.schedules import Duration, DurationValue, parse_duration
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class Config(GeneralizationConfig):

@@ -1,7 +1,7 @@
-"""What follows the crop: restyling, rotation, color jitter, grayscale, blur, solarize, normalization, erasing, on views of one size.
+"""What follows the crop: amplitude mix, rotation, color jitter, grayscale, blur, solarize, normalization and erasing.
 
-The draws are made on the CPU, whatever the device: it is known there which samples an operation spares, and nothing waits
-for the device.
+Draws are made on the CPU whatever the device: which samples an operation leaves out is known there, so nothing waits for
+the device.
 """
 
 from __future__ import annotations
@@ -15,24 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms import photometry
+from ssl_pipeline.transforms import color
 from ssl_pipeline.transforms.config import ViewConfig
-from ssl_pipeline.transforms.geometry import cache_parts, erase_, random_boxes, rotate
-from ssl_pipeline.transforms.style import restyle
+from ssl_pipeline.transforms.crop import cache_parts, random_boxes
 
-Drawn = dict[str, Tensor]
-
-_SPARED = -1  # in place of an operation's number: the sample is not jittered
+_NOT_JITTERED = -1  # in place of an operation's number
 
 
 class Augmentation:
-    """Gives the crops of one view their final looks.
+    """The operations on the crops of one view.
 
     Args:
         config: the view's policy, without ``auto``.
         mean: per-channel mean that the encoder expects.
         std: per-channel standard deviation that the encoder expects.
-        styles: images in [0, 1], shape (N, C, S, S) with any S, that lend their style; needed where the view is restyled.
+        styles: images in [0, 1], shape (N, C, S, S) with any S, that lend their amplitude; needed where views are restyled.
     """
 
     def __init__(
@@ -49,34 +46,34 @@ class Augmentation:
         assert styles is not None or config.restyle.probability == 0
         self._styles = styles
         operations: list[tuple[str, Callable[[Tensor, Tensor], Tensor], float, float]] = [
-            ("brightness", photometry.brightness, 1.0, jitter.brightness),
-            ("contrast", photometry.contrast, 1.0, jitter.contrast),
-            ("saturation", photometry.saturation, 1.0, jitter.saturation),
-            ("hue", photometry.hue, 0.0, jitter.hue),
+            ("brightness", color.brightness, 1.0, jitter.brightness),
+            ("contrast", color.contrast, 1.0, jitter.contrast),
+            ("saturation", color.saturation, 1.0, jitter.saturation),
+            ("hue", color.hue, 0.0, jitter.hue),
         ]
         self._jitter = [operation for operation in operations if operation[3] > 0 and jitter.probability > 0]
         self._orders = torch.tensor(list(permutations(range(len(self._jitter)))), dtype=torch.int64)
 
     def __call__(self, crops: Tensor, draws: NamedRNG) -> Tensor:
-        """Finishes a batch.
+        """Augments and normalizes a batch.
 
         Args:
-            crops: float in [0, 1] or uint8, of shape (B, C, S, S); float ones are worked on in place.
+            crops: float in [0, 1] or uint8, of shape (B, C, S, S); float crops are overwritten.
             draws: the samples' named draws, on the CPU.
 
         Returns:
-            float32 of the same shape, normalized.
+            float32 of the same shape.
         """
         finished = torch.empty(crops.shape, device=crops.device)
         # Saves autograd's share of each small operation; ``finished`` was made outside, so a network may train on it.
         with torch.inference_mode():
             drawn = self._draw(draws, crops.shape[-1])
             for rows in cache_parts(crops):
-                self._finish(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
+                self._apply(crops[rows], {name: values[rows] for name, values in drawn.items()}, finished[rows])
         return finished
 
-    def _draw(self, draws: NamedRNG, size: int) -> Drawn:
-        """What is to be done to each sample; an operation that the policy never does is not there."""
+    def _draw(self, draws: NamedRNG, size: int) -> dict[str, Tensor]:
+        """What happens to each sample; an operation that the policy never does is absent."""
         config = self._config
         chances = {
             "restyle": config.restyle.probability,
@@ -100,33 +97,33 @@ class Augmentation:
         uniform = dict(zip(ranges, draws.uniforms(list(ranges)).unbind(1), strict=True))
         drawn = {name: low + (high - low) * uniform[name] for name, (low, high) in ranges.items()}
         drawn |= {name: drawn[name] < chance for name, chance in chances.items()}
-        spared = drawn.pop("jitter") >= config.jitter.probability
-        drawn["order"] = self._orders[drawn.pop("jitter order").long()].masked_fill(spared[:, None], _SPARED)
+        left_out = drawn.pop("jitter") >= config.jitter.probability
+        drawn["order"] = self._orders[drawn.pop("jitter order").long()].masked_fill(left_out[:, None], _NOT_JITTERED)
         if config.erasing.probability > 0:
             sides = torch.full_like(draws.index, size)
             boxes, fit = random_boxes(draws, "erasing", sides, sides, config.erasing)
             drawn["erasing"] = boxes * (draws.happens("erasing", config.erasing.probability) & fit)[:, None]
         return drawn
 
-    def _finish(self, crops: Tensor, drawn: Drawn, out: Tensor) -> None:
-        """Finishes a part of a batch into ``out``, whose last operation writes it."""
+    def _apply(self, crops: Tensor, drawn: dict[str, Tensor], out: Tensor) -> None:
+        """Writes a part of a batch into ``out`` by its last operation."""
         images = crops.float().div_(255) if crops.dtype == torch.uint8 else crops
         if "restyle" in drawn:
             images = _where(drawn["restyle"], images, self._restyle, drawn["style"], drawn["style strength"])
         if "rotation" in drawn:
             images = _where(drawn["rotation"], images, rotate, drawn["rotation degrees"])
-        # What is first, second, … differs between samples: each place takes those together that have it in common.
+        # Samples differ in which operation is first, second, …: each place takes those together that share it.
         for place in drawn["order"].unbind(1):
-            for number in set(place.tolist()) - {_SPARED}:
+            for number in set(place.tolist()) - {_NOT_JITTERED}:
                 name, operation, _, _ = self._jitter[number]
                 images = _where(place == number, images, operation, drawn[name])
         if "grayscale" in drawn:
-            images = _where(drawn["grayscale"], images, photometry.grayscale)
+            images = _where(drawn["grayscale"], images, color.grayscale)
         if "blur" in drawn:
-            blur = partial(photometry.gaussian_blur, greatest=float(drawn["blur sigma"].max()))
+            blur = partial(color.gaussian_blur, greatest=float(drawn["blur sigma"].max()))
             images = _where(drawn["blur"], images, blur, drawn["blur sigma"])
         if "solarize" in drawn:
-            images = _where(drawn["solarize"], images, photometry.solarize)
+            images = _where(drawn["solarize"], images, color.solarize)
         torch.mul(images, self._scale.to(images.device), out=out).add_(self._shift.to(images.device))
         if "erasing" in drawn:
             erase_(out, drawn["erasing"].to(images.device))
@@ -136,11 +133,11 @@ class Augmentation:
         if self._styles.device != images.device or self._styles.shape[2:] != images.shape[2:]:
             styles = self._styles.to(images.device)
             self._styles = F.interpolate(styles, images.shape[2:], mode="bilinear", antialias=True)
-        return restyle(images, self._styles[style.long()], strength).clamp_(0, 1)
+        return color.amplitude_mix(images, self._styles[style.long()], strength).clamp_(0, 1)
 
 
 def _where(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *strengths: Tensor) -> Tensor:
-    """Applies an operation to the chosen samples; ``chosen`` and the strengths are on the CPU. May overwrite the images."""
+    """Applies an operation to the chosen samples; ``chosen`` and strengths are on the CPU. May overwrite the images."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return images
@@ -149,3 +146,24 @@ def _where(chosen: Tensor, images: Tensor, operation: Callable[..., Tensor], *st
         return operation(images, *given)
     rows = rows.to(images.device)
     return images.index_copy_(0, rows, operation(images.index_select(0, rows), *given))
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotates square images, (B, C, S, S), counter-clockwise about their center by angles of shape (B,), bilinear.
+
+    What lies outside is mirrored: black corners would give the angle away.
+    """
+    angle = torch.deg2rad(degrees)
+    cos, sin, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([torch.stack([cos, -sin, none], 1), torch.stack([sin, cos, none], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def erase_(images: Tensor, boxes: Tensor) -> None:
+    """Sets a box of each image, (B, 4), to 0 in place; a box of height 0 erases nothing."""
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows = (row >= top) & (row < top + height)
+    columns = (column >= left) & (column < left + width)
+    images.mul_(~(rows[:, None, :, None] & columns[:, None, None, :]))
