@@ -20,6 +20,10 @@ from ssl_pipeline.transforms.config import ViewConfig
 from ssl_pipeline.transforms.crop import cache_parts, random_boxes
 
 _NOT_JITTERED = -1  # in place of an operation's number
+_DRAW_NAMES = {
+    "grayscale": "grey",
+    "solarize": "solarise",
+}  # draws are hashes of their names: another spelling, another draw
 
 
 class Augmentation:
@@ -94,7 +98,8 @@ class Augmentation:
         if "restyle" in chances:
             assert self._styles is not None
             ranges |= {"style": (0.0, float(len(self._styles))), "style strength": (0.0, config.restyle.strength)}
-        uniform = dict(zip(ranges, draws.uniforms(list(ranges)).unbind(1), strict=True))
+        names = [_DRAW_NAMES.get(name, name) for name in ranges]
+        uniform = dict(zip(ranges, draws.uniforms(names).unbind(1), strict=True))
         drawn = {name: low + (high - low) * uniform[name] for name, (low, high) in ranges.items()}
         drawn |= {name: drawn[name] < chance for name, chance in chances.items()}
         left_out = drawn.pop("jitter") >= config.jitter.probability
