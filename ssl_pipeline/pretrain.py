@@ -15,11 +15,10 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import run_command
+from ssl_pipeline.data.build import build_loader, build_views
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
-from ssl_pipeline.data.lanes import StreamLoader, build_loader
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.data.source import SourceConfig, describe_range_of, describe_splits, open_training
-from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.continuing import check_steps_left, go_on, in_words
 from ssl_pipeline.engine.distributed import (
@@ -234,7 +233,7 @@ class RunState:
 
 
 def open_run_state(
-    config: PretrainConfig, data: dict[str, str], batches: IndexedLoader | StreamLoader, accelerator: Accelerator
+    config: PretrainConfig, data: dict[str, str], batches: TrainLoader, accelerator: Accelerator
 ) -> RunState:
     """Makes or continues the run's folder, and sets the batches to where it goes on.
 

@@ -1,29 +1,26 @@
-"""From a source to batches: training's are a pure function of the step, evaluation's read everything once, in order."""
+"""From a dataset to the batches of a training run, which are a pure function of the step."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.crops import NEIGHBORS, Crops, read_crops
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.order import samples_of_step, step_at
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
+from ssl_pipeline.data.reading import Crops, note_bad, read_crops
 from ssl_pipeline.data.workers import read_items
+from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views
-from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -35,25 +32,149 @@ class DistInfo:
     device: torch.device
 
 
-class _Steps(Dataset[Crops | UserError]):
-    """A whole step per item, so that a worker draws a batch's geometry at once.
+def default_workers(share: DistInfo) -> int:
+    """The cores of this machine, shared by its processes; more than sixteen wait for one another's memory."""
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
 
-    An error is returned rather than raised: the loader would wrap it in a traceback.
+
+class TrainLoader(ABC):
+    """The training batches of a run; what the loop and checkpoints know of its data.
+
+    Args:
+        source: the dataset. If nobody knows its length, the whole run is one epoch.
+        views: the random views.
+        batch_size: samples of a step over all processes.
+        seed: the run's seed.
+        share: this process's share.
+        total_steps: the run's length.
+        workers: processes that decode.
+
+    Attributes:
+        offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.
     """
 
-    def __init__(self, batches: IndexedLoader) -> None:
-        self._batches = batches
+    def __init__(
+        self,
+        source: ImageDataset,
+        views: Views,
+        batch_size: int,
+        seed: int,
+        share: DistInfo,
+        total_steps: int,
+        workers: int,
+    ) -> None:
+        self.source, self.views, self.batch_size, self.seed, self.share = source, views, batch_size, seed, share
+        self.total_steps, self.workers, length = total_steps, workers, source.length
+        self.steps_per_epoch = total_steps if length is None else length // batch_size
+        self.offset = 0
+
+    @abstractmethod
+    def read(self, start: int) -> Iterator[Crops]:
+        """The crops of each step from a step on, on any device."""
+
+    @abstractmethod
+    def position(self, step: int) -> dict[str, Any]:
+        """How far the run has come before a step: the epoch, its ``samples`` given to all processes, and more."""
+
+    @abstractmethod
+    def shift_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
+        """Sets what is left of an epoch that another batch size began; ``step`` is where this run goes on."""
+
+    @property
+    @abstractmethod
+    def unreadable(self) -> int:
+        """How many damaged images are known that were not when the run began."""
+
+    @abstractmethod
+    def untold(self) -> dict[str, Any]:
+        """What this process has found damaged and the others have not heard of; empty if there is nothing."""
+
+    @abstractmethod
+    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Merges what is ``untold`` in each process, this one included."""
+
+    @abstractmethod
+    def bear(self, unreadable: int) -> None:
+        """Raises ConfigError if so many damaged images, found by all processes, are more than the dataset allows."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The damaged images that a resumed run already knows, or their number."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    @property
+    def local_batch_size(self) -> int:
+        """Samples of a step in this process."""
+        return self.batch_size // self.share.processes
+
+    def clock(self, step: int) -> TrainProgress:
+        """The clock of a step."""
+        return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
+
+    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+        """Continues a run in the middle of an epoch, whatever its batch size was: no image is left out or given twice.
+
+        Args:
+            position: where it was, from :meth:`position`.
+            taken: the optimizer steps that it has taken.
+            in_steps: whether its length is a number of optimizer steps, those that were taken among them.
+
+        Returns:
+            The step to go on from, as :meth:`from_step` counts; ``total_steps`` or more where nothing is left.
+        """
+        epoch, given = int(position["epoch"]), int(position["samples"])
+        length = self.source.length
+        step = step_at(epoch, given, length, self.batch_size)
+        self.offset = taken - step
+        if in_steps:
+            self.total_steps -= self.offset
+        if length is None:
+            self.steps_per_epoch = max(1, self.total_steps)
+        self.shift_epoch(epoch, step, position)
+        return step
+
+    def from_step(self, start: int) -> Iterator[Batch]:
+        """The batches from a step to the run's end; a resume is nothing but another start.
+
+        Raises:
+            UserError: an image can't be read, and the dataset does not allow that.
+        """
+        device = self.share.device
+        for step, crops in enumerate(self.read(start), start):
+            clock = self.clock(step)
+            views = [view.to(device, non_blocking=True) for view in crops.views]
+            views = self.views.finish(views, crops.index, clock.epoch)
+            label, domain = (None if numbers is None else numbers.to(device) for numbers in (crops.label, crops.domain))
+            yield Batch(clock, crops.index.to(device), views, label, domain)
+
+    def read_by_workers(self, steps: Dataset[Crops | UserError], sampler: range | None = None) -> Iterator[Crops]:
+        """A step per item. A worker returns an error rather than raising it: torch would wrap it in a traceback."""
+        item_bytes = self.views.bytes_of(self.local_batch_size, self.source.channels)
+        for item in read_items(steps, self.workers, self.share.device.type == "cuda", item_bytes, sampler):
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+class _Steps(Dataset[Crops | UserError]):
+    """A whole step per item, so that a worker draws all boxes of a batch at once."""
+
+    def __init__(self, loader: IndexedLoader) -> None:
+        self._loader = loader
 
     def __getitem__(self, step: int) -> Crops | UserError:
-        batches = self._batches
+        loader = self._loader
         try:
-            return read_crops(batches.source, batches.views, batches.samples(step), batches.clock(step).epoch)
+            return read_crops(loader.source, loader.views, loader.samples(step), loader.clock(step).epoch)
         except UserError as error:
             return error
 
 
-class IndexedLoader:
-    """The training batches of a run.
+class IndexedLoader(TrainLoader):
+    """The batches of numbered samples.
 
     Args:
         source: numbered samples.
@@ -62,13 +183,14 @@ class IndexedLoader:
         seed: the run's seed.
         share: this process's share.
         total_steps: the run's length.
-        workers: processes that decode files; in-memory sources need none. None settles it by the machine.
-        with_labels: whether batches carry labels; stage one's don't, except for tasks that say so.
+        workers: processes that decode files; in-memory sources need none. None chooses by the machine's cores.
+        with_labels: whether batches carry labels; stage one's don't, except for tasks that ask for them.
 
     Attributes:
-        offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.
-        replaced: the samples of the batch that was given last, where neighbors have taken the place of some; None otherwise.
+        replaced: the samples of the last batch if neighbors replaced some of them; None otherwise.
     """
+
+    source: IndexedDataset
 
     def __init__(
         self,
@@ -81,45 +203,21 @@ class IndexedLoader:
         workers: int | None = None,
         with_labels: bool = False,
     ) -> None:
-        self.source, self.views, self.share = source, views, share
-        self.batch_size, self.seed, self.total_steps = batch_size, seed, total_steps
-        self.steps_per_epoch = len(source) // batch_size
+        workers = default_workers(share) if workers is None else workers
+        super().__init__(source, views, batch_size, seed, share, total_steps, workers)
         self._labels = source.labels if with_labels else None
-        self._pixels = source.pixels
-        self.workers = default_workers(share) if workers is None else workers
         self.replaced: Tensor | None = None
-        self.offset, self._shifted = 0, (0, 0)  # an epoch, and the samples by which its steps begin later
+        self._shifted = 0, 0  # an epoch, and the samples by which its steps begin later
         self._known_bad = len(self._faults)
         self._told = set(self._faults)
 
-    def clock(self, step: int) -> TrainProgress:
-        """The clock of a step."""
-        return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
-
     def position(self, step: int) -> dict[str, Any]:
-        """How far the run has come before a step: the epoch, and how many of its samples were given to all processes."""
         epoch = self.clock(step).epoch
         return {"epoch": epoch, "samples": step % self.steps_per_epoch * self.batch_size + self._shift(epoch)}
 
-    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
-        """Continues a run in the middle of an epoch, whatever its batch size was: no image is left out or given twice.
-
-        Args:
-            position: where it was, as :meth:`position` gives it.
-            taken: the optimizer steps that it has taken.
-            in_steps: whether its length is a number of optimizer steps, those that were taken among them.
-
-        Returns:
-            The step to go on from, as :meth:`from_step` counts; ``total_steps`` or more where nothing is left.
-        """
-        epoch, given = int(position["epoch"]), int(position["samples"])
-        step = step_at(epoch, given, len(self.source), self.batch_size)
-        self.offset = taken - step
-        if in_steps:
-            self.total_steps -= self.offset
+    def shift_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
         if step // self.steps_per_epoch == epoch:
-            self._shifted = epoch, given - step % self.steps_per_epoch * self.batch_size
-        return step
+            self._shifted = epoch, int(position["samples"]) - step % self.steps_per_epoch * self.batch_size
 
     def _shift(self, epoch: int) -> int:
         shifted, samples = self._shifted
@@ -137,162 +235,81 @@ class IndexedLoader:
 
     @property
     def unreadable(self) -> int:
-        """How many files are known to be damaged that were not when the run began."""
         return len(self._faults) - self._known_bad
 
     def untold(self) -> dict[str, Any]:
-        """What this process has found and the others have not heard of; empty if there is nothing."""
         return {file: fault for file, fault in self._faults.items() if file not in self._told}
 
     def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
-        """Takes on what is ``untold`` in each process, this one among them: a file that two have met counts once."""
-        for faults in found:
+        for faults in found:  # a file that two processes have met counts once
             if self.source.bad_files is not None:
                 self.source.bad_files.learn(faults)
             self._told |= faults.keys()
 
     def bear(self, unreadable: int) -> None:
-        """Goes on with so many damaged files, found by all processes since the run began.
-
-        Raises:
-            ConfigError: together with those left out at the start they are too many.
-        """
         if self.source.bad_files is not None and unreadable:
             self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume goes on counting from: the damaged files that are known."""
         return {"bad_files": dict(self._faults)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it on, on every process."""
         self._faults.update(state["bad_files"])
         self._told |= self._faults.keys()
 
-    def from_step(self, start: int) -> Iterator[Batch]:
-        """The batches from a step to the run's end; a resume is nothing but another start."""
-        crops = self._crops_of_pixels(start) if self._pixels is not None else self._crops_of_files(start)
-        for step, (index, views) in enumerate(crops, start):
-            clock = self.clock(step)
-            finished = self.views.finish(views, index, clock.epoch)
-            label = None if self._labels is None else self._labels[index].to(self.share.device)
-            domain = None if self.source.domains is None else self.source.domains[index].to(self.share.device)
-            yield Batch(clock, index.to(self.share.device), finished, label, domain)
-
-    def _crops_of_pixels(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        assert self._pixels is not None
-        for step in range(start, self.total_steps):
-            index = self.samples(step)
-            pixels = self._pixels[index].to(self.share.device, non_blocking=True)
-            yield index, self.views.of_pixels(pixels, index, self.clock(step).epoch)
-
-    @property
-    def _crop_bytes(self) -> int:
-        """Of this process's share of a step."""
-        return self.views.bytes_of(self.batch_size // self.share.processes, self.source.channels)
-
-    def _crops_of_files(self, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        pin = self.share.device.type == "cuda"
-        for item in read_items(_Steps(self), self.workers, pin, self._crop_bytes, range(start, self.total_steps)):
-            if isinstance(item, UserError):
-                raise item
-            self.replaced = item.index if item.faults else None
-            for sample, fault in item.faults.items():
+    def read(self, start: int) -> Iterator[Crops]:
+        steps = range(start, self.total_steps)
+        items = self.read_by_workers(_Steps(self), steps) if self.source.pixels is None else map(self._crop, steps)
+        for crops in items:
+            self.replaced = crops.index if crops.faults else None
+            for sample, fault in crops.faults.items():
                 note_bad(self.source, sample, fault)
-            yield item.index, [crop.to(self.share.device, non_blocking=True) for crop in item.views]
+            crops.label = None if self._labels is None else self._labels[crops.index]
+            crops.domain = None if self.source.domains is None else self.source.domains[crops.index]
+            yield crops
+
+    def _crop(self, step: int) -> Crops:
+        """A step's crops of pixels in memory, made on the device."""
+        assert self.source.pixels is not None
+        index = self.samples(step)
+        pixels = self.source.pixels[index].to(self.share.device, non_blocking=True)
+        return Crops(index, self.views.of_pixels(pixels, index, self.clock(step).epoch), {})
 
 
-def default_workers(share: DistInfo) -> int:
-    """The cores of this machine, shared by the processes on it; more than sixteen wait for one another's memory."""
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
-    return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
+@lru_cache(maxsize=2)
+def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    return permutation(samples, seed, "order", epoch)
 
 
-def note_bad(source: IndexedDataset, sample: int, error: DecodeError) -> None:
-    """Counts a sample that was replaced.
+def samples_of_step(
+    clock: TrainProgress, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1, shift: int = 0
+) -> Tensor:
+    """The samples of a step that belong to a process, int64 of shape (batch_size // processes,).
 
-    Raises:
-        DecodeError: the source bears none.
-        ConfigError: it bears no more.
-    """
-    if source.bad_files is None:
-        raise error
-    source.bad_files.note(source.describe(sample), error.fault)
-
-
-def open_or_replace(source: IndexedDataset, index: int) -> Image.Image:
-    """A decoded image; of one that can't be decoded its neighbor, of the same class, which is counted.
-
-    Raises:
-        DecodeError: the source bears no such image, or the neighbors can't be decoded either.
-        ConfigError: it bears no more.
-    """
-    for _ in range(NEIGHBORS):
-        try:
-            return source.open_image(index)
-        except DecodeError as error:
-            note_bad(source, index, error)
-            index, last = source.neighbor(index), error
-    raise last
-
-
-def open_readable(source: IndexedDataset, index: int) -> Image.Image | None:
-    """A decoded image; None for one that can't be decoded, which is counted.
-
-    Figures and probes leave such an image out: a neighbor would be measured against another image's target.
-
-    Raises:
-        DecodeError: the source bears no such image.
-        ConfigError: it bears no more.
-    """
-    try:
-        return source.open_image(index)
-    except DecodeError as error:
-        note_bad(source, index, error)
-        return None
-
-
-def read_readable(
-    source: IndexedDataset,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    index: Tensor,
-    chunk: int = 256,
-    open_image: Callable[[IndexedDataset, int], Image.Image | None] = open_readable,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reads samples once, in order, without randomness; those that can't be decoded are left out.
+    An epoch is a permutation of all samples; it is cut into global batches, and what is left over is dropped (repeating
+    samples would make false negatives). Each process takes a contiguous slice of the global batch.
 
     Args:
-        source: numbered samples.
-        preprocessing: what is done to the images.
-        device: where the images are wanted.
-        index: which samples, int64 of shape (N,).
-        chunk: samples at a time.
-        open_image: decodes one image; None leaves it out.
-
-    Yields:
-        The samples that were read, int64 of shape (B,) with B ≤ chunk, and their images, float32 of shape (B, C, size, size).
+        clock: the step; ``steps_per_epoch`` must be ``samples // batch_size``.
+        samples: number of samples in the dataset.
+        batch_size: samples of a step over all processes; a multiple of ``processes``.
+        seed: the run's seed.
+        rank: this process.
+        processes: number of processes.
+        shift: samples by which the epoch's steps begin later, where a run has come into it with another batch size.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for part in index.split(chunk):
-            if source.pixels is not None:
-                yield part, preprocessing.of_pixels(source.pixels[part].to(device))
-                continue
-            opened = list(pool.map(partial(open_image, source), part.tolist()))
-            images = [image for image in opened if image is not None]
-            if images:
-                read = torch.tensor([image is not None for image in opened])
-                yield part[read], preprocessing.of_files(images).to(device)
+    assert clock.steps_per_epoch == samples // batch_size
+    assert batch_size % processes == 0
+    start = clock.step % clock.steps_per_epoch * batch_size + shift
+    share = batch_size // processes
+    return _epoch_order(samples, seed, clock.epoch)[start + rank * share : start + (rank + 1) * share]
 
 
-def read_in_order(
-    source: IndexedDataset,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    index: Tensor | None = None,
-    chunk: int = 256,
-) -> Iterator[Tensor]:
-    """The images of :func:`read_readable`, of all samples by default; neighbors replace those that can't be decoded."""
-    index = torch.arange(len(source)) if index is None else index
-    for _, images in read_readable(source, preprocessing, device, index, chunk, open_or_replace):
-        yield images
+def step_at(epoch: int, given: int, samples: int | None, batch_size: int) -> int:
+    """The step of a run of this batch size that is as far as one which has given ``given`` samples of an epoch.
+
+    What is left of the epoch makes its last steps: as many as full batches are left.
+    """
+    if samples is None:  # one epoch without an end
+        return given // batch_size
+    return (epoch + 1) * (samples // batch_size) - max(0, samples - given) // batch_size

@@ -1,4 +1,4 @@
-"""Batches of two sides: labeled images, and beside them others whose labels are not looked at."""
+"""Batches of two sides: labeled images, and beside them others whose labels are not read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ssl_pipeline.transforms.multi_view import Views
 
 
 class PairedLoader(IndexedLoader):
-    """Labeled samples, then the target's, with label −1 and numbered in the target's own source.
+    """Labeled samples, then the target's, with label −1 and numbered in the target's own dataset.
 
-    Each side has epochs of its own length and an order of its own; time is counted in the labeled side's epochs. Where one side
+    Each side has epochs of its own length and an order of its own; time is counted in the labeled side's epochs. If one side
     has more views than the other, the later ones are that side's alone.
 
     Args:
         source: labeled samples.
-        target: samples whose labels are not looked at.
+        target: samples whose labels are not read.
         views: of the labeled samples.
         target_views: of the target's.
         size: labeled samples of a step, over all processes.
@@ -52,11 +52,9 @@ class PairedLoader(IndexedLoader):
         self.target = IndexedLoader(target, target_views, target_size or size, other, share, total_steps, workers)
 
     def position(self, step: int) -> dict[str, Any]:
-        """How far each side has come."""
         return {**super().position(step), "target": self.target.position(self._of_target(step))}
 
     def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
-        """Continues both sides; the run's length is the labeled side's."""
         step = super().go_on(position, taken, in_steps)
         own = self.target.go_on(position["target"], taken, in_steps=False)
         self.target.total_steps = own + self.total_steps - step
@@ -68,37 +66,30 @@ class PairedLoader(IndexedLoader):
 
     @property
     def unreadable(self) -> int:
-        """Damaged files of both sides; those of one folder are counted once."""
-        same = self.source.bad_files is self.target.source.bad_files
+        same = self.source.bad_files is self.target.source.bad_files  # both sides are images of one folder
         return super().unreadable + (0 if same else self.target.unreadable)
 
     def untold(self) -> dict[str, Any]:
-        """What this process has found on either side and the others have not heard of."""
         sides = {"source": super().untold(), "target": self.target.untold()}
         return {side: faults for side, faults in sides.items() if faults}
 
     def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
-        """Takes on what is ``untold`` in each process."""
         super().learn([faults.get("source", {}) for faults in found])
         self.target.learn([faults.get("target", {}) for faults in found])
 
     def bear(self, unreadable: int) -> None:
-        """Each side bears damaged files by its own limit; sides of one folder have one."""
-        del unreadable
+        del unreadable  # each side has its own limit
         super().bear(super().unreadable)
         self.target.bear(self.target.unreadable)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume goes on counting from, on both sides."""
         return {"source": super().state_dict(), "target": self.target.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it on."""
         super().load_state_dict(state["source"])
         self.target.load_state_dict(state["target"])
 
     def from_step(self, start: int) -> Iterator[Batch]:
-        """Both sides' batches, one after the other in each tensor."""
         for ours, theirs in zip(super().from_step(start), self.target.from_step(self._of_target(start)), strict=True):
             assert ours.label is not None
             sides = zip_longest(ours.views, theirs.views)

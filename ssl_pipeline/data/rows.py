@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import fsspec
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.class_names import class_name, class_names, refuse_several
 from ssl_pipeline.data.columns import number_names, numbers_of, text_of
 from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
-from ssl_pipeline.data.decode import DecodeError, EncodedImage
+from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.encoded import EncodedReader
 from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def encoded(cell: Any, name: str) -> bytes:
         raise DecodeError(Path(name), f"its file {path!r} can't be opened ({error.strerror or error})") from error
 
 
-class HFDataset(IndexedDataset):
+class HFDataset(EncodedReader, IndexedDataset):
     """Numbered rows; images are decoded when they are wanted.
 
     Args:
@@ -77,49 +76,12 @@ class HFDataset(IndexedDataset):
         self.domains, self.domain_names = domains, domain_names
         self._rows, self._image = rows, image
         self._index = torch.arange(len(rows))
-        self._opened: dict[int, EncodedImage] = {}
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def open_image(self, index: int) -> Image.Image:
-        """The decoded image.
-
-        Raises:
-            DecodeError: naming the row.
-        """
-        return self._open(index).decode(self.channels, 1, self.value_range)
-
-    def open_stored(self, index: int) -> Image.Image:
-        """The row's image with the values that are stored."""
-        return Image.open(BytesIO(self._encoded(index)))
-
-    def _encoded(self, index: int) -> bytes:
+    def encoded(self, index: int) -> bytes:
         return encoded(self._rows[int(self._index[index])][self._image], self.describe(index))
-
-    def _open(self, index: int) -> EncodedImage:
-        return EncodedImage(self._encoded(index), Path(self.describe(index)))
-
-    def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the images' headers, 1 by 1 where one can't be read; the rows are kept, because they are wanted next."""
-        self._opened, found = {}, list[tuple[int, int]]()
-        for i in index.tolist():
-            try:
-                image = self._opened[i] = self._open(i)
-                found.append((image.height, image.width))
-            except DecodeError:  # told when it is decoded
-                found.append((1, 1))
-        heights, widths = torch.tensor(found).unbind(1)
-        return heights, widths
-
-    def open_reduced(self, index: int, factor: int) -> Image.Image:
-        """One decoded image, a JPEG at 1/factor of its size.
-
-        Raises:
-            DecodeError: naming the row.
-        """
-        opened = self._opened.pop(index, None)
-        return (self._open(index) if opened is None else opened).decode(self.channels, factor, self.value_range)
 
     def describe(self, index: int) -> str:
         """The row's number in its dataset."""
@@ -135,7 +97,7 @@ class HFDataset(IndexedDataset):
     def select(self, index: Tensor) -> Self:
         """The chosen rows; nothing is copied."""
         chosen = super().select(index)
-        chosen._index, chosen._opened = self._index[index], {}
+        chosen._index, chosen._opened = self._index[index], None
         return chosen
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, read_in_order
+from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.norms import batch_norms
 from ssl_pipeline.rng import permutation

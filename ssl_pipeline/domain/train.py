@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import IndexedLoader, TrainLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
 from ssl_pipeline.downstream.classification import Classification
@@ -72,7 +72,7 @@ def _run_phase(
     target_views = Views(
         around.views.config, preprocessing.mean, preprocessing.std, derive_seed(around.views.seed, "target")
     )
-    batches: IndexedLoader
+    batches: TrainLoader
     if phase == "joint":
         batches = PairedLoader(
             images, target, around.views, target_views, size, around.seed, share, total, around.workers

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.annotated_loader import AnnotatedLoader
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, TrainLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.classification import Classification
@@ -250,7 +250,7 @@ def _steps(training: TrainingConfig, batch: int, around: TrainContext) -> tuple[
 
 
 def _run(
-    training: TrainingConfig, learner: Task, batches: IndexedLoader, around: TrainContext, name: str, best: Best
+    training: TrainingConfig, learner: Task, batches: TrainLoader, around: TrainContext, name: str, best: Best
 ) -> None:
     """A loop that keeps the best weights where held-out labels tell them."""
     optimizer = build_optimizer(training.optim, learner, batches.batch_size)
@@ -262,7 +262,7 @@ def _run(
 def fit_with_checkpoints(
     training: TrainingConfig,
     task: Task,
-    batches: IndexedLoader,
+    batches: TrainLoader,
     optimizer: Optimizer,
     around: TrainContext,
     name: str,

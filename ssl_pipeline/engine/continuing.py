@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.lanes import StreamLoader
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.optim import OptimConfig
 
 _LEAP = 1.25  # a rate that changes by more than this factor from one step to the next is said to leap
 
 
-def check_steps_left(state: Mapping[str, Any], batches: IndexedLoader | StreamLoader, in_steps: bool, key: str) -> None:
+def check_steps_left(state: Mapping[str, Any], batches: TrainLoader, in_steps: bool, key: str) -> None:
     """Refuses a change after which a run would end without a step, as if it had been trained; changes nothing.
 
     Args:
@@ -45,13 +44,13 @@ def check_steps_left(state: Mapping[str, Any], batches: IndexedLoader | StreamLo
     )
 
 
-def go_on(state: Mapping[str, Any], batches: IndexedLoader | StreamLoader, in_steps: bool) -> None:
+def go_on(state: Mapping[str, Any], batches: TrainLoader, in_steps: bool) -> None:
     """Sets batches to where a checkpoint was; one of an earlier version is of the same batch size, and needs nothing."""
     if "position" in state:
         batches.go_on(state["position"], state["done"], in_steps)
 
 
-def in_words(state: Mapping[str, Any], batches: IndexedLoader | StreamLoader, optim: OptimConfig) -> str:
+def in_words(state: Mapping[str, Any], batches: TrainLoader, optim: OptimConfig) -> str:
     """Epoch and learning rate before and after a change, of batches that were set to go on."""
     clock = batches.clock(state["done"] - batches.offset)
     total = batches.total_steps + batches.offset

@@ -11,8 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from ssl_pipeline.data.lanes import StreamLoader
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import all_gather_objects
 from ssl_pipeline.engine.lost import guard_dataloader
@@ -36,7 +35,7 @@ Evaluation = Callable[[TrainProgress], Mapping[str, float]]
 
 def fit(
     task: Task,
-    batches: IndexedLoader | StreamLoader,
+    batches: TrainLoader,
     optim: OptimConfig,
     optimizer: Optimizer,
     accelerator: Accelerator,
@@ -147,7 +146,7 @@ def _of_step(
     step: Step,
     training: TrainState,
     pace: ThroughputMeter,
-    batches: IndexedLoader | StreamLoader,
+    batches: TrainLoader,
     accelerator: Accelerator,
     prefix: str,
 ) -> dict[str, float]:
@@ -174,7 +173,7 @@ def _tell(listeners: tuple[Listener, ...], done: int, figures: Mapping[str, floa
 
 
 def _over_processes(
-    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: IndexedLoader | StreamLoader
+    accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: TrainLoader
 ) -> tuple[float, float]:
     """The mean loss and the mean share of time spent waiting for data; bad files are told where there are new ones."""
     mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.untold())))])

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.lanes import StreamLoader
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_buffers, check_all_learn
 from ssl_pipeline.engine.lost import explain
@@ -78,7 +77,7 @@ class TrainState:
     def __init__(
         self,
         task: Task,
-        batches: IndexedLoader | StreamLoader,
+        batches: TrainLoader,
         optim: OptimConfig,
         optimizer: Optimizer,
         accelerator: Accelerator,

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.evaluation import protocol
 from ssl_pipeline.evaluation.encoder import EncoderConfig, LoadedEncoder, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.protocol import Features, Figure

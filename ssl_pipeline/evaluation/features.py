@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, open_or_replace, read_in_order, read_readable
+from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.reading import open_or_replace, read_in_order, read_readable
 from ssl_pipeline.evaluation.together import gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.multi_view import Views

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.loader import open_or_replace
+from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.tracker import LoggerCollection

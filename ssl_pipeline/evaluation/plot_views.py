@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import open_or_replace
+from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import SourceConfig, open_training
-from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing

@@ -20,7 +20,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo, open_or_replace
+from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import open_training
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.plot_views import columns_of, tile

@@ -20,8 +20,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.build import build_loader
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.lanes import build_loader
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.fit import fit
 from ssl_pipeline.engine.optim import build_optimizer

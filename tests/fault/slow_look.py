@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import read_in_order
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import main

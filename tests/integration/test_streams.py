@@ -20,10 +20,15 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, EncodedImage, decode_bytes
-from ssl_pipeline.data.lanes import StreamLoader, lanes_of_process, sample_id, samples_of_lane
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import webdataset
-from ssl_pipeline.data.stream_crops import read_stream_crops
+from ssl_pipeline.data.stream_loader import (
+    StreamLoader,
+    lanes_of_process,
+    read_stream_crops,
+    sample_id,
+    samples_of_lane,
+)
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.loader import read_in_order
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 

@@ -16,10 +16,10 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_in_order
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.reading import read_crops, read_in_order
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.transforms.config import ViewsConfig

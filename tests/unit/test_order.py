@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.order import samples_of_step
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, samples_of_step
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.engine.continuing import check_steps_left
 from ssl_pipeline.schedules import TrainProgress

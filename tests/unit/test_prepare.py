@@ -16,7 +16,6 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import image_files, image_index
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.image_index import (
     FILE_NAME,
@@ -28,6 +27,7 @@ from ssl_pipeline.data.image_index import (
 )
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
+from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
 from tests.runs import ssl_pipeline

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import image_files
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.image_index import ImageIndex, index_folder
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.prepare import Report, prepare
+from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import domain_folder, table
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from tests.runs import ssl_pipeline

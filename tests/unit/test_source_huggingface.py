@@ -16,12 +16,12 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import rows as rows_module
-from ssl_pipeline.data.crops import read_crops
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.lanes import StreamLoader, sample_id
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded
 from ssl_pipeline.data.sources import huggingface
+from ssl_pipeline.data.stream_loader import StreamLoader, sample_id
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.shards import png

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.data.styles import build_views
 from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.transforms.color import amplitude_mix
 from ssl_pipeline.transforms.config import LocalConfig, RestyleConfig, ViewsConfig
