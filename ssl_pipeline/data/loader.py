@@ -38,35 +38,36 @@ def default_workers(share: DistInfo) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
 
 
+@dataclass(eq=False)
 class TrainLoader(ABC):
     """The training batches of a run; what the loop and checkpoints know of its data.
 
-    Args:
+    Attributes:
         source: the dataset. If nobody knows its length, the whole run is one epoch.
         views: the random views.
         batch_size: samples of a step over all processes.
         seed: the run's seed.
         share: this process's share.
         total_steps: the run's length.
-        workers: processes that decode.
-
-    Attributes:
+        workers: processes that were asked for to read and decode; None chooses by the machine's cores.
+        with_labels: whether batches carry labels; stage one's don't, except for tasks that ask for them.
+        num_workers: processes that do.
         offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.
     """
 
-    def __init__(
-        self,
-        source: ImageDataset,
-        views: Views,
-        batch_size: int,
-        seed: int,
-        share: DistInfo,
-        total_steps: int,
-        workers: int,
-    ) -> None:
-        self.source, self.views, self.batch_size, self.seed, self.share = source, views, batch_size, seed, share
-        self.total_steps, self.workers, length = total_steps, workers, source.length
-        self.steps_per_epoch = total_steps if length is None else length // batch_size
+    source: ImageDataset
+    views: Views
+    batch_size: int
+    seed: int
+    share: DistInfo
+    total_steps: int
+    workers: int | None = None
+    with_labels: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_workers = default_workers(self.share) if self.workers is None else self.workers
+        length = self.source.length
+        self.steps_per_epoch = self.total_steps if length is None else length // self.batch_size
         self.offset = 0
 
     @abstractmethod
@@ -153,7 +154,7 @@ class TrainLoader(ABC):
     def read_by_workers(self, steps: Dataset[Crops | UserError], sampler: range | None = None) -> Iterator[Crops]:
         """A step per item. A worker returns an error rather than raising it: torch would wrap it in a traceback."""
         item_bytes = self.views.bytes_of(self.local_batch_size, self.source.channels)
-        for item in read_items(steps, self.workers, self.share.device.type == "cuda", item_bytes, sampler):
+        for item in read_items(steps, self.num_workers, self.share.device.type == "cuda", item_bytes, sampler):
             if isinstance(item, UserError):
                 raise item
             yield item
@@ -174,17 +175,7 @@ class _Steps(Dataset[Crops | UserError]):
 
 
 class IndexedLoader(TrainLoader):
-    """The batches of numbered samples.
-
-    Args:
-        source: numbered samples.
-        views: the random views.
-        batch_size: samples of a step over all processes.
-        seed: the run's seed.
-        share: this process's share.
-        total_steps: the run's length.
-        workers: processes that decode files; in-memory sources need none. None chooses by the machine's cores.
-        with_labels: whether batches carry labels; stage one's don't, except for tasks that ask for them.
+    """The batches of numbered samples; those in memory need no workers.
 
     Attributes:
         replaced: the samples of the last batch if neighbors replaced some of them; None otherwise.
@@ -192,20 +183,8 @@ class IndexedLoader(TrainLoader):
 
     source: IndexedDataset
 
-    def __init__(
-        self,
-        source: IndexedDataset,
-        views: Views,
-        batch_size: int,
-        seed: int,
-        share: DistInfo,
-        total_steps: int,
-        workers: int | None = None,
-        with_labels: bool = False,
-    ) -> None:
-        workers = default_workers(share) if workers is None else workers
-        super().__init__(source, views, batch_size, seed, share, total_steps, workers)
-        self._labels = source.labels if with_labels else None
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.replaced: Tensor | None = None
         self._shifted = 0, 0  # an epoch, and the samples by which its steps begin later
         self._known_bad = len(self._faults)
@@ -258,13 +237,14 @@ class IndexedLoader(TrainLoader):
         self._told |= self._faults.keys()
 
     def read(self, start: int) -> Iterator[Crops]:
+        labels = self.source.labels if self.with_labels else None
         steps = range(start, self.total_steps)
         items = self.read_by_workers(_Steps(self), steps) if self.source.pixels is None else map(self._crop, steps)
         for crops in items:
             self.replaced = crops.index if crops.faults else None
             for sample, fault in crops.faults.items():
                 note_bad(self.source, sample, fault)
-            crops.label = None if self._labels is None else self._labels[crops.index]
+            crops.label = None if labels is None else labels[crops.index]
             crops.domain = None if self.source.domains is None else self.source.domains[crops.index]
             yield crops
 

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.encoded import EncodedReader
-from ssl_pipeline.data.loader import DistInfo, TrainLoader, default_workers
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.data.reading import Crops, read_crops
 from ssl_pipeline.rng import derive_seed, hash_bits, permutation
 from ssl_pipeline.transforms.multi_view import Views
@@ -104,43 +104,23 @@ def _from(stream: StreamDataset, order: list[int], start: int) -> tuple[Iterator
 class StreamLoader(TrainLoader):
     """The batches of a stream.
 
-    Args:
-        source: the stream.
-        views: the random views.
-        batch_size: samples of a step over all processes.
-        seed: the run's seed.
-        share: this process's share.
-        total_steps: the run's length.
-        workers: processes that read and decode, at most one per lane. None chooses by the machine's cores.
-        with_labels: whether batches carry labels.
-
     Raises:
         ConfigError: there are fewer shards than processes.
     """
 
     source: StreamDataset
 
-    def __init__(
-        self,
-        source: StreamDataset,
-        views: Views,
-        batch_size: int,
-        seed: int,
-        share: DistInfo,
-        total_steps: int,
-        workers: int | None = None,
-        with_labels: bool = False,
-    ) -> None:
-        if len(source.shards) < share.processes:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        source, processes = self.source, self.share.processes
+        if len(source.shards) < processes:
             raise ConfigError(
-                f"{source.name} has {len(source.shards)} shard(s), and {share.processes} processes need one each: write "
+                f"{source.name} has {len(source.shards)} shard(s), and {processes} processes need one each: write "
                 "smaller shards, or start fewer processes."
             )
-        self.lanes = lanes_of_process(len(source.shards), share.processes)
-        wanted = default_workers(share) if workers is None else workers
-        workers = 0 if workers == 0 else max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, max(1, wanted)))
-        super().__init__(source, views, batch_size, seed, share, total_steps, workers)
-        self.with_labels = with_labels
+        self.lanes = lanes_of_process(len(source.shards), processes)
+        if self.num_workers:  # as many lanes for each
+            self.num_workers = max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, self.num_workers))
         self.block = max(1, source.block // self.lanes)
         self._begun = 0, 0, [0] * self.lanes  # an epoch, its first step here, what lanes gave before
         self._unreadable, self._untold = 0, 0

@@ -28,38 +28,30 @@ _SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; Docker gi
 def read_items(
     dataset: Dataset[T], workers: int, pin_memory: bool, item_bytes: int, sampler: Sequence[int] | None = None
 ) -> Iterator[T]:
-    """The items of a data set, in order, made by workers ahead of time.
+    """The items of a dataset, in order, made by workers ahead of time.
 
-    Items come through shared memory, or where that has too little room through pipes, which copies them once more.
-
-    The loader's own time-out is an interval of the system's clock, which goes on while this process is stopped. So it is given
-    one tick at a time, and the ticks are counted here.
+    Items come through shared memory, or through pipes if that has too little room, which copies them once more. The loader's
+    own timeout is measured by a clock that runs on while this process is stopped, so it gets one tick at a time, and ticks
+    are counted here.
 
     Args:
         dataset: an item is a whole batch.
         workers: how many; 0 makes the items in this process.
-        pin_memory: whether the items are put into pinned memory.
+        pin_memory: whether items are put into pinned memory.
         item_bytes: about how large an item is.
-        sampler: the items' numbers; None for a data set that is iterated over.
+        sampler: the items' numbers; None for a dataset that is iterated over.
 
     Raises:
         RuntimeError: a worker was killed, or has given nothing for half of the run's timeout.
     """
     patience = Patience(timeout_seconds() / 2)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_size": None, "sampler": sampler, "num_workers": workers, "pin_memory": pin_memory}
     if workers:
-        options = {
-            "prefetch_factor": _PREFETCH,
-            "timeout": patience.interval,
-            "worker_init_fn": _leave_signals_to_the_process,
-        }
+        options |= {"prefetch_factor": _PREFETCH, "timeout": patience.interval, "worker_init_fn": _ignore_signals}
     piped = workers > 0 and not _fits_shared_memory(item_bytes, workers)
     if piped:
         dataset = (_PipedStream if isinstance(dataset, IterableDataset) else _Piped)(dataset)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin_memory, **options
-    )
-    items = iter(loader)
+    items = iter(DataLoader(dataset, **options))
     while True:
         patience.restart()
         try:
@@ -70,7 +62,7 @@ def read_items(
 
 
 def free_shared_memory() -> int | None:
-    """Bytes of shared memory that are free; None where that is not known."""
+    """Free bytes of shared memory; None where that is not known."""
     try:
         room = os.statvfs(_SHARED_MEMORY)
     except OSError:
@@ -79,14 +71,15 @@ def free_shared_memory() -> int | None:
 
 
 def shared_memory_needed(item_bytes: int, workers: int, processes: int) -> int:
-    """Bytes that the workers' items take in it: those made ahead and one in use, on all processes of a machine, and as much again
-    for a second side's workers and for what is not known here.
-    """  # noqa: D205
+    """Bytes that items take in it on all processes of a machine: those made ahead and one in use.
+
+    Twice that, for a second side's workers and for what is not known here.
+    """
     return 2 * processes * item_bytes * (_PREFETCH * workers + 1)
 
 
 def wake_workers() -> None:
-    """Continues this process's children that were stopped along with it: whoever woke it may have forgotten them."""
+    """Continues this process's stopped children: whoever woke this process may have forgotten them."""
     for worker in multiprocessing.active_children():
         if worker.pid is not None:
             with suppress(ProcessLookupError):
@@ -94,7 +87,7 @@ def wake_workers() -> None:
 
 
 def _next(items: Iterator[T], patience: Patience) -> T:
-    """The next item, asked for again at each tick; a loader that timed out is as it was before."""
+    """The next item, asked for again at each tick; a timeout changes nothing in torch's loader."""
     while True:
         try:
             return next(items)
@@ -108,10 +101,8 @@ def _next(items: Iterator[T], patience: Patience) -> T:
 
 
 def _fits_shared_memory(item_bytes: int, workers: int) -> bool:
-    room, needed = (
-        free_shared_memory(),
-        shared_memory_needed(item_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-    )
+    room = free_shared_memory()
+    needed = shared_memory_needed(item_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if room is None or needed <= room:
         return True
     _tell_small_room(room // 2**20, -(-needed // 2**20))
@@ -129,7 +120,7 @@ def _tell_small_room(room: int, needed: int) -> None:
 
 
 class _Piped(Dataset[T]):
-    """The same items, with arrays in place of tensors: those are pickled as they are."""
+    """The same items with arrays in place of tensors: arrays are pickled whole."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self._dataset = dataset
@@ -144,7 +135,7 @@ class _PipedStream(_Piped[T], IterableDataset[T]):
 
 
 def _with(item: T, change: Callable[[Any], Any], kind: type) -> T:
-    """An item whose attributes of a kind, alone or in lists, are changed; an error is left as it is."""
+    """An item with its attributes of a kind, alone or in lists, changed; an error stays."""
     if isinstance(item, BaseException):
         return item
     changed = copy.copy(item)
@@ -156,8 +147,8 @@ def _with(item: T, change: Callable[[Any], Any], kind: type) -> T:
     return changed
 
 
-def _leave_signals_to_the_process(worker: int) -> None:
-    """A batch system signals all processes of a job, a terminal too: the run wants to save then, with its workers alive."""
+def _ignore_signals(worker: int) -> None:
+    """Batch systems and terminals signal all processes of a job: the run wants to save then, with its workers alive."""
     del worker
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

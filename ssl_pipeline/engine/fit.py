@@ -83,7 +83,7 @@ def fit(
     pace.ask()
     moved(start)
     # Closed here: an exception that a notebook keeps would keep the workers, too.
-    with closing(guard_dataloader(batches.from_step(start - offset), start, batches.workers)) as steps:
+    with closing(guard_dataloader(batches.from_step(start - offset), start, batches.num_workers)) as steps:
         for batch in steps:
             pace.come(len(batch.index) * accelerator.num_processes)
             done, step = batch.clock.taken + 1, training.step(batch)

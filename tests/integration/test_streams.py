@@ -285,7 +285,7 @@ def test_workers_are_those_of_one_machine_of_several(tmp_path: Path, monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     stream = stream_of(tmp_path / "shards", [1] * 32)
-    assert batches_of(stream, DistInfo(0, 8, CPU), workers=None).workers == 4
+    assert batches_of(stream, DistInfo(0, 8, CPU), workers=None).num_workers == 4
 
 
 def test_a_task_that_reads_labels_finds_them_missing(tmp_path: Path) -> None:
