@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import rows as rows_module
+from ssl_pipeline.data import hf_dataset
 from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.hf_dataset import HFDataset, HFIterableDataset, encoded
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.reading import read_crops
-from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.data.stream_loader import StreamLoader, sample_id
 from ssl_pipeline.transforms.config import ViewsConfig
@@ -211,13 +211,13 @@ def test_large_photos_are_decoded_small_and_read_once(tmp_path: Path, monkeypatc
     table(4).remove_columns("image").add_column("image", images, feature=datasets.Image()).save_to_disk(tmp_path / "d")
     source = opened(tmp_path / "d", label=None)
     assert [size.tolist() for size in source.sizes(torch.arange(4))] == [[240] * 4, [320] * 4]
-    read, whole = list[str](), rows_module.encoded
+    read, whole = list[str](), hf_dataset.encoded
 
     def watched(cell: Any, name: str) -> bytes:
         read.append(name)
         return whole(cell, name)
 
-    monkeypatch.setattr(rows_module, "encoded", watched)
+    monkeypatch.setattr(hf_dataset, "encoded", watched)
     views = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
     small = read_crops(source, views, torch.arange(4), 0).views
     assert len(read) == 4

@@ -14,7 +14,7 @@ from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit, warn_once
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.rows import HFDataset, HFIterableDataset, encoded, numbers
+from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import part_of, split_named, split_three
 from ssl_pipeline.data.stream import channels_of
@@ -141,28 +141,34 @@ def _labeled(rows: HFDataset, split: str) -> HFDataset:
     return rows.select((rows.labels >= 0).nonzero()[:, 0])
 
 
+def _open_split(config: Config, split: str, streaming: bool) -> tuple[str, Any, Any, ColumnNames]:
+    """A split's name for messages, its rows with images not decoded, its features and its columns."""
+    datasets = import_datasets()
+    name, rows = f"{config.path}/{split}", _load(config, split, streaming)
+    features = rows.features
+    if features is None:  # files that don't declare what they hold: the first row tells
+        features = dict.fromkeys(next(iter(rows), {}))
+    columns = _columns(config, features, name)
+    if isinstance(features[columns.image], datasets.Image):
+        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    return name, rows, features, columns
+
+
 @lru_cache(maxsize=8)
 def _rows(config: Config, split: str) -> HFDataset:
     """A split of the dataset, whole, opened once in the process's life."""
-    datasets = import_datasets()
-    rows: Dataset = _load(config, split)
-    name = f"{config.path}/{split}"
-    image = _image_column(config, rows.features, name)
-    label = _label_column(config, rows.features, name)
+    name, rows, _, columns = _open_split(config, split, streaming=False)
     if len(rows) == 0:
         raise ConfigError(f"{name} has no rows.")
-    if isinstance(rows.features[image], datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
     train_split = _train_split(config)
     train = _rows(config, train_split) if split != train_split else None
-    labels = domains = classes = domain_names = None
-    if label is not None:
-        labels, classes = numbers(rows, label, train.classes if train else None)
-    if config.domain is not None:
-        domain = _there(config.domain, rows.features, "domain", name)
-        domains, domain_names = numbers(rows, domain, train.domain_names if train else None)
-    channels = config.channels or (train.channels if train else _channels(rows, image, name))
-    return HFDataset(name, rows, image, channels, labels, classes, domains, domain_names, rows.info.license or None)
+    channels = config.channels or (train.channels if train else _channels(rows, columns.image, name))
+    found = HFDataset(name, rows, columns.image, channels)
+    if columns.label is not None:
+        found.labels, found.classes = numbers(rows, columns.label, train.classes if train else None)
+    if columns.domain is not None:
+        found.domains, found.domain_names = numbers(rows, columns.domain, train.domain_names if train else None)
+    return found
 
 
 def _channels(rows: Dataset, image: str, name: str) -> int:
@@ -180,22 +186,12 @@ def _channels(rows: Dataset, image: str, name: str) -> int:
 
 def _stream(config: Config, split: str) -> HFIterableDataset:
     """A split of the dataset, read from front to back."""
-    datasets = import_datasets()
-    rows = _load(config, split, streaming=True)
-    name = f"{config.path}/{split}"
-    features = rows.features
-    if features is None:  # files that don't declare what they hold: the first row tells
-        features = dict.fromkeys(next(iter(rows), {}))
-    image, label = _image_column(config, features, name), _label_column(config, features, name)
-    if isinstance(features[image], datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    classes = None if label is None else getattr(features[label], "names", None)
-    domain = None if config.domain is None else _there(config.domain, features, "domain", name)
-    stream = HFIterableDataset(name, rows, image, label, tuple(classes) if classes else None, domain)
+    name, rows, features, columns = _open_split(config, split, streaming=True)
+    classes = None if columns.label is None else getattr(features[columns.label], "names", None)
+    stream = HFIterableDataset(name, rows, columns, tuple(classes) if classes else None)
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
     stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
-    stream.license = rows.info.license or None
     first = list(itertools.islice(stream.read(0), LOOKED_AT))
     if not first:
         raise ConfigError(f"{name} has no rows in its first shard.")
@@ -320,34 +316,25 @@ def _kind_of(path: Path) -> str:
     return kind
 
 
-def _there(column: str, features: Any, key: str, name: str) -> str:
-    if column not in features:
-        raise ConfigError(
-            f"{name} has no column {column!r}; it has {', '.join(map(repr, features))}: mend `data.{key}`."
-        )
-    return column
-
-
-def _image_column(config: Config, features: Any, name: str) -> str:
-    import datasets
-
-    if config.image != "auto":
-        return _there(config.image, features, "image", name)
-    found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"{name} has {len(found)} columns of images; its columns are {', '.join(map(repr, features))}: name the right one by "
-            "`data.image`."
-        )
-    return str(found[0])
-
-
-def _label_column(config: Config, features: Any, name: str) -> str | None:
-    import datasets
-
-    if config.label is None:
-        return None
-    if config.label != "auto":
-        return _there(config.label, features, "label", name)
-    found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    return found[0] if len(found) == 1 else "label" if "label" in features else None
+def _columns(config: Config, features: Any, name: str) -> ColumnNames:
+    """The columns that the configuration names, or that their types give away."""
+    datasets = import_datasets()
+    named = ", ".join(map(repr, features))
+    for key in ("image", "label", "domain"):
+        column = getattr(config, key)
+        if column not in (None, *features) and (column != "auto" or key == "domain"):
+            raise ConfigError(f"{name} has no column {column!r}; it has {named}: mend `data.{key}`.")
+    images, classes = (
+        [column for column, kind in features.items() if isinstance(kind, wanted)]
+        for wanted in (datasets.Image, datasets.ClassLabel)
+    )
+    image, label = config.image, config.label
+    if image == "auto":
+        if len(images) != 1:
+            raise ConfigError(
+                f"{name} has {len(images)} columns of images; its columns are {named}: name the right one by `data.image`."
+            )
+        image = images[0]
+    if label == "auto":
+        label = classes[0] if len(classes) == 1 else "label" if "label" in features else None
+    return ColumnNames(image, label, config.domain)

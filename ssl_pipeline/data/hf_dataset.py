@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,36 +46,28 @@ def encoded(cell: Any, name: str) -> bytes:
         raise DecodeError(Path(name), f"its file {path!r} can't be opened ({error.strerror or error})") from error
 
 
+@dataclass(frozen=True)
+class ColumnNames:
+    """Which columns hold the images, their labels and their domains."""
+
+    image: str
+    label: str | None
+    domain: str | None
+
+
 class HFDataset(EncodedReader, IndexedDataset):
-    """Numbered rows; images are decoded when they are wanted.
+    """Numbered rows, whose images are decoded when they are wanted.
 
     Args:
         name: for messages.
         rows: the dataset, its images not decoded.
         image: their column.
         channels: 1 or 3.
-        labels: int64 of shape (N,).
-        classes: names, in the order of the labels.
-        domains: int64 of shape (N,).
-        domain_names: in the order of the domains' numbers.
-        license: of the images.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: Dataset,
-        image: str,
-        channels: int,
-        labels: Tensor | None,
-        classes: tuple[str, ...] | None,
-        domains: Tensor | None = None,
-        domain_names: tuple[str, ...] | None = None,
-        license: str | None = None,
-    ) -> None:
-        self.name, self.channels, self.labels, self.classes, self.license = name, channels, labels, classes, license
-        self.domains, self.domain_names = domains, domain_names
-        self._rows, self._image = rows, image
+    def __init__(self, name: str, rows: Dataset, image: str, channels: int) -> None:
+        self.name, self.channels, self._rows, self._image = name, channels, rows, image
+        self.license = rows.info.license or None
         self._index = torch.arange(len(rows))
 
     def __len__(self) -> int:
@@ -84,7 +77,6 @@ class HFDataset(EncodedReader, IndexedDataset):
         return encoded(self._rows[int(self._index[index])][self._image], self.describe(index))
 
     def describe(self, index: int) -> str:
-        """The row's number in its dataset."""
         return f"{self.name}/row {int(self._index[index])}"
 
     def fingerprint(self) -> str:
@@ -95,17 +87,13 @@ class HFDataset(EncodedReader, IndexedDataset):
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
-        """The chosen rows; nothing is copied."""
         chosen = super().select(index)
         chosen._index, chosen._opened = self._index[index], None
         return chosen
 
 
 def _marks(rows: Dataset, image: str) -> Tensor:
-    """Per row the image's size in bytes, or a number of its path: int64 of shape (N,).
-
-    Read in the rows' order, so that memory-mapped bytes stay on the disk.
-    """
+    """Per row the image's size in bytes, or a number of its path: int64 of shape (N,), read without touching the bytes."""
     from pyarrow import compute
 
     marks: list[int] = []
@@ -124,45 +112,34 @@ class HFIterableDataset(StreamDataset):
     Args:
         name: for messages.
         rows: the dataset, its images not decoded.
-        image: their column.
-        label: the labels' column, or None.
+        columns: the rows' columns.
         classes: names of the labels' numbers, where declared.
-        domain: the domains' column, or None.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: IterableDataset,
-        image: str,
-        label: str | None,
-        classes: tuple[str, ...] | None,
-        domain: str | None = None,
-    ) -> None:
-        self.name, self.classes = name, classes
+    def __init__(self, name: str, rows: IterableDataset, columns: ColumnNames, classes: tuple[str, ...] | None) -> None:
+        self.name, self.classes, self.license = name, classes, rows.info.license or None
         self.shards = tuple(str(number) for number in range(rows.num_shards))
-        self._rows, self._image, self._label, self._domain = rows, image, label, domain
-        self.has_domains = domain is not None
-        self._sizes: dict[int, int] = {}
+        self.has_domains = columns.domain is not None
+        self._rows, self._columns, self._sizes = rows, columns, dict[int, int]()
+
+    def _shard(self, shard: int) -> IterableDataset:
+        return self._rows.shard(num_shards=len(self.shards), index=shard)
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
-        """A shard's rows in their order."""
-        rows = self._rows.shard(num_shards=len(self.shards), index=shard)
+        rows, position = self._shard(shard), start
         rows = rows.skip(start) if start else rows
-        position = start
         # By batches: a row-wise loop in a worker would deal the shards out among the workers once more.
-        for batch in _told(self.name, rows.iter(batch_size=32)):
-            none = [None] * len(batch[self._image])
-            labels, domains = (batch[column] if column else none for column in (self._label, self._domain))
-            for cell, label, domain in zip(batch[self._image], labels, domains, strict=True):
+        for batch in _reworded(self.name, rows.iter(batch_size=32)):
+            cells, none = batch[self._columns.image], [None] * len(batch[self._columns.image])
+            labels, domains = (batch.get(column, none) for column in (self._columns.label, self._columns.domain))
+            for cell, label, domain in zip(cells, labels, domains, strict=True):
                 name = f"{self.name}/shard {shard}/row {position}"
-                yield Sample(
-                    position, encoded(cell, name), self._number(label, name), name, class_name(text_of(domain))
-                )
+                number, domain_name = self._number(label, name), class_name(text_of(domain))
+                yield Sample(position, encoded(cell, name), number, name, domain_name)
                 position += 1
 
     def _number(self, value: Any, name: str) -> int | None:
-        refuse_several(value, str(self._label), name)
+        refuse_several(value, str(self._columns.label), name)
         text = class_name(text_of(value))
         if text is None or (isinstance(value, int) and value < 0):
             return None
@@ -177,20 +154,19 @@ class HFIterableDataset(StreamDataset):
     def size(self, shard: int) -> int:
         """Counted by the rows of one column, once."""
         if shard not in self._sizes:
-            rows = self._rows.shard(num_shards=len(self.shards), index=shard)
-            column = self._label or self._image
-            counted = _told(self.name, rows.select_columns([column]).iter(batch_size=1000))
-            self._sizes[shard] = sum(len(batch[column]) for batch in counted)
+            column = self._columns.label or self._columns.image
+            batches = self._shard(shard).select_columns([column]).iter(batch_size=1000)
+            self._sizes[shard] = sum(len(batch[column]) for batch in _reworded(self.name, batches))
         return self._sizes[shard]
 
     def fingerprint(self) -> str:
-        """Of the dataset's name, its shards' number and its declared size."""
-        told = f"{self.name}\0{len(self.shards)}\0{self.length}"
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        """Of the dataset's name, the number of its shards and its declared size."""
+        text = f"{self.name}\0{len(self.shards)}\0{self.length}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _told(name: str, batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches; what the library answers to damaged files or a lost connection is a sentence."""
+def _reworded(name: str, batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches; an error about damaged files or a lost connection becomes a sentence."""
     try:
         yield from batches
     except Exception as error:  # pyarrow's, aiohttp's, datasets' own
