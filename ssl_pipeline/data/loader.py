@@ -79,7 +79,7 @@ class TrainLoader(ABC):
         """How far the run has come before a step: the epoch, its ``samples`` given to all processes, and more."""
 
     @abstractmethod
-    def shift_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
+    def resume_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
         """Sets what is left of an epoch that another batch size began; ``step`` is where this run goes on."""
 
     @property
@@ -88,15 +88,15 @@ class TrainLoader(ABC):
         """How many damaged images are known that were not when the run began."""
 
     @abstractmethod
-    def untold(self) -> dict[str, Any]:
+    def new_errors(self) -> dict[str, Any]:
         """What this process has found damaged and the others have not heard of; empty if there is nothing."""
 
     @abstractmethod
-    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
-        """Merges what is ``untold`` in each process, this one included."""
+    def merge_errors(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Merges what is new in each process, this one included."""
 
     @abstractmethod
-    def bear(self, unreadable: int) -> None:
+    def check_bad_files(self, unreadable: int) -> None:
         """Raises ConfigError if so many damaged images, found by all processes, are more than the dataset allows."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class TrainLoader(ABC):
         """The clock of a step."""
         return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
 
-    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+    def resume(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
         """Continues a run in the middle of an epoch, whatever its batch size was: no image is left out or given twice.
 
         Args:
@@ -134,7 +134,7 @@ class TrainLoader(ABC):
             self.total_steps -= self.offset
         if length is None:
             self.steps_per_epoch = max(1, self.total_steps)
-        self.shift_epoch(epoch, step, position)
+        self.resume_epoch(epoch, step, position)
         return step
 
     def from_step(self, start: int) -> Iterator[Batch]:
@@ -188,13 +188,13 @@ class IndexedLoader(TrainLoader):
         self.replaced: Tensor | None = None
         self._shifted = 0, 0  # an epoch, and the samples by which its steps begin later
         self._known_bad = len(self._faults)
-        self._told = set(self._faults)
+        self._reported = set(self._faults)
 
     def position(self, step: int) -> dict[str, Any]:
         epoch = self.clock(step).epoch
         return {"epoch": epoch, "samples": step % self.steps_per_epoch * self.batch_size + self._shift(epoch)}
 
-    def shift_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
+    def resume_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
         if step // self.steps_per_epoch == epoch:
             self._shifted = epoch, int(position["samples"]) - step % self.steps_per_epoch * self.batch_size
 
@@ -216,16 +216,16 @@ class IndexedLoader(TrainLoader):
     def unreadable(self) -> int:
         return len(self._faults) - self._known_bad
 
-    def untold(self) -> dict[str, Any]:
-        return {file: fault for file, fault in self._faults.items() if file not in self._told}
+    def new_errors(self) -> dict[str, Any]:
+        return {file: fault for file, fault in self._faults.items() if file not in self._reported}
 
-    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
+    def merge_errors(self, found: Sequence[Mapping[str, Any]]) -> None:
         for faults in found:  # a file that two processes have met counts once
             if self.source.bad_files is not None:
                 self.source.bad_files.learn(faults)
-            self._told |= faults.keys()
+            self._reported |= faults.keys()
 
-    def bear(self, unreadable: int) -> None:
+    def check_bad_files(self, unreadable: int) -> None:
         if self.source.bad_files is not None and unreadable:
             self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
 
@@ -234,7 +234,7 @@ class IndexedLoader(TrainLoader):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._faults.update(state["bad_files"])
-        self._told |= self._faults.keys()
+        self._reported |= self._faults.keys()
 
     def read(self, start: int) -> Iterator[Crops]:
         labels = self.source.labels if self.with_labels else None

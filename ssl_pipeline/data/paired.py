@@ -54,9 +54,9 @@ class PairedLoader(IndexedLoader):
     def position(self, step: int) -> dict[str, Any]:
         return {**super().position(step), "target": self.target.position(self._of_target(step))}
 
-    def go_on(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
-        step = super().go_on(position, taken, in_steps)
-        own = self.target.go_on(position["target"], taken, in_steps=False)
+    def resume(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
+        step = super().resume(position, taken, in_steps)
+        own = self.target.resume(position["target"], taken, in_steps=False)
         self.target.total_steps = own + self.total_steps - step
         return step
 
@@ -69,18 +69,18 @@ class PairedLoader(IndexedLoader):
         same = self.source.bad_files is self.target.source.bad_files  # both sides are images of one folder
         return super().unreadable + (0 if same else self.target.unreadable)
 
-    def untold(self) -> dict[str, Any]:
-        sides = {"source": super().untold(), "target": self.target.untold()}
+    def new_errors(self) -> dict[str, Any]:
+        sides = {"source": super().new_errors(), "target": self.target.new_errors()}
         return {side: faults for side, faults in sides.items() if faults}
 
-    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
-        super().learn([faults.get("source", {}) for faults in found])
-        self.target.learn([faults.get("target", {}) for faults in found])
+    def merge_errors(self, found: Sequence[Mapping[str, Any]]) -> None:
+        super().merge_errors([faults.get("source", {}) for faults in found])
+        self.target.merge_errors([faults.get("target", {}) for faults in found])
 
-    def bear(self, unreadable: int) -> None:
+    def check_bad_files(self, unreadable: int) -> None:
         del unreadable  # each side has its own limit
-        super().bear(super().unreadable)
-        self.target.bear(self.target.unreadable)
+        super().check_bad_files(super().unreadable)
+        self.target.check_bad_files(self.target.unreadable)
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": super().state_dict(), "target": self.target.state_dict()}

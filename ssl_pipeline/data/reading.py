@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.dataset import IndexedDataset, Sample
+from ssl_pipeline.data.decode import DecodeError, is_grayscale
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
@@ -160,3 +163,21 @@ def read_in_order(
     index = torch.arange(len(source)) if index is None else index
     for _, images in read_readable(source, preprocessing, device, index, chunk, open_or_replace):
         yield images
+
+
+def channels_of(samples: Sequence[Sample]) -> int:
+    """The channels of all images by a few of them: 1 if all of these are grayscale, 3 otherwise.
+
+    Raises:
+        ConfigError: none of them is an image.
+    """
+    found = set[int]()
+    for sample in samples:
+        # Decoders answer damaged bytes with nearly any error; training reports it when the image's turn comes.
+        with suppress(Exception), Image.open(BytesIO(sample.data)) as image:
+            found.add(1 if is_grayscale(image.mode) else 3)
+    if not found:
+        raise ConfigError(
+            f"{samples[0].name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."
+        )
+    return max(found)

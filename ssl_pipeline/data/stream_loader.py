@@ -123,13 +123,13 @@ class StreamLoader(TrainLoader):
             self.num_workers = max(n for n in (8, 4, 2, 1) if n <= min(self.lanes, self.num_workers))
         self.block = max(1, source.block // self.lanes)
         self._begun = 0, 0, [0] * self.lanes  # an epoch, its first step here, what lanes gave before
-        self._unreadable, self._untold = 0, 0
+        self._unreadable, self._new_errors = 0, 0
 
     def position(self, step: int) -> dict[str, Any]:
         lanes = [self.given(step, lane) for lane in range(self.lanes)]
         return {"epoch": self.clock(step).epoch, "samples": sum(lanes) * self.share.processes, "lanes": lanes}
 
-    def shift_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
+    def resume_epoch(self, epoch: int, step: int, position: Mapping[str, Any]) -> None:
         # Another number of processes deals the shards otherwise: lanes go on from as many samples as they would have given.
         lanes = list(position["lanes"])
         if len(lanes) == self.lanes and sum(lanes) * self.share.processes == int(position["samples"]):
@@ -148,15 +148,15 @@ class StreamLoader(TrainLoader):
     def unreadable(self) -> int:
         return self._unreadable
 
-    def untold(self) -> dict[str, Any]:
-        return {"images": self._untold} if self._untold else {}
+    def new_errors(self) -> dict[str, Any]:
+        return {"images": self._new_errors} if self._new_errors else {}
 
-    def learn(self, found: Sequence[Mapping[str, Any]]) -> None:
+    def merge_errors(self, found: Sequence[Mapping[str, Any]]) -> None:
         # No two processes read the same shard in an epoch, so numbers can be added.
-        self._unreadable += sum(numbers.get("images", 0) for numbers in found) - self._untold
-        self._untold = 0
+        self._unreadable += sum(numbers.get("images", 0) for numbers in found) - self._new_errors
+        self._new_errors = 0
 
-    def bear(self, unreadable: int) -> None:
+    def check_bad_files(self, unreadable: int) -> None:
         """A stream that leaves out unreadable images at all allows any number."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class StreamLoader(TrainLoader):
                 first = next(iter(crops.faults.values()))
                 _log.warning("%s It is left out, and so are further ones, which are only counted.", first)
             self._unreadable += len(crops.faults)
-            self._untold += len(crops.faults)
+            self._new_errors += len(crops.faults)
             yield crops
 
 

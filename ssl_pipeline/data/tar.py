@@ -1,6 +1,6 @@
-"""Samples in tar archives, as WebDataset lays them out: neighboring members ``KEY.jpg``, ``KEY.cls`` are one sample.
+"""Samples in tar archives in WebDataset's layout: neighboring members ``KEY.jpg``, ``KEY.cls`` are one sample.
 
-Nothing is extracted to disk, and nothing is unpickled: members are read as bytes, and only those that are asked for.
+Nothing is extracted to disk and nothing is unpickled: members are read as bytes, and only those that are wanted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from ssl_pipeline.data.bad_files import warn_once
 
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LARGEST = 1 << 30  # bytes of a member that is read; a header may claim anything
-
-
 _NOT_SUPPORTED = {
     b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z", b"Rar!": "rar",
 }  # fmt: skip
@@ -37,7 +35,7 @@ class Group:
 
     Attributes:
         key: the members' common name.
-        files: by their endings, in small letters, the members that were asked for.
+        files: the wanted members by their endings in small letters.
         has_image: whether an image is among the members, read or not.
     """
 
@@ -55,22 +53,21 @@ def read_groups(
 ) -> Iterator[Group]:
     """An archive's samples that have an image, in their order.
 
-    A member belongs to the sample of its name before the last dot, so that ``v1.0.png`` and ``v1.1.png`` are two; but to that
-    before the first dot if an ending with a dot in it is asked for (``seg.png``), or if it can't be a sample of its own.
-    Members with a path that climbs out, links, devices and pickles are left out and told, once an archive; hidden ones
-    (``._0.jpg``) are passed over.
+    A member belongs to the sample of its name before the last dot, so ``v1.0.png`` and ``v1.1.png`` are two; but to that before
+    the first dot if an ending with a dot is wanted (``seg.png``), or if it can't be a sample of its own. Members with a path
+    that climbs out, links, devices and pickles are left out and logged once per archive; hidden ones (``._0.jpg``) are ignored.
 
     Args:
         url: a file, gzipped or not, or what fsspec can open.
         is_image: whether an ending is the image's.
-        is_wanted: whether members with an ending are to be read.
-        start: samples to pass over; of a file that is not gzipped, their bytes are not even read.
-        refused: if given, takes the names of the members that are left out, and why, instead of the log.
+        is_wanted: whether members with an ending are read.
+        start: samples to pass over; the bytes of those in a file that is not gzipped are not even read.
+        refused: takes the names of the members that are left out, and why, instead of the log.
 
     Raises:
         ShardError: naming the archive and what is wrong with it.
     """
-    told, refused = refused is None, {} if refused is None else refused
+    logs, refused = refused is None, {} if refused is None else refused
     place, seen = 0, dict[str, bool]()
 
     def reads(entry: _Entry, stems: int) -> bool:
@@ -83,22 +80,13 @@ def read_groups(
             place += group.has_image
             if group.has_image and place > start:
                 yield group
-    if refused and told:
+    if refused and logs:
         first = ", ".join(f"{name} ({fault})" for name, fault in list(refused.items())[:3])
         warn_once(f"{shown(url)}: left out {len(refused)} members, such as {first}")
 
 
 class _Entry:
-    """A member of an archive.
-
-    Attributes:
-        name: in the archive.
-        base: the path up to the first dot of the name.
-        stem: the path up to the last one.
-        full: the ending from the first dot on, in small letters.
-        last: the ending from the last one on.
-        content: its bytes, where they were read.
-    """
+    """A member of an archive, its name split at the first dot (``base``, ``full``) and at the last (``stem``, ``last``)."""
 
     def __init__(self, name: str) -> None:
         path = PurePosixPath(name)
@@ -157,13 +145,7 @@ def _samples_of(
 
 
 def _check_neighbors(group: Group, seen: dict[str, bool], url: str) -> None:
-    """Refuses an archive in which a sample's image and its other members lie apart: they would not find each other.
-
-    Args:
-        group: the next sample.
-        seen: per sample of the archive whether it had an image.
-        url: the archive's.
-    """
+    """Refuses an archive in which a sample's image and its label lie apart; ``seen`` says which samples had an image."""
     if group.key in seen and not (group.has_image and seen[group.key]):
         raise ShardError(
             f"{shown(url)}: the members of sample {group.key!r} do not lie next to each other, so its image and its label are not "
@@ -185,12 +167,12 @@ def not_supported(url: str) -> str | None:
 
 
 def shown(url: str) -> str:
-    """An address as it may be told: without a password, and without what signs it."""
+    """An address for messages: without a password, and without a signature."""
     return re.sub(r"(?<=://)[^/@]+@", "", url).partition("?")[0] if "://" in url else url
 
 
 def _is_hidden(name: str) -> bool:
-    """What other systems leave in archives: ``._0.jpg``, ``.DS_Store``, ``__MACOSX``."""
+    """Whether it is what other systems leave in archives: ``._0.jpg``, ``.DS_Store``, ``__MACOSX``."""
     return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in PurePosixPath(name).parts)
 
 
@@ -207,7 +189,7 @@ def _fault(member: tarfile.TarInfo) -> str | None:
 
 
 class _Member(tarfile.TarInfo):
-    """A header; the archive keeps the error that ended it, which :mod:`tarfile` hides from the second header on."""
+    """A header that keeps the error which ended the archive: :mod:`tarfile` hides it from the second header on."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Member:  # the parameter is named as the library names it
@@ -220,7 +202,7 @@ class _Member(tarfile.TarInfo):
 
 @contextmanager
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    """An archive, held to its end mark once it has been read."""
+    """An archive; one that ends without its end mark is cut off."""
     local = "://" not in url and "::" not in url
     try:
         if local and not url.lower().endswith((".gz", ".tgz")):

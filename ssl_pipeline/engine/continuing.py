@@ -32,7 +32,7 @@ def check_steps_left(state: Mapping[str, Any], batches: TrainLoader, in_steps: b
             "without changes by `resume=auto`, or choose another `output=FOLDER`."
         )
     planned = copy.copy(batches)
-    step = planned.go_on(state["position"], state["done"], in_steps)
+    step = planned.resume(state["position"], state["done"], in_steps)
     if step < planned.total_steps:
         return
     epoch = step / planned.steps_per_epoch
@@ -47,7 +47,7 @@ def check_steps_left(state: Mapping[str, Any], batches: TrainLoader, in_steps: b
 def go_on(state: Mapping[str, Any], batches: TrainLoader, in_steps: bool) -> None:
     """Sets batches to where a checkpoint was; one of an earlier version is of the same batch size, and needs nothing."""
     if "position" in state:
-        batches.go_on(state["position"], state["done"], in_steps)
+        batches.resume(state["position"], state["done"], in_steps)
 
 
 def in_words(state: Mapping[str, Any], batches: TrainLoader, optim: OptimConfig) -> str:

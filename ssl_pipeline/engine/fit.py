@@ -153,7 +153,7 @@ def _of_step(
     """A step's figures, under their full names; those of all processes where they differ."""
     images_per_s, waited = pace.read()
     loss, wait = _over_processes(accelerator, step.output.loss.detach().float(), waited, batches)
-    batches.bear(batches.unreadable)
+    batches.check_bad_files(batches.unreadable)
     epoch = (step.clock.step + 1) / step.clock.steps_per_epoch
     found = {"loss": loss, "lr": step.rate, "data_wait": wait, "epoch": epoch}
     found["images_per_s"] = images_per_s
@@ -176,10 +176,10 @@ def _over_processes(
     accelerator: Accelerator, loss: torch.Tensor, wait: float, batches: TrainLoader
 ) -> tuple[float, float]:
     """The mean loss and the mean share of time spent waiting for data; bad files are told where there are new ones."""
-    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.untold())))])
+    mine = torch.stack([loss, loss.new_tensor(wait), loss.new_tensor(float(bool(batches.new_errors())))])
     mean_loss, mean_wait, new = accelerator.reduce(mine, reduction="mean").tolist()
     if new:
-        batches.learn(all_gather_objects(accelerator, batches.untold()))
+        batches.merge_errors(all_gather_objects(accelerator, batches.new_errors()))
     return mean_loss, mean_wait
 
 

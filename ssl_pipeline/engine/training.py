@@ -152,7 +152,7 @@ class TrainState:
     def state(self, done: int) -> dict[str, Any]:
         """What a checkpoint keeps after ``done`` steps; called on all processes."""
         # A start from here does not find the bad files again.
-        self._batches.learn(all_gather_objects(self._accelerator, self._batches.untold()))
+        self._batches.merge_errors(all_gather_objects(self._accelerator, self._batches.new_errors()))
         scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
         state = {"task": self._task.state_dict(), "optimizer": self._optimizer.state_dict()}
         state = full_state_dict(state, keep=self._accelerator.is_main_process)

@@ -45,7 +45,7 @@ class Steps:
     def position(self, step: int) -> dict[str, int]:
         return {"step": step}
 
-    def untold(self) -> dict[str, Any]:
+    def new_errors(self) -> dict[str, Any]:
         return {}
 
     def learn(self, found: Sequence[Any]) -> None:

@@ -60,17 +60,17 @@ def test_what_two_processes_and_two_starts_meet_counts_once(tmp_path: Path) -> N
     both = [batches(rank) for rank in range(2)]
     for one in both:
         list(one.from_step(0))
-        assert one.untold().keys() == bad
+        assert one.new_errors().keys() == bad
         assert one.unreadable == 2
-    found = [one.untold() for one in both]
+    found = [one.new_errors() for one in both]
     for one in both:
-        one.learn(found)
-        assert (one.unreadable, one.untold()) == (2, {})
-        one.bear(one.unreadable)
+        one.merge_errors(found)
+        assert (one.unreadable, one.new_errors()) == (2, {})
+        one.check_bad_files(one.unreadable)
     again = batches(1)
     again.load_state_dict(both[0].state_dict())
     list(again.from_step(20))
-    assert (again.unreadable, again.untold()) == (2, {})
+    assert (again.unreadable, again.new_errors()) == (2, {})
 
 
 @pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])

@@ -184,14 +184,14 @@ def test_another_batch_size_goes_on_in_each_lane(tmp_path: Path, known: bool) ->
         batches_of(stream, batch_size=8, total_steps=16 if not known else 8),
     )
     made = list(before.from_step(0))[:8]
-    step = after.go_on(before.position(8), 8, in_steps=not known)
+    step = after.resume(before.position(8), 8, in_steps=not known)
     assert (step, after.total_steps, after.offset) == ((4, 8, 4) if known else (4, 12, 4))
     rest = list(after.from_step(step))
     ids = torch.cat([batch.index for batch in [*made, *rest[:4]]]).tolist()
     assert len(set(ids)) == len(ids) == 64
     assert rest[0].clock.taken == 8
     again = batches_of(stream, batch_size=8, total_steps=16 if not known else 8)
-    assert again.go_on(after.position(6), 10, in_steps=not known) == 6  # stopped once more
+    assert again.resume(after.position(6), 10, in_steps=not known) == 6  # stopped once more
     assert same(list(again.from_step(6)), rest[2:])
 
 

@@ -61,7 +61,7 @@ def test_another_batch_size_goes_on_at_the_same_image(count: int, size: int, oth
     position, epoch = before.position(taken), before.clock(taken).epoch
     seen = [i for s in range(epoch * before.steps_per_epoch, taken) for i in before.samples(s).tolist()]
     after = batches(count, other, 100)
-    step = start = after.go_on(position, taken, in_steps=False)
+    step = start = after.resume(position, taken, in_steps=False)
     while after.clock(step).epoch == epoch:
         seen += after.samples(step).tolist()
         step += 1
@@ -70,7 +70,7 @@ def test_another_batch_size_goes_on_at_the_same_image(count: int, size: int, oth
     assert after.samples(step).equal(batches(count, other, 100).samples(step))
     # A run that is stopped once more goes on to the same batches.
     again = batches(count, other, 100)
-    assert again.go_on(after.position(start + more), taken + more, in_steps=False) == start + more
+    assert again.resume(after.position(start + more), taken + more, in_steps=False) == start + more
     for later in range(start + more, start + more + 3 * after.steps_per_epoch):
         assert again.samples(later).equal(after.samples(later))
         assert again.clock(later) == after.clock(later)
@@ -79,7 +79,7 @@ def test_another_batch_size_goes_on_at_the_same_image(count: int, size: int, oth
 def test_without_a_change_a_run_goes_on_at_its_step() -> None:
     made = batches(50, 8, 24)
     for taken in range(24):
-        assert made.go_on(made.position(taken), taken, in_steps=taken % 2 == 0) == taken
+        assert made.resume(made.position(taken), taken, in_steps=taken % 2 == 0) == taken
         assert (made.offset, made.total_steps) == (0, 24)
 
 
@@ -88,7 +88,7 @@ def test_a_schedule_goes_on_at_the_share_of_samples() -> None:
     before = batches(64, 8, 32)
     for in_steps, total in ((False, 16), (True, 24)):
         after = batches(64, 16, 32 if in_steps else 16)
-        step = after.go_on(before.position(16), 16, in_steps)
+        step = after.resume(before.position(16), 16, in_steps)
         assert (step, after.total_steps, after.clock(step).taken) == (8, total, 16)
         assert after.total_steps + after.offset == (32 if in_steps else 24)
 
@@ -101,7 +101,7 @@ def test_both_sides_of_a_pair_go_on_and_end_together() -> None:
 
     before, after = pair(4, 20), pair(8, 10)
     seen = [i for step in range(3) for i in before.target.samples(step).tolist()]
-    step = after.go_on(before.position(3), 3, in_steps=False)
+    step = after.resume(before.position(3), 3, in_steps=False)
     left = after.total_steps - step
     first = after._of_target(step)
     assert after.target.total_steps - first == left

@@ -159,7 +159,7 @@ class _Batches:
         for step in range(start, self.total_steps):
             yield tiny_batch(self._task, 2, 8, step)  # type: ignore[arg-type]
 
-    def untold(self) -> dict[str, str]:
+    def new_errors(self) -> dict[str, str]:
         return {}
 
     def bear(self, bad_files: int) -> None:

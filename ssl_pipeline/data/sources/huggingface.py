@@ -15,9 +15,9 @@ from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit, warn_once
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
+from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import part_of, split_named, split_three
-from ssl_pipeline.data.stream import channels_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

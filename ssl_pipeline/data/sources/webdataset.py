@@ -21,9 +21,9 @@ from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
+from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import split_named
-from ssl_pipeline.data.stream import channels_of
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.walk import ENDINGS
 
@@ -135,17 +135,19 @@ class TarStream(StreamDataset):
         return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
 
     def _is_wanted(self, ending: str) -> bool:
-        told_in = {key.partition(":")[0] for key in (self._config.label, self._config.domain) if key is not None}
-        return self._is_image(ending) or ending in told_in
+        members = {key.partition(":")[0] for key in (self._config.label, self._config.domain) if key is not None}
+        return self._is_image(ending) or ending in members
 
     def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
-        """An archive's samples; of one that is cut off, those before the cut, if it is to be skipped."""
-        url = self._urls[shard]
+        """An archive's samples; those before the cut if it is cut off and skipped."""
+        url, config = self._urls[shard], self._config
         try:
             for position, group in enumerate(read_groups(url, self._is_image, self._is_wanted, start), start):
                 name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
-                yield Sample(position, data, self._label(group, name), name, self._domain(group, name))
+                label, domain = _text(group, config.label, "label", name), _text(group, config.domain, "domain", name)
+                number = None if label is None else _number(label, self.classes, name)
+                yield Sample(position, data, number, name, domain)
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
@@ -168,8 +170,8 @@ class TarStream(StreamDataset):
         """Decodes an archive's images.
 
         Returns:
-            How many are usable; and of those that are not, of members that are not read and of an archive that is damaged, by
-            name, what is wrong.
+            How many are usable, and by name what is wrong with those that are not, with members that are not read and with a
+            damaged archive.
         """
         url, usable = self._urls[shard], 0
         faults, refused = dict[str, str](), dict[str, str]()
@@ -194,33 +196,27 @@ class TarStream(StreamDataset):
             digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def _label(self, group: Group, name: str) -> int | None:
-        value = _told(group, self._config.label, "label", name)
-        return None if value is None else _number(value, self.classes, name)
 
-    def _domain(self, group: Group, name: str) -> str | None:
-        return _told(group, self._config.domain, "domain", name)
-
-
-def _told(group: Group, wanted: str | None, key: str, name: str) -> str | None:
-    """What a sample's members say: the text of one, or the value of a JSON key; None where there is none.
+def _text(group: Group, wanted: str | None, key: str, name: str) -> str | None:
+    """The text of a member, or the value of a JSON key; None where there is none.
 
     Args:
-        group: the members.
+        group: a sample's members.
         wanted: the member's ending, or ``json:KEY``; None reads none.
         key: the configuration's key that says so.
-        name: what a message calls the sample.
+        name: the sample's, for messages.
     """
     if wanted is None:
         return None
-    if not wanted.startswith("json:"):
-        return class_name(group.files[wanted].decode(errors="replace")) if wanted in group.files else None
-    if "json" not in group.files:
+    ending, _, field = wanted.partition(":")
+    if ending not in group.files:
         return None
+    if not wanted.startswith("json:"):
+        return class_name(group.files[ending].decode(errors="replace"))
     try:
-        value = json.loads(group.files["json"])[wanted.removeprefix("json:")]
+        value = json.loads(group.files[ending])[field]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{name}.json has no key {wanted.removeprefix('json:')!r}: see `data.{key}`.") from error
+        raise ConfigError(f"{name}.json has no key {field!r}: see `data.{key}`.") from error
     refuse_several(value, wanted, f"{name}.json")
     return class_name(text_of(value))
 
