@@ -1,4 +1,4 @@
-"""The batches of annotated images, and whole images for tasks that predict a value for every pixel or box."""
+"""The batches of annotated images: a target beside the first view of each."""
 
 from __future__ import annotations
 
