@@ -8,8 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.domain.method import MethodConfig
 from ssl_pipeline.downstream.consistency import ConsistencyConfig
 from ssl_pipeline.downstream.labels import LabelsConfig

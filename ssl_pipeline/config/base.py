@@ -54,6 +54,17 @@ class StoppedByHandError(UserError):
     exit_code = 130
 
 
+def shorten(items: Sequence[str], most: int = 10) -> list[str]:
+    """The first items of a list for a message, and how many more there are."""
+    more = len(items) - most
+    return [*items[:most], *([f"… and {more} more"] if more > 0 else [])]
+
+
+def joined(items: Sequence[str], most: int = 10) -> str:
+    """The same in one line."""
+    return ", ".join(shorten(items, most))
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that must be there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ssl_pipeline.config.base import ConfigError
 
 
 @contextmanager
@@ -35,6 +37,19 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Writes a text in UTF-8, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def existing_folder(given: str, key: str, holds: str = "the images") -> Path:
+    """A folder of the user's, resolved, so that what is cached for it outlives a change of the working directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        what = "is a file, and a folder is needed" if path.exists() else "does not exist"
+        raise ConfigError(f"`{key}`: {given!r} {what}: give the folder that holds {holds}.")
+    return path.resolve()
 
 
 def _flush(path: Path) -> None:

@@ -50,7 +50,7 @@ def prepare() -> Parser:
     parser = Parser(
         prog="ssl-pipeline prepare",
         description="Reads every image once, says what is wrong with which, and makes every start fast.\n\n"
-        "What it finds is kept outside the folder, in which nothing is changed: a manifest, the list of bad files and, on\n"
+        "What it finds is kept outside the folder, in which nothing is changed: an index, the list of bad files and, on\n"
         "wish, the decoded images. Stopped and started again, it goes on where it was; so it does when images were added.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

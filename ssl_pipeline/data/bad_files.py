@@ -1,29 +1,45 @@
-"""Files that turn out to be damaged: counted, named once, and too many of them end the run."""
+"""Files that are no images, or damaged ones: counted, named, and too many of them end the run."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.config.base import ConfigError, FrozenModel, joined, shorten
 
-TOLD = 10
+_BESIDE_IMAGES = {
+    ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini", ".html", ".htm", ".url",
+    ".pdf", ".db", ".log", ".py", ".ipynb",
+}  # fmt: skip
+T = TypeVar("T")
 _log = logging.getLogger("ssl_pipeline")
 
 
+@lru_cache(maxsize=4096)
+def warn_once(message: str) -> None:
+    """Logs a warning once in the process's life: a folder is opened for each split, an archive read again each epoch."""
+    _log.warning("%s", message)
+
+
 class BadFilesLimit(FrozenModel):
-    """How many damaged files a run bears: a number, or a share of all files."""
+    """How many damaged files a run allows: a number, or a share of all files."""
 
     one_value: ClassVar[bool] = True
     value: float = Field(ge=0)
     share: bool
 
     def of(self, files: int) -> int:
-        """The number of files borne, of so many."""
+        """The number allowed among so many files."""
         return int(self.value * files / 100) if self.share else int(self.value)
 
     @model_serializer
@@ -35,7 +51,7 @@ class BadFilesLimit(FrozenModel):
 
 
 def parse_limit(text: Any) -> Any:
-    """Reads ``1%`` or ``20``; anything else is refused in words."""
+    """Reads ``1%`` or ``20``."""
     if isinstance(text, BadFilesLimit):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", str(text))
@@ -51,13 +67,9 @@ class BadFiles:
     """The damaged files of one data set in one process.
 
     Args:
-        limit: how many are borne.
-        files: of how many, the damaged ones among them.
+        limit: how many are allowed.
+        files: the number of all files, the damaged ones among them.
         known: per file that was found before, what is wrong with it.
-
-    Attributes:
-        faults: per file what is wrong with it.
-        allowed: the number that is borne.
     """
 
     def __init__(self, limit: BadFilesLimit, files: int, known: dict[str, str] | None = None) -> None:
@@ -67,21 +79,21 @@ class BadFiles:
         """One more file that can't be read; the same one again does not count.
 
         Raises:
-            ConfigError: they are too many, with the list.
+            ConfigError: they are too many.
         """
         if file not in self.faults:
             self.learn({file: fault})
             self.stop_if_too_many(len(self.faults))
 
     def learn(self, faults: Mapping[str, str]) -> None:
-        """Takes on what other processes have found; the main one tells it."""
+        """Merges what other processes have found, and logs what is new."""
         for file, fault in faults.items():
             if file not in self.faults:
                 self.faults[file] = fault
                 _log.warning("%s can't be read as an image: %s. A neighbor takes its place.", file, fault)
 
     def stop_if_too_many(self, count: int) -> None:
-        """Ends the run when ``count`` files, over all processes, are more than is borne.
+        """Ends the run when ``count`` files, over all processes, are more than is allowed.
 
         Raises:
             ConfigError: they are; it lists those of this process.
@@ -89,14 +101,108 @@ class BadFiles:
         if count > self.allowed:
             raise ConfigError(
                 [
-                    *self.listed(),
-                    f"{count} of {self.files} files can't be read as images, and `data.bad_files={self.limit}` bears "
+                    *shorten([f"{file}: {fault}" for file, fault in self.faults.items()]),
+                    f"{count} of {self.files} files can't be read as images, and `data.bad_files={self.limit}` allows "
                     f"{self.allowed}: remove or replace them, or raise the limit.",
                 ]
             )
 
-    def listed(self) -> list[str]:
-        """The first of them, one sentence each."""
-        told = [f"{file}: {fault}" for file, fault in list(self.faults.items())[:TOLD]]
-        more = len(self.faults) - TOLD
-        return [*told, *([f"… and {more} more"] if more > 0 else [])]
+
+def for_all(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
+    """Reads many files at once, and reports all mistakes together.
+
+    Raises:
+        ConfigError: naming the first of the files with a mistake.
+    """
+
+    def careful(path: Path) -> T | ConfigError:
+        try:
+            return read(path)
+        except ConfigError as error:
+            return error
+
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(careful, paths))
+    raise_all([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
+    return [one for one in found if not isinstance(one, ConfigError)]
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises a ConfigError with the first of the problems, if there are any."""
+    if problems:
+        raise ConfigError(shorten(problems))
+
+
+@dataclass(frozen=True)
+class IgnoredFiles:
+    """Files of one folder and one ending (in lower case; "" for none) that are not taken for images; one is the example."""
+
+    folder: str
+    ending: str
+    count: int
+    example: str
+
+
+def causes(ignored: Iterable[IgnoredFiles], faults: Mapping[str, str]) -> list[str]:
+    """Why files are no images, a phrase for each cause, the most frequent first.
+
+    Args:
+        ignored: files that are not taken for images.
+        faults: of image files that can't be read what is wrong.
+    """
+    found = [
+        (f"end in {one.ending}, which is not read" if one.ending else "have no ending and hold no image", one.count, one.example)
+        for one in ignored
+    ] + [(f"can't be read: {fault}", 1, file) for file, fault in faults.items()]  # fmt: skip
+    count, example = Counter[str](), dict[str, str]()
+    for phrase, number, file in found:
+        count[phrase] += number
+        example.setdefault(phrase, file)
+    return [f"{number} {phrase} ({example[phrase]})" for phrase, number in count.most_common(5)]
+
+
+def refuse_lost_folders(
+    root: str,
+    folders: Sequence[str],
+    used: Iterable[str],
+    ignored: Sequence[IgnoredFiles],
+    faults: Mapping[str, str],
+    levels: int,
+) -> None:
+    """Refuses a folder in which a class lost all its files: it would vanish from the classes without a word.
+
+    Folders that hold nothing but texts and tables are no classes; empty ones are logged.
+
+    Args:
+        root: the folder.
+        folders: paths of all folders below it.
+        used: paths of those that hold images.
+        ignored: the files that are not taken for images.
+        faults: by their paths below the root the images that can't be read.
+        levels: how deep the folders of classes lie.
+
+    Raises:
+        ConfigError: a class did, with the causes.
+    """
+    there, kept = ({top for folder in group if (top := first_levels(folder, levels))} for group in (folders, used))
+    problems, empty = [], []
+    for top in sorted(there - kept):
+        ours = [one for one in ignored if first_levels(one.folder, levels) == top]
+        bad = {file: fault for file, fault in faults.items() if first_levels(file.rpartition("/")[0], levels) == top}
+        if bad or any(one.ending not in _BESIDE_IMAGES for one in ours):
+            problems.append(
+                f"{root!r}: none of the files in {top!r} is an image: {'; '.join(causes(ours, bad))}. Convert or replace them, or "
+                "move the folder out."
+            )
+        elif not ours:
+            empty.append(top)
+    if problems:
+        raise ConfigError(problems)
+    if empty and kept:
+        warn_once(f"{root}: {joined(empty)} hold no image and are no classes.")
+
+
+def first_levels(folder: str, levels: int) -> str:
+    """The first levels of a folder's path; "" if it has fewer."""
+    names = [] if folder in (".", "") else folder.split("/")
+    return "/".join(names[:levels]) if len(names) >= levels else ""

@@ -20,7 +20,7 @@ class Batch:
         views: per view the normalized images, float32 of shape (B, C, H, W).
         label: int64 of shape (B,), or None where the task does not read labels.
         domain: int64 of shape (B,), or None where the source has no domains.
-        target: what stands beside the first view where a class is not enough (``data.annotated``): a tensor with the samples
+        target: what stands beside the first view where a class is not enough (``data.targets``): a tensor with the samples
             in its first dimension, or a list with one entry a sample; None otherwise.
     """
 

@@ -1,14 +1,15 @@
 """Decoded images on disk: uint8, memory-mapped, in shards, each image with a checksum.
 
-An image's row in the manifest says where it lies (``shard``, ``offset``), its size and channels, and the CRC-32 of its
-bytes, which every reading checks. Shards are never written to again: what is made anew goes to new ones. :func:`sweep` deletes
-those that no row names any more, while nobody reads the cache: whoever reads it holds a shared lock on it.
+An image's row in the index has its place (``shard``, ``offset``), its size and channels, and the CRC-32 of its bytes, which
+every reading checks. A shard is written once: changed images go to new ones. :func:`sweep` deletes those that no row names any
+more, while nobody reads the cache: whoever reads it holds a shared lock on it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import re
 import weakref
@@ -16,7 +17,6 @@ import zlib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -45,7 +45,7 @@ def limited(image: Image.Image, side: int) -> Image.Image:
 
 
 def cache_folder(place: Path, side: int) -> Path:
-    """Where the decoded images lie, beside the manifest."""
+    """Where the decoded images lie, beside the index."""
     return place / f"cache-{side}"
 
 
@@ -65,7 +65,7 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
     """Deletes shards that hold nothing of use, of this cache and of those with other sides, unless somebody reads them.
 
     Args:
-        place: of the manifest, which nobody else may be writing.
+        place: of the index, which nobody else may be writing.
         side: what the shorter sides are limited to.
         used: the shards that its rows name.
     """
@@ -94,11 +94,7 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
 
 
 class CacheWriter:
-    """Adds images to a cache, in new shards; used as a context.
-
-    Args:
-        folder: of the shards.
-    """
+    """Adds images to a cache, in new shards; used as a context."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +108,7 @@ class CacheWriter:
         return _shard(self._folder, self._number).open("wb")
 
     def add(self, image: Image.Image) -> dict[str, int]:
-        """Writes one image of mode ``L`` or ``RGB``.
-
-        Returns:
-            Its row's columns.
-        """
+        """Writes one image of mode ``L`` or ``RGB``, and gives its row's columns."""
         if self._file.tell() >= SHARD_BYTES:
             self.flush()
             self._file.close()
@@ -130,16 +122,14 @@ class CacheWriter:
         return row
 
     def flush(self) -> None:
-        """What was added is on the disk now."""
+        """Writes to the disk what was added."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         empty = self._file.tell() == 0
         self.flush()
         self._file.close()
@@ -148,40 +138,42 @@ class CacheWriter:
 
 
 class Cache:
-    """Reads a cache. As long as it lives, also in a worker that was forked, no shard is deleted.
+    """Reads a cache. As long as it lives, also in a forked worker, no shard is deleted.
 
     Args:
         folder: of the shards.
-        side: what the shorter sides are limited to.
+
+    Attributes:
+        shards: the numbers of those that are there.
     """
 
-    def __init__(self, folder: Path, side: int) -> None:
-        self.folder, self.side = folder, side
-        self._shards: dict[int, np.memmap] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._maps: dict[int, np.memmap] = {}
         with suppress(OSError):  # a file system without locks, on which nothing is deleted
             lock = os.open(folder / LOCK, os.O_RDONLY | os.O_CREAT, 0o666)
             weakref.finalize(self, os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_SH)
+        self.shards = frozenset(shards_in(folder))
 
-    def __reduce__(self) -> tuple[type[Cache], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type[Cache], tuple[Path]]:
         """A worker maps the shards itself: a pickled map would be a copy."""
-        return Cache, (self.folder, self.side)
+        return Cache, (self.folder,)
 
     def read(self, row: Mapping[str, int]) -> Image.Image:
-        """The image of a manifest's row.
+        """The image of an index's row.
 
         Raises:
             CacheError: it is gone, cut off or damaged.
         """
         shape = [row["cached_height"], row["cached_width"], 3][: 2 if row["cached_channels"] == 1 else 3]
-        size = int(np.prod(shape))
+        size, path = math.prod(shape), _shard(self.folder, row["shard"])
         try:
-            shard = self._shards.get(row["shard"])
-            if shard is None:
-                shard = self._shards[row["shard"]] = np.memmap(_shard(self.folder, row["shard"]), np.uint8, "r")
+            if row["shard"] not in self._maps:
+                self._maps[row["shard"]] = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
-            raise CacheError(f"{_shard(self.folder, row['shard'])} can't be read ({error})") from error
-        data = np.asarray(shard[row["offset"] : row["offset"] + size])
+            raise CacheError(f"{path} can't be read ({error})") from error
+        data = np.asarray(self._maps[row["shard"]][row["offset"] : row["offset"] + size])
         if len(data) != size or zlib.crc32(data.data) != row["crc"]:
-            raise CacheError(f"{_shard(self.folder, row['shard'])} is damaged at byte {row['offset']}")
+            raise CacheError(f"{path} is damaged at byte {row['offset']}")
         return Image.fromarray(data.reshape(shape))

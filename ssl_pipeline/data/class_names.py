@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.verdicts import listed, warn_once
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.data.bad_files import warn_once
 
 _NONE = {"", "nan", "<na>", "na", "n/a", "#n/a", "none", "null", "-1", "-1.0"}
 _INTEGRAL = re.compile(r"([+-]?\d+)(?:\.0*)?")
@@ -35,7 +35,7 @@ def class_names(values: Sequence[Any], column: str, where: str) -> list[str | No
     names = [class_name(value) for value in values]
     lost = Counter(str(value) for value, name in zip(values, names, strict=True) if value is not None and name is None)
     if lost:
-        told = listed([f"{text!r} ({count})" for text, count in lost.most_common()])
+        told = joined([f"{text!r} ({count})" for text, count in lost.most_common()])
         warn_once(
             f"{where}: these values of {column!r} are read as no label: {told}. Rename the class if one is meant."
         )

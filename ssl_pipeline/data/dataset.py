@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import EncodedImage
-from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.value_range import Range, measured
 
 
@@ -118,7 +118,7 @@ class IndexedDataset(ImageDataset):
         """One image with the values that are stored, for a look at them."""
         return self.open_image(index)
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """The values of a few images spread over all, with the columns of :mod:`~ssl_pipeline.data.value_range`."""
         return measured(self.open_stored, len(self), self.name)
 
@@ -148,6 +148,11 @@ class IndexedDataset(ImageDataset):
     def describe(self, index: int) -> str:
         """What a message calls one sample."""
         return f"image {index} of {self.name}"
+
+    def add_labels(self, digest: hashlib.blake2b) -> None:
+        """Adds labels and domains to a fingerprint."""
+        for numbers in (self.labels, self.domains):
+            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
 
     @abstractmethod
     def select(self, index: Tensor) -> Self:
@@ -199,19 +204,15 @@ class ArrayDataset(IndexedDataset):
         return len(self._pixels)
 
     def open_image(self, index: int) -> Image.Image:
-        """The image as Pillow's."""
         array = self._pixels[index].permute(1, 2, 0).numpy()
         return Image.fromarray(array[:, :, 0] if self.channels == 1 else array)
 
     def fingerprint(self) -> str:
-        """Of the pixels, labels and domains."""
         digest = hashlib.blake2b(self._pixels.numpy().tobytes(), digest_size=16)
-        for numbers in (self.labels, self.domains):
-            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
+        self.add_labels(digest)
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
-        """A copy of the chosen samples."""
         chosen = super().select(index)
         chosen.pixels = chosen._pixels = self._pixels[index]
         return chosen
@@ -322,27 +323,22 @@ class InMemoryDataset(IndexedDataset):
         return len(self._samples)
 
     def open_image(self, index: int) -> Image.Image:
-        """The decoded image."""
         sample = self._samples[index]
         return EncodedImage(sample.data, Path(sample.name)).decode(self.channels, 1, self.value_range)
 
     def open_stored(self, index: int) -> Image.Image:
-        """The image with the values that are stored."""
         return Image.open(BytesIO(self._samples[index].data))
 
     def describe(self, index: int) -> str:
-        """The sample's name in its shard."""
         return self._samples[index].name
 
     def fingerprint(self) -> str:
-        """Of all bytes and labels."""
         digest = hashlib.blake2b(digest_size=16)
         for sample in self._samples:
             digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
-        """The chosen samples."""
         chosen = super().select(index)
         chosen._samples = [self._samples[i] for i in index.tolist()]
         return chosen

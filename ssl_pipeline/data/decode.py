@@ -11,23 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from ssl_pipeline.config.base import UserError
-from ssl_pipeline.data.value_range import Range, Values, kind_of, measure, stored_mode
-from ssl_pipeline.data.verdicts import warn_once
+from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.data.bad_files import warn_once
+from ssl_pipeline.data.value_range import Range, kind_of, measure, stored_mode
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
-GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
+_GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes, without what follows a semicolon
 _READ = "Grayscale of up to 32 bits and colors of 8 bits are read: write the bands that matter as such files"
 _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
 class DecodeError(UserError):
-    """A file that is no whole image.
-
-    Attributes:
-        path: the file.
-        fault: what is wrong with it, in words.
-    """
+    """A file that is no whole image; ``fault`` says in words what is wrong with it."""
 
     everywhere = False
 
@@ -38,6 +33,11 @@ class DecodeError(UserError):
     def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:
         """A worker sends it to the main process."""
         return DecodeError, (self.path, self.fault)
+
+
+def is_grayscale(mode: str) -> bool:
+    """Whether one of Pillow's modes holds no color."""
+    return mode.split(";")[0] in _GRAYSCALE_MODES
 
 
 def decode(path: Path, channels: int, min_size: int | None = None, value_range: Range | None = None) -> Image.Image:
@@ -61,50 +61,31 @@ def decode(path: Path, channels: int, min_size: int | None = None, value_range: 
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
-    try:
-        return _decode(path, channels, min_size, value_range)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders answer damaged bytes with nearly any error: struct's, zlib's, IndexError, ...
-        raise DecodeError(path, explain(path, error)) from error
+    with _as_decode_error(path), Image.open(path) as file:
+        return _load(file, channels, min_size, value_range)
 
 
 def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = None) -> Image.Image:
-    """Reads an image that is in memory, such as a member of an archive, to check it; see :func:`decode`.
-
-    Values of more than 8 bits are read and mean nothing: there is no range of values here.
-
-    Args:
-        data: the whole file.
-        name: what a message calls it.
-        channels: 1 for grayscale, 3 for RGB.
-        min_size: as in :func:`decode`.
+    """Decodes the bytes of a file to check them; values of more than 8 bits are read and mean nothing, as their range is unknown.
 
     Raises:
         DecodeError: naming the image and what is wrong with it.
     """
-    with _in_words(name, data):
-        return _decode(BytesIO(data), channels, min_size, (0.0, 1.0))
+    with _as_decode_error(name, data), Image.open(BytesIO(data)) as file:
+        return _load(file, channels, min_size, (0.0, 1.0))
 
 
 @contextmanager
-def _in_words(name: Path, data: bytes) -> Iterator[None]:
-    """Around the decoding of bytes: whatever is wrong with them is a :class:`DecodeError`."""
+def _as_decode_error(name: Path, data: bytes | None = None) -> Iterator[None]:
+    """Whatever a decoder answers to damaged bytes (nearly any error) is a :class:`DecodeError`."""
     try:
         yield
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:
-        raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
-    except Exception as error:  # as above
+    except Exception as error:  # struct's, zlib's, IndexError, ...
+        if data is not None and isinstance(error, UnidentifiedImageError):
+            raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
         raise DecodeError(name, explain(name, error)) from error
-
-
-def _decode(
-    stored: Path | BytesIO, channels: int, min_size: int | None, value_range: Range | None = None
-) -> Image.Image:
-    with Image.open(stored) as file:
-        return _load(file, channels, min_size, value_range)
 
 
 def _load(
@@ -117,8 +98,7 @@ def _load(
     file.load()
     # Asked for first, because what need not be turned would be copied.
     turned = file.getexif().get(_ORIENTATION, 1) != 1
-    image = ImageOps.exif_transpose(file) if turned else file
-    return at_range(image, mode, value_range, file.format)
+    return at_range(ImageOps.exif_transpose(file) if turned else file, mode, value_range, file.format)
 
 
 def at_range(image: Image.Image, mode: str, value_range: Range | None, stored_as: str | None = None) -> Image.Image:
@@ -134,14 +114,14 @@ def at_range(image: Image.Image, mode: str, value_range: Range | None, stored_as
 
 
 class EncodedImage:
-    """An image in memory whose header is read and whose pixels are not yet: what they may be shrunk by depends on its size.
+    """An image in memory of which only the header is read yet: what its pixels may be shrunk by depends on its size.
 
     Args:
         data: the whole file.
         name: what a message calls it.
 
     Attributes:
-        height: in pixels, as it is seen after EXIF rotation.
+        height: in pixels, after EXIF rotation.
         width: likewise.
 
     Raises:
@@ -150,22 +130,17 @@ class EncodedImage:
 
     def __init__(self, data: bytes, name: Path) -> None:
         self._data, self._name = data, name
-        with _in_words(name, data):
+        with _as_decode_error(name, data):
             self._file = Image.open(BytesIO(data))
             self.width, self.height = _upright_size(self._file)
 
     def decode(self, channels: int, factor: int, value_range: Range | None) -> Image.Image:
         """The image, once: a JPEG at 1/factor of its size.
 
-        Args:
-            channels: 1 for grayscale, 3 for RGB.
-            factor: 1, 2, 4 or 8.
-            value_range: as in :func:`decode`.
-
         Raises:
             DecodeError: as above.
         """
-        with _in_words(self._name, self._data), self._file as file:
+        with _as_decode_error(self._name, self._data), self._file as file:
             return _load(file, channels, min(self.height, self.width) // factor if factor > 1 else None, value_range)
 
 
@@ -174,38 +149,53 @@ class Header:
     """What a file says of its image.
 
     Attributes:
-        width: in pixels, as it is seen after EXIF rotation.
+        width: in pixels, after EXIF rotation.
         height: likewise.
         mode: Pillow's name of what is stored: ``RGB``, ``CMYK``, ``I;16``, ...
         traits: of ``animated``, ``rotated`` and ``transparent``, those that hold.
-        values: what is stored, of more than 8 bits.
+        values: the stored values of more than 8 bits, see :data:`ssl_pipeline.data.value_range.COLUMNS`.
     """
 
     width: int
     height: int
     mode: str
     traits: frozenset[str] = frozenset()
-    values: Values = field(default_factory=Values)
+    values: dict[str, float] = field(default_factory=measure)
 
 
-def read_header(stored: Path | BytesIO) -> Header:
-    """Reads a file's header; much faster than decoding, and blind to damage further in.
+def check_header(path: Path) -> Header | str:
+    """A file's header, or in words what is wrong; much faster than decoding, and blind to damage further in."""
+    try:
+        if path.exists() and not path.is_file():
+            return "it is no regular file"  # opening a pipe would wait for ever
+        with Image.open(path) as file:
+            _refuse_other_bands(file)
+            found = {
+                "animated": bool(getattr(file, "is_animated", False)),
+                "rotated": _orientation(file) in range(2, 9),
+                "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
+            }
+            width, height = _upright_size(file)
+            traits = frozenset(name for name, holds in found.items() if holds)
+            if min(width, height) == 0:
+                return "it has no pixels"
+            return Header(width, height, stored_mode(file), traits, measure(file))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders answer damaged bytes with nearly any error
+        return explain(path, error)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file after EXIF rotation, by its header.
 
     Raises:
-        Exception: nearly any, by a decoder on damaged bytes; :func:`check_header` has them in words.
+        ConfigError: it is no image.
     """
-    with Image.open(stored) as file:
-        orientation = _orientation(file)
-        _refuse_other_bands(file)
-        found = {
-            "animated": bool(getattr(file, "is_animated", False)),
-            "rotated": orientation in range(2, 9),
-            "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
-        }
-        traits = frozenset(name for name, holds in found.items() if holds)
-        return Header(
-            *_upright_size(file), stored_mode(file), traits, measure(file) if kind_of(file.mode) else Values()
-        )
+    header = check_header(path)
+    if isinstance(header, str):
+        raise ConfigError(f"{path} can't be read as an image: {header}. Remove or replace the file.")
+    return header.height, header.width
 
 
 def _refuse_other_bands(file: Image.Image) -> None:
@@ -222,22 +212,9 @@ def _orientation(file: Image.Image) -> int:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    """Width and height as it is seen."""
+    """Width and height after EXIF rotation."""
     width, height = file.size
     return (height, width) if _orientation(file) in _SIDEWAYS else (width, height)
-
-
-def check_header(path: Path) -> Header | str:
-    """A file's header; or, in words, what is wrong."""
-    try:
-        if path.exists() and not path.is_file():
-            return "it is no regular file"  # opening a pipe would wait for ever
-        header = read_header(path)
-        return header if min(header.width, header.height) > 0 else "it has no pixels"
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        return explain(path, error)
 
 
 def explain(path: Path, error: Exception) -> str:
@@ -266,7 +243,7 @@ def _bands(path: Path) -> str | None:
         bands, bits = tags[TiffImagePlugin.SAMPLESPERPIXEL], tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     except MemoryError:
         raise
-    except Exception:  # as above
+    except Exception:  # decoders answer damaged bytes with nearly any error
         return None
     return f"it has {bands} bands of {bits[0]} bits. {_READ}"
 
@@ -284,21 +261,21 @@ def _to_8_bit(image: Image.Image, mode: str, stored_as: str | None) -> Image.Ima
 
 
 def _scaled(stored: np.ndarray, value_range: Range) -> Image.Image:
-    """Numbers of shape (H, W) to grayscale in [0, 1], in float32: no bit of 16 is lost; what is no number is black."""
+    """Numbers of shape (H, W) to grayscale in [0, 1], in float32: no bit of 16 is lost; NaN becomes black."""
     low, high = value_range
     shares = (stored.astype(np.float64) - low) / (high - low)
     return Image.fromarray(np.nan_to_num(shares, nan=0.0).clip(0, 1).astype(np.float32))
 
 
 def as_8_bit(image: Image.Image, mode: str) -> Image.Image:
-    """A decoded image to look at, in a mode of 8 bits."""
+    """A decoded image to show, in a mode of 8 bits."""
     if image.mode == "F":
         image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 
 
 def _rescale(stored: np.ndarray, whole_16_bits: bool) -> Image.Image:
-    """Numbers of shape (H, W) to grayscale; infinities become black or white, and what is no number black."""
+    """Numbers of shape (H, W) to grayscale; infinities become black or white, and NaN black."""
     values = stored.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)

@@ -1,40 +1,48 @@
-"""``ssl-pipeline prepare FOLDER``: reads every image once, says what is wrong with which, and makes every start fast.
+"""``ssl-pipeline prepare FOLDER``: reads every image once, reports what is wrong with which, and makes every start fast.
 
-What it finds is kept outside the folder, in which nothing is changed: a manifest, the list of bad files and, on wish, the
-decoded images. Stopped and started again, it goes on where it was; so it does when images were added.
+What it finds is kept outside the folder, in which nothing is changed: an index, the list of bad files and, if asked, the decoded
+images. Stopped and started again, it continues; so it does when images were added. Archives (``--data webdataset``) are read as
+training does, from front to back; a stream needs no index, but its length, which is printed.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from ssl_pipeline.config import options as parsers
-from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.base import ConfigError, UserError, joined
 from ssl_pipeline.config.command import exit_with_error
-from ssl_pipeline.data.lost_files import causes, total
-from ssl_pipeline.data.manifest import TRAITS, Manifest, made_place
-from ssl_pipeline.data.prepare_shards import prepare_shards
-from ssl_pipeline.data.scan import Wanted, scan_images
-from ssl_pipeline.data.sources.folder import Config, existing_folder
+from ssl_pipeline.config.files import existing_folder
+from ssl_pipeline.data.bad_files import causes, first_levels
+from ssl_pipeline.data.image_index import TRAITS, ImageIndex, counting_bar, index_folder, index_images
+from ssl_pipeline.data.source import LOOKED_AT
+from ssl_pipeline.data.sources import folder, webdataset
+from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import describe_range, settle
-from ssl_pipeline.data.verdicts import TOLD, log_bad_files, print_bad_files
+from ssl_pipeline.logging.progress import console, print_table
 
 Kind = Literal["folder", "domain_folder", "table"]
+BAD_FILES = "bad_files.txt"
+_PRINTED = 20
 _READ_AS = {
     "I;16": "16 bits", "I;16B": "16 bits", "I": "32-bit integers", "F": "floats", "RGB;16": "the upper 8 of 16 bits are read", "CMYK": "to RGB", "P": "by its palette", "1": "black and white",
 }  # fmt: skip
+_TREATED = {"animated": "the first frame is taken", "rotated": "turned upright by EXIF", "transparent": "laid on white"}
 
 
 def prepare(
     path: str, output: str | None = None, cache_side: int = 0, recheck: bool = False, kind: Kind = "folder"
 ) -> int:
-    """Looks at a folder as the source of its kind does: ``folder`` looks at each of its ``train``, ``val`` and ``test``.
+    """Checks all files of a folder and indexes them; for the source ``folder`` each of ``train``, ``val`` and ``test``.
 
     Args:
         path: the folder; of a table the one that its paths start from.
@@ -49,136 +57,169 @@ def prepare(
     Raises:
         ConfigError: there is no such folder, nothing can be written, or fewer than two images are usable.
     """
+    roots = [existing_folder(path, "prepare")]
+    if kind == "folder":
+        roots = list(dict.fromkeys(folder.Config(name="folder", path=path).folders().values()))
     usable = 0
-    for root in _roots(path, kind):
-        place = made_place(root, output)
-        manifest = scan_images(root, place, Wanted(True, cache_side, recheck))
-        report = Report(manifest, kind)
-        report.show(place)
+    for root in roots:
+        place = _output_folder(root, output)
+        report = Report(index_images(root, place, cache_side, pixels=True, recheck=recheck), kind)
+        _print_bad_files(str(root), report.usable, report.bad, place)
+        for line in [*report.remarks(), f"wrote {place}"]:
+            _print(line)
         usable += report.usable
+    return _enough(path, usable)
+
+
+def prepare_shards(path: str, output: str | None = None) -> int:
+    """Decodes every image of tar archives once; nothing in them is unpickled or extracted.
+
+    Args:
+        path: an archive, a folder of them, or a pattern, as `data.path` of the source.
+        output: where to write the list of bad files; None is this user's cache.
+
+    Returns:
+        The number of usable images.
+
+    Raises:
+        ConfigError: there are no archives, nothing can be written, or fewer than two images are usable.
+    """
+    config = webdataset.Config(name="webdataset", path=path, channels=3, on_unreadable="skip")
+    stream = config.open_stream()
+    place = _output_folder(stream.folder, output)
+    usable, bad = 0, dict[str, str]()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, counting_bar() as bar:
+        task = bar.add_task("reading archives", total=len(stream.shards))
+        for count, faults in pool.map(stream.examine, range(len(stream.shards))):
+            usable, bad = usable + count, bad | faults
+            bar.advance(task)
+    _print_bad_files(stream.name, usable, bad, place)
+    _print(f"archives: {len(stream.shards)}, with {usable} usable images: data.length={usable}")
+    _print(f"wrote {place}")
+    value_range = config.value_range() if usable > 1 else None
+    if value_range is not None:
+        _print(
+            f"more than 8 bits: {describe_range(value_range)}, by the first {LOOKED_AT} images; data.range=auto takes that for all"
+        )
+    return _enough(path, usable)
+
+
+def _enough(path: str, usable: int) -> int:
     if usable < 2:
         raise ConfigError(f"{path!r} holds {usable} usable images, and at least two are needed.")
     return usable
 
 
-def _roots(path: str, kind: Kind) -> list[Path]:
-    """The folders that a source of this kind has a manifest of each."""
-    if kind == "folder":
-        return list(dict.fromkeys(Config(name="folder", path=path).folders().values()))
-    return [existing_folder(path, "prepare")]
+def _output_folder(root: Path, output: str | None) -> Path:
+    """The folder for what is found about a root: it must not lie in there, and must be writable."""
+    base = Path(output).expanduser().resolve() if output else None
+    place = index_folder(root, base)
+    if base is not None and base.is_relative_to(root):
+        raise ConfigError(f"`--output`: {output!r} lies in the folder of images, in which nothing is changed.")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{str(place)!r} can't be written ({error.strerror}): give `--output FOLDER`.") from error
+    return place
+
+
+def _print_bad_files(title: str, usable: int, bad: Mapping[str, str], place: Path) -> None:
+    """Prints the verdicts and the first bad files, and writes the whole list to a folder."""
+    lines = "".join(f"{file}\t{fault}\n" for file, fault in bad.items())
+    (place / BAD_FILES).write_bytes(os.fsencode(lines))
+    kinds = Counter(re.sub(r"\d+", "N", fault) for fault in bad.values())  # one verdict whatever its numbers
+    rows = [["usable", str(usable)], *([verdict, str(count)] for verdict, count in kinds.most_common())]
+    print_table(title, ["verdict", "files"], rows)
+    for file, fault in list(bad.items())[:_PRINTED]:
+        _print(f"  {file}: {fault}")
+    if len(bad) > _PRINTED:
+        _print(f"  … and {len(bad) - _PRINTED} more, in {place / BAD_FILES}")
+
+
+def _print(text: str) -> None:
+    encoding = console().encoding  # names of files may hold what a terminal, or UTF-8, can't show
+    console().print(text.encode(encoding, "backslashreplace").decode(encoding), markup=False)
 
 
 class Report:
-    """What is told of a folder.
+    """The report on a folder.
 
     Args:
-        manifest: of the folder, all pixels checked.
+        index: of the folder, all pixels checked.
         kind: which source reads it: what its folders mean.
 
     Attributes:
         usable: how many files are images.
         bad: per file that is none, what is wrong with it.
-        alike: groups of files with the same bytes.
+        repeated: groups of files with the same bytes.
         disagreeing: those of them that lie in different class folders.
         classes: the names of the class folders that hold usable images.
         empty: those that hold none.
         outside: how many usable images lie in no class folder, where all should.
     """
 
-    def __init__(self, manifest: Manifest, kind: Kind = "folder") -> None:
-        self._manifest, files, rows = manifest, manifest.files, manifest.rows()
-        self._good = rows["fault"] == 0
-        self._rows = rows
-        self.usable = int(self._good.sum())
-        self.bad = {files[i]: manifest.faults[rows["fault"][i]] for i in (~self._good).nonzero()[0].tolist()}
-        self.alike = self._same_bytes()
-        levels = parsers.LEVELS_OF_CLASSES[kind]
-        places = [_first(folder, levels) for folder in manifest.folders]
-        of_file = [places[number] for number in rows["folder"][self._good].tolist()]
+    def __init__(self, index: ImageIndex, kind: Kind = "folder") -> None:
+        self._index, levels = index, parsers.LEVELS_OF_CLASSES[kind]
+        good = index.files.select(index.columns["fault"] == 0)
+        self._good, self.usable, self.bad = good, len(good), index.faults_of(index.files)
+        places = [first_levels(folder, levels) for folder in index.folders]
+        of_file = [places[number] for number in good.column("folder").tolist()]
         used = set(of_file) - {""}
         flat = kind == "folder" and (len(used) < 2 or "" in of_file)  # which is read without labels
         self.classes = [] if flat else sorted({place.rpartition("/")[2] for place in used})
         self.empty = sorted(set(places) - used - {""})
         self.outside = of_file.count("") if kind == "domain_folder" else 0
-        self.disagreeing = [group for group in self.alike if self.classes and len(_classes_of(group, levels)) > 1]
         self._one_class = next(iter(used)) if flat and used and "" not in of_file else None
-
-    def _same_bytes(self) -> list[list[str]]:
-        good = self._good.nonzero()[0]
-        _, group, sizes = np.unique(self._rows["digest"][good], return_inverse=True, return_counts=True)
-        repeated = good[sizes[group] > 1]
-        groups: dict[int, list[str]] = {}
-        for row in repeated.tolist():
-            groups.setdefault(int(self._rows["digest"][row]), []).append(self._manifest.files[row])
-        return list(groups.values())
+        _, group, sizes = np.unique(good.column("digest"), return_inverse=True, return_counts=True)
+        groups: dict[int, list[int]] = {}
+        for i in (sizes[group] > 1).nonzero()[0].tolist():
+            groups.setdefault(int(group[i]), []).append(i)
+        self.repeated = [[good[i] for i in alike] for alike in groups.values()]
+        self.disagreeing = [
+            files
+            for files, alike in zip(self.repeated, groups.values(), strict=True)
+            if self.classes and len({of_file[i].rpartition("/")[2] for i in alike} - {""}) > 1
+        ]
 
     def remarks(self) -> list[str]:
-        """What is worth knowing of the usable ones."""
-        manifest, rows, remarks = self._manifest, self._rows[self._good], list[str]()
-        modes = Counter(manifest.modes[code] for code in rows["mode"].tolist())
-        stored = [
-            f"{n} {mode} ({_READ_AS[mode]})" if mode in _READ_AS else f"{n} {mode}" for mode, n in modes.most_common()
+        """What is worth knowing of the usable ones, a line each."""
+        index, good = self._index, self._good
+        modes = Counter(np.array(list(index.modes))[good.column("mode")].tolist())
+        stored = [f"{n} {mode}{f' ({_READ_AS[mode]})' if mode in _READ_AS else ''}" for mode, n in modes.most_common()]
+        traits = {name: int((good.column("traits") >> bit & 1).sum()) for bit, name in enumerate(TRAITS)}
+        value_range = settle("auto", {name: good.column(name) for name in VALUE_COLUMNS})
+        deep, repeats = int((good.column("kind") > 0).sum()), sum(len(files) - 1 for files in self.repeated)
+        ignored, cached = index.ignored, good.column("shard") >= 0
+        sides = [good.column(f"cached_{name}").astype(np.int64) for name in ("width", "height", "channels")]
+        lines: list[tuple[object, str]] = [
+            (True, f"stored as: {', '.join(stored)}"),
+            *((count, f"{name}: {count} ({_TREATED[name]})") for name, count in traits.items()),
+            (
+                value_range,
+                f"more than 8 bits: {deep} images, of which {describe_range(value_range or (0, 1))}; data.range=auto takes that "
+                "for all",
+            ),
+            (
+                repeats,
+                f"repeats: {repeats} files have the bytes of another, such as {' = '.join((self.repeated or [[]])[0][:3])}",
+            ),
+            (
+                self.disagreeing,
+                f"labels disagree: {len(self.disagreeing)} images lie in several classes, such as "
+                f"{' and '.join((self.disagreeing or [[]])[0][:3])}",
+            ),
+            (self.classes, f"classes: {len(self.classes)}"),
+            (self._one_class, f"one class only, {self._one_class!r}: its images are taken without labels"),
+            (self.outside, f"left alone: {self.outside} images lie at no domain/class"),
+            (self.empty, f"folders without a usable image: {joined(self.empty, _PRINTED)}"),
+            (ignored, f"ignored: {sum(one.count for one in ignored)} files: {'; '.join(causes(ignored, {}))}"),
+            (
+                index.cache_side,
+                f"cache: {int(cached.sum())} images, shorter side {index.cache_side} px at most, "
+                f"{int(np.prod(sides, 0)[cached].sum()) / 2**30:.2f} GiB",
+            ),
         ]
-        remarks.append(f"stored as: {', '.join(stored)}")
-        treated = {
-            "animated": "the first frame is taken",
-            "rotated": "turned upright by EXIF",
-            "transparent": "laid on white",
-        }
-        for bit, name in enumerate(TRAITS):
-            count = int((rows["traits"] >> bit & 1).sum())
-            if count:
-                remarks.append(f"{name}: {count} ({treated[name]})")
-        value_range = settle("auto", manifest.files.select(torch.from_numpy(self._good.nonzero()[0])))
-        if value_range is not None:
-            deep = int((rows["kind"] > 0).sum())
-            remarks.append(
-                f"more than 8 bits: {deep} images, of which {describe_range(value_range)}; data.range=auto takes that for all"
-            )
-        if self.alike:
-            repeats = sum(len(group) - 1 for group in self.alike)
-            remarks.append(
-                f"repeats: {repeats} files have the bytes of another, such as {' = '.join(self.alike[0][:3])}"
-            )
-        if self.disagreeing:
-            told = " and ".join(self.disagreeing[0][:3])
-            remarks.append(f"labels disagree: {len(self.disagreeing)} images lie in several classes, such as {told}")
-        if self.classes:
-            remarks.append(f"classes: {len(self.classes)}")
-        if self._one_class is not None:
-            remarks.append(f"one class only, {self._one_class!r}: its images are taken without labels")
-        if self.outside:
-            remarks.append(f"left alone: {self.outside} images lie at no domain/class")
-        if self.empty:
-            remarks.append(f"folders without a usable image: {', '.join(self.empty[:TOLD])}")
-        if manifest.others:
-            remarks.append(f"ignored: {total(manifest.others)[0]} files: {'; '.join(causes(manifest.others, {}))}")
-        if manifest.cache_side:
-            cached = rows["shard"] >= 0
-            size = (rows["cached_width"].astype(np.int64) * rows["cached_height"] * rows["cached_channels"])[
-                cached
-            ].sum()
-            remarks.append(
-                f"cache: {int(cached.sum())} images, shorter side {manifest.cache_side} px at most, {size / 2**30:.2f} GiB"
-            )
-        return remarks
-
-    def show(self, place: Path) -> None:
-        """Prints it, and writes the whole list of bad files beside the manifest."""
-        print_bad_files(str(self._manifest.root), self.usable, self.bad, place)
-        for remark in self.remarks():
-            log_bad_files(remark)
-        log_bad_files(f"wrote {place}")
-
-
-def _first(folder: str, levels: int) -> str:
-    """The first levels of a folder's path, "" if it has fewer."""
-    names = [] if folder == "." else folder.split("/")
-    return "/".join(names[:levels]) if len(names) >= levels else ""
-
-
-def _classes_of(files: list[str], levels: int) -> set[str]:
-    return {_first(file.rpartition("/")[0] or ".", levels).rpartition("/")[2] for file in files} - {""}
+        return [line for holds, line in lines if holds]
 
 
 def main() -> None:
@@ -197,14 +238,11 @@ def main() -> None:
             prepare(options.folder, options.output, options.cache, options.recheck, options.data)
     except UserError as error:
         exit_with_error(error, "ssl-pipeline prepare --help")
-    where = (
-        ["data.path=TABLE", f"data.root={options.folder}"]
-        if options.data == "table"
-        else [f"data.path={options.folder}"]
-    )
-    then = [f"data.prepared={options.output}"] if options.output and not shards else []
-    cached = ["data.cache=true"] if options.cache else []
-    log_bad_files(f"train: {shlex.join(['ssl-pipeline', 'pretrain', f'data={options.data}', *where, *then, *cached])}")
+    table = ["data.path=TABLE", f"data.root={options.folder}"]
+    words = table if options.data == "table" else [f"data.path={options.folder}"]
+    words += [f"data.prepared={options.output}"] if options.output and not shards else []
+    words += ["data.cache=true"] if options.cache else []
+    _print(f"train: {shlex.join(['ssl-pipeline', 'pretrain', f'data={options.data}', *words])}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset, Sample
-from ssl_pipeline.data.decode import GRAYSCALE_MODES, DecodeError
+from ssl_pipeline.data.decode import DecodeError, is_grayscale
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
@@ -175,7 +175,7 @@ def channels_of(samples: Sequence[Sample]) -> int:
     for sample in samples:
         # Decoders answer damaged bytes with nearly any error; training reports it when the image's turn comes.
         with suppress(Exception), Image.open(BytesIO(sample.data)) as image:
-            found.add(1 if image.mode.split(";")[0] in GRAYSCALE_MODES else 3)
+            found.add(1 if is_grayscale(image.mode) else 3)
     if not found:
         raise ConfigError(
             f"{samples[0].name} can't be read as an image, so its channels are not known: set `data.channels`, or mend it."

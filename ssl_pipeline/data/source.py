@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Generic, Literal, TypeVar, cast
+
+import numpy as np
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
-from ssl_pipeline.data.files import FileTable
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle
 from ssl_pipeline.transforms.config import ViewConfig
 
@@ -74,7 +77,7 @@ class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
         splits: tuple[Split, ...] = ("train", "dev", "test")
         return {split: part for split in splits if (part := self.open_part(split)) is not None}
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of images of the training data, by which the range is settled."""
         pool = self.open_part("pool")
         assert pool is not None
@@ -121,7 +124,7 @@ class StreamConfig(DecodedConfig[IndexedDataset | None], ABC):
             stream.value_range = self.value_range()
         return stream
 
-    def stored_values(self) -> FileTable:
+    def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of the first images of a stream."""
         stream = self.open_stream()
         return super().stored_values() if stream is None else stream.preview(LOOKED_AT).stored_values()
@@ -165,3 +168,21 @@ def describe_range_of(config: SourceConfig, learned: ImageDataset) -> list[str]:
     looked = isinstance(learned, StreamDataset) and isinstance(config, DecodedConfig) and isinstance(config.range, str)
     by = f", by the first {LOOKED_AT} images of the stream" if looked else ""
     return [f"of more than 8 bits {describe_range(learned.value_range)}{by}"]
+
+
+def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
+    """The data at the range that an encoder or model was trained at, where the user gives none: what was white must stay white.
+
+    Args:
+        data: the configuration of a source.
+        path: a run's folder or a file in it; None, and what is no run of ours, changes nothing.
+    """
+    if path is None or not isinstance(data, DecodedConfig) or data.range != "auto":
+        return data
+    place = Path(path).expanduser()
+    try:
+        card = json.loads(((place if place.is_dir() else place.parent) / "card.json").read_text(encoding="utf-8"))
+        found = card["blueprint"].get("range")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # told where the encoder is opened
+        return data
+    return data if found is None else data.model_copy(update={"range": (float(found[0]), float(found[1]))})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.rng import Name, permutation
@@ -59,6 +61,30 @@ def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
                 "them, or move it out."
             )
     return {split: name for name, split in found.items()}
+
+
+def splits_in(root: Path) -> dict[Split, str]:
+    """The names of the splits' folders directly in a folder; empty where it has none, or is not there.
+
+    A warning names the folders beside them, which are not read, and what looks like a split without being one.
+
+    Raises:
+        ConfigError: two folders mean the same split.
+    """
+    if not root.is_dir():
+        return {}
+    below = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    named = splits_among(below, repr(str(root)))
+    others = [name for name in below if name not in named.values()]
+    if named and others:
+        splits, rest = (joined(names) for names in (list(named.values()), others))
+        warn_once(f"{root}: the splits are {splits}; not used: {rest}.")
+    elif similar := [name for name in others if resembles_split(name)]:
+        warn_once(
+            f"{root}: {joined(similar)} look like splits and are not used as such: splits are `train` with `val` or "
+            "`test` beside it. Rename the folders if they are."
+        )
+    return named
 
 
 def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:

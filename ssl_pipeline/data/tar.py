@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.data.verdicts import warn_once
+from ssl_pipeline.data.bad_files import warn_once
 
 _PICKLES = {"pkl", "pickle", "pyd", "pth", "pt"}
 _LARGEST = 1 << 30  # bytes of a member that is read; a header may claim anything

@@ -1,39 +1,35 @@
-"""Which files of a folder are images: training, predicting and embedding all walk by this.
+"""Which files of a folder are images: training, prediction and embedding all walk by this.
 
-Hidden files and folders (``.git``, ``._photo.jpg``) are passed over, links are followed, and a folder is a folder whatever it is
-named.
+Hidden files and folders (``.git``, ``._photo.jpg``) are skipped, links are followed, and a folder is a folder whatever its name.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.data.bad_files import IgnoredFiles
 
 # Formats that Pillow names without reading them itself: other programs would have to, one of which runs what the file says.
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+Found = tuple[str, int, int, int]  # a path below the root, size, mtime in ns, number of the folder
 
 
 def _endings() -> frozenset[str]:
     Image.init()
-    read = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return frozenset(read - {e for e, kind in Image.registered_extensions().items() if kind in _NOT_READ} | {".mpo"})
+    formats = Image.registered_extensions()
+    return frozenset(e for e, form in formats.items() if form in Image.OPEN and form not in _NOT_READ) | {".mpo"}
 
 
-ENDINGS = _endings()  # in small letters: all that Pillow reads
+ENDINGS = _endings()  # in lower case: all that Pillow reads
 
 
-def ending_of(name: str) -> str:
-    """A file's ending with its dot, in small letters; "" for none."""
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million names
-
-
-def is_image_without_ending(path: Path) -> bool:
+def _has_image_content(path: Path) -> bool:
     """Whether the content of a file is an image's, for files whose name does not say."""
     try:
         if not path.is_file():
@@ -46,32 +42,49 @@ def is_image_without_ending(path: Path) -> bool:
         return False
 
 
-def images_without_ending(paths: Iterable[Path]) -> list[bool]:
-    """The same of many files, several at once."""
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(is_image_without_ending, paths))
-
-
-def images_in(root: Path) -> list[Path]:
-    """All images in and below a folder, by their names.
+def list_images(root: Path) -> tuple[dict[str, int], list[Found], list[IgnoredFiles]]:
+    """All folders below a root with their mtimes, its images sorted by path, and the other files.
 
     Raises:
         ConfigError: a folder can't be listed.
     """
-    files = [root / folder / name for folder, _, found in walk(root) for name, _, _ in found]
-    unnamed = [file for file in files if not ending_of(file.name)]
-    known = {file for file, is_one in zip(unnamed, images_without_ending(unnamed), strict=True) if is_one}
-    return sorted(file for file in files if ending_of(file.name) in ENDINGS or file in known)
+    folders, found, unnamed = dict[str, int](), list[Found](), list[Found]()
+    ignored = dict[tuple[str, str], list[str]]()
+    for number, (folder, mtime, files) in enumerate(_walk(root)):
+        folders[folder] = mtime
+        for name, size, changed in files:
+            file = (name if folder == "." else f"{folder}/{name}", size, changed, number)
+            ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million names
+            if ending in ENDINGS:
+                found.append(file)
+            elif not ending:
+                unnamed.append(file)
+            else:
+                ignored.setdefault((folder, ending), []).append(file[0])
+    with ThreadPoolExecutor(16) as pool:
+        are_images = pool.map(_has_image_content, [root / file[0] for file in unnamed])
+        for file, is_image in zip(unnamed, are_images, strict=True):
+            if is_image:
+                found.append(file)
+            else:
+                ignored.setdefault((list(folders)[file[3]], ""), []).append(file[0])
+    return folders, sorted(found), [IgnoredFiles(*where, len(names), min(names)) for where, names in ignored.items()]
 
 
-def walk(root: Path) -> Iterator[tuple[str, int, list[tuple[str, int, int]]]]:
-    """Per folder its path, mtime, and visible files with their sizes and mtimes.
-
-    Links are followed, each real folder once, so that a loop ends; of two links to one folder the same is taken on every
-    machine, because folders are visited in the order of their names.
+def images_in(root: Path) -> list[Path]:
+    """All images in and below a folder, by their paths.
 
     Raises:
         ConfigError: a folder can't be listed.
+    """
+    return sorted(root / file[0] for file in list_images(root)[1])
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, list[tuple[str, int, int]]]]:
+    """Per folder its path, mtime, and visible files with their sizes and mtimes.
+
+    Each real folder is visited once, so that a loop of links ends; of two links to one folder the same is taken on every
+    machine, because folders are visited in the order of their names.
     """
     seen, pending = {root.resolve()}, [root]
     while pending:
@@ -87,25 +100,17 @@ def walk(root: Path) -> Iterator[tuple[str, int, list[tuple[str, int, int]]]]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            if not _is_folder(entry):
-                files.append((entry.name, *_size(entry)))
+            try:
+                is_folder, stat = entry.is_dir(), entry.stat()
+                size, changed = stat.st_size, stat.st_mtime_ns
+            except (
+                OSError
+            ):  # a link to itself or to nowhere: a file that can't be read, which the check of headers reports
+                is_folder, size, changed = False, 0, 0
+            if not is_folder:
+                files.append((entry.name, size, changed))
             elif (real := Path(entry.path).resolve()) not in seen:
                 seen.add(real)
                 below.append(Path(entry.path))
         yield folder.relative_to(root).as_posix(), mtime, files
         pending += reversed(below)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: a file that can't be read, which the check of headers tells
-        return False
-
-
-def _size(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        found = entry.stat()
-    except OSError:  # a link that leads nowhere
-        return 0, 0
-    return found.st_size, found.st_mtime_ns

@@ -19,9 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.image_files import scan_folder
 from ssl_pipeline.data.sources import folder
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
@@ -60,12 +61,12 @@ class ConsistencyConfig(FrozenModel):
                 f"`unlabeled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabeled.path=null."
             )
         config = folder.Config(name="folder", path=self.path, channels=channels)
-        found = scan_folder(folder.existing_folder(self.path, "unlabeled.path"), config.base, config.bad_files)
+        found = scan_folder(existing_folder(self.path, "unlabeled.path"), config.base, config.bad_files)
         if len(found.files) < 2:
             raise ConfigError(
                 f"`unlabeled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
             )
-        return found.source(config, self.path)
+        return found.dataset(config, self.path)
 
     def check(self, task: str, regime: str, across_domains: bool, data: IndexedDataset) -> list[str]:
         """What it can't be combined with, as sentences; ``data`` are the training images."""

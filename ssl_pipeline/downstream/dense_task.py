@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset, to_device
+from ssl_pipeline.data.annotated_loader import to_device
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_readable
+from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.features import gather_parts
 from ssl_pipeline.models.encoder import Encoder

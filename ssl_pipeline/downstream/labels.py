@@ -9,10 +9,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.config.base import ConfigError, FrozenModel, joined
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, folds, stratified_split
-from ssl_pipeline.data.verdicts import listed
 from ssl_pipeline.downstream.task import DownstreamConfig
 
 SHARE_HELD_OUT = 0.2
@@ -80,7 +79,7 @@ def describe_labels(pool: IndexedDataset, held_out: IndexedDataset, split: str) 
     what = "outputs" if pool.labels is None else "classes"
     return (
         f"{len(pool)} training images of {pool.name}, {len(held_out)} to measure on (`{split}`); {len(names)} {what}: "
-        f"{listed(names)}"
+        f"{joined(names)}"
     )
 
 

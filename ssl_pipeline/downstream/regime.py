@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
-from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
+from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, UnlabeledImages
 from ssl_pipeline.downstream.labels import LabeledSplit

@@ -14,8 +14,7 @@ from ssl_pipeline.config.base import ComponentOf, FrozenModel
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.build_encoder import BuiltEncoder, build_encoder
 from ssl_pipeline.models.neck import NeckConfig

@@ -15,8 +15,7 @@ from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.resolve import resolve
 from ssl_pipeline.data.build import build_loader, build_views
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.pretrained_range import at_range_of
-from ssl_pipeline.data.source import open_training
+from ssl_pipeline.data.source import at_range_of, open_training
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.losses.temperature import entropy_share, softmax, temperature_metrics

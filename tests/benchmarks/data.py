@@ -27,12 +27,9 @@ from lightly.transforms.simclr_transform import SimCLRTransform
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssl_pipeline.data import manifest as stored
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.files import FileTable, pack
+from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.image_index import HEADER, FileTable, ImageIndex, index_folder, index_images
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
-from ssl_pipeline.data.manifest import Manifest, place_of
-from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig
@@ -58,7 +55,7 @@ def measure(rounds: int) -> dict[str, float]:
 def _throughput(folder: Path, share: DistInfo, rounds: int) -> dict[str, float]:
     photos, prepared = folder / "photos", folder / "prepared"
     _make_photos(photos)
-    scan_images(photos.resolve(), place_of(photos.resolve(), prepared), Wanted(cache_side=256))
+    index_images(photos.resolve(), index_folder(photos.resolve(), prepared), cache_side=256)
     sides: dict[str, tuple[Callable[[], None], int]] = {
         "lightly": (_lightly(photos, default_workers(share)), _PHOTOS * _EPOCHS_OF_LIGHTLY),
         "files": (_ours(photos, prepared, share, False, _EPOCHS), _PHOTOS * _EPOCHS),
@@ -145,7 +142,7 @@ def _lightly(photos: Path, workers: int) -> Callable[[], None]:
 
 
 def _start(folder: Path) -> dict[str, float]:
-    """Two processes that start on one manifest, one after the other; the first stays."""
+    """Two processes that start on one index, one after the other; the first stays."""
     root, prepared = (folder / "million").resolve(), folder / "prepared"
     _make_million(root, prepared)
     began = time.perf_counter()
@@ -166,19 +163,25 @@ def _start(folder: Path) -> dict[str, float]:
 
 
 def _make_million(root: Path, prepared: Path) -> None:
-    """A manifest of a million files in a thousand class folders, of which those of the first batch are there."""
+    """An index of a million files in a thousand class folders, of which those of the first batch are there."""
     folders = [".", *(f"class{number:04}" for number in range(_CLASSES))]
     per_class = _FILES // _CLASSES
     names = [f"{folder}/{number:06}.jpg" for folder in folders[1:] for number in range(per_class)]
-    rows = stored.new_rows(_FILES)
-    rows["folder"] = np.arange(_FILES) // per_class + 1
-    rows["bytes"], rows["mtime"], rows["width"], rows["height"], rows["mode"] = 1000, _LONG_AGO, 64, 48, 1
-    rows["checked"] = stored.HEADER
-    columns = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in stored.COLUMNS}
-    mtimes = torch.full((len(folders),), _LONG_AGO)
-    files = FileTable(*pack(names), columns)
-    manifest = Manifest(root, files, FileTable.of(folders), mtimes, ("",), ("", "RGB"), (), time.time_ns(), True)
-    stored.save(manifest, place_of(root, prepared))
+    columns = FileTable.of(names).columns
+    columns["folder"][:] = np.arange(_FILES) // per_class + 1
+    for name, value in {
+        "bytes": 1000,
+        "mtime": _LONG_AGO,
+        "width": 64,
+        "height": 48,
+        "mode": 1,
+        "checked": HEADER,
+    }.items():
+        columns[name][:] = value
+    index = ImageIndex(
+        root, columns, folders, [_LONG_AGO] * len(folders), [], time.time_ns(), {"": 0}, {"": 0, "RGB": 1}
+    )
+    index.save(index_folder(root, prepared))
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
     _age(root, folders)

@@ -9,7 +9,7 @@ import torch
 
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics

@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.engine.failures import LostProcessError, explain, waits_in_torch
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.logging.jsonl import read_metrics

@@ -15,7 +15,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources.fashion_domains import Config
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM

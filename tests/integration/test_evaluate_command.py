@@ -11,7 +11,7 @@ import torch
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate, main
 from ssl_pipeline.evaluation.load_encoder import describe_encoder

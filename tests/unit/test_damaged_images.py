@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream import classification, multi_label, regression

@@ -23,18 +23,16 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
-from ssl_pipeline.data.embedded.make import make
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.idx import find_idx, read_idx, write_idx
-from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.image_files import FileDataset, scan_folder
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
-from ssl_pipeline.data.sources.fashion_mnist import CLASSES
+from ssl_pipeline.data.sources.fashion_mnist import CLASSES, find_idx, read_idx
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.downstream.classification import Config as Classification
+from tests.embedded_subset import make, write_idx
 
 GOLDEN_HELD_OUT = [1, 2, 12, 13, 22, 47, 53, 58]
 GOLDEN_EMUS = ["emu/002.png", "emu/007.png", "emu/009.png", "emu/015.png"]
@@ -235,7 +233,7 @@ def test_wrong_folders_of_idx_files(tmp_path: Path) -> None:
     def told(path: Path, dev: int = 10) -> str:
         return message(FashionMNIST(name="fashion_mnist", path=str(path), dev=dev))
 
-    assert f"`data.path`: there is no folder {str(tmp_path / 'absent')!r}" in told(tmp_path / "absent")
+    assert f"`data.path`: {str(tmp_path / 'absent')!r} does not exist" in told(tmp_path / "absent")
     assert "is a file" in told(image(tmp_path / "a.png"))
     assert "holds no train-images-idx3-ubyte" in told(tmp_path)
     assert "`data.dev` is 40" in told(small_fashion_mnist(tmp_path / "small"), 40)
@@ -380,9 +378,11 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert "13 of 21 files can't be read as images" in text
     assert "data.bad_files=1%" in text
     source = opened(folder(tmp_path, bad_files="90%"), "train")
-    assert len(source.skipped) == 13
-    assert source.skipped[-1] == "dog/bad.png"
-    assert not set(source.skipped) & set(source.files)
+    assert source.bad_files is not None
+    left_out = list(source.bad_files.faults)
+    assert len(left_out) == 13
+    assert left_out[-1] == str(tmp_path / "dog" / "bad.png")
+    assert not set(left_out) & {source.describe(i) for i in range(len(source))}
     assert "left out 13 files of 21" in caplog.text
 
 

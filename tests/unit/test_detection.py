@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, annotations_of
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.boxes import Boxes
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import coco
+from ssl_pipeline.data.targets import AnnotatedDataset, Boxes, annotations_of
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.evaluation.result import Result
@@ -180,12 +180,12 @@ def test_what_is_wrong_with_boxes_is_told(tmp_path: Path) -> None:
         "corners": (first("annotations", bbox=[4, 3]), "four numbers were expected"),
         "category": (first("annotations", category_id=7), "no category has that id"),
         "image": (first("annotations", image_id=7), "no image has that id"),
-        "size": (first("images", width=64), r"said to have 64×32 pixels, and the file has 32×32"),
+        "size": (first("images", width=64), r"declared with 64×32 pixels, and the file has 32×32"),
         "file": (first("images", file_name="x.png"), r"x\.png is not there"),
-        "twice": (first("images", id=101), "image id 101 stands there more than once"),
+        "twice": (first("images", id=101), "more than one entry of `images` has the id 101"),
         "same file": (
             lambda record: record["images"][1].update(file_name=record["images"][0]["file_name"]),
-            "image file_name .* stands there more than once",
+            "more than one entry of `images` has the file_name",
         ),
         "null image": (first("images", id=None), "has the id None"),
         "text size": (first("images", width="32"), "has the width '32', and a whole number"),

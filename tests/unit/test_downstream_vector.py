@@ -20,8 +20,8 @@ from timm.optim._param_groups import param_groups_layer_decay
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.load_model import load_model

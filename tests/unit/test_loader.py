@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader, NumericTargets
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.reading import read_crops, read_in_order
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.crop import reductions

@@ -20,7 +20,7 @@ class Images:
     labels = pixels = bad_files = domains = None
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self._count = self.length = count
 
     def __len__(self) -> int:
         return self._count

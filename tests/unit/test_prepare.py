@@ -13,19 +13,23 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import prepared, scan
+from ssl_pipeline.data import image_files, image_index
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.files import FileTable
+from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.image_index import (
+    FILE_NAME,
+    FORMAT,
+    FileTable,
+    ImageIndex,
+    index_folder,
+    index_images,
+)
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.manifest import FILE_NAME, FORMAT, load, place_of
-from ssl_pipeline.data.prepare import Report, prepare
+from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
 from ssl_pipeline.data.reading import read_crops
-from ssl_pipeline.data.scan import Wanted, scan_images
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
-from ssl_pipeline.data.verdicts import BAD_FILES
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views
 
@@ -89,13 +93,13 @@ def test_the_report_of_a_zoo_is_exact(zoo: Path, tmp_path: Path, capsys: pytest.
     before = {path: path.lstat().st_mtime_ns for path in zoo.rglob("*")}
     usable = prepare(str(zoo), str(tmp_path / "out"))
     assert {path: path.lstat().st_mtime_ns for path in zoo.rglob("*")} == before
-    manifest = load(place_of(zoo, tmp_path / "out"), zoo)
+    manifest = ImageIndex.load(index_folder(zoo, tmp_path / "out"), zoo)
     assert manifest is not None
     report = Report(manifest)
     assert set(report.bad) == set(FAULTS)
     assert all(FAULTS[file] in fault for file, fault in report.bad.items())
     assert report.usable == usable == len(manifest.files) - 5 == 16 + 1 + 7 + 2
-    assert report.alike == [["cat/001.jpg", "cat/again.jpg"], ["cat/002.jpg", "dog/in two classes.jpg"]]
+    assert report.repeated == [["cat/001.jpg", "cat/again.jpg"], ["cat/002.jpg", "dog/in two classes.jpg"]]
     assert report.disagreeing == [["cat/002.jpg", "dog/in two classes.jpg"]]
     assert (report.classes, report.empty) == (["cat", "dog"], ["fox"])
     told = capsys.readouterr().out
@@ -105,7 +109,7 @@ def test_the_report_of_a_zoo_is_exact(zoo: Path, tmp_path: Path, capsys: pytest.
         "labels disagree: 1 images lie in several classes", "without a usable image: fox", "ignored: 1 files",
     ):  # fmt: skip
         assert text in told
-    lines = (place_of(zoo, tmp_path / "out") / BAD_FILES).read_text().splitlines()
+    lines = (index_folder(zoo, tmp_path / "out") / BAD_FILES).read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == sorted(FAULTS)
 
 
@@ -122,7 +126,7 @@ def test_a_bomb_and_a_forbidden_file_are_reported(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "read_bytes", guarded)
     assert prepare(str(tmp_path / "in"), str(tmp_path / "out")) == 3
-    manifest = load(place_of(tmp_path / "in", tmp_path / "out"), tmp_path / "in")
+    manifest = ImageIndex.load(index_folder(tmp_path / "in", tmp_path / "out"), tmp_path / "in")
     assert manifest is not None
     bad = Report(manifest).bad
     assert "scale it down" in bad["large.png"]
@@ -154,13 +158,13 @@ def test_the_output_must_lie_elsewhere(tmp_path: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose headers or pixels are looked at from now on."""
     seen = list[str]()
-    whole = scan._find
+    whole = image_index._check_file
 
     def find(path: Path, level: int, cache_side: int) -> Any:
         seen.append(path.name)
         return whole(path, level, cache_side)
 
-    monkeypatch.setattr(scan, "_find", find)
+    monkeypatch.setattr(image_index, "_check_file", find)
     return seen
 
 
@@ -168,22 +172,20 @@ def test_a_later_start_looks_at_what_is_new(tmp_path: Path, monkeypatch: pytest.
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 5)
     aged(root)
-    scan_images(root, place)
+    index_images(root, place)
     seen = counted(monkeypatch)
-    assert list(scan_images(root, place).files) == [f"{i:03}.jpg" for i in range(5)]
+    assert list(index_images(root, place).files) == [f"{i:03}.jpg" for i in range(5)]
     assert seen == []
     shutil.copy(root / "000.jpg", root / "new.jpg")
     (root / "004.jpg").unlink()
-    assert list(scan_images(root, place).files) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg", "new.jpg"]
+    assert list(index_images(root, place).files) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg", "new.jpg"]
     assert seen == ["new.jpg"]
     os.utime(root, (OLD, OLD))
     photos(root, 1, 50, 40)  # overwritten in place: seen by `prepare`, which looks at every file
     os.utime(root / "000.jpg", (OLD + 1, OLD + 1))
     os.utime(root, (OLD, OLD))
     seen.clear()
-    widths = scan_images(root, place, Wanted()).files.column("width")
-    assert widths is not None
-    assert widths.tolist()[0] == 50
+    assert index_images(root, place, reuse=False).columns["width"][0] == 50
     assert "000.jpg" in seen
 
 
@@ -191,43 +193,42 @@ def test_a_stopped_look_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 12)
     aged(root)
-    monkeypatch.setattr(scan, "_CHUNK", 4)
-    whole = scan._find
+    monkeypatch.setattr(image_index, "_CHUNK", 4)
+    whole = image_index._check_file
 
     def fail(path: Path, level: int, cache_side: int) -> Any:
         if path.name == "009.jpg":
             raise KeyboardInterrupt
         return whole(path, level, cache_side)
 
-    monkeypatch.setattr(scan, "_find", fail)
+    monkeypatch.setattr(image_index, "_check_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        scan_images(root, place, Wanted(cache_side=16))
-    monkeypatch.setattr(scan, "_find", whole)
-    half = load(place, root)
+        index_images(root, place, cache_side=16)
+    monkeypatch.setattr(image_index, "_check_file", whole)
+    half = ImageIndex.load(place, root)
     assert half is not None
     assert not half.whole
     seen = counted(monkeypatch)
-    manifest = scan_images(root, place, Wanted(cache_side=16))
+    manifest = index_images(root, place, cache_side=16)
     assert manifest.whole
     assert 3 <= len(seen) <= 4
-    cache = Cache(cache_folder(place, 16), 16)
+    cache = Cache(cache_folder(place, 16))
     for i in range(12):
-        row = {name: int(manifest.files.at(name, torch.tensor([i])) or 0) for name in CACHE_COLUMNS}
-        assert cache.read(row).size == (24, 16)
+        assert cache.read(manifest.files.row(i, tuple(CACHE_COLUMNS))).size == (24, 16)
 
 
 def test_bit_rot_is_found_by_its_digest(tmp_path: Path) -> None:
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 4)
     aged(root)
-    scan_images(root, place, Wanted(pixels=True))
+    index_images(root, place, pixels=True)
     damaged = bytearray((root / "002.jpg").read_bytes())
     damaged[-30] ^= 1
     (root / "002.jpg").write_bytes(damaged)
     aged(root)
-    assert not Report(scan_images(root, place, Wanted(pixels=True))).bad
+    assert not Report(index_images(root, place, pixels=True)).bad
     for _ in range(2):
-        bad = Report(scan_images(root, place, Wanted(pixels=True, recheck=True))).bad
+        bad = Report(index_images(root, place, pixels=True, recheck=True)).bad
         assert list(bad) == ["002.jpg"]
         assert "bytes have changed while its size and time have not" in bad["002.jpg"]
 
@@ -237,7 +238,7 @@ def test_a_manifest_that_is_none_is_made_anew(tmp_path: Path, damage: str) -> No
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 3)
     aged(root)
-    scan_images(root, place)
+    index_images(root, place)
     path = place / FILE_NAME
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
@@ -247,27 +248,27 @@ def test_a_manifest_that_is_none_is_made_anew(tmp_path: Path, damage: str) -> No
         path.unlink()
     if damage == "other root":
         root = root.rename(tmp_path / "moved")
-    assert load(place, root) is None
-    assert len(scan_images(root, place).files) == 3
+    assert ImageIndex.load(place, root) is None
+    assert len(index_images(root, place).files) == 3
 
 
 def test_where_nothing_can_be_written_a_start_still_works(tmp_path: Path) -> None:
     photos(tmp_path, 3)
-    assert list(scan_images(tmp_path, Path("/dev/null/x")).files) == ["000.jpg", "001.jpg", "002.jpg"]
+    assert list(index_images(tmp_path, Path("/dev/null/x")).files) == ["000.jpg", "001.jpg", "002.jpg"]
 
 
 def test_many_files_are_announced_where_no_bar_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos(tmp_path / "photos", 3)
-    monkeypatch.setattr("ssl_pipeline.data.scan._MANY", 3)
-    for told in ("looking at 3 files of ", ""):
+    monkeypatch.setattr("ssl_pipeline.data.image_index._MANY", 3)
+    for told in ("checking 3 files of ", ""):
         opened(aged(tmp_path / "photos"))
         assert capsys.readouterr().err[: len(told) or None] == told
 
 
 def opened(root: Path, **keys: Any) -> FileDataset:
-    for looked in (prepared.scan_folder, sources_folder._scan, sources_folder._held_out):
+    for looked in (image_files.scan_folder, sources_folder._scan):
         looked.cache_clear()
     source = Config(name="folder", path=str(root), **keys).open("train")
     assert source is not None
@@ -289,7 +290,7 @@ def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cached.open_image(6).getpixel((3, 3)) == (77, 77, 77)
     index = torch.arange(6)
     from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), index, 0).views
-    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)  # no file is opened from here on
+    monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)  # no file is opened from here on
     from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), index, 0).views
     for one, other in zip(from_files, from_cache, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3  # the same crops of the same images
@@ -300,7 +301,7 @@ def test_a_damaged_cache_gives_way_to_the_file(tmp_path: Path, caplog: pytest.Lo
     photos(root, 3)
     aged(root)
     prepare(str(root), str(tmp_path / "out"), cache_side=32)
-    place = cache_folder(place_of(root, tmp_path / "out"), 32)
+    place = cache_folder(index_folder(root, tmp_path / "out"), 32)
     shard = place / "00000.bin"
     data = bytearray(shard.read_bytes())
     data[5] ^= 255
@@ -310,7 +311,7 @@ def test_a_damaged_cache_gives_way_to_the_file(tmp_path: Path, caplog: pytest.Lo
     assert "is damaged at byte 0" in caplog.text
     row = {"shard": 9, "offset": 0, "cached_width": 4, "cached_height": 4, "cached_channels": 3, "crc": 0}
     with pytest.raises(CacheError, match="can't be read"):
-        Cache(place, 32).read(row)
+        Cache(place).read(row)
 
 
 def test_images_that_the_cache_lacks_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -332,14 +333,12 @@ def test_shards_and_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     photos(root, 5)
     aged(root)
     monkeypatch.setattr("ssl_pipeline.data.cache.SHARD_BYTES", 2000)
-    scan_images(root, place, Wanted(cache_side=16))
+    index_images(root, place, cache_side=16)
     assert len(list((place / "cache-16").glob("*.bin"))) == 3
-    assert scan_images(root, place).cache_side == 16
-    manifest = scan_images(root, place, Wanted(cache_side=20))
+    assert index_images(root, place).cache_side == 16
+    manifest = index_images(root, place, cache_side=20)
     assert manifest.cache_side == 20
-    heights = manifest.files.column("cached_height")
-    assert heights is not None
-    assert heights.tolist() == [20] * 5
+    assert manifest.columns["cached_height"].tolist() == [20] * 5
 
 
 def test_a_prepared_zoo_trains_and_a_raw_one_does_as_told(zoo: Path, tmp_path: Path) -> None:
@@ -362,7 +361,10 @@ def test_split_folders_are_prepared_each(tmp_path: Path) -> None:
         for name in ("cat", "dog"):
             photos(tmp_path / "in" / part / name, 3)
     assert prepare(str(tmp_path / "in"), str(tmp_path / "out")) == 12
-    assert all(load(place_of(tmp_path / "in" / p, tmp_path / "out"), tmp_path / "in" / p) for p in ("train", "test"))
+    assert all(
+        ImageIndex.load(index_folder(tmp_path / "in" / p, tmp_path / "out"), tmp_path / "in" / p)
+        for p in ("train", "test")
+    )
 
 
 def test_names_are_kept_byte_for_byte() -> None:
@@ -371,16 +373,17 @@ def test_names_are_kept_byte_for_byte() -> None:
     assert list(files) == [files[i] for i in range(5)] == names
     assert list(files.select(torch.tensor([4, 0, 3]))) == ["z", "a.jpg", names[3]]
     assert list(files.select(torch.tensor([], dtype=torch.int64))) == list(FileTable.of([])) == []
-    assert [os.fsdecode(name) for name in files.select(torch.tensor([2, 2])).encoded()] == [names[2]] * 2
+    assert files.select(torch.tensor([2, 2])) == [names[2]] * 2
+    assert files.column("name").tolist() == [os.fsencode(name) for name in names]
 
 
 def test_a_million_files_need_no_strings(tmp_path: Path) -> None:
     """The arrays of a selection are those of the whole: what it adds is its own numbers alone."""
     photos(tmp_path / "in", 4)
-    files = scan_images(tmp_path / "in", tmp_path / "out").files
+    files = index_images(tmp_path / "in", tmp_path / "out").files
     some = files.select(torch.tensor([3, 1])).select(torch.tensor([1]))
     assert list(some) == ["001.jpg"]
-    assert some.packed()[0].data_ptr() == files.packed()[0].data_ptr()
+    assert some.columns["name"] is files.columns["name"]
     assert some[-1:] == ["001.jpg"]
     assert some == ["001.jpg"]
     assert some != ["002.jpg"]
@@ -398,7 +401,7 @@ def test_old_shards_are_deleted_when_nobody_reads_them(
     root, out = tmp_path / "in", tmp_path / "out"
     photos(root, 5)
     aged(root)
-    place = place_of(root, out)
+    place = index_folder(root, out)
     monkeypatch.setattr("ssl_pipeline.data.cache.SHARD_BYTES", 4000)
     prepare(str(root), str(out), cache_side=32)
     assert shards(place, 32) == ["00000.bin", "00001.bin", "00002.bin", "00003.bin", "00004.bin"]
@@ -407,7 +410,7 @@ def test_old_shards_are_deleted_when_nobody_reads_them(
     prepare(str(root), str(out), cache_side=32, recheck=True)
     assert len(shards(place, 32)) == 10
     assert "5 old shards may be in use and stay" in caplog.text
-    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)
+    monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)
     now = [running.open_image(i).tobytes() for i in range(5)]
     assert now[:2] == before
     del running
@@ -420,7 +423,7 @@ def test_another_side_takes_the_old_ones_place_and_nothing_else_is_deleted(tmp_p
     root, out = tmp_path / "in", tmp_path / "out"
     photos(root, 3)
     aged(root)
-    place = place_of(root, out)
+    place = index_folder(root, out)
     prepare(str(root), str(out), cache_side=16)
     theirs = [cache_folder(place, 16) / "00000.bin.bak", place / "cache-old" / "00000.bin", place / "00000.bin"]
     theirs[1].parent.mkdir()
@@ -444,7 +447,7 @@ def test_a_cache_that_was_made_anew_in_between_is_told_of_once(
     aged(root)
     prepare(str(root), str(out), cache_side=32)
     config = Config(name="folder", path=str(root), prepared=str(out), cache=True)
-    prepared.scan_folder.cache_clear()
+    image_files.scan_folder.cache_clear()
     sources_folder._scan.cache_clear()
     assert config.open("train") is not None
     prepare(str(root), str(out), cache_side=32, recheck=True)
@@ -455,7 +458,7 @@ def test_a_cache_that_was_made_anew_in_between_is_told_of_once(
         f"4 of 4 images in {root} are not in its cache, and are decoded anew each time: `ssl-pipeline prepare {root} --cache 32 "
         f"--output {out}` adds those below it."
     ]
-    for path in cache_folder(place_of(root, out), 32).glob("*.bin"):
+    for path in cache_folder(index_folder(root, out), 32).glob("*.bin"):
         path.unlink()
     prepare(str(root), str(out), cache_side=32)
     assert opened(root, prepared=str(out), cache=True).open_image(0).size == (48, 32)

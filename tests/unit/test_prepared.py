@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import prepared
-from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data import image_files
+from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.image_index import ImageIndex, index_folder
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.manifest import load, place_of
 from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import domain_folder, table
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views
 from tests.unit.test_prepare import OLD, aged, counted
@@ -28,7 +28,7 @@ from tests.unit.test_prepare import OLD, aged, counted
 @pytest.fixture(autouse=True)
 def _anew() -> None:
     """A folder is looked at once in a process's life; here a test is one."""
-    prepared.scan_folder.cache_clear()
+    image_files.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     table._read.cache_clear()
 
@@ -74,8 +74,9 @@ def files_of(root: Path) -> list[str]:
 def test_a_domain_folder_is_looked_at_once(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"prepared": str(tmp_path / "out")}
     first = of_domains(domains, **keys)
-    assert first.skipped == ["oil/dog/5.jpg"]  # the one that is cut off has a good header
-    prepared.scan_folder.cache_clear()
+    assert first.bad_files is not None
+    assert list(first.bad_files.faults) == [str(domains / "oil/dog/5.jpg")]  # the one that is cut off has a good header
+    image_files.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     seen = counted(monkeypatch)
     again = of_domains(domains, **keys)
@@ -92,7 +93,7 @@ def test_a_prepared_domain_folder_trains_from_its_cache(
     out = {"prepared": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=r"prepare \S+ --data domain_folder --cache 256 --output"):
         of_domains(domains, cache=True, **out)
-    prepared.scan_folder.cache_clear()
+    image_files.scan_folder.cache_clear()
     domain_folder._scan.cache_clear()
     assert prepare(str(domains), str(tmp_path / "out"), cache_side=48, kind="domain_folder") == 23
     ready = of_domains(domains, cache=True, **out)
@@ -107,14 +108,14 @@ def test_a_prepared_domain_folder_trains_from_its_cache(
     index = torch.arange(8)
     large = views(crop={"scale": (0.5, 1.0)})
     from_files = read_crops(of_domains(domains, **out), large, index, 0).views
-    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)  # no file is opened from here on
+    monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)  # no file is opened from here on
     for one, other in zip(from_files, read_crops(ready, large, index, 0).views, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3
 
 
 def test_the_report_of_a_domain_folder_is_exact(domains: Path, tmp_path: Path) -> None:
     prepare(str(domains), str(tmp_path / "out"), kind="domain_folder")
-    manifest = load(place_of(domains, tmp_path / "out"), domains)
+    manifest = ImageIndex.load(index_folder(domains, tmp_path / "out"), domains)
     assert manifest is not None
     report = Report(manifest, "domain_folder")
     assert (report.classes, report.empty, report.outside) == (["cat", "dog"], ["oil/fox"], 1)
@@ -132,8 +133,8 @@ def test_a_table_whose_folder_nobody_has_looked_at_starts_as_ever(
     source = of_table(written(tmp_path / "t.csv", files_of(domains)), root=str(domains))
     assert len(source) == 24
     assert seen == []
-    assert not place_of(domains).exists()
-    with pytest.raises(ConfigError, match=r"holds no manifest of .*prepare \S+ --data table --output"):
+    assert not index_folder(domains).exists()
+    with pytest.raises(ConfigError, match=r"holds no index of .*prepare \S+ --data table --output"):
         of_table(tmp_path / "t.csv", root=str(domains), prepared=str(tmp_path / "out"))
 
 
@@ -163,7 +164,7 @@ def test_a_table_honors_what_prepare_has_found(domains: Path, tmp_path: Path, mo
     assert ready.bad_files.files == 24
     assert ready.fingerprint() == before[0]
     assert all(torch.equal(a, b) for a, b in zip(ready.sizes(torch.arange(4)), before[1], strict=True))
-    monkeypatch.setattr("ssl_pipeline.data.file_source.decode", None)
+    monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)
     assert [ready.open_image(i).size for i in (0, 1, 21)] == [(72, 48)] * 3
     with pytest.raises(ConfigError, match=r"(?s)ink/cat/0\.jpg: image file is truncated.*2 of 24"):
         of_table(tmp_path / "t.csv", bad_files="1", **keys)
@@ -223,7 +224,7 @@ def test_splits_of_a_table_are_one_folder_to_prepare(tmp_path: Path) -> None:
     done = ssl_pipeline("prepare", root, "--data", "table", "--output", tmp_path / "out", "--cache", "32")
     assert done.returncode == 0, done.stderr
     assert f"data=table data.path=TABLE data.root={root}" in done.stdout
-    manifest = load(place_of(root, tmp_path / "out"), root)
+    manifest = ImageIndex.load(index_folder(root, tmp_path / "out"), root)
     assert manifest is not None
     assert len(manifest.files) == 6
     source = of_table(written(tmp_path / "t.csv", list(manifest.files)), root=str(root), prepared=str(tmp_path / "out"),

@@ -15,11 +15,11 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated import AnnotatedDataset, AnnotatedLoader
+from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.masks import Masks
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.sources import mask_folder
+from ssl_pipeline.data.targets import AnnotatedDataset, Masks
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.bad_files import warn_once
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources import domain_folder, table
-from ssl_pipeline.data.verdicts import warn_once
 
 ROWS = [
     {"path": f"images/{i}.png", "label": ("cat", "dog")[i % 2], "domain": ("ink", "photo", "oil")[i % 3]}
@@ -161,7 +161,7 @@ def test_paths_may_be_absolute_or_start_from_a_root(images: Path, tmp_path_facto
         ("t.csv", "path,split\nimages/0.png,test\n", "nothing to train on"),
         ("t.csv", "path,split\nimages/0.png,train\nimages/0.png,test\n", "stands in `train` and in `test`"),
         ("t.csv", "path,split\nimages/0.png,train\n./images//0.png,test\n", "images/0.png stands in `train` and in `test`"),
-        ("t.csv", "path,label,split\nimages/0.png,a,train\nimages/1.png,b,test\n", "no training row has: b (1 in all)"),
+        ("t.csv", "path,label,split\nimages/0.png,a,train\nimages/1.png,b,test\n", "no training row has: b. Nothing"),
         ("t.csv", "path,label,split\nimages/0.png,a,train\nimages/1.png,,test\n", "1 rows of `test` have no value"),
         ("t.csv", "path,label\nimages/0.png,\nimages/1.png,\n", "no row has a value in 'label'"),
         ("t.csv", "path,domain\nimages/0.png,\nimages/1.png,x\n", "1 rows have no value in 'domain'"),
@@ -193,7 +193,7 @@ def test_files_that_are_not_there_are_counted_and_named(images: Path, caplog: py
         (images / f"images/{i}.png").unlink()
     with pytest.raises(ConfigError) as error:
         opened(images / "t.csv")
-    assert len(error.value.problems) == 11
+    assert len(error.value.problems) == 12
     assert "12 of the 30 files" in error.value.problems[-1]
     assert error.value.problems[0] == str(images / "images/0.png")
     with caplog.at_level(logging.WARNING):
@@ -302,7 +302,7 @@ def test_what_is_no_folder_of_domains_is_told(domains: Path, tmp_path: Path) -> 
         of_domains(domains, domains=("sketch",))
     with pytest.raises(ConfigError, match="ink would be trained on and tested on"):
         of_domains(domains, domains=("ink", "oil"), test_domains=("ink",))
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         of_domains(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no image at domain/class/image"):

@@ -16,9 +16,9 @@ from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.idx import write_idx
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources import torchvision
+from tests.embedded_subset import write_idx
 from tests.shards import png
 
 

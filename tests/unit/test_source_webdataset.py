@@ -18,11 +18,10 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import tar
 from ssl_pipeline.data.dataset import Sample
-from ssl_pipeline.data.prepare_shards import prepare_shards
+from ssl_pipeline.data.prepare import BAD_FILES, prepare_shards
 from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.sources.webdataset import TarStream
 from ssl_pipeline.data.tar import ShardError
-from ssl_pipeline.data.verdicts import BAD_FILES
 from tests.runs import ssl_pipeline
 from tests.shards import png, write_shards, write_tar
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode
-from ssl_pipeline.data.idx import read_idx, write_idx
-from ssl_pipeline.data.prepared import scan_folder
+from ssl_pipeline.data.image_files import scan_folder
 from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
+from ssl_pipeline.data.sources.fashion_mnist import read_idx
 from ssl_pipeline.data.splits import draw_labels, stratified_split
+from tests.embedded_subset import write_idx
 
 
 def picture(path: Path, size: tuple[int, int] = (12, 9), color: str = "red") -> Path:
@@ -62,7 +63,7 @@ def test_fashion_mnist_reads_a_folder_and_says_what_is_missing(tmp_path: Path) -
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="four idx files"):
         fashion_mnist.Config(name="fashion_mnist", path=str(tmp_path / "other")).open("train")
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         fashion_mnist.Config(name="fashion_mnist", path=str(tmp_path / "nowhere")).open("train")
 
 

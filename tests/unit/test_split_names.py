@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.bad_files import warn_once
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources import domain_folder, folder, mask_folder, table, webdataset
 from ssl_pipeline.data.splits import resembles_split, split_named
-from ssl_pipeline.data.verdicts import warn_once
+from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.classification import check_labels
 from tests.shards import png, write_tar
 

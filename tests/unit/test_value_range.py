@@ -17,17 +17,16 @@ from pydantic import ValidationError
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, check_header, decode
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.prepare import prepare
-from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.reading import read_crops, read_in_order
-from ssl_pipeline.data.source import SourceConfig, StreamConfig
+from ssl_pipeline.data.source import SourceConfig, StreamConfig, at_range_of
 from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, table, webdataset
 from ssl_pipeline.data.sources import torchvision as torchvision_sets
 from ssl_pipeline.data.stream_loader import read_stream_crops
-from ssl_pipeline.data.verdicts import warn_once
 from ssl_pipeline.downstream.load_model import Model
 from ssl_pipeline.export.embed import EmbedConfig, open_every
 from ssl_pipeline.export.predict import open_predictor, predict

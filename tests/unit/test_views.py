@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms import color
+from ssl_pipeline.transforms import augment
 from ssl_pipeline.transforms.augment import Augmentation, rotate
 from ssl_pipeline.transforms.config import (
     BlurConfig,
@@ -36,9 +36,9 @@ def full(config: ViewsConfig, channels: int = 3) -> ViewsConfig:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (color.brightness, tvf.adjust_brightness),
-        (color.contrast, tvf.adjust_contrast),
-        (color.saturation, tvf.adjust_saturation),
+        (augment.brightness, tvf.adjust_brightness),
+        (augment.contrast, tvf.adjust_contrast),
+        (augment.saturation, tvf.adjust_saturation),
     ],
 )
 def test_photometry_is_torchvisions(ours, theirs) -> None:  # type: ignore[no-untyped-def]
@@ -49,25 +49,25 @@ def test_photometry_is_torchvisions(ours, theirs) -> None:  # type: ignore[no-un
 def test_hue_is_torchvisions() -> None:
     turns = torch.tensor([-0.5, -0.1, 0.0, 0.2, 0.5])
     expected = torch.stack([tvf.adjust_hue(photo, float(t)) for photo, t in zip(PHOTOS, turns, strict=True)])
-    torch.testing.assert_close(color.hue(PHOTOS, turns), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(augment.hue(PHOTOS, turns), expected, atol=1e-4, rtol=0)
 
 
 def test_hue_of_grayscale_pixels_stays() -> None:
     flat = torch.full((1, 3, 4, 4), 0.3)
-    torch.testing.assert_close(color.hue(flat, torch.tensor([0.3])), flat)
+    torch.testing.assert_close(augment.hue(flat, torch.tensor([0.3])), flat)
 
 
 def test_blur_is_torchvisions_inside() -> None:
     sigma = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.8])
-    ours = color.gaussian_blur(PHOTOS, sigma, 1.5)
+    ours = augment.gaussian_blur(PHOTOS, sigma, 1.5)
     theirs = torch.stack([tvf.gaussian_blur(p, [23, 23], [float(s)] * 2) for p, s in zip(PHOTOS, sigma, strict=True)])
     torch.testing.assert_close(ours[..., 8:16, 8:16], theirs[..., 8:16, 8:16], atol=1e-4, rtol=0)
-    torch.testing.assert_close(color.gaussian_blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
+    torch.testing.assert_close(augment.gaussian_blur(torch.ones(2, 1, 9, 9), sigma[:2], 1.0), torch.ones(2, 1, 9, 9))
 
 
 def test_grayscale_and_solarize_are_torchvisions() -> None:
-    torch.testing.assert_close(color.grayscale(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(color.solarize(PHOTOS), tvf.solarize(PHOTOS, 0.5))
+    torch.testing.assert_close(augment.grayscale(PHOTOS), tvf.rgb_to_grayscale(PHOTOS, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(augment.solarize(PHOTOS), tvf.solarize(PHOTOS, 0.5))
 
 
 @pytest.mark.parametrize("angle", [-130.0, 17.0, 90.0])
@@ -133,7 +133,7 @@ def test_images_of_other_channels_keep_them(channels: int) -> None:
     index = torch.arange(3)
     for view in views.finish(views.of_pixels(pixels, index, 0), index, 0):
         assert view.shape == (3, channels, 50, 50)
-        grayscale = color.contrast(view, torch.zeros(3)).clamp(0, 1)
+        grayscale = augment.contrast(view, torch.zeros(3)).clamp(0, 1)
         torch.testing.assert_close(grayscale, view.mean((1, 2, 3), keepdim=True).clamp(0, 1).expand_as(view))
         assert bool(view.isfinite().all())
 

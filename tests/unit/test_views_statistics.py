@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.rng import NamedRNG
-from ssl_pipeline.transforms import color, crop
+from ssl_pipeline.transforms import augment, crop
 from ssl_pipeline.transforms.augment import Augmentation
 from ssl_pipeline.transforms.config import (
     BlurConfig,
@@ -165,13 +165,13 @@ def test_operations_stay_in_range_and_leave_their_input(factor: Tensor) -> None:
     before = images.clone()
     turn = factor / 2 - 0.5
     results = [
-        color.brightness(images, factor),
-        color.contrast(images, factor),
-        color.saturation(images, factor),
-        color.hue(images, turn),
-        color.gaussian_blur(images, factor + 0.1, 2.1),
-        color.grayscale(images),
-        color.solarize(images),
+        augment.brightness(images, factor),
+        augment.contrast(images, factor),
+        augment.saturation(images, factor),
+        augment.hue(images, turn),
+        augment.gaussian_blur(images, factor + 0.1, 2.1),
+        augment.grayscale(images),
+        augment.solarize(images),
     ]
     assert torch.equal(images, before)
     for result in results:
@@ -184,10 +184,10 @@ def test_operations_stay_in_range_and_leave_their_input(factor: Tensor) -> None:
 def test_hue_turns_back_and_keeps_value_and_chroma(factor: Tensor) -> None:
     images = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(3))
     turn = factor / 2 - 0.5
-    turned = color.hue(images, turn)
+    turned = augment.hue(images, turn)
     torch.testing.assert_close(turned.amax(1), images.amax(1), atol=1e-6, rtol=0)
     torch.testing.assert_close(turned.amin(1), images.amin(1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(color.hue(turned, -turn), images, atol=2e-5, rtol=0)
+    torch.testing.assert_close(augment.hue(turned, -turn), images, atol=2e-5, rtol=0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,7 +16,7 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.transforms.color import amplitude_mix
+from ssl_pipeline.transforms.augment import amplitude_mix
 from ssl_pipeline.transforms.config import LocalConfig, RestyleConfig, ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 

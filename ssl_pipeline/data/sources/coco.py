@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit
-from ssl_pipeline.data.boxes import Boxes
-from ssl_pipeline.data.coco_record import Categories, categories_of, check_images, leave_out, plain_annotations
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.masks import for_all, report_bad_masks, upright_size
+from ssl_pipeline.config.base import ConfigError, joined, shorten
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, for_all, parse_limit, raise_all
+from ssl_pipeline.data.decode import upright_size
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import DecodedConfig, Part
 from ssl_pipeline.data.splits import part_of, split_three
+from ssl_pipeline.data.targets import AnnotatedDataset, Boxes
 
+Row = dict[str, Any]
+Categories = tuple[tuple[int, str], ...]  # ids, which may have gaps, and names; their order is that of the classes
+_CROWD: dict[Any, int] = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}
 _log = logging.getLogger("ssl_pipeline")
 
 
@@ -61,26 +64,23 @@ class Config(DecodedConfig[AnnotatedDataset]):
             ConfigError: a file is missing or damaged, or an annotation fits no image or class.
         """
         paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
-        categories, pool = _read(
-            Path(self.path).expanduser(), self._root(self.path), None, self.channels, self.bad_files
-        )
+        categories, source = self._read(self.path, None)
         own = paths.get(part)
         if own is not None:
-            _, source = _read(Path(own).expanduser(), self._root(own), categories, self.channels, self.bad_files)
-            return self._licensed(source)
-        strata = torch.zeros(len(pool), dtype=torch.int64)
-        shares = split_three(strata, None if self.test_path else self.test, None if self.dev_path else self.dev, "coco")
-        return self._licensed(part_of(pool, shares, part))
-
-    def _root(self, path: str) -> Path:
-        if self.images is not None:
-            return Path(self.images).expanduser().resolve()
-        folder = Path(path).expanduser().resolve().parent
-        return folder / "images" if (folder / "images").is_dir() else folder
-
-    def _licensed(self, source: AnnotatedDataset) -> AnnotatedDataset:
+            _, source = self._read(own, categories)
+        else:
+            strata = torch.zeros(len(source), dtype=torch.int64)
+            test, dev = None if self.test_path else self.test, None if self.dev_path else self.dev
+            source = part_of(source, split_three(strata, test, dev, "coco"), part)
         source.license = self.license
         return source
+
+    def _read(self, path: str, known: Categories | None) -> tuple[Categories, AnnotatedDataset]:
+        folder = Path(path).expanduser().resolve().parent
+        root = folder / "images" if (folder / "images").is_dir() else folder
+        if self.images is not None:
+            root = Path(self.images).expanduser().resolve()
+        return _read(Path(path).expanduser(), root, known, self.channels, self.bad_files)
 
 
 @lru_cache(maxsize=8)
@@ -89,17 +89,19 @@ def _read(
 ) -> tuple[Categories, AnnotatedDataset]:
     """Reads a file once in the process's life; another split has the training file's categories."""
     record = _load(path)
-    categories = categories_of(_rows(record, "categories", path, ("id", "name")), path)
+    categories = _categories(_rows(record, "categories", path, ("id", "name")), path)
     if known is not None and categories != known:
+        found, trained = (joined([f"{number} {name}" for number, name in one]) for one in (categories, known))
         raise ConfigError(
-            f"{path} has other categories than training: {_told(categories)} against {_told(known)}. Give both files the same."
+            f"{path} has other categories than training: {found} against {trained}. Give both files the same."
         )
     images = sorted(_rows(record, "images", path, ("id", "file_name")), key=lambda image: str(image["file_name"]))
     if len(images) < 2:
         raise ConfigError(f"{path} names {len(images)} image(s), and at least two are needed.")
-    check_images(images, path)
-    files = [root / str(image["file_name"]) for image in images]
-    report_bad_masks(
+    _check_images(images, path)
+    names = [str(image["file_name"]) for image in images]
+    files = [root / name for name in names]
+    raise_all(
         [
             f"{file} is not there: mend `file_name`, or say where images are by `data.images`."
             for file in files
@@ -107,20 +109,18 @@ def _read(
         ]
     )
     sizes = for_all(files, upright_size)
-    report_bad_masks(
-        [problem for image, size in zip(images, sizes, strict=True) if (problem := _other_size(image, size, path))]
-    )
-    boxes, labels, crowds = _boxes_of(
-        images, sizes, _rows(record, "annotations", path, ("image_id", "category_id", "bbox")), categories, path, limit
-    )
-    names = [str(image["file_name"]) for image in images]
-    annotations = Boxes(boxes, labels, torch.tensor(sizes), tuple(name for _, name in categories), crowds)
-    return categories, AnnotatedDataset(
-        FileDataset(str(path), root, names, channels, bad_files=BadFiles(limit, len(names))), annotations
-    )
+    raise_all([fault for image, size in zip(images, sizes, strict=True) if (fault := _other_size(image, size, path))])
+    rows = _rows(record, "annotations", path, ("image_id", "category_id", "bbox"))
+    boxes, crowds = _boxes_of(images, sizes, rows, categories, path, limit)
+    annotations = Boxes(
+        [of_image[0] for of_image in boxes], [of_image[1] for of_image in boxes], torch.tensor(sizes),
+        tuple(name for _, name in categories), crowds,
+    )  # fmt: skip
+    source = FileDataset(str(path), root, names, channels, bad_files=BadFiles(limit, len(names)))
+    return categories, AnnotatedDataset(source, annotations)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Row:
     if not path.is_file():
         raise ConfigError(f"`data.path`: there is no file {str(path)!r}: give a JSON file of COCO's form.")
     try:
@@ -134,7 +134,7 @@ def _load(path: Path) -> dict[str, Any]:
     return record
 
 
-def _rows(record: dict[str, Any], key: str, path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(record: Row, key: str, path: Path, needed: tuple[str, ...]) -> list[Row]:
     rows = record.get(key)
     if not isinstance(rows, list):
         raise ConfigError(f"{path} has no list `{key}`: COCO's form has images, annotations and categories.")
@@ -147,69 +147,122 @@ def _rows(record: dict[str, Any], key: str, path: Path, needed: tuple[str, ...])
     return rows
 
 
-def _other_size(image: dict[str, Any], size: tuple[int, int], path: Path) -> str | None:
-    said = tuple(
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse_twice(values: Sequence[Any], sentence: str, mend: str) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{sentence} {twice[0]!r} ({len(twice)} such): {mend}.")
+
+
+def _categories(rows: Sequence[Row], path: Path) -> Categories:
+    """The classes, in the order of their ids; with one id or name twice, boxes would go to the wrong class."""
+    wrong = [f"{row['name']!r} has the id {row['id']!r}" for row in rows if not _is_whole(row["id"])]
+    if wrong:
+        raise ConfigError(f"{path}: ids of `categories` must be whole numbers, and {joined(wrong)}: number them.")
+    for key in ("id", "name"):
+        sentence = f"{path}: two entries of `categories` have the {key}"
+        _refuse_twice([str(row[key]).strip() for row in rows], sentence, "give each one of its own, or join them")
+    return tuple(sorted((row["id"], str(row["name"]).strip()) for row in rows))
+
+
+def _check_images(rows: Sequence[Row], path: Path) -> None:
+    """Refuses images that can't be told apart, and sizes that are no numbers."""
+    problems = [
+        f"{path}: image {row['file_name']!r} has the id {row['id']!r}, and a number or a text was expected."
+        for row in rows
+        if isinstance(row["id"], bool) or not isinstance(row["id"], int | str)
+    ]
+    problems += [
+        f"{path}: image {row['file_name']!r} has the {key} {row[key]!r}, and a whole number was expected."
+        for row in rows
+        for key in ("width", "height")
+        if not _is_whole(size := row.get(key))
+        and size is not None
+        and not (isinstance(size, float) and size.is_integer())
+    ]
+    raise_all(problems)
+    for key, mend in (
+        ("id", "number them anew"),
+        ("file_name", "join their entries, or a test image may be trained on"),
+    ):
+        _refuse_twice([row[key] for row in rows], f"{path}: more than one entry of `images` has the {key}", mend)
+
+
+def _other_size(image: Row, size: tuple[int, int], path: Path) -> str | None:
+    declared = tuple(
         side if image.get(key) is None else image[key] for key, side in zip(("height", "width"), size, strict=True)
     )
-    if said == size:
+    if declared == size:
         return None
     return (
-        f"{path}: {image['file_name']} is said to have {said[1]}×{said[0]} pixels, and the file has {size[1]}×{size[0]} (as EXIF "
-        "turns it): its boxes would be elsewhere. Take the file that was annotated, or annotate this one."
+        f"{path}: {image['file_name']} is declared with {declared[1]}×{declared[0]} pixels, and the file has {size[1]}×{size[0]} "
+        "(after EXIF rotation): its boxes would be elsewhere. Take the file that was annotated, or annotate this one."
     )
 
 
 def _boxes_of(
-    images: list[dict[str, Any]],
+    images: list[Row],
     sizes: list[tuple[int, int]],
-    annotations: list[dict[str, Any]],
+    annotations: list[Row],
     categories: Categories,
     path: Path,
     limit: BadFilesLimit,
-) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Per image its boxes and labels, and both of its crowds."""
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Per image its boxes (n, 4) and labels (n,), and both of its crowds; annotations that can't be used are left out."""
     size_of = {image["id"]: size for image, size in zip(images, sizes, strict=True)}
     number_of = {category: number for number, (category, _) in enumerate(categories)}
-    found: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
-    crowds: dict[Any, list[tuple[list[float], int]]] = {image["id"]: [] for image in images}
-    cut, count = 0, len(annotations)
-    annotations, problems = plain_annotations(annotations, path)
+    found: dict[Any, tuple[list[Any], list[Any]]] = {image["id"]: ([], []) for image in images}
+    cut, problems = 0, []
     for place, one in enumerate(annotations):
         what = f"{path}: annotation {one.get('id', f'at place {place}')}"
-        if one["image_id"] not in size_of:
-            problems.append(f"{what} is of image {one['image_id']!r}, and no image has that id.")
-        elif one["category_id"] not in number_of:
-            problems.append(f"{what} is of category {one['category_id']!r}, and no category has that id.")
-        elif one.get("iscrowd"):
-            box, fault = _inside(one["bbox"], size_of[one["image_id"]])
-            if not fault:
-                crowds[one["image_id"]].append((box, number_of[one["category_id"]]))
-        else:
-            box, fault = _inside(one["bbox"], size_of[one["image_id"]])
-            if fault:
-                problems.append(f"{what} on image {one['image_id']!r}: {fault}. Mend the box, or take it out.")
-            else:
-                cut += (
-                    box[2:] != [one["bbox"][0] + one["bbox"][2], one["bbox"][1] + one["bbox"][3]]
-                    or box[:2] != one["bbox"][:2]
-                )
-                found[one["image_id"]].append((box, number_of[one["category_id"]]))
-    leave_out(problems, count, limit, path)
+        if fault := _fault(one, size_of, number_of):
+            problems.append(f"{what} {fault}")
+            continue
+        is_crowd, bbox = _CROWD[one.get("iscrowd")], one["bbox"]
+        box, fault = _inside(bbox, size_of[one["image_id"]])
+        if not fault:
+            cut += not is_crowd and box != [*bbox[:2], bbox[0] + bbox[2], bbox[1] + bbox[3]]
+            found[one["image_id"]][is_crowd].append((box, number_of[one["category_id"]]))
+        elif not is_crowd:
+            problems.append(f"{what} on image {one['image_id']!r}: {fault}. Mend the box, or take it out.")
+    if len(problems) > limit.of(len(annotations)):
+        end = (
+            f"{len(problems)} of {len(annotations)} annotations in {path} can't be used, and `data.bad_files={limit}` allows "
+            f"{limit.of(len(annotations))}: mend them, or raise the limit to leave them out."
+        )
+        raise ConfigError([*shorten(problems), end])
+    regions = sum(len(crowds) for _, crowds in found.values())
+    if problems:
+        _log.warning("left out %d of %d annotations, such as: %s", len(problems), len(annotations), problems[0])
     if cut:
         _log.warning(
             "%s: %d of %d boxes reach out of their image and are cut off at its edge", path, cut, len(annotations)
         )
-    count = sum(map(len, crowds.values()))
-    if count:
-        _log.warning(
-            "%s: from %d regions marked iscrowd nothing is learned, and nothing in them is measured", path, count
-        )
-    boxes, labels = zip(*(_tensors(found[image["id"]]) for image in images), strict=True)
-    return list(boxes), list(labels), [_tensors(crowds[image["id"]]) for image in images]
+    if regions:
+        _log.warning("%s: %d regions marked iscrowd are neither learned from nor measured", path, regions)
+    boxes, crowds = ([_tensors(found[image["id"]][side]) for image in images] for side in (0, 1))
+    return boxes, crowds
+
+
+def _fault(row: Row, size_of: Row, number_of: dict[int, int]) -> str | None:
+    """What is wrong with an annotation's ids."""
+    crowd = row.get("iscrowd")
+    for key in ("image_id", "category_id"):
+        if not isinstance(row[key], int | str):
+            return f"has the {key} {row[key]!r}, and a number was expected."
+    if not isinstance(crowd, int | float | str | None) or crowd not in _CROWD:
+        return f"has `iscrowd` {crowd!r}, and 0 or 1 was expected."
+    if row["image_id"] not in size_of:
+        return f"is of image {row['image_id']!r}, and no image has that id."
+    if row["category_id"] not in number_of:
+        return f"is of category {row['category_id']!r}, and no category has that id."
+    return None
 
 
 def _tensors(found: list[tuple[list[float], int]]) -> tuple[Tensor, Tensor]:
-    """Boxes of shape (n, 4), and labels of shape (n,)."""
     boxes = torch.tensor([box for box, _ in found], dtype=torch.float32).reshape(-1, 4)
     return boxes, torch.tensor([label for _, label in found], dtype=torch.int64)
 
@@ -226,7 +279,3 @@ def _inside(bbox: Any, size: tuple[int, int]) -> tuple[list[float], str | None]:
     if box[2] <= box[0] or box[3] <= box[1]:
         return [], f"the box {bbox} lies outside of its image of {size[1]}×{size[0]} pixels"
     return box, None
-
-
-def _told(categories: Categories) -> str:
-    return ", ".join(f"{number} {name}" for number, name in categories[:10])

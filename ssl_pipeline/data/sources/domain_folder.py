@@ -6,28 +6,27 @@ Splits may be folders, too: ``train/domain/class/image`` or ``domain/train/class
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFilesLimit
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.files import as_text
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, scan_folder
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.config.files import existing_folder
+from ssl_pipeline.data.bad_files import BadFilesLimit, warn_once
+from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
+from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, split_named, split_three, splits_among
-from ssl_pipeline.data.verdicts import listed, warn_once
 
 
 class Config(PreparedConfig[FileDataset]):
     """Images of the same classes from several domains.
 
     Classes and domains are numbered over the whole folder, so that a number means the same whichever domains are chosen.
-    Folders of splits (``train`` with ``val`` or ``test``, above the domains or in each of them) are read as such; without
+    Folders of splits (``train`` with ``val`` or ``test``, above the domains or in each of them) are read as splits; without
     ``test``, ``val`` is the test unless there are ``test_domains``.
 
     Attributes:
@@ -53,10 +52,7 @@ class Config(PreparedConfig[FileDataset]):
             ConfigError: the folder is missing or is not ``domain/class/image``, holds too many bad files, or a domain is not
                 in it.
         """
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise ConfigError(f"`data.path`: there is no folder {self.path!r}: give the folder that holds the domains.")
-        tree = _scan(root.resolve(), self.bad_files, self.base)
+        tree = _scan(existing_folder(self.path, "data.path", "the domains"), self.bad_files, self.base)
         test = tree.numbers(self.test_domains or (), "test_domains")
         train = tree.numbers(self.domains or tree.names, "domains")
         if self.domains is None:
@@ -67,44 +63,37 @@ class Config(PreparedConfig[FileDataset]):
                 f"`data.test_domains`: {', '.join(both) or 'every domain'} would be trained on and tested on: name it in one "
                 f"place. The folder's domains: {', '.join(tree.names)}."
             )
+        pool, of_test = tree.files_of(train), tree.files_of(test)
         if part == "test" and test:
-            self._refuse_unseen_classes(tree, train, test)
-            return self._source(tree, tree.files_of(test))
+            unseen = set(tree.labels[of_test].tolist()) - set(tree.labels[pool].tolist())
+            if unseen:
+                raise ConfigError(
+                    f"`data.test_domains`: the classes {joined([tree.classes[label] for label in sorted(unseen)])} are "
+                    "in no training domain, so nothing could learn them: leave their folders out, or train on another domain."
+                )
+            return self._dataset(tree, of_test)
         folders = tree.split_folders(with_test=bool(test))
-        pool = tree.files_of(train)
-        if folders is not None:
-            if part != "train" and part != "pool" and part in folders:
-                return self._source(tree, pool[folders[part][pool]])
+        if part != "train" and part != "pool" and part in folders:
+            return self._dataset(tree, pool[folders[part][pool]])
+        if folders:
             pool = pool[folders["train"][pool]]
         # Numbered by domain and class, so that each of both is held out in proportion.
         cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
-        own = folders or {}
-        shares = split_three(
-            cells, None if test or "test" in own else self.test, None if "dev" in own else self.dev, "domain folder"
-        )
-        return part_of(self._source(tree, pool), shares, part)
+        test_share, dev_share = None if test or "test" in folders else self.test, None if "dev" in folders else self.dev
+        return part_of(self._dataset(tree, pool), split_three(cells, test_share, dev_share, "domain folder"), part)
 
-    def _source(self, tree: _Tree, index: Tensor) -> FileDataset:
-        source = tree.images.source(
+    def _dataset(self, tree: _DomainTree, index: Tensor) -> FileDataset:
+        source = tree.images.dataset(
             self, str(tree.images.root), labels=tree.labels, classes=tree.classes, domains=tree.domains,
             domain_names=tree.names,
         ).select(index)  # fmt: skip
         source.license = self.license
         return source
 
-    def _refuse_unseen_classes(self, tree: _Tree, train: list[int], test: list[int]) -> None:
-        of_train, of_test = (set(tree.labels[tree.files_of(domains)].tolist()) for domains in (train, test))
-        unseen = [tree.classes[label] for label in sorted(of_test - of_train)]
-        if unseen:
-            raise ConfigError(
-                f"`data.test_domains`: the classes {', '.join(unseen[:10])} ({len(unseen)} in all) are in no training domain, "
-                "so nothing could learn them: leave their folders out, or train on another domain."
-            )
-
 
 @dataclass(frozen=True)
-class _Tree:
-    """What a folder of domains holds.
+class _DomainTree:
+    """A folder of domains.
 
     Attributes:
         images: its files.
@@ -112,7 +101,7 @@ class _Tree:
         classes: of all domains together.
         domains: per file its domain, int64.
         labels: per file its class, int64.
-        splits: per file the split whose folder it lies in; None where there are no such folders.
+        splits: per file the split whose folder it lies in; None where there are no folders of splits.
     """
 
     images: ImageFiles
@@ -122,29 +111,27 @@ class _Tree:
     labels: Tensor
     splits: tuple[Split, ...] | None = None
 
-    def split_folders(self, with_test: bool) -> dict[Split, Tensor] | None:
-        """Per split which files lie in its folders, bool; None where there are none.
+    def split_folders(self, with_test: bool) -> dict[Split, Tensor]:
+        """Per split with folders of its own which files lie in them, bool.
 
         Args:
             with_test: whether there are test images already, so that ``val`` need not be the test.
         """
-        if self.splits is None:
-            return None
-        found = {split: torch.tensor([own == split for own in self.splits]) for split in SPLIT_NAMES}
+        found = {split: torch.tensor([own == split for own in self.splits or ()]) for split in SPLIT_NAMES}
         present = {split: files for split, files in found.items() if bool(files.any())}
         if not with_test and "test" not in present and "dev" in present:
             present["test"] = present.pop("dev")
         return present
 
-    def numbers(self, wanted: tuple[str, ...], key: str) -> list[int]:
-        """The numbers of domains by name."""
-        unknown = [name for name in wanted if name not in self.names]
+    def numbers(self, names: tuple[str, ...], key: str) -> list[int]:
+        """The numbers of domains."""
+        unknown = [name for name in names if name not in self.names]
         if unknown:
             raise ConfigError(
                 f"`data.{key}`: {str(self.images.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
                 f"{', '.join(self.names)}."
             )
-        return [self.names.index(name) for name in wanted]
+        return [self.names.index(name) for name in names]
 
     def files_of(self, domains: list[int]) -> Tensor:
         """The files of some domains, a sorted int64 index."""
@@ -152,7 +139,7 @@ class _Tree:
 
 
 @lru_cache(maxsize=4)
-def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
+def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _DomainTree:
     """Reads a folder once in the process's life."""
     images = scan_folder(root, base, limit, depth=2)
     if not images.files:
@@ -161,25 +148,25 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _Tree:
             "`data=folder`."
         )
     images.refuse_lost_folders(levels=2)
-    column = images.files.column("folder")
-    assert column is not None
-    used, of_file = column.unique(return_inverse=True)
-    paths = [as_text(images.folders[folder]).split("/") for folder in used.tolist()]
-    level = _level_of_splits(paths, root)
-    splits = None
+    level, splits = _level_of_splits([as_text(folder).split("/") for folder in images.used_folders()], root), None
     if level is not None:
-        deep = [len(path) >= 3 and split_named(path[level]) is not None for path in paths]
-        images, of_file = _kept(images, of_file, deep)
-        splits = tuple(split_named(paths[folder][level]) or "train" for folder in of_file.tolist())
-        paths = [path[:level] + path[level + 1 :] if kept else ["", ""] for path, kept in zip(paths, deep, strict=True)]
-    pairs = [(paths[folder][0], paths[folder][1]) for folder in of_file.unique().tolist()]
-    names, class_names = (tuple(sorted(set(column))) for column in zip(*pairs, strict=True))
-    return _Tree(
-        images, names, class_names,
-        torch.tensor([names.index(path[0]) if path[0] in names else -1 for path in paths])[of_file],
-        torch.tensor([class_names.index(path[1]) if path[1] in class_names else -1 for path in paths])[of_file],
-        splits,
-    )  # fmt: skip
+        folders = [as_text(folder).split("/") for folder in images.folders()]
+        deep = torch.tensor([len(path) >= 3 and split_named(path[level]) is not None for path in folders])
+        kept = images.files.select(deep[images.folder_numbers()])
+        if not kept:
+            raise ConfigError(
+                f"`data.path`: {str(root)!r} has folders of splits and holds no image at split/domain/class or "
+                "domain/split/class. For splits of classes without domains take `data=folder`."
+            )
+        images = replace(images, files=kept)
+        splits = tuple(split_named(folders[number][level]) or "train" for number in images.folder_numbers().tolist())
+
+    def name(depth: int, folder: str) -> str:
+        path = as_text(folder).split("/")
+        return (path if level is None else path[:level] + path[level + 1 :])[depth]
+
+    (names, domains), (classes, labels) = (images.by_folder(partial(name, depth)) for depth in (0, 1))
+    return _DomainTree(images, names, classes, domains, labels, splits)
 
 
 def _level_of_splits(paths: list[list[str]], root: Path) -> int | None:
@@ -189,26 +176,15 @@ def _level_of_splits(paths: list[list[str]], root: Path) -> int | None:
     if named:
         others = sorted(tops - set(named.values()))
         if others:
-            warn_once(f"{root}: not used: {listed(others)}, which are named for no split.")
+            warn_once(f"{root}: not used: {joined(others)}, which are named for no split.")
         return 0
     kinds = {split_named(name) for name in seconds}
     if "train" in kinds and len(kinds) > 1 and None not in kinds:
         return 1
-    alike = sorted(name for name in tops | seconds if resembles_split(name))
-    if alike:
+    similar = sorted(name for name in tops | seconds if resembles_split(name))
+    if similar:
         warn_once(
-            f"{root}: {listed(alike)} look like splits and are taken as domains or classes: splits are `train` with `val` or "
-            "`test`, above all domains or in each of them."
+            f"{root}: {joined(similar)} look like splits and are taken as domains or classes: splits are `train` with "
+            "`val` or `test`, above all domains or in each of them."
         )
     return None
-
-
-def _kept(images: ImageFiles, of_file: Tensor, folders: list[bool]) -> tuple[ImageFiles, Tensor]:
-    """The files of some folders."""
-    index = torch.tensor(folders)[of_file].nonzero()[:, 0]
-    if len(index) == 0:
-        raise ConfigError(
-            f"`data.path`: {str(images.root)!r} has folders of splits and holds no image at split/domain/class or "
-            "domain/split/class. For splits of classes without domains take `data=folder`."
-        )
-    return replace(images, files=images.files.select(index)), of_file[index]

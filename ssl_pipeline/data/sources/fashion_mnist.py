@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.idx import find_idx, read_idx
 from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.splits import stratified_split
 
+_IDX_BYTES = bytes([0, 0, 8])  # how an IDX file of bytes begins
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -41,10 +48,7 @@ class Config(SourceConfig):
         if self.path is None:
             folder = _download(Path(self.download_to).expanduser())
         else:
-            folder = Path(self.path).expanduser().resolve()
-            if not folder.is_dir():
-                what = f"{self.path!r} is a file" if folder.exists() else f"there is no folder {self.path!r}"
-                raise ConfigError(f"`data.path`: {what}; it must be a folder with the four idx files.")
+            folder = existing_folder(self.path, "data.path", "the four idx files")
         return read_splits("fashion_mnist", folder, self.dev)[split]
 
 
@@ -97,3 +101,46 @@ def _read_part(name: str, folder: Path, part: str) -> ArrayDataset:
             f"labels from 0 to {len(CLASSES) - 1}. Copy Fashion-MNIST's four files anew."
         )
     return ArrayDataset(name, pixels[:, None], labels.long(), CLASSES, "MIT")
+
+
+def find_idx(folder: Path, name: str) -> Path:
+    """The file of a name, gzipped or not, in a folder or where torchvision would put it.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    for place in (folder, folder / "FashionMNIST" / "raw", folder / "raw"):
+        for path in (place / name, place / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise ConfigError(
+        f"{str(folder)!r} holds no {name} (.gz or not): `data.path` must be a folder with the four idx files."
+    )
+
+
+def read_idx(path: Path) -> Tensor:
+    """Reads one array of bytes.
+
+    Returns:
+        uint8 of the shape that the file declares.
+
+    Raises:
+        ConfigError: it is no whole IDX file of bytes.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} can't be read ({error}): it is missing or damaged. Copy it anew.") from error
+    if len(data) < 4 or data[:3] != _IDX_BYTES:
+        raise ConfigError(
+            f"{path} is no IDX file of bytes: it should begin with 00 00 08, and begins with {data[:3].hex(' ') or 'nothing'}."
+        )
+    start = 4 + 4 * data[3]
+    if len(data) < start:
+        raise ConfigError(f"{path} ends within its header: it is cut off. Copy it anew.")
+    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
+    if len(data) != start + math.prod(shape):
+        raise ConfigError(
+            f"{path} declares {math.prod(shape)} bytes and holds {len(data) - start}: it is cut off or damaged. Copy it anew."
+        )
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).copy()).reshape(shape)

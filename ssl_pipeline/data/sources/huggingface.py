@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit, warn_once
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
 from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import part_of, split_named, split_three
-from ssl_pipeline.data.verdicts import listed, warn_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -248,7 +247,7 @@ def _meant_splits(config: Config) -> dict[Split, str]:
     others = [name for name in there if name not in read]
     if others:
         warn_once(
-            f"{config.path}: {listed(others)} of its splits {listed(there)} are not used: see `data.train_split`, "
+            f"{config.path}: {joined(others)} of its splits {joined(there)} are not used: see `data.train_split`, "
             "`data.dev_split` and `data.test_split`."
         )
     return meant

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset
-from ssl_pipeline.data.file_source import FileDataset
-from ssl_pipeline.data.masks import IGNORE, Masks, for_all, read_mask, report_bad_masks, upright_size
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.config.files import existing_folder
+from ssl_pipeline.data.bad_files import for_all, raise_all, warn_once
+from ssl_pipeline.data.decode import upright_size
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
-from ssl_pipeline.data.split_folders import splits_in
-from ssl_pipeline.data.splits import part_of, split_three
-from ssl_pipeline.data.verdicts import listed, warn_once
+from ssl_pipeline.data.splits import part_of, split_three, splits_in
+from ssl_pipeline.data.targets import IGNORE, AnnotatedDataset, Masks, read_mask
 from ssl_pipeline.data.walk import images_in
 
 
@@ -55,12 +55,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
         Raises:
             ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
         """
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise ConfigError(
-                f"`data.path`: there is no folder {self.path!r}: give the one that holds `images` and `masks`."
-            )
-        root = root.resolve()
+        root = existing_folder(self.path, "data.path", "`images` and `masks`")
         names = self.classes or _names_in(root / "classes.txt")
         read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
@@ -77,11 +72,14 @@ class Config(DecodedConfig[AnnotatedDataset]):
         return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), part)
 
 
-class _Pairs:
-    """Images and masks of one folder, all of them looked at."""
+class _Pairs(NamedTuple):
+    """Images and masks of one folder, all of them checked; ``counts`` has the pixels of each number, int64 of shape (N, 256)."""
 
-    def __init__(self, folder: Path, images: list[str], masks: list[Path], sizes: Tensor, counts: Tensor) -> None:
-        self.folder, self.images, self.masks, self.sizes, self.counts = folder, images, masks, sizes, counts
+    folder: Path
+    images: list[str]
+    masks: list[Path]
+    sizes: Tensor
+    counts: Tensor
 
 
 def _folders(root: Path) -> dict[Split, tuple[str, str]]:
@@ -115,11 +113,11 @@ def _names_in(path: Path) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=8)
 def _read(folder: Path, image_folder: str, mask_folder: str) -> _Pairs:
-    """Reads a folder once in the process's life: every mask is looked at, so that no run stops at one hours later."""
+    """Reads a folder once in the process's life: every mask is checked, so that no run stops at one hours later."""
     images, masks = (_by_stem(folder / part) for part in (image_folder, mask_folder))
     without = sorted(set(images) - set(masks))
     alone = sorted(set(masks) - set(images))
-    report_bad_masks(
+    raise_all(
         [
             f"{images[stem]} has no mask: there should be a file {stem}.png in {folder / mask_folder}."
             for stem in without
@@ -174,7 +172,7 @@ def _checked(
         values = tuple(range(max(inside, default=0) + 1 if names is None else len(names)))
     elif names is not None and len(names) != len(values):
         raise ConfigError(
-            f"`data.values` has {len(values)} numbers, and there are {len(names)} classes ({listed(names)})."
+            f"`data.values` has {len(values)} numbers, and there are {len(names)} classes ({joined(names)})."
         )
     elif len(set(values)) < len(values):
         raise ConfigError(f"`data.values` is {list(values)}: each class needs a number of its own.")
@@ -183,7 +181,7 @@ def _checked(
     names = tuple(map(str, values)) if names is None else names
     if present and not set(inside) - {0} and IGNORE not in values and IGNORE in present:
         raise ConfigError(
-            f"the masks in {str(root)!r} hold {listed([str(number) for number in present])} alone, and {IGNORE} means that a pixel "
+            f"the masks in {str(root)!r} hold {joined([str(number) for number in present])} alone, and {IGNORE} means that a pixel "
             f"is of no class, so there is nothing to learn. If {IGNORE} is a class, say so by `data.values={present}`."
         )
     _refuse_other_numbers(names, values, read)
@@ -191,7 +189,7 @@ def _checked(
     if len(used) < len(names):
         told = f" ({IGNORE}, which is there, is no class)" if IGNORE in present and IGNORE not in values else ""
         warn_once(
-            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {listed(used)}{told}. If their numbers stand for "
+            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {joined(used)}{told}. If their numbers stand for "
             f"classes without gaps, say so by `data.values={present}`."
         )
     return names, values
@@ -199,10 +197,10 @@ def _checked(
 
 def _refuse_other_numbers(names: tuple[str, ...], values: tuple[int, ...], read: dict[Split, _Pairs]) -> None:
     others = [number for number in range(IGNORE) if number not in values]
-    report_bad_masks(
+    raise_all(
         [
             f"{mask} holds the number {others[int(counts[others].nonzero()[0])]}, and {len(names)} classes are named "
-            f"({listed(names)}), for the numbers {listed([str(value) for value in values])}: name the others, see `data.values`, or "
+            f"({joined(names)}), for the numbers {joined([str(value) for value in values])}: name the others, see `data.values`, or "
             f"mend the mask ({IGNORE} is no class)."
             for pairs in read.values()
             for mask, counts in zip(pairs.masks, pairs.counts, strict=True)

@@ -7,26 +7,26 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated import AnnotatedDataset, NumericTargets
+from ssl_pipeline.config.base import ConfigError, joined, shorten
+from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.class_names import class_names
 from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.prepared import ImageFiles, PreparedConfig, lookup_index, plain
+from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_dev_labels
-from ssl_pipeline.data.verdicts import listed, warn_once
+from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 
-_TOLD = 10
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("ssl_pipeline")
 class Config(PreparedConfig[IndexedDataset | None]):
     """A table of image files.
 
-    Where ``ssl-pipeline prepare ROOT --data table`` has looked at the folder that the paths start from, what it found is used.
+    Where ``ssl-pipeline prepare ROOT --data table`` has indexed the folder that the paths start from, its index is used.
 
     Attributes:
         path: the table: .csv, .tsv, .jsonl or .parquet.
@@ -104,7 +104,7 @@ class Config(PreparedConfig[IndexedDataset | None]):
         return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
 
     def _source(self, rows: _Rows, index: Tensor) -> IndexedDataset:
-        source = rows.images.source(
+        source = rows.images.dataset(
             self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
             domain_names=rows.domain_names,
         ).select(index)  # fmt: skip
@@ -195,8 +195,11 @@ def _read(config: Config) -> _Rows:
     columns = read_columns(path, choose)
     by_kind = {kind: columns[name] for kind, name in names.items()}
     root = (path.parent if config.root is None else Path(config.root).expanduser()).resolve()
-    named = lookup_index(root, by_kind["path"], config.base)
-    there, images = named.leave_out_bad(_existing(root, by_kind["path"], named.sound(), config), config.bad_files)
+    images = lookup_files(root, by_kind["path"], config.base)
+    there = np.array(_existing(images, by_kind["path"], config), np.int64)
+    images = replace(images, files=images.files.select(there))
+    there = there[images.files.column("fault") == 0]
+    images = images.without_bad(config.bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
     every: list[Split] = ["train"] * len(there)
     splits = _splits(kept["split"], names["split"], path) if "split" in kept else every
@@ -216,7 +219,7 @@ def _read(config: Config) -> _Rows:
         )
     because = None
     if labels is None and not config.target_columns:
-        because = f"its columns are {listed(columns_found)}: name the one of classes by `data.label_column=COLUMN`."
+        because = f"its columns are {joined(columns_found)}: name the one of classes by `data.label_column=COLUMN`."
     return _Rows(images, splits, labels, classes, targets, domains, domain_names, because)
 
 
@@ -232,29 +235,29 @@ def _say_what_is_not_read(columns: Sequence[str], config: Config, has_splits: bo
         )
 
 
-def _existing(root: Path, files: list[str | None], sound: list[bool], config: Config) -> list[int]:
-    """The rows whose file is there; of those that are known to be sound nobody need ask."""
-    unknown = [i for i, known in enumerate(sound) if not known]
+def _existing(images: ImageFiles, files: Sequence[str | None], config: Config) -> list[int]:
+    """The rows whose file is there; those that an index knows to be sound are not looked for."""
+    root = images.root
+
+    def absent(rows: list[int]) -> list[int]:
+        return [i for i in rows if (file := files[i]) is None or not (root / file).is_file()]
+
+    unknown = ((images.files.column("checked") == 0) | (images.files.column("fault") > 0)).nonzero()[0].tolist()
     with ThreadPoolExecutor(8) as pool:  # a network's file system answers many at once
-        found = pool.map(partial(_absent, root, files), (unknown[i : i + 256] for i in range(0, len(unknown), 256)))
-        absent = set(itertools.chain.from_iterable(found))
-    missing = [str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i in sorted(absent)]
+        found = pool.map(absent, (unknown[i : i + 256] for i in range(0, len(unknown), 256)))
+        gone = set(itertools.chain.from_iterable(found))
+    missing = [str(root / file) if (file := files[i]) else f"row {i + 1}: no path" for i in sorted(gone)]
     if missing and (config.on_missing == "stop" or len(missing) == len(files)):
         raise ConfigError(
             [
-                *missing[:_TOLD],
-                f"{len(missing)} of the {len(files)} files in {config.path!r} are not there"
-                f"{f', the first {_TOLD} of them are named' if len(missing) > _TOLD else ''}: mend the paths (relative ones "
-                f"start from {str(root)!r}, see `data.root`), or set `data.on_missing=skip`.",
+                *shorten(missing),
+                f"{len(missing)} of the {len(files)} files in {config.path!r} are not there: mend the paths (relative ones start "
+                f"from {str(root)!r}, see `data.root`), or set `data.on_missing=skip`.",
             ]
         )
     if missing:
         _log.warning("left out %d rows of %d whose file is not there, such as %s", len(missing), len(files), missing[0])
-    return [i for i in range(len(files)) if i not in absent]
-
-
-def _absent(root: Path, files: Sequence[str | None], rows: list[int]) -> list[int]:
-    return [i for i in rows if (file := files[i]) is None or not (root / file).is_file()]
+    return [i for i in range(len(files)) if i not in gone]
 
 
 def _splits(values: list[str | None], column: str, path: Path) -> list[Split]:
@@ -262,7 +265,7 @@ def _splits(values: list[str | None], column: str, path: Path) -> list[Split]:
     named = {name: split_named(name) for name in found}
     unknown = [name for name, split in named.items() if split is None]
     if unknown:
-        told = ", ".join(f"{name!r} ({found[name]} rows)" for name in unknown[:_TOLD])
+        told = joined([f"{name!r} ({found[name]} rows)" for name in unknown])
         known = ", ".join(itertools.chain.from_iterable(SPLIT_NAMES.values()))
         raise ConfigError(
             f"{path}: these splits in {column!r} are not known: {told}. Known: {known}; or set `data.split_column=null`."
@@ -276,7 +279,7 @@ def _refuse_twice(paths: Sequence[str | None], root: Path, splits: list[Split], 
     split_of: dict[str, Split] = {}
     repeats = 0
     for given, split in zip(paths, splits, strict=True):
-        file = plain(str(given), root)
+        file = normal_path(str(given), root)
         repeats += file in split_of
         if split_of.setdefault(file, split) != split:
             raise ConfigError(f"{path}: {file} stands in `{split_of[file]}` and in `{split}`: leave it in one of them.")
@@ -292,8 +295,8 @@ def _check_labels(labels: Tensor, classes: tuple[str, ...], splits: list[Split],
         unseen = [classes[label] for label in own.unique().tolist() if label >= 0 and label not in known]
         if unseen:
             raise ConfigError(
-                f"{path}: rows of `{split}` have labels that no training row has: {', '.join(unseen[:_TOLD])} "
-                f"({len(unseen)} in all). Nothing could learn them: mend the labels, or move rows to `train`."
+                f"{path}: rows of `{split}` have labels that no training row has: {joined(unseen)}. "
+                "Nothing could learn them: mend the labels, or move rows to `train`."
             )
         if bool((own < 0).any()):
             raise ConfigError(

@@ -21,26 +21,25 @@ from torchvision import datasets
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
-from ssl_pipeline.data.decode import DecodeError, at_range
-from ssl_pipeline.data.file_source import FileDataset
+from ssl_pipeline.data.decode import DecodeError, at_range, is_grayscale
+from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import DecodedConfig, Part, Split
 from ssl_pipeline.data.splits import part_of, split_three
 
-# What torchvision calls the parts of each dataset with one class per image; where the test part keeps its labels to itself,
-# the validation part is the test. `train` and `test` are a flag where a value is no text.
+# The argument that chooses a part, and its value for each split that the dataset has; where the labels of a test part are
+# not published, the validation part is the test.
 _FLAG: dict[Split, Any] = {"train": True, "test": False}
 _TWO: dict[Split, Any] = {"train": "train", "test": "test"}
 _THREE: dict[Split, Any] = {"train": "train", "dev": "val", "test": "test"}
 _VALIDATED: dict[Split, Any] = {"train": "train", "test": "val"}
 _WHOLE: dict[Split, Any] = {}
+_NO_PARTS = ("Caltech101", "Caltech256", "EuroSAT", "FakeData", "ImageFolder", "INaturalist", "SEMEION", "SUN397")
 DATASETS: dict[str, dict[Split, Any]] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "EMNIST", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _FLAG),
     **dict.fromkeys(("Food101", "GTSRB", "StanfordCars", "SVHN"), _TWO),
     **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2"), _THREE),
     **dict.fromkeys(("ImageNet", "Imagenette"), _VALIDATED),
-    **dict.fromkeys(
-        ("Caltech101", "Caltech256", "EuroSAT", "FakeData", "ImageFolder", "INaturalist", "SEMEION", "SUN397"), _WHOLE
-    ),
+    **dict.fromkeys(_NO_PARTS, _WHOLE),
     "Country211": {"train": "train", "dev": "valid", "test": "test"},
     "OxfordIIITPet": {"train": "trainval", "test": "test"},
     "Places365": {"train": "train-standard", "test": "val"},
@@ -95,20 +94,20 @@ class Config(DecodedConfig[IndexedDataset]):
 
 def _parts(config: Config) -> dict[Split, dict[str, Any]]:
     """Per split that the dataset has of its own, the arguments that choose it; given ones choose one part alone."""
-    if config.dataset not in DATASETS:
+    parts = DATASETS.get(config.dataset)
+    if parts is None:
         folded = {name.lower(): name for name in DATASETS}
         close = difflib.get_close_matches(config.dataset.lower().replace("-", ""), folded, n=1, cutoff=0.6)
         hint = (
             f"Did you mean `data.dataset={folded[close[0]]}`? "
-            if close and config.dataset not in datasets.__all__
+            if close and not hasattr(datasets, config.dataset)
             else ""
         )
         raise ConfigError(
             f"`data.dataset`: {config.dataset!r} is no dataset of torchvision with one class per image. {hint}Known: "
             f"{', '.join(sorted(DATASETS))}."
         )
-    parts = DATASETS[config.dataset]
-    key = "split" if any(isinstance(value, str) for value in parts.values()) else "train"
+    key = "train" if parts == _FLAG else "split"
     return (
         {split: {key: value} for split, value in parts.items()}
         if parts and key not in config.options
@@ -134,7 +133,7 @@ def _part(settings: str, split: Split) -> IndexedDataset:
         files = [str(path).removeprefix(f"{root}/") for path, _ in samples]
         source = FileDataset(name, root.resolve(), files, config.channels or 3, labels, classes)
     else:
-        source = TorchvisionDataset(name, found, config.channels or _channels(found, config.dataset), labels, classes)
+        source = TorchvisionDataset(name, found, config.channels, labels, classes)
     source.license = config.license
     return source
 
@@ -168,68 +167,46 @@ def _make(made_by: Any, config: Config, part: dict[str, Any]) -> Any:
 
 def _labels(found: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
     """One class per image, int64, and the classes' names; torchvision keeps them under several names."""
-    rows = next((value for key in ("samples", "_samples") if (value := getattr(found, key, None)) is not None), None)
-    values = next(
-        (v for key in ("targets", "labels", "_labels", "y") if (v := getattr(found, key, None)) is not None), None
-    )
+
+    def first(*keys: str) -> Any:
+        return next((value for key in keys if (value := getattr(found, key, None)) is not None), None)
+
+    values, rows = first("targets", "labels", "_labels", "y"), first("samples", "_samples")
     if name == "INaturalist":
         values = [category for category, _ in found.index]
-    elif values is None and rows is not None:
-        values = [label for _, label in rows]
-    elif values is None:
+    elif values is None and rows is None:
         _log.info("%s keeps its labels with the images: all %d are read once", name, len(found))
         values = [found[i][1] for i in range(len(found))]
-    labels = torch.as_tensor(np.asarray(values)).long()
-    names = next((v for key in ("classes", "categories", "all_categories") if (v := getattr(found, key, None))), None)
-    if names is None:
-        names = range(int(labels.max()) + 1)
+    labels = torch.as_tensor(np.asarray([label for _, label in rows] if values is None else values)).long()
+    names = first("classes", "categories", "all_categories") or range(int(labels.max()) + 1)
     return labels, tuple(" / ".join(name) if isinstance(name, (tuple, list)) else str(name) for name in names)
 
 
 def _pixels(found: Any) -> Tensor | None:
     """All images, uint8 of shape (N, C, H, W), of datasets that hold them in memory."""
     data = getattr(found, "data", None)
-    if not isinstance(data, (np.ndarray, Tensor)):
-        return None
-    pixels = torch.as_tensor(data)
-    if pixels.dtype != torch.uint8 or len(pixels) != len(found):
+    pixels = torch.as_tensor(data) if isinstance(data, (np.ndarray, Tensor)) else torch.empty(0)
+    if pixels.dtype != torch.uint8 or len(pixels) != len(found) or pixels.ndim not in (3, 4):
         return None
     if pixels.ndim == 3:
         return pixels[:, None]
-    if pixels.ndim != 4:
-        return None
     return pixels if pixels.shape[1] in (1, 3) else pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def _channels(found: Any, name: str) -> int:
-    image = found[0][0]
-    if not isinstance(image, Image.Image):
-        raise ConfigError(f"torchvision's {name} gives {type(image).__name__} rather than images: take another.")
-    return 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
-
-
 class TorchvisionDataset(IndexedDataset):
-    """A dataset of torchvision that decodes its images itself.
-
-    Args:
-        name: for messages.
-        dataset: gives (image, …) by number.
-        channels: 1 or 3.
-        labels: int64 of shape (N,).
-        classes: names, in the order of the labels.
-    """
+    """A dataset of torchvision that decodes its images itself."""
 
     def __init__(
-        self,
-        name: str,
-        dataset: Any,
-        channels: int,
-        labels: Tensor | None,
-        classes: tuple[str, ...] | None,
+        self, name: str, dataset: Any, channels: int | None, labels: Tensor | None, classes: tuple[str, ...] | None
     ) -> None:
-        self.name, self.channels, self.labels, self.classes = name, channels, labels, classes
-        self._dataset = dataset
+        self.name, self.labels, self.classes, self._dataset = name, labels, classes, dataset
         self._index = torch.arange(len(dataset))
+        if channels is None:
+            image = dataset[0][0]
+            if not isinstance(image, Image.Image):
+                raise ConfigError(f"{name} gives {type(image).__name__} rather than images: take another dataset.")
+            channels = 1 if is_grayscale(image.mode) else 3
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self._index)
@@ -247,7 +224,6 @@ class TorchvisionDataset(IndexedDataset):
         return at_range(image, "L" if self.channels == 1 else "RGB", self.value_range)
 
     def open_stored(self, index: int) -> Image.Image:
-        """The image as the dataset gives it."""
         image: Image.Image = self._dataset[int(self._index[index])][0]
         return image
 
@@ -259,7 +235,6 @@ class TorchvisionDataset(IndexedDataset):
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
-        """The chosen samples."""
         chosen = super().select(index)
         chosen._index = self._index[index]
         return chosen

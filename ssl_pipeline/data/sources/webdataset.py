@@ -15,7 +15,8 @@ from typing import Literal
 import fsspec
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.class_names import class_name, refuse_several
 from ssl_pipeline.data.columns import text_of
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
@@ -24,7 +25,6 @@ from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import split_named
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
-from ssl_pipeline.data.verdicts import listed, warn_once
 from ssl_pipeline.data.walk import ENDINGS
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
@@ -283,7 +283,7 @@ def _training_archives(folder: Path, key: str) -> list[str]:
     others = [file.name for file, split in zip(found, splits, strict=True) if split in ("dev", "test")]
     if key == "path" and "train" in splits and others:
         warn_once(
-            f"{folder}: {listed(others)} are named for another split and not trained on: measure on them by "
+            f"{folder}: {joined(others)} are named for another split and not trained on: measure on them by "
             "`data.dev=PATTERN` and `data.test=PATTERN`."
         )
         found = [file for file in found if file.name not in others]

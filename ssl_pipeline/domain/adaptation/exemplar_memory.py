@@ -13,7 +13,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.task import Embeddings
 from ssl_pipeline.losses.info_nce import normalize_rows
 from ssl_pipeline.schedules import TrainProgress
-from ssl_pipeline.transforms.color import amplitude_mix
+from ssl_pipeline.transforms.augment import amplitude_mix
 
 
 class Config(JointConfig):
