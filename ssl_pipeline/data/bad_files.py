@@ -15,12 +15,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel, joined, shorten
+from ssl_pipeline.config.base import ConfigError, FrozenModel, shorten
 
-_BESIDE_IMAGES = {
-    ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini", ".html", ".htm", ".url",
-    ".pdf", ".db", ".log", ".py", ".ipynb",
-}  # fmt: skip
 T = TypeVar("T")
 _log = logging.getLogger("ssl_pipeline")
 
@@ -159,47 +155,6 @@ def causes(ignored: Iterable[IgnoredFiles], faults: Mapping[str, str]) -> list[s
         count[phrase] += number
         example.setdefault(phrase, file)
     return [f"{number} {phrase} ({example[phrase]})" for phrase, number in count.most_common(5)]
-
-
-def refuse_lost_folders(
-    root: str,
-    folders: Sequence[str],
-    used: Iterable[str],
-    ignored: Sequence[IgnoredFiles],
-    faults: Mapping[str, str],
-    levels: int,
-) -> None:
-    """Refuses a folder in which a class lost all its files: it would vanish from the classes without a word.
-
-    Folders that hold nothing but texts and tables are no classes; empty ones are logged.
-
-    Args:
-        root: the folder.
-        folders: paths of all folders below it.
-        used: paths of those that hold images.
-        ignored: the files that are not taken for images.
-        faults: by their paths below the root the images that can't be read.
-        levels: how deep the folders of classes lie.
-
-    Raises:
-        ConfigError: a class did, with the causes.
-    """
-    there, kept = ({top for folder in group if (top := first_levels(folder, levels))} for group in (folders, used))
-    problems, empty = [], []
-    for top in sorted(there - kept):
-        ours = [one for one in ignored if first_levels(one.folder, levels) == top]
-        bad = {file: fault for file, fault in faults.items() if first_levels(file.rpartition("/")[0], levels) == top}
-        if bad or any(one.ending not in _BESIDE_IMAGES for one in ours):
-            problems.append(
-                f"{root!r}: none of the files in {top!r} is an image: {'; '.join(causes(ours, bad))}. Convert or replace them, or "
-                "move the folder out."
-            )
-        elif not ours:
-            empty.append(top)
-    if problems:
-        raise ConfigError(problems)
-    if empty and kept:
-        warn_once(f"{root}: {joined(empty)} hold no image and are no classes.")
 
 
 def first_levels(folder: str, levels: int) -> str:

@@ -167,19 +167,7 @@ class IndexedDataset(ImageDataset):
 
 
 class ArrayDataset(IndexedDataset):
-    """Equal-sized images in memory.
-
-    Args:
-        name: for messages.
-        pixels: uint8 of shape (N, C, H, W).
-        labels: int64 of shape (N,).
-        classes: names, in the order of the labels.
-        license: of the images.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
-        domains: int64 of shape (N,).
-        domain_names: in the order of the domains' numbers.
-    """
+    """Equal-sized images in memory: ``pixels`` is uint8 of shape (N, C, H, W); for the rest see :class:`IndexedDataset`."""
 
     def __init__(
         self,

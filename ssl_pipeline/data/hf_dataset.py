@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.class_names import class_name, class_names, refuse_several
-from ssl_pipeline.data.columns import number_names, numbers_of, text_of
+from ssl_pipeline.data.columns import class_name, class_names, number_names, numbers_of, refuse_several, text_of
 from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.encoded import EncodedReader

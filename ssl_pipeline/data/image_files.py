@@ -23,17 +23,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit, refuse_lost_folders
+from ssl_pipeline.config.base import ConfigError, joined
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, causes, first_levels, parse_limit, warn_once
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
-from ssl_pipeline.data.image_index import UNCHECKED, FileTable, ImageIndex, index_folder, index_images
+from ssl_pipeline.data.file_table import UNCHECKED, FileTable
+from ssl_pipeline.data.image_index import ImageIndex, index_folder, index_images
 from ssl_pipeline.data.source import DecodedConfig, Opened
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import measured
 
+_BESIDE_IMAGES = {
+    ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini", ".html", ".htm", ".url",
+    ".pdf", ".db", ".log", ".py", ".ipynb",
+}  # fmt: skip
 _log = logging.getLogger("ssl_pipeline")
 
 
@@ -45,10 +50,7 @@ class FileDataset(IndexedDataset):
         root: the folder that all files are in or below.
         files: their posix paths relative to it, perhaps with what an index knows of them.
         channels: 1 for grayscale, 3 for RGB.
-        labels: int64 of shape (N,).
-        classes: names, in the order of the labels.
-        domains: int64 of shape (N,).
-        domain_names: in the order of the domains' numbers.
+        labels: see :class:`IndexedDataset`; likewise what follows.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: counts files that can't be decoded; by default 1 % are allowed.
     """
@@ -224,40 +226,43 @@ class ImageFiles:
     def _bad_files(self, limit: BadFilesLimit, count: int, faults: Mapping[str, str]) -> BadFiles:
         return BadFiles(limit, count, {str(self.root / file): fault for file, fault in faults.items()})
 
-    def folders(self) -> list[str]:
-        """Paths of all folders below the root, its own (``.``) first."""
+    def by_folder(self, name: Callable[[str], str] = str) -> tuple[tuple[str, ...], Tensor]:
+        """The sorted names that the files' folders (paths below the root) stand for, and per file the number of its name."""
         assert self.index is not None
-        return self.index.folders
-
-    def folder_numbers(self) -> Tensor:
-        """Which of the folders each file lies in, int64 of shape (N,)."""
-        return torch.from_numpy(self.files.column("folder").astype(np.int64))
-
-    def used_folders(self) -> list[str]:
-        """Paths of the folders that hold images."""
-        return [self.folders()[number] for number in self.folder_numbers().unique().tolist()]
-
-    def by_folder(self, name: Callable[[str], str]) -> tuple[tuple[str, ...], Tensor]:
-        """The sorted names that the files' folders stand for, and per file the number of its name."""
-        used, of_file = self.folder_numbers().unique(return_inverse=True)
-        found = [name(self.folders()[number]) for number in used.tolist()]
+        used, of_file = np.unique(self.files.column("folder"), return_inverse=True)
+        found = [name(self.index.folders[number]) for number in used.tolist()]
         names = tuple(sorted(set(found)))
-        return names, torch.tensor([names.index(one) for one in found])[of_file]
+        return names, torch.tensor([names.index(one) for one in found], dtype=torch.int64)[torch.from_numpy(of_file)]
 
     def refuse_lost_folders(self, levels: int) -> None:
-        """Refuses a class that lost all its files; see :func:`~ssl_pipeline.data.bad_files.refuse_lost_folders`."""
+        """Refuses a folder in which a class, so many levels deep, lost all its files: it would vanish without a word.
+
+        Folders that hold nothing but texts and tables are no classes; empty ones are logged.
+        """
         assert self.index is not None
-        refuse_lost_folders(
-            str(self.root), self.folders(), self.used_folders(), self.index.ignored, self.faults, levels
-        )
+
+        def top(folder: str) -> str:
+            return first_levels(folder, levels)
+
+        kept = set(self.by_folder(top)[0])
+        problems, empty = [], []
+        for name in sorted({top(folder) for folder in self.index.folders} - kept - {""}):
+            ours = [one for one in self.index.ignored if top(one.folder) == name]
+            bad = {file: fault for file, fault in self.faults.items() if top(file.rpartition("/")[0]) == name}
+            if bad or any(one.ending not in _BESIDE_IMAGES for one in ours):
+                problems.append(
+                    f"{str(self.root)!r}: none of the files in {name!r} is an image: {'; '.join(causes(ours, bad))}. Convert or "
+                    "replace them, or move the folder out."
+                )
+            elif not ours:
+                empty.append(name)
+        if problems:
+            raise ConfigError(problems)
+        if empty and kept - {""}:
+            warn_once(f"{self.root}: {joined(empty)} hold no image and are no classes.")
 
     def dataset(self, config: PreparedConfig[Opened], name: str, **known: Any) -> FileDataset:
-        """The files as a dataset.
-
-        Args:
-            config: the source's.
-            name: for messages.
-            known: labels, domains and their names, see :class:`FileDataset`.
+        """The files as a dataset, with ``known`` labels, domains and their names.
 
         Raises:
             ConfigError: the cache is asked for, and there is none.

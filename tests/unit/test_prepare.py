@@ -16,15 +16,9 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import image_files, image_index
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
+from ssl_pipeline.data.file_table import FileTable
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.image_index import (
-    FILE_NAME,
-    FORMAT,
-    FileTable,
-    ImageIndex,
-    index_folder,
-    index_images,
-)
+from ssl_pipeline.data.image_index import FILE_NAME, FORMAT, ImageIndex, index_folder, index_images
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
 from ssl_pipeline.data.reading import read_crops

@@ -16,8 +16,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import BadFilesLimit, warn_once
+from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
-from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import SPLIT_NAMES, part_of, resembles_split, split_named, split_three, splits_among
 
@@ -93,16 +93,7 @@ class Config(PreparedConfig[FileDataset]):
 
 @dataclass(frozen=True)
 class _DomainTree:
-    """A folder of domains.
-
-    Attributes:
-        images: its files.
-        names: of the domains.
-        classes: of all domains together.
-        domains: per file its domain, int64.
-        labels: per file its class, int64.
-        splits: per file the split whose folder it lies in; None where there are no folders of splits.
-    """
+    """A folder of domains: their names, all their classes, and per file its domain, class and, if there are folders of splits, split."""
 
     images: ImageFiles
     names: tuple[str, ...]
@@ -148,18 +139,19 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _DomainTree:
             "`data=folder`."
         )
     images.refuse_lost_folders(levels=2)
-    level, splits = _level_of_splits([as_text(folder).split("/") for folder in images.used_folders()], root), None
+    folders, of_file = images.by_folder(as_text)
+    level, splits = _level_of_splits([folder.split("/") for folder in folders], root), None
     if level is not None:
-        folders = [as_text(folder).split("/") for folder in images.folders()]
-        deep = torch.tensor([len(path) >= 3 and split_named(path[level]) is not None for path in folders])
-        kept = images.files.select(deep[images.folder_numbers()])
-        if not kept:
+        parts = [path[level] if len(path := folder.split("/")) >= 3 else "" for folder in folders]
+        found = [split_named(part) for part in parts]
+        kept = torch.tensor([split is not None for split in found])[of_file]
+        if not bool(kept.any()):
             raise ConfigError(
                 f"`data.path`: {str(root)!r} has folders of splits and holds no image at split/domain/class or "
                 "domain/split/class. For splits of classes without domains take `data=folder`."
             )
-        images = replace(images, files=kept)
-        splits = tuple(split_named(folders[number][level]) or "train" for number in images.folder_numbers().tolist())
+        images = replace(images, files=images.files.select(kept))
+        splits = tuple(split for number in of_file[kept].tolist() if (split := found[number]) is not None)
 
     def name(depth: int, folder: str) -> str:
         path = as_text(folder).split("/")

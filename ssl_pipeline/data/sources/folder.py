@@ -15,8 +15,8 @@ from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import BadFilesLimit, causes
 from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
-from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.data.splits import part_of, split_three, splits_in
 
@@ -95,8 +95,6 @@ class _ClassFolders:
         tops: per file the subfolder of the root it lies in, "" for the root itself, as a number of ``names``.
         names: of the subfolders that hold images, sorted; "" for the root itself.
         classes: the names, where they are classes.
-        labels: per file the number of its class, int64 of shape (N,); None without.
-        unlabeled_because: see :class:`~ssl_pipeline.data.dataset.IndexedDataset`.
     """
 
     images: ImageFiles

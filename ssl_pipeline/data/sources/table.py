@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined, shorten
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.class_names import class_names
-from ssl_pipeline.data.columns import alike, number_names, numbers_in, one_of, read_columns
+from ssl_pipeline.data.columns import alike, class_names, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
 from ssl_pipeline.data.source import Part, Split
@@ -114,17 +113,11 @@ class Config(PreparedConfig[IndexedDataset | None]):
 
 @dataclass(frozen=True)
 class _Rows:
-    """A table's rows.
+    """A table's rows: per row its file, its split (``train`` without such a column), and what else its columns hold.
 
     Attributes:
-        images: per row its file, absolute or relative to their root.
-        splits: per row its split; all are ``train`` without such a column.
-        labels: per row the number of its class, int64, −1 where there is none.
+        labels: the number of its class, int64, −1 where there is none.
         classes: their names: by number where all are numbers, by name otherwise.
-        targets: per row its numbers; None without such columns.
-        domains: per row the number of its domain, int64.
-        domain_names: in the order of the numbers.
-        unlabeled_because: see :class:`~ssl_pipeline.data.source.IndexedDataset`.
     """
 
     images: ImageFiles

@@ -17,8 +17,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.class_names import class_name, refuse_several
-from ssl_pipeline.data.columns import text_of
+from ssl_pipeline.data.columns import class_name, refuse_several, text_of
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
 from ssl_pipeline.data.reading import channels_of
