@@ -191,11 +191,9 @@ class PreparedConfig(DecodedConfig[Opened], ABC):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a root, and what its index knows of them.
+    """Images below a root, by paths that start from it.
 
     Attributes:
-        root: the folder that their paths start from.
-        files: the images.
         place: where the index of the root is, or would be.
         index: of the root; None where there is none.
         faults: of the files left out, by their paths, what is wrong with them.
