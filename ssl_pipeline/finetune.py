@@ -32,7 +32,7 @@ from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import seconds_before
-from ssl_pipeline.logging.progress import console, duration, print_table, silence_other_ranks
+from ssl_pipeline.logging.progress import console, duration, print_table
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.build_encoder import build_encoder, check_channels
@@ -45,7 +45,6 @@ _log = logging.getLogger("ssl_pipeline")
 def finetune(config: FinetuneConfig) -> Result:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     accelerator = start_accelerator()
-    silence_other_ranks(accelerator.is_main_process)
     config, plan = open_plan(config)
     if accelerator.is_main_process and config.tracking.terminal != "quiet":
         labels = describe_labels(plan.pool, plan.held_out, config.split)

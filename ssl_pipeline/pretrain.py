@@ -32,11 +32,9 @@ from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.evaluation.alerts import Alerts
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.online import OnlineEvalCallback, OnlineEvaluation
-from ssl_pipeline.logging.progress import silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec
-from ssl_pipeline.models.pretrained_cfg import resolve_cfg
 from ssl_pipeline.pretrain_config import BatchConfig, PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -47,7 +45,6 @@ __all__ = ["BatchConfig", "PretrainConfig", "pretrain"]
 def pretrain(config: PretrainConfig) -> Path:
     """Stage one: pretrains a backbone on images without labels, and returns the run's folder."""
     accelerator = start_accelerator()
-    silence_other_ranks(accelerator.is_main_process)
     share = dist_info(accelerator)
 
     train, dev = open_training(config.data), config.data.open("dev")
@@ -55,11 +52,10 @@ def pretrain(config: PretrainConfig) -> Path:
     config.check(train, share.processes)
 
     views_config, of_views = config.views.for_channels(train.channels)
-    notes += of_views
+    expected = weights_input(config.backbone, train.channels, train.mean, train.std)
+    notes += [*of_views, *expected.notes(config.views.size, evaluated=False)]
     if isinstance(train, IndexedDataset):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
-    expected = resolve_cfg(config.backbone, train.channels, train.mean, train.std)
-    notes += expected.notes(config.views.size, evaluated=False)
     views = build_views(train, views_config, expected.mean, expected.std, config.seed)
     preprocessing = Preprocessing(config.views.size, expected.mean, expected.std)
 
@@ -88,8 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
         notes += [f"{share.processes} process(es) on {share.device}", f"run folder {run.folder}"]
         if run.changes and resume is not None:
             notes.append(describe_resume(resume, loader, config.optim))
-        for note in notes:
-            run.say(f"  {note}")
+        run.say("\n".join(f"  {note}" for note in notes))
 
         images = train.preview()
         evaluation = OnlineEvalCallback(

@@ -20,6 +20,7 @@ from ssl_pipeline.config.timeout import timeout_seconds
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.engine.failures import NEVER, watch_group
 from ssl_pipeline.engine.fsdp import check_fsdp_environment, shard_on_cpu
+from ssl_pipeline.logging.progress import silence_other_ranks
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -50,6 +51,7 @@ def start_accelerator() -> Accelerator:
         watch_group()
     patience = InitProcessGroupKwargs(timeout=NEVER if cpu else timedelta(seconds=timeout_seconds()))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[kwargs, patience])
+    silence_other_ranks(accelerator.is_main_process)
     asked = max(of_group, _processes_asked_of_launcher())
     if asked != accelerator.num_processes:
         raise ConfigError(
