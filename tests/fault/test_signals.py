@@ -31,11 +31,11 @@ OF_TIME = ("time", "system/images_per_s", "system/data_wait")
 
 @pytest.fixture
 def listening() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in signals.HEARD]
+    before = {number: signal.getsignal(number) for number in (*signals.HEARD, signal.SIGINT)}
     signals.install_signal_handlers()
     yield
     signals.reset_signals()
-    for number, handler in zip(signals.HEARD, before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
