@@ -19,6 +19,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_folds, draw_index
 from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.downstream.task import DownstreamConfig
+from ssl_pipeline.evaluation.features import evaluating
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
@@ -107,12 +108,10 @@ class DomainSplit:
         if all(sum(map(len, side)) > 1 for side in sides):
             found["label_free/proxy_a_distance"] = proxy_a_distance(*map(torch.cat, sides))
         if self.unknown is not None:
-            was_training = classifier.training
             held_out = None if learned.validation is None else read(learned.validation)
-            found |= open_set_metrics(
-                classifier.eval(), read(learned.train), held_out, rows, self.targets, read(self.unknown), share.device
-            )
-            classifier.train(was_training)
+            unknown, taught = read(self.unknown), read(learned.train)
+            with evaluating(classifier):
+                found |= open_set_metrics(classifier, taught, held_out, rows, self.targets, unknown, share.device)
         return found
 
 

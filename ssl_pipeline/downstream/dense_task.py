@@ -18,7 +18,7 @@ from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_readable
 from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
-from ssl_pipeline.evaluation.features import gather_parts
+from ssl_pipeline.evaluation.features import evaluating, gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -93,17 +93,15 @@ class DenseTask(DownstreamTask):
         assert isinstance(source, AnnotatedDataset)
         whole = replace(preprocessing, whole=True)
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
-        was_training = self.training
-        self.eval()
-        compared = gather_parts(
-            (
-                self.compare(prediction, to_device(source.annotations.whole(i), share.device))
-                for index, images in read_readable(source, whole, share.device, own, chunk=16)
-                for i, prediction in zip(index.tolist(), self.predict(images), strict=True)
-            ),
-            share,
-        )
-        self.train(was_training)
+        with evaluating(self):
+            compared = gather_parts(
+                (
+                    self.compare(prediction, to_device(source.annotations.whole(i), share.device))
+                    for index, images in read_readable(source, whole, share.device, own, chunk=16)
+                    for i, prediction in zip(index.tolist(), self.predict(images), strict=True)
+                ),
+                share,
+            )
         if not compared:
             raise ConfigError(f"{source.name}: none of its {len(source)} images can be read: replace the files.")
         return self.score(compared)

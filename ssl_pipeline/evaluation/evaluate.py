@@ -100,13 +100,7 @@ class EvaluateConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
-
-    Attributes:
-        figures: in the order of the table.
-        trials: the probe's validation accuracies, by layer and rate.
-        notes: for the log.
-    """
+    """The metrics in the order of the table, the probe's validation accuracies by layer and rate, and notes for the log."""
 
     figures: list[Metric]
     trials: dict[str, float]

@@ -26,15 +26,7 @@ _PAIRS = 2048  # rows for metrics of pairs
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured value.
-
-    Attributes:
-        name: the key it has in the file.
-        value: what was measured.
-        how: by which settings, for the table.
-        share: whether it is a share, shown in percent.
-        half: half the 95 % interval; None where there is none.
-    """
+    """One measured value, by which settings (``how``), whether it is a share shown in percent, and half its 95 % interval."""
 
     name: str
     value: float
@@ -50,12 +42,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a labeled source, by layer.
-
-    Attributes:
-        layers: ``neck`` and the pooled levels, float32 of shape (N, width) each.
-        labels: int64 of shape (N,).
-    """
+    """The features of a labeled source: per layer (``neck`` and the pooled levels) float32 (N, width), and labels, int64 (N,)."""
 
     layers: dict[str, Tensor]
     labels: Tensor
@@ -108,14 +95,9 @@ def knn_metrics(train: Features, test: Features, classes: int, ks: Sequence[int]
 
 @dataclass(frozen=True)
 class ChosenProbe:
-    """The probe that did best on validation labels.
+    """The probe that did best on validation labels: weight (classes, D) and bias (classes,) for one layer.
 
-    Attributes:
-        layer: what it reads.
-        weight: shape (classes, D).
-        bias: shape (classes,).
-        trials: validation accuracy by layer and rate.
-        how: for the table.
+    ``trials`` are the validation accuracies by layer and rate.
     """
 
     layer: str

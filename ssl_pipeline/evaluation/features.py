@@ -79,7 +79,7 @@ def extract(
         CutShortError: a signal has come.
     """
     part = _part(source, index, share)
-    with _evaluating(network):
+    with evaluating(network):
         batches, run = read_in_order(source, preprocessing, share.device, part), forward or network
         return torch.cat(gather_parts((run(images).float().cpu() for images in batches), share))
 
@@ -103,7 +103,7 @@ def extract_readable(
         CutShortError: a signal has come.
     """
     part = _part(source, index, share)
-    with _evaluating(network):
+    with evaluating(network):
         batches, run = read_readable(source, preprocessing, share.device, part), forward or network
         rows = gather_parts(((run(images).float().cpu(), read) for read, images in batches), share)
     if not rows:
@@ -118,7 +118,7 @@ def _part(source: IndexedDataset, index: Tensor | None, share: DistInfo) -> Tens
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back into the mode that the network was in."""
     was_training = network.training
     network.eval()
@@ -145,7 +145,7 @@ def two_views(
         crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch=0)
         crops = [crop.to(device) for crop in crops]
     finished = views.finish(crops, index, epoch=0)
-    with _evaluating(encoder):
+    with evaluating(encoder):
         return encoder.features(finished[0]), encoder.features(finished[views.config.count - 1])
 
 

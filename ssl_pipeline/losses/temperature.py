@@ -111,9 +111,7 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:
     """The softmax's entropy ÷ log N, between 0 (one candidate takes all) and 1 (all are alike); shape without N."""
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
-    return entropy / torch.log(torch.tensor(float(logits.shape[-1])))
+    return _entropy(softmax(logits, temperature)) / math.log(logits.shape[-1])
 
 
 @torch.no_grad()
@@ -170,5 +168,5 @@ def temperature_metrics(
 
 
 def _entropy(p: Tensor) -> Tensor:
-    entropy: Tensor = -torch.special.xlogy(p, p).sum(1)
+    entropy: Tensor = -torch.special.xlogy(p, p).sum(-1)
     return entropy

@@ -123,13 +123,7 @@ def known_mean(loss, predictions: Tensor, targets: Tensor) -> Tensor:  # type: i
 
 @dataclass(frozen=True)
 class Probes:
-    """Linear classifiers of the same features, one per learning rate.
-
-    Attributes:
-        rates: R learning rates.
-        weight: float32 of shape (R, classes, D), for raw features.
-        bias: float32 of shape (R, classes).
-    """
+    """Linear classifiers of R learning rates on raw features: weight (R, classes, D) and bias (R, classes), float32."""
 
     rates: tuple[float, ...]
     weight: Tensor

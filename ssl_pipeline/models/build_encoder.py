@@ -37,14 +37,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class BuiltEncoder:
-    """An encoder on the CPU.
-
-    Attributes:
-        encoder: in training mode.
-        blueprint: how it is built and fed.
-        card: of the run that wrote it; None where it is not one of ours.
-        notes: for the log.
-    """
+    """An encoder on the CPU, how it is built and fed, the card of the run that wrote it (None if none of ours did), and notes."""
 
     encoder: Encoder
     blueprint: EncoderSpec

@@ -28,13 +28,7 @@ from ssl_pipeline.models.small_resnet import SmallResNet
 
 @dataclass(frozen=True)
 class FeatureLevel:
-    """One level of the feature pyramid.
-
-    Attributes:
-        modules: names of the network's modules after the level before.
-        width: its channels.
-        stride: the image's pixels per pixel of it.
-    """
+    """A level of the feature pyramid: the modules after the level before, its channels, and the image's pixels per pixel of it."""
 
     modules: tuple[str, ...]
     width: int
