@@ -35,6 +35,7 @@ from ssl_pipeline.evaluation.online import OnlineEvalCallback, OnlineEvaluation
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec
+from ssl_pipeline.models.pretrained_cfg import resolve_cfg
 from ssl_pipeline.pretrain_config import BatchConfig, PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -52,7 +53,7 @@ def pretrain(config: PretrainConfig) -> Path:
     config.check(train, share.processes)
 
     views_config, of_views = config.views.for_channels(train.channels)
-    expected = weights_input(config.backbone, train.channels, train.mean, train.std)
+    expected = resolve_cfg(config.backbone, train.channels, train.mean, train.std)
     notes += [*of_views, *expected.notes(config.views.size, evaluated=False)]
     if isinstance(train, IndexedDataset):
         notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
