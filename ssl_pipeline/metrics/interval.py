@@ -1,4 +1,4 @@
-"""Means with their 95 % interval (Student's t): a figure without one means little."""
+"""Means with their 95 % interval (Student's t), and what to make of differences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05  # a finding's p-value is below it
+Verdict = Literal["gain", "no gain beyond chance", "loss", "one seed"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,29 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """The lower end."""
         return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
 
     def percent(self, signed: bool = False) -> str:
         """In percentage points, such as ``71.3 ± 1.2``."""
         mean = f"{100 * self.mean:+.1f}" if signed else f"{100 * self.mean:.1f}"
         return mean if self.half == float("inf") else f"{mean} ± {100 * self.half:.1f}"
+
+    def verdict(self, p: float | None = None) -> Verdict:
+        """What a difference is.
+
+        Args:
+            p: its p-value, corrected for the number of comparisons; its own by default.
+        """
+        p = self.p if p is None else p
+        if math.isnan(p):
+            return "one seed"
+        if p >= LEVEL:
+            return "no gain beyond chance"
+        return "gain" if self.mean > 0 else "loss"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -75,3 +93,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(order) - rank) * p_values[place]))
         corrected[place] = least
     return corrected
+
+
+def verdicts(differences: Sequence[Interval]) -> list[Verdict]:
+    """What differences from one baseline are, their p-values corrected for their number by Holm.
+
+    A corrected p-value of 5 % or more is no gain, even where the difference's own 95 % interval is above 0.
+    """
+    corrected = holm([one.p for one in differences])
+    return [one.verdict(p) for one, p in zip(differences, corrected, strict=True)]

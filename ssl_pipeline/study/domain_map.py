@@ -15,8 +15,8 @@ from ssl_pipeline.domain.across import split_domains
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.finished import load_model
 from ssl_pipeline.evaluation.features import extract_readable
+from ssl_pipeline.evaluation.plots import pca_projection
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.report.planes import pca_projection
 
 _MOST = 300  # points of a domain: more of them hide one another
 # Okabe and Ito's two that differ most, also in their lightness.

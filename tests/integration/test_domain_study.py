@@ -19,7 +19,7 @@ from ssl_pipeline.finetune import FinetuneConfig, finetune
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.report.stage_two import domain_table
+from ssl_pipeline.report.tables import domain_table
 from ssl_pipeline.study.domain import DomainStudyConfig, chosen, sentences, study, tabulate
 from tests.report_page import Page, blind
 from tests.runs import tiny_pretrain
@@ -60,7 +60,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert table is not None
     assert table.columns == ["method", "trained on", "edges"]
     assert [row[:2] for row in table.rows] == [[name, "original"] for name in ROWS]
-    assert "domains" in Page(page([run], looking=blind)).ids()
+    assert "domains" in Page(page([run], images=blind)).ids()
 
 
 def test_domains_that_can_be_told_apart_are_far() -> None:
