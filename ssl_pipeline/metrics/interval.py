@@ -1,4 +1,4 @@
-"""Means with their 95 % interval (Student's t), and what to make of differences."""
+"""Means with their 95 % interval (Student's t)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05  # a finding's p-value is below it
-Verdict = Literal["gain", "no gain beyond chance", "loss", "one seed"]
+Verdict = Literal["gain", "loss", "no difference", "one seed"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Interval:
 
     Attributes:
         mean: over the values.
-        half: half-width; infinite for a single value, which says nothing of the spread.
+        half: half-width; infinite for a single value.
         p: two-sided p-value of a mean of 0, by Student's t; NaN for a single value.
     """
 
@@ -36,23 +36,23 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half
 
-    def percent(self, signed: bool = False) -> str:
-        """In percentage points, such as ``71.3 ± 1.2``."""
-        mean = f"{100 * self.mean:+.1f}" if signed else f"{100 * self.mean:.1f}"
-        return mean if self.half == float("inf") else f"{mean} ± {100 * self.half:.1f}"
-
     def verdict(self, p: float | None = None) -> Verdict:
-        """What a difference is.
+        """What to make of a difference at the 5 % level.
 
         Args:
-            p: its p-value, corrected for the number of comparisons; its own by default.
+            p: the p-value to go by, such as one corrected by :func:`holm`; the interval's own by default.
         """
         p = self.p if p is None else p
         if math.isnan(p):
             return "one seed"
         if p >= LEVEL:
-            return "no gain beyond chance"
+            return "no difference"
         return "gain" if self.mean > 0 else "loss"
+
+    def percent(self, signed: bool = False) -> str:
+        """In percentage points, such as ``71.3 ± 1.2``."""
+        mean = f"{100 * self.mean:+.1f}" if signed else f"{100 * self.mean:.1f}"
+        return mean if self.half == float("inf") else f"{mean} ± {100 * self.half:.1f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -96,9 +96,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdicts(differences: Sequence[Interval]) -> list[Verdict]:
-    """What differences from one baseline are, their p-values corrected for their number by Holm.
+    """What to make of differences from one baseline, their p-values corrected for their number by :func:`holm`.
 
-    A corrected p-value of 5 % or more is no gain, even where the difference's own 95 % interval is above 0.
+    Corrected, a difference may be none although its own 95 % interval does not contain 0.
     """
     corrected = holm([one.p for one in differences])
     return [one.verdict(p) for one, p in zip(differences, corrected, strict=True)]

@@ -225,7 +225,8 @@ def verdict(difference: Interval, percent: bool = True) -> str:
     found = difference.verdict()
     if found == "one seed":
         return f"{points} with one seed, which says nothing of chance."
-    return f"{points} (95 % interval, paired by seed): {'a ' if found in ('gain', 'loss') else ''}{found}."
+    told = "no gain beyond chance" if found == "no difference" else f"a {found}"
+    return f"{points} (95 % interval, paired by seed): {told}."
 
 
 def title(runs: Sequence[RunRecord]) -> str:
