@@ -1,10 +1,11 @@
-"""One cell of a study: trained and measured in whichever process has time, with features that are taken once an encoder."""
+"""Works on the jobs of a study: trains and measures cells, with features that are extracted once for an encoder."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_pipeline.config.base import dump
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.labels import draw_index
-from ssl_pipeline.downstream.plan import Start
+from ssl_pipeline.downstream.plan import Plan
 from ssl_pipeline.downstream.regime import CachedFeatures
 from ssl_pipeline.downstream.selection import selection
-from ssl_pipeline.downstream.vector import PooledConfig, Rows, targets_of
+from ssl_pipeline.downstream.vector import Rows, targets_of
 from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.finetune import FinetuneConfig, model_card, open_plan, open_start
+from ssl_pipeline.finetune import FinetuneConfig, model_card
 from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.knn import knn_accuracy
-from ssl_pipeline.models.artifact import save
+from ssl_pipeline.models.artifact import finite, save
 from ssl_pipeline.rng import derive_seed
-from ssl_pipeline.study.grid import Cell
+from ssl_pipeline.study.cells import Cell, Opener
 
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """An encoder's features to be taken.
+    """Features of an encoder to be extracted.
 
     Attributes:
         cell: one of those that start from it.
@@ -54,9 +54,9 @@ class TrainJob:
 
     Attributes:
         cell: which.
-        features: where its encoder's are, if they were taken.
-        record: the cell's file, with what is to stand in it beside the figures.
-        facts: that is.
+        features: the file of its encoder's features, if they were extracted.
+        record: the cell's file.
+        facts: what stands in it beside the metrics.
         model: where its model goes; None keeps none.
     """
 
@@ -67,102 +67,74 @@ class TrainJob:
     model: Path | None
 
 
-def reads_features(config: FinetuneConfig) -> bool:
-    """Whether a cell's probe reads the encoder's features, which may then be taken once for all cells."""
-    return isinstance(config.downstream, PooledConfig) and config.regime.probes
-
-
 class CellRunner:
-    """Where one process works: it opens data and encoders once."""
+    """What works on a study's jobs, one in each process."""
 
     def __init__(self) -> None:
-        self.accelerator = start_accelerator()
+        self.accelerator, self.opener = start_accelerator(), Opener()
         self.share = dist_info(self.accelerator)
-        self._sources: dict[str, tuple[IndexedDataset, IndexedDataset]] = {}
-        self._starts: dict[str, Start] = {}
 
-    def run(self, task: FeatureJob | TrainJob) -> str:
-        """Does a piece of work; returns what it was."""
-        cell = task.cell
-        if isinstance(task, FeatureJob):
-            self.read(task)
-            return f"features of {cell.init}"
-        name, value = next(iter(self.train(task).items()))
-        return f"{cell.init}, {cell.regime}, {cell.labels} labels, seed {cell.seed}: {name} {value:.4f}"
+    def run(self, job: FeatureJob | TrainJob) -> str:
+        """Does a job; returns what it was, for the log."""
+        if isinstance(job, FeatureJob):
+            self.read(job)
+            return f"features of {next(iter(job.cell.row.values()))}"
+        name, value = next(iter(self.train(job).items()))
+        return f"{job.cell}: {name} {value:.4f}"
 
-    def sources(self, config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset]:
-        """Training images and those to measure on."""
-        key = f"{dump(config)['data']} {config.split}"
-        if key not in self._sources:
-            pool, held_out = config.data.open("train"), config.data.open(config.split)
-            assert pool is not None
-            assert held_out is not None
-            self._sources = {key: (pool, held_out)}  # of one study's cells all have the same
-        return self._sources[key]
-
-    def start(self, config: FinetuneConfig) -> Start:
-        """What a cell starts from."""
-        tree = dump(config)
-        key = str(
-            [config.starts_fresh, *(tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "views"))]
-        )
-        if key not in self._starts:  # the last one alone: cells come in its order
-            self._starts = {key: open_start(config, self.sources(config)[0])}
-        return self._starts[key]
-
-    def read(self, task: FeatureJob) -> None:
-        """Takes an encoder's features of training images and of those to measure on, and writes them whole or not at all."""
-        pool, held_out = self.sources(task.cell.config)
-        start = self.start(task.cell.config)
-        torch.manual_seed(derive_seed(task.cell.config.seed, "initialisation"))
+    def read(self, job: FeatureJob) -> None:
+        """Extracts features of training images and of those to measure on, and writes them whole or not at all."""
+        config = job.cell.config
+        (pool, held_out), start = self.opener.sources(config), self.opener.start(config)
+        assert held_out is not None
+        torch.manual_seed(derive_seed(config.seed, "initialisation"))
         encoder = copy.deepcopy(start.encoder) if start.encoder is not None else start.spec.build()[0]
         encoder, preprocessing = move_to_device(encoder, self.share), Preprocessing.of(start.spec)
-        index = torch.arange(len(pool)) if task.knn else task.index
+        index = torch.arange(len(pool)) if job.knn else job.index
         found = {"index": index}
         for name, source, asked in (("train", pool, index), ("held_out", held_out, None)):
             found[name], found[f"{name}_read"] = extract_readable(encoder, source, preprocessing, self.share, asked)
-        if task.knn and pool.labels is not None and held_out.labels is not None:
-            bank, asked_for = pool.labels[found["train_read"]], held_out.labels[found["held_out_read"]]
-            classes = len(pool.classes or ())
-            accuracy = knn_accuracy(found["held_out"], asked_for, found["train"], bank, classes)
+        if job.knn and pool.labels is not None and held_out.labels is not None:
+            bank, wanted = pool.labels[found["train_read"]], held_out.labels[found["held_out_read"]]
+            accuracy = knn_accuracy(found["held_out"], wanted, found["train"], bank, len(pool.classes or ()))
             if math.isfinite(accuracy):
-                write_json(task.file.with_suffix(".json"), {"knn": accuracy})
-        partial = task.file.with_suffix(".partial")
+                write_json(job.file.with_suffix(".json"), {"knn": accuracy})
+        partial = job.file.with_suffix(".partial")
         save_file(found, partial)
-        partial.replace(task.file)
+        partial.replace(job.file)
 
-    def train(self, task: TrainJob) -> dict[str, float]:
-        """Trains and measures a cell, and writes its figures, the model first."""
-        began, cell, config = time.perf_counter(), task.cell, task.cell.config
-        pool, held_out = self.sources(config)
-        config, plan = open_plan(config, (pool, held_out), self.start(config))
-        features = None
-        if task.features is not None:
-            rows = load_file(task.features)
-            index, validation = draw_index(config.labels, config.downstream, pool, config.seed)
-            measured = Rows(rows["held_out"], targets_of(held_out)[rows["held_out_read"]], rows["held_out_read"])
-            features = CachedFeatures(
-                _of(rows, index, pool), None if validation is None else _of(rows, validation, pool), measured
-            )
-        context = plan.context(config.seed, self.accelerator, features=features)
-        model = plan.train(context)
-        figures = plan.measure(model, context)
-        if task.model is not None:
-            task.model.mkdir(parents=True, exist_ok=True)
-            save(task.model, model, model_card(config, plan, figures))
+    def train(self, job: TrainJob) -> dict[str, float]:
+        """Trains and measures a cell as ``finetune`` does, and writes its metrics, the model first."""
+        began, cell = time.perf_counter(), job.cell
+        config, plan = self.opener.plan(cell.config)
+        features = None if job.features is None else cached_features(load_file(job.features), config, plan)
+        context = plan.context(cell.seed, self.accelerator, features=features)
+        task = plan.train(context)
+        metrics = finite(plan.measure(task, context))
+        if job.model is not None:
+            job.model.mkdir(parents=True, exist_ok=True)
+            save(job.model, task, model_card(config, plan, metrics))
         chosen_by = selection(config.labels, config.downstream, config.regime, context.labeled)
-        count = chosen_by["learned_from"] + chosen_by["held_out"]
-        row = {
-            "init": cell.init, "regime": cell.regime, "labels": cell.labels, "label_count": count, "held_out": chosen_by["held_out"], "seed": cell.seed, "split": config.split,
-            "figures": figures, "seconds": round(time.perf_counter() - began, 2),
+        held_out = chosen_by["held_out"]
+        record = {
+            **cell.row, "label_count": chosen_by["learned_from"] + held_out, "held_out": held_out, "seed": cell.seed,
+            "split": config.split, "figures": metrics, "seconds": round(time.perf_counter() - began, 2), **job.facts,
         }  # fmt: skip
-        write_json(task.record, {**row, **task.facts})
-        return figures
+        write_json(job.record, record)
+        return metrics
 
 
-def _of(rows: dict[str, Tensor], index: Tensor, pool: IndexedDataset) -> Rows:
+def cached_features(found: Mapping[str, Tensor], config: FinetuneConfig, plan: Plan) -> CachedFeatures:
+    """A file of features as a plan reads them."""
+    index, validation = draw_index(config.labels, config.downstream, plan.pool, config.seed)
+    measured = Rows(found["held_out"], targets_of(plan.held_out)[found["held_out_read"]], found["held_out_read"])
+    chosen = None if validation is None else rows_of(found, validation, plan.pool)
+    return CachedFeatures(rows_of(found, index, plan.pool), chosen, measured)
+
+
+def rows_of(found: Mapping[str, Tensor], index: Tensor, pool: IndexedDataset) -> Rows:
     """Some training images (sorted int64 indices) as a head reads them, without those that could not be decoded."""
-    assert bool(torch.isin(index, rows["index"]).all())
-    chosen = torch.isin(rows["train_read"], index)
-    read = rows["train_read"][chosen]
-    return Rows(rows["train"][chosen], targets_of(pool)[read], torch.searchsorted(index, read))
+    assert bool(torch.isin(index, found["index"]).all())
+    chosen = torch.isin(found["train_read"], index)
+    read = found["train_read"][chosen]
+    return Rows(found["train"][chosen], targets_of(pool)[read], torch.searchsorted(index, read))

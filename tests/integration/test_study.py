@@ -23,10 +23,10 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.report.charts import label_efficiency
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.study.cell import CellRunner
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initializations_of, study
-from ssl_pipeline.study.verdict import StudyTable
+from ssl_pipeline.study.runner import CellRunner
+from ssl_pipeline.study.table import StudyTable
 from tests.report_page import Page, blind
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
@@ -64,7 +64,7 @@ def done(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_weights_are_trained_once_whatever_the_regimes(runs: list[Path], tmp_path: Path) -> None:
     grid = cells(words(runs, tmp_path, "regimes=[frozen,lp_ft,end_to_end]"))
     assert {name: len(of_init) for name, of_init in grid.items()} == {"random": 8, "run0": 12, "run1": 12}
-    assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
+    assert {cell.row["regime"] for cell in grid["random"]} == {"frozen", "scratch"}
     assert {cell.config.encoder for cell in grid["random"]} == {str(runs[0])}
     assert all(cell.config.starts_fresh for cell in grid["random"])
 
