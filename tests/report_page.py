@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
 from typing import Any
 
-from ssl_pipeline.report.look import RunImages
+from ssl_pipeline.report.images import RunImages
 
 
 class Page(HTMLParser):
@@ -43,9 +42,17 @@ def blind(_: Any) -> RunImages:
     return RunImages()
 
 
-def payload(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found
-    assert not set("<>&") & set(found.group(1))  # nothing in it can end it
-    tree: dict[str, Any] = json.loads(found.group(1))
-    return tree
+def curves(text: str, chart: str, run: int, axis: str = "step") -> list[int]:
+    """The numbers of points of a run's lines in a chart of a page."""
+    (figure,) = re.findall(rf'<figure class="chart" data-chart="{chart}">(.*?)</figure>', text, re.DOTALL)
+    (drawing,) = re.findall(rf'<div class="drawing axis-{axis}">(.*?)</div>', figure, re.DOTALL)
+    return [
+        len(re.findall("[ML]", path))
+        for path in re.findall(rf'<g class="run-{run}">\s*<path d="(.*?)"', drawing, re.DOTALL)
+    ]
+
+
+def refresh(text: str) -> int | None:
+    """The seconds after which a page reloads itself."""
+    found = re.search(r'<meta http-equiv="refresh" content="(\d+)">', text)
+    return int(found[1]) if found else None

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.evaluation.features import one_of_each_class
 from ssl_pipeline.evaluation.plot_views import views_picture
+from ssl_pipeline.evaluation.plots import nearest_images, pca_projection, to_unit_square
 from ssl_pipeline.logging.tracker import LoggerCollection
-from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.transforms.config import ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")
@@ -88,13 +86,13 @@ def neighbor_strips(source: IndexedDataset, index: Tensor, features: Tensor) -> 
     """
     count = min(_NEIGHBORS, len(index) - 1)
     queries = one_of_each_class(source, index)[:_QUERIES]
-    _, places = next(nearest_neighbors(features[queries], features, count + 1))
+    found = nearest_images(features[queries], features, count, queries)
     cell, gap = _TILE + 2 * _EDGE + 2, 8
     picture = Image.new("RGB", (cell * (count + 1) + gap, cell * len(queries)), "white")
     for row, query in enumerate(queries):
         wanted = _label(source, index, query)
         picture.paste(_framed(source, int(index[query]), _TILE, _NO_CLASS), (0, row * cell))
-        for column, place in enumerate([place for place in places[row].tolist() if place != query][:count]):
+        for column, (place, _) in enumerate(found[row]):
             label = _label(source, index, place)
             color = _NO_CLASS if label is None else _SAME_CLASS if label == wanted else _OTHER_CLASS
             tile = _framed(source, int(index[place]), _TILE, color)
@@ -104,12 +102,8 @@ def neighbor_strips(source: IndexedDataset, index: Tensor, features: Tensor) -> 
 
 def embedding_map(source: IndexedDataset, index: Tensor, features: Tensor) -> Image.Image:
     """The images at their features' first two principal components; the color of a frame is the class."""
-    unit = F.normalize(features.double(), dim=1)
-    u, s, _ = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
-    plane = F.pad(u * s, (0, 2))[:, :2]  # two columns also of features of width 1
-    low, high = plane.min(0).values, plane.max(0).values
     room = _MAP - _THUMBNAIL - 2 * _EDGE
-    spots = ((plane - low) / (high - low).clamp_min(1e-12) * room).round().long().tolist()
+    spots = (to_unit_square(pca_projection(features)[0]) * room).round().long().tolist()
     picture = Image.new("RGB", (_MAP, _MAP), "white")
     for place, (x, y) in enumerate(spots):
         label = _label(source, index, place)

@@ -41,13 +41,7 @@ class EmbedConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Features and what they are of, in the source's order.
-
-    Attributes:
-        features: float32 of shape (N, D).
-        sources: by split, one after the other.
-        about: facts that travel in the file, as text.
-    """
+    """Features, float32 of shape (N, D), of sources by split, one after the other; ``about`` is the file's metadata."""
 
     features: Tensor
     sources: dict[Split, IndexedDataset]
@@ -60,36 +54,28 @@ class Embeddings:
 
     @property
     def ids(self) -> list[str]:
-        """What each image is called: a file's path, or its number in its split."""
+        """Each image's file, or its number in its split."""
         return [source.describe(i) for source in self.sources.values() for i in range(len(source))]
 
     @property
     def splits(self) -> list[str]:
-        """Which split each image is of."""
         return [split for split, source in self.sources.items() for _ in range(len(source))]
 
-    @property
-    def labels(self) -> Tensor | None:
-        """int64 of shape (N,), −1 where an image has none; None where no source has labels."""
-        return self._joined([source.labels for source in self.sources.values()])
-
-    @property
-    def domains(self) -> Tensor | None:
-        return self._joined([source.domains for source in self.sources.values()])
+    def annotations(self) -> dict[str, tuple[Tensor | None, tuple[str, ...] | None]]:
+        """``label`` and ``domain``: int64 of shape (N,), −1 where an image has none; None where no source has any. And their names."""
+        labels = [source.labels for source in self.sources.values()]
+        domains = [source.domains for source in self.sources.values()]
+        return {
+            "label": (self._joined(labels), self.first.classes),
+            "domain": (self._joined(domains), self.first.domain_names),
+        }
 
     def _joined(self, numbers: list[Tensor | None]) -> Tensor | None:
         if all(part is None for part in numbers):
             return None
         sizes = [len(source) for source in self.sources.values()]
-        return torch.cat(
-            [torch.full((n,), -1) if part is None else part for part, n in zip(numbers, sizes, strict=True)]
-        )
-
-    def names(self, numbers: Tensor | None, names: tuple[str, ...] | None) -> list[str | None] | None:
-        """Labels or domains by name; None where an image has none."""
-        if numbers is None:
-            return None
-        return [None if n < 0 else names[n] if names is not None else str(n) for n in numbers.tolist()]
+        filled = [torch.full((n,), -1) if part is None else part for part, n in zip(numbers, sizes, strict=True)]
+        return torch.cat(filled)
 
 
 def embed(config: EmbedConfig) -> Embeddings:
@@ -104,27 +90,25 @@ def embed(config: EmbedConfig) -> Embeddings:
     for note in opened.notes:
         console().print(note, markup=False)
     features = [extract(opened.encoder, part, opened.preprocessing, opened.share) for part in sources.values()]
-    digest = hashlib.blake2b("".join(part.fingerprint() for part in sources.values()).encode(), digest_size=16)
+    prints = [part.fingerprint() for part in sources.values()]
+    joined = hashlib.blake2b("".join(prints).encode(), digest_size=16).hexdigest()
     facts = {
         "made_by": "ssl_pipeline",
         "encoder": Path(config.encoder).name if config.encoder else config.backbone.name,
         "data": source.name,
-        "fingerprint": source.fingerprint() if len(sources) == 1 else digest.hexdigest(),
+        "fingerprint": prints[0] if len(prints) == 1 else joined,
         "split": config.split,
         "classes": source.classes,
         "blueprint": opened.blueprint.model_dump(mode="json"),
     }
-    return Embeddings(
-        torch.cat(features),
-        sources,
-        {key: as_text(json.dumps(value, ensure_ascii=False)) for key, value in facts.items()},
-    )
+    about = {key: as_text(json.dumps(value, ensure_ascii=False)) for key, value in facts.items()}
+    return Embeddings(torch.cat(features), sources, about)
 
 
 def open_split(config: EncoderConfig, split: Split) -> IndexedDataset:
-    """A split that must be there; a file of it that can't be decoded will be an error.
+    """A split that must be there, in which a file that can't be decoded is an error.
 
-    While training its neighbor would take its place; here the neighbor's features would stand under its name.
+    Training takes its neighbor instead, whose features would stand here under the name of the file.
     """
     source = config.scaled_data.open(split)
     if source is None:
@@ -134,7 +118,7 @@ def open_split(config: EncoderConfig, split: Split) -> IndexedDataset:
 
 
 def open_every(config: EncoderConfig) -> dict[Split, IndexedDataset]:
-    """All images by their splits; likewise."""
+    """All images by their splits; a file that can't be decoded is an error, too."""
     sources = config.scaled_data.open_every()
     for source in sources.values():
         source.bad_files = None
@@ -146,34 +130,25 @@ def write_parquet(embedded: Embeddings, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source, rows = embedded.first, embedded.features.numpy()
-    columns: dict[str, Any] = {
-        "id": pa.array([as_text(name) for name in embedded.ids]),
-        "split": pa.array(embedded.splits),
-    }
-    for name, values in (
-        ("label", embedded.names(embedded.labels, source.classes)),
-        ("domain", embedded.names(embedded.domains, source.domain_names)),
-    ):
-        if values is not None:
-            columns[name] = pa.array([None if value is None else as_text(value) for value in values], pa.string())
+    rows = embedded.features.numpy()
+    columns: dict[str, Any] = {"id": pa.array(map(as_text, embedded.ids)), "split": pa.array(embedded.splits)}
+    for name, (numbers, names) in embedded.annotations().items():
+        if numbers is not None:
+            values = [None if n < 0 else as_text(names[n] if names else str(n)) for n in numbers.tolist()]
+            columns[name] = pa.array(values, pa.string())
     columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
     pq.write_table(pa.table(columns).replace_schema_metadata(embedded.about), path)
 
 
 def write_npz(embedded: Embeddings, path: Path) -> None:
     """Arrays ``id``, ``split``, ``features``, ``label`` and ``domain`` (numbers), ``classes``, ``domain_names``; no pickle."""
-    source = embedded.first
     arrays: dict[str, Any] = {"id": np.array(embedded.ids), "split": np.array(embedded.splits)}
     arrays["features"] = embedded.features.numpy()
-    for name, numbers, names_key, names in (
-        ("label", embedded.labels, "classes", source.classes),
-        ("domain", embedded.domains, "domain_names", source.domain_names),
-    ):
+    for name, (numbers, names) in embedded.annotations().items():
         if numbers is not None:
             arrays[name] = numbers.numpy()
         if names is not None:
-            arrays[names_key] = np.array(names)
+            arrays["classes" if name == "label" else "domain_names"] = np.array(names)
     np.savez(path, about=np.array(json.dumps(embedded.about, ensure_ascii=False)), **arrays)
 
 

@@ -1,4 +1,4 @@
-"""``ssl-pipeline export MODEL --to FORMAT``: an encoder or a whole model, for others' tools; each is checked as it is written."""
+"""``ssl-pipeline export MODEL --to FORMAT``: an encoder or a whole model for other tools, checked after writing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ from ssl_pipeline.logging.progress import console
 
 
 def default_name(form: str, part: Part | None = None, preprocessing: bool = False) -> str:
-    """The name under ``exports/``: what is exported in another way takes no file's place.
-
-    Args:
-        form: a key of :data:`FORMATS`; an unknown one has a name, too, and is refused later.
-        part: what was asked for, None for all there is.
-        preprocessing: whether a graph takes raw images.
-    """
+    """The name under ``exports/``, another one for each way of exporting; an unknown format is refused later."""
     name = Path(FORMATS.get(form, ("", "x"))[1])
     if part == "encoder":
         name = name.with_stem("encoder" if name.stem == "model" else f"encoder_{name.stem}")
@@ -33,16 +27,16 @@ def default_name(form: str, part: Part | None = None, preprocessing: bool = Fals
 
 
 def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = False) -> list[str]:
-    """Writes one format.
+    """Writes one format, a key of :data:`FORMATS`, to a file or folder.
 
     Args:
         parts: what is exported.
-        form: a key of :data:`FORMATS`.
+        form: the format.
         path: the file or folder.
         preprocessing: whether a graph takes raw uint8 images of any size.
 
     Returns:
-        What a person should know, a line each.
+        Notes for the user, a line each.
 
     Raises:
         ConfigError: the format is unknown or can't hold it, or the path can't be written.
@@ -66,10 +60,8 @@ def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = Fal
         if form == "hub":
             hub.write_hub_folder(parts, path)
             return [f"nothing was sent; --push OWNER/NAME does that. Read {path / 'README.md'} first"]
-        if form == "torchvision":
-            return write_state_dict(parts, path, "torchvision")
-        if form == "timm":
-            return write_state_dict(parts, path, "timm")
+        if form in ("torchvision", "timm"):
+            return write_state_dict(parts, path, "timm" if form == "timm" else "torchvision")
         far = (write_onnx if form == "onnx" else write_torch_export)(parts, path, preprocessing)
         runner = "onnxruntime" if form == "onnx" else "torch"
         takes = "raw uint8 images of any size" if preprocessing else "normalized images"

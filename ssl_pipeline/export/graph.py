@@ -1,4 +1,4 @@
-"""A model as one graph that needs none of our code: ``torch.export`` and ONNX, written, checked, and run again."""
+"""A model as one graph without our code: ``torch.export`` and ONNX, written, checked and read again."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ExportWrapper(nn.Module):
 
     Args:
         parts: what is exported.
-        raw: whether the central square (for masks all of the image), its resize and the normalization are inside: uint8
-            (B, C, H, W) of any height and width goes in. Otherwise it is normalized float32 (B, C, size, size).
+        raw: whether crop, resize and normalization are inside: then the input is uint8 (B, C, H, W) of any height and width,
+            otherwise normalized float32 (B, C, size, size).
     """
 
     mean: Tensor
@@ -65,51 +65,35 @@ class ExportWrapper(nn.Module):
 
 
 def metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
-    """What a reader of the file must know, as text."""
+    """What a reader of the file needs, as JSON by key."""
     card, blueprint = parts.card, parts.card.blueprint
     facts: dict[str, Any] = {
-        "made_by": "ssl_pipeline",
-        "schema": 1,
-        "kind": card.kind,
-        "output": parts.output,
-        "gives": parts.gives,
-        "classes": card.classes,
-        "channels": blueprint.channels,
-        "range": blueprint.range,
-        "size": blueprint.size,
-        "mean": blueprint.mean,
-        "std": blueprint.std,
-        "resize": None if blueprint.resize is None else blueprint.resize.model_dump(),
-        "preprocessing": "inside" if raw else "outside",
-        "backbone": blueprint.backbone.name,
-        "data": card.data,
-        "figures": card.figures,
-        "created": card.created,
-    }
+        "made_by": "ssl_pipeline", "schema": 1, "kind": card.kind, "output": parts.output, "gives": parts.gives,
+        "classes": card.classes, "channels": blueprint.channels, "range": blueprint.range, "size": blueprint.size,
+        "mean": blueprint.mean, "std": blueprint.std, "resize": blueprint.resize and blueprint.resize.model_dump(),
+        "preprocessing": "inside" if raw else "outside", "backbone": blueprint.backbone.name, "data": card.data,
+        "figures": card.figures, "created": card.created,
+    }  # fmt: skip
     return {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
 
 
 def _sample(parts: ExportBundle, raw: bool, count: int) -> Tensor:
     if not raw:
         return example(parts.card, count, seed=count)
+    size, channels = parts.card.blueprint.size, parts.card.blueprint.channels
     generator = torch.Generator().manual_seed(count)
-    size = parts.card.blueprint.size
-    shape = (count, parts.card.blueprint.channels, size + 3 + count, size + 11)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def _shapes(raw: bool) -> dict[str, dict[int, Any]]:
-    sides = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)} if raw else {}
-    return {"images": {0: torch.export.Dim("batch"), **sides}}
+    return torch.randint(0, 256, (count, channels, size + 3 + count, size + 11), dtype=torch.uint8, generator=generator)
 
 
 def _trace(graph: ExportWrapper, parts: ExportBundle, form: str) -> Any:
     """The graph for batches of any length.
 
-    torch's ONNX exporter could trace by itself, but where that fails it falls back to a batch of one fixed length without a word.
+    torch's ONNX exporter can trace by itself, but falls back silently to one fixed batch length where that fails.
     """
+    sides = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)} if graph.raw else {}
+    shapes = {"images": {0: torch.export.Dim("batch"), **sides}}
     try:
-        return torch.export.export(graph, (_sample(parts, graph.raw, 2),), dynamic_shapes=_shapes(graph.raw))
+        return torch.export.export(graph, (_sample(parts, graph.raw, 2),), dynamic_shapes=shapes)
     except Exception as error:  # the tracer's errors have no common base
         name = parts.card.blueprint.backbone.name
         raise ConfigError(
@@ -139,7 +123,7 @@ def write_onnx(parts: ExportBundle, path: Path, raw: bool) -> float:
     graph = ExportWrapper(parts, raw).eval()
     program = _trace(graph, parts, "ONNX")
     with warnings.catch_warnings():
-        # torch's exporter uses parts of torch and onnxscript that these have declared old; nothing of ours.
+        # torch's exporter itself uses deprecated parts of torch and onnxscript.
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
         written = torch.onnx.export(
             program,
@@ -160,7 +144,7 @@ def write_onnx(parts: ExportBundle, path: Path, raw: bool) -> float:
 
 
 def _name_axes(graph: Any) -> None:
-    """Gives the axes of free length their names everywhere: the tracer calls them by numbers of its own."""
+    """Names the free axes everywhere: the tracer only numbers them."""
     free = zip(("batch", "channels", "height", "width"), graph.input[0].type.tensor_type.shape.dim, strict=True)
     names = {axis.dim_param: name for name, axis in free if axis.dim_param}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -176,7 +160,7 @@ def _difference(graph: nn.Module, again: Callable[[Tensor], Tensor], images: Ten
     if not far <= TOLERANCE:
         path.unlink()
         raise ConfigError(
-            f"what was written to {path} computes other values than the model (by {far:.1e}, and {TOLERANCE:g} is borne), so it "
+            f"what was written to {path} computes other values than the model (by {far:.1e}, and {TOLERANCE:g} is allowed), so it "
             "was removed: export to another format, and report the backbone."
         )
     return far
@@ -184,16 +168,7 @@ def _difference(graph: nn.Module, again: Callable[[Tensor], Tensor], images: Ten
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A graph from a file, ready for decoded images.
-
-    Attributes:
-        classes: names, in the order of the logits.
-        channels: how images must be decoded.
-        value_range: likewise, of more than 8 bits.
-        gives: what a prediction is; see :class:`DownstreamConfig`.
-        preprocessing: what is done to images before the graph; None where the graph does it.
-        run: images to logits.
-    """
+    """A graph from a file, ready for decoded images; without ``preprocessing`` the graph does it itself."""
 
     classes: tuple[str, ...]
     channels: int

@@ -1,4 +1,4 @@
-"""A folder for the Hugging Face Hub: weights, card, and a page that says what they are. Nothing is sent unless asked."""
+"""A folder for the Hugging Face Hub: weights, card and model page. Nothing is sent without ``--push``."""
 
 from __future__ import annotations
 

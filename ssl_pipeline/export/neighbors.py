@@ -1,4 +1,4 @@
-"""``ssl-pipeline neighbors ENCODER IMAGE data=…``: which images does the encoder find most alike? A list and a picture."""
+"""``ssl-pipeline neighbors ENCODER IMAGE data=…``: the images nearest to one by an encoder's features, as a list and a picture."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ssl_pipeline.data.decode import as_8_bit, decode
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.evaluation.features import class_name, extract
 from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder
+from ssl_pipeline.evaluation.plots import nearest_images
 from ssl_pipeline.export.embed import open_split
 from ssl_pipeline.logging.progress import console
-from ssl_pipeline.metrics.knn import nearest_neighbors
 
 _ENDINGS = (".png", ".jpg", ".pdf", ".svg")
 _COLUMNS = 10
@@ -43,14 +43,7 @@ class NeighborsConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class Neighbor:
-    """An image that was found.
-
-    Attributes:
-        index: its number in the split.
-        name: its path, or what its source calls it.
-        label: its class, where known.
-        similarity: cosine of the features, from −1 to 1.
-    """
+    """An image that was found: its number in the split, its path, its class where known, and the cosine of the features."""
 
     index: int
     name: str
@@ -83,13 +76,8 @@ def find(config: NeighborsConfig, source: IndexedDataset) -> tuple[Image.Image, 
         with torch.no_grad():
             images = opened.preprocessing.of_files([query]).to(opened.share.device)
             row = opened.encoder.features(images).float().cpu()
-    ((similarity, index),) = nearest_neighbors(row, features, config.k + (number is not None))
-    found = [
-        Neighbor(i, source.describe(i), class_name(source, i), value)
-        for i, value in zip(index[0].tolist(), similarity[0].tolist(), strict=True)
-        if i != number
-    ]
-    return query, found[: config.k]
+    (found,) = nearest_images(row, features, config.k, [number])
+    return query, [Neighbor(i, source.describe(i), class_name(source, i), value) for i, value in found]
 
 
 def _number(image: str | int, source: IndexedDataset) -> int | None:
@@ -125,7 +113,7 @@ def draw(query: Image.Image, found: list[Neighbor], source: IndexedDataset, path
 
 
 def find_and_tell(config: NeighborsConfig) -> None:
-    """Finds the images of a data set that an encoder holds most alike to one."""
+    """Finds the images of a data set that are nearest to one by an encoder's features."""
     path = Path(config.output).expanduser()
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in {', '.join(_ENDINGS)}.")

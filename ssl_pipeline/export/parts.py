@@ -1,4 +1,4 @@
-"""What can leave the house: an encoder, or a whole model, with its card."""
+"""What is exported: an encoder, or a whole model, with its card."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ExportBundle:
 
     Attributes:
         encoder: the encoder.
-        task: encoder and head; None where the encoder alone is wanted.
-        card: of what is exported; places on this machine are left out of it.
+        task: encoder and head; None for the encoder alone.
+        card: without paths of this machine.
         gives: what a model's prediction is; see :class:`DownstreamConfig`.
     """
 
@@ -67,25 +67,25 @@ def open_parts(path: str | Path, part: Part | None = None) -> ExportBundle:
     place = Path(path).expanduser()
     folder = place if place.is_dir() else place.parent
     has_model = (folder / "model.safetensors").exists() and place.name != "encoder.safetensors"
+    if part == "model" and not has_model:
+        raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
     if not has_model:
-        if part == "model":
-            raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
         encoder, card = load_encoder(place)
         return ExportBundle(encoder.eval(), None, _public(card))
     model = load_model(place)
-    encoder = model.task.encoder
-    assert isinstance(encoder, Encoder)
+    assert isinstance(model.task.encoder, Encoder)
     if part == "encoder":
-        card = model.card.model_copy(update={"kind": "encoder", "classes": None})
-        return ExportBundle(encoder, None, _public(card))
-    return ExportBundle(encoder, model.task, _public(model.card), model.gives)
+        return ExportBundle(
+            model.task.encoder, None, _public(model.card.model_copy(update={"kind": "encoder", "classes": None}))
+        )
+    return ExportBundle(model.task.encoder, model.task, _public(model.card), model.gives)
 
 
 def _public(card: Card) -> Card:
     """The card without secrets and without places on this machine: a path keeps its last name."""
     blueprint = card.blueprint.without_weights()
-    told = {"config": _without_places(redact(card.config)), "data": _without_places(card.data)}
-    return card.model_copy(update={**told, "blueprint": blueprint})
+    private = {"config": _without_places(redact(card.config)), "data": _without_places(card.data)}
+    return card.model_copy(update={**private, "blueprint": blueprint})
 
 
 def _without_places(tree: Any) -> Any:

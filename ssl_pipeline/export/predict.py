@@ -1,4 +1,4 @@
-"""``ssl-pipeline predict MODEL IMAGES…``: what a model says of raw image files: classes, labels, numbers, masks or boxes."""
+"""``ssl-pipeline predict MODEL IMAGES…``: predictions for image files: classes, labels, numbers, masks or boxes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.walk import images_in
 from ssl_pipeline.downstream.load_model import load_model
-from ssl_pipeline.export.answers import PredictionFormatter, build_formatter
-from ssl_pipeline.export.coco import CocoNumbers, coco_results
+from ssl_pipeline.export.formatters import CocoIds, PredictionFormatter, build_formatter, coco_results
 from ssl_pipeline.export.graph import load_onnx, load_torch_export
 
 _CHUNK = 64
@@ -28,7 +27,7 @@ _CHUNK_OF_MAPS = 8
 
 
 class Predictor(Protocol):
-    """What predicts: a model of ours, or a graph that was made of one."""
+    """A model of ours, or a graph that was exported from one."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -62,9 +61,9 @@ def open_predictor(path: str | Path) -> Predictor:
 
 
 def image_files(paths: Iterable[str]) -> Iterator[Path]:
-    """The files that are meant: files as they are, folders with all images in and below them, ``-`` the lines of the input.
+    """The files of paths: a file itself, all images in and below a folder, and for ``-`` the lines of the standard input.
 
-    A path on the command line that is not there is an error at once; one that comes by the input is an image that can't be read.
+    A missing path on the command line is an error at once; one of the standard input is an image that can't be read.
 
     Raises:
         ConfigError: a path is not there, or a folder holds no image.
@@ -88,23 +87,23 @@ def _from_input() -> Iterator[Path]:
 
 
 def predict(
-    model: Predictor, files: Iterable[Path], answers: PredictionFormatter | None = None
+    model: Predictor, files: Iterable[Path], formatter: PredictionFormatter | None = None
 ) -> Iterator[dict[str, Any]]:
     """Predicts file by file.
 
     Args:
         model: what predicts.
         files: image files, perhaps without an end: a few are read at a time.
-        answers: makes rows of predictions; by default those of the model's kind.
+        formatter: makes rows of predictions; by default that of the model's kind.
 
     Yields:
-        ``file`` with what the answers say of it; or with ``error``, where the file is no image.
+        ``file`` with the formatter's row; or with ``error``, where the file is no image.
     """
-    answers = answers or build_formatter(model.gives, model.classes)
-    # What predicts need not know it: then an image of more than 8 bits is scaled by itself.
+    formatter = formatter or build_formatter(model.gives, model.classes)
+    # Without it an image of more than 8 bits is scaled by its own values.
     value_range = getattr(model, "value_range", None)
     coming = iter(files)
-    while part := list(islice(coming, _CHUNK_OF_MAPS if answers.reads_maps else _CHUNK)):
+    while part := list(islice(coming, _CHUNK_OF_MAPS if formatter.reads_maps else _CHUNK)):
         images, faults = list[Image.Image](), dict[int, str]()
         for place, file in enumerate(part):
             try:
@@ -116,10 +115,10 @@ def predict(
             if place in faults:
                 yield {"file": str(file), "error": faults[place]}
             else:
-                yield {"file": str(file), **answers.row(file, *next(predictions))}
+                yield {"file": str(file), **formatter.row(file, *next(predictions))}
 
 
-def _write(rows: Iterator[dict[str, Any]], form: str, answers: PredictionFormatter, numbers: CocoNumbers | None) -> int:
+def _write(rows: Iterator[dict[str, Any]], form: str, formatter: PredictionFormatter, ids: CocoIds | None) -> int:
     """Writes rows as they come; returns how many files were no images.
 
     A name that is no text, because its bytes are no UTF-8, comes out as these bytes; in JSON, which must be text, escaped (Python
@@ -129,7 +128,7 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: PredictionFormatt
         sys.stdout.reconfigure(errors="surrogateescape")
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        table.writerow(["file", *answers.columns, "error"])
+        table.writerow(["file", *formatter.columns, "error"])
     faults, found = 0, list[dict[str, Any]]()
     for row in rows:
         faults += "error" in row
@@ -138,12 +137,12 @@ def _write(rows: Iterator[dict[str, Any]], form: str, answers: PredictionFormatt
         elif form == "coco":
             found.append(row)
         elif form == "csv":
-            lines = [[""] * len(answers.columns)] if "error" in row else answers.cells(row)
+            lines = [[""] * len(formatter.columns)] if "error" in row else formatter.cells(row)
             table.writerows([row["file"], *line, row.get("error", "")] for line in lines)
         else:
-            sys.stdout.write(f"{row['file']}  {row.get('error') or answers.text(row)}\n")
-    if numbers is not None:
-        sys.stdout.write(json.dumps(coco_results(found, numbers)) + "\n")
+            sys.stdout.write(f"{row['file']}  {row.get('error') or formatter.text(row)}\n")
+    if ids is not None:
+        sys.stdout.write(json.dumps(coco_results(found, ids)) + "\n")
     return faults
 
 
@@ -163,12 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = open_predictor(options.model)
         if options.format == "coco" and model.gives != "boxes":
             raise ConfigError(f"--format coco is for boxes, and this model gives {model.gives}: take csv or jsonl.")
-        numbers = CocoNumbers(options.annotations) if options.annotations is not None else None
+        ids = CocoIds(options.annotations) if options.annotations is not None else None
         # COCO's precision is measured over all scores: those below a threshold count, too.
-        options.threshold = 0.0 if options.threshold is None and numbers is not None else options.threshold
-        answers = build_formatter(model.gives, model.classes, options.top, options.threshold, options.masks)
-        rows = predict(model, image_files(options.images), answers)
-        faults = _write(rows, options.format, answers, numbers)
+        options.threshold = 0.0 if options.threshold is None and ids is not None else options.threshold
+        formatter = build_formatter(model.gives, model.classes, options.top, options.threshold, options.masks)
+        rows = predict(model, image_files(options.images), formatter)
+        faults = _write(rows, options.format, formatter, ids)
     except UserError as error:
         exit_with_error(error)
     if faults:

@@ -1,4 +1,4 @@
-"""Weights under torchvision's or timm's own names, which these libraries load strictly and without our code."""
+"""Weights under torchvision's or timm's own names, which these libraries load strictly."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Library = Literal["torchvision", "timm"]
 def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[str]:
     """Writes a ``.safetensors`` of a network that the library builds by name, after having loaded it there.
 
-    A model's linear head becomes the library's classifier. Kernels for grayscale images are shared out over RGB, so that a grayscale image
-    in three equal channels gives what it gave.
+    A model's linear head becomes the library's classifier. Kernels for grayscale images are divided over RGB, so that a
+    grayscale image in three equal channels gives the same output.
 
     Returns:
         How to load it, and notes.
@@ -42,19 +42,18 @@ def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[
     if card.blueprint.channels == 1:
         key = f"{first_convolution(theirs)[0]}.weight"
         state[key] = state[key].expand(-1, 3, -1, -1) / 3
-        notes.append("kernels for grayscale images were shared out over three channels: feed grayscale images as RGB")
+        notes.append("kernels for grayscale images were divided over three channels: feed grayscale images as RGB")
     _load(theirs, state, name, library)
     if parts.task is None and card.blueprint.neck.name not in ("gap", "tokens"):
         notes.append(f"the neck {card.blueprint.neck.name!r} is not in it: no library's network has one")
     else:
         notes += _compare(parts, theirs, library)
     stored = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    resize = card.blueprint.resize and card.blueprint.resize.model_dump()
     facts = {
         "classes": card.classes,
-        "mean": card.blueprint.mean,
-        "std": card.blueprint.std,
-        "size": card.blueprint.size,
-        "resize": None if card.blueprint.resize is None else card.blueprint.resize.model_dump(),
+        **{key: getattr(card.blueprint, key) for key in ("mean", "std", "size")},
+        "resize": resize,
     }
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
     save_file(stored, path, {"format": "pt", "made_by": "ssl_pipeline", "backbone": name, **about})

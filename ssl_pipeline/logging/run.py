@@ -29,7 +29,7 @@ _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
 _FREE_TO_CHANGE = (
-    "output", "resume", "tracking", "workers", "log_every", "keep_checkpoints",  # none of them moves a figure
+    "output", "resume", "tracking", "workers", "jobs", "log_every", "keep_checkpoints",  # none of them moves a figure
     "seeds", "splits", "targets", "methods", "rows", "controls",  # more of them are more figures; a study's cells know their own settings
 )  # fmt: skip
 

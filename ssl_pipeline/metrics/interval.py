@@ -32,6 +32,10 @@ class Interval:
     def low(self) -> float:
         return self.mean - self.half
 
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
     def verdict(self, p: float | None = None) -> Verdict:
         """What to make of a difference at the 5 % level.
 
@@ -69,13 +73,19 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    r"""P-values corrected for their number by Holm's step-down (Holm 1979); NaN (a single seed) is no comparison, and stays.
+    r"""P-values corrected for their number by Holm's step-down (Holm 1979).
 
     With all corrected values below α called findings, the chance of one false finding or more is at most α:
 
     .. math:: \tilde p_{(i)} = \min\bigl(1, \max_{j \le i} (m - j + 1)\, p_{(j)}\bigr)
 
     over the m values in increasing order. The values need not be independent.
+
+    Args:
+        p_values: of one family of comparisons; NaN (a single seed) is no comparison, and stays.
+
+    Returns:
+        The corrected values, in the same order.
     """
     corrected, least = list(p_values), 0.0
     order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
@@ -83,3 +93,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(order) - rank) * p_values[place]))
         corrected[place] = least
     return corrected
+
+
+def verdicts(differences: Sequence[Interval]) -> list[Verdict]:
+    """What to make of differences from one baseline, their p-values corrected for their number by :func:`holm`.
+
+    Corrected, a difference may be none although its own 95 % interval does not contain 0.
+    """
+    corrected = holm([one.p for one in differences])
+    return [one.verdict(p) for one, p in zip(differences, corrected, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssl_pipeline.config import options as parsers
@@ -11,21 +11,22 @@ from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import check_folder_of, exit_with_error
 from ssl_pipeline.logging.progress import console
 from ssl_pipeline.logging.run import write_text_atomic
-from ssl_pipeline.report.look import RunImages, run_images
+from ssl_pipeline.report.images import RunImages, run_images
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
 
-_ENDINGS = (".html", ".htm")
-_NAME = "report.html"
 
-
-def report(folders: Sequence[Path], output: Path | None = None, refresh: int = 0) -> tuple[Path, list[RunRecord]]:
+def report(
+    folders: Sequence[Path], output: Path | None = None, refresh: int = 0,
+    images: Callable[[RunRecord], RunImages] = run_images,
+) -> tuple[Path, list[RunRecord]]:  # fmt: skip
     """Writes the page.
 
     Args:
         folders: of runs, or of folders of runs.
         output: the page; by default ``report.html`` in the one folder, or in the current one for several.
         refresh: seconds after which the page reloads itself while a run goes on; 0 for never.
+        images: gives what there is to see of a run.
 
     Returns:
         The page, and the runs on it.
@@ -33,8 +34,21 @@ def report(folders: Sequence[Path], output: Path | None = None, refresh: int = 0
     Raises:
         ConfigError: a folder that holds no run, or a page that can't be written.
     """
-    path = _path(folders, output)
-    return path, _write(folders, path, refresh, ImagesCache())
+    path = output or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output: {str(path)!r} is no page's name: end it in .html.")
+    if output is not None:
+        check_folder_of(path, "--output")
+    runs = read_runs(folders)
+    going = any(run.state == "running" for run in runs)
+    text = page(runs, refresh if going else 0, images)
+    try:
+        write_text_atomic(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{str(path)!r} can't be written ({error.strerror}): name another file by --output."
+        ) from error
+    return path, runs
 
 
 def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
@@ -43,51 +57,28 @@ def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
     Raises:
         ConfigError: see :func:`report`.
     """
-    path, looks = _path(folders, output), ImagesCache()
-    runs = _write(folders, path, seconds, looks)
+    images = ImagesCache()
+    path, runs = report(folders, output, seconds, images)
     console().print(f"wrote {path}: open it, it refreshes itself every {seconds} s (Ctrl-C ends this)", markup=False)
     while any(run.state == "running" for run in runs):
         time.sleep(seconds)
-        runs = _write(folders, path, seconds, looks)
+        path, runs = report(folders, output, seconds, images)
     console().print(f"no run is going any more: {path} is as it stays", markup=False)
     return path
 
 
 class ImagesCache:
-    """Remembers what was seen of a run, which a page that is written every few seconds must not read anew."""
+    """Keeps each run's images until its encoder is written again: a watched page is written every few seconds."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Path, float], RunImages] = {}
 
     def __call__(self, run: RunRecord) -> RunImages:
-        """What there is to see of a run, read anew only where its encoder has been written since."""
         weights = run.folder / "encoder.safetensors"
         key = run.folder, weights.stat().st_mtime if weights.is_file() else 0.0
         if key not in self._seen:
             self._seen[key] = run_images(run)
         return self._seen[key]
-
-
-def _path(folders: Sequence[Path], output: Path | None) -> Path:
-    path = output or (folders[0] / _NAME if len(folders) == 1 else Path(_NAME))
-    if path.suffix.lower() not in _ENDINGS:
-        raise ConfigError(f"--output: {str(path)!r} is no page's name: end it in .html.")
-    if output is not None:
-        check_folder_of(path, "--output")
-    return path
-
-
-def _write(folders: Sequence[Path], path: Path, refresh: int, looks: ImagesCache) -> list[RunRecord]:
-    runs = read_runs(folders)
-    going = any(run.state == "running" for run in runs)
-    text = page(runs, refresh if going else 0, looks)
-    try:
-        write_text_atomic(path, text)
-    except OSError as error:
-        raise ConfigError(
-            f"{str(path)!r} can't be written ({error.strerror}): name another file by --output."
-        ) from error
-    return runs
 
 
 def main() -> None:

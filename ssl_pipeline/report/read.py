@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it: whatever is there, and sentences about what is not."""
+"""Reads run folders: whatever is there, and sentences about what is missing or broken."""
 
 from __future__ import annotations
 
@@ -21,20 +21,12 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder holds.
+    """What a run's folder holds: its ``config.yaml``, the starts of ``run.json``, the lines of ``metrics.jsonl``, and JSON files.
 
     Attributes:
-        folder: where it is.
         name: for people; unique on a page.
-        stage: what made it.
         state: ``running`` while a process holds the folder, ``finished`` with its last file written, ``stopped`` otherwise.
-        config: its ``config.yaml``, plain.
-        starts: of ``run.json``, the first one first.
-        lines: of ``metrics.jsonl``.
-        card: its ``card.json``; empty where it has none.
-        results: its ``results.json``, likewise.
-        study: its ``study.json``, likewise.
-        domain: its ``domain.json``, likewise.
+        card: its ``card.json``, as ``results``, ``study`` and ``domain`` are those files; empty where there is none.
         notes: what is missing or broken, for the page.
     """
 
@@ -52,13 +44,13 @@ class RunRecord:
     notes: tuple[str, ...] = ()
 
     def named(self, group: str) -> str:
-        """The name of what its configuration has chosen, such as of ``backbone``; empty where there is none."""
+        """The name of a component of its configuration, such as ``backbone``; empty where there is none."""
         tree = self.config.get(group)
         return str(tree.get("name", "")) if isinstance(tree, dict) else ""
 
     @property
     def seconds(self) -> float | None:
-        """From the first start to the last figure or file; None where neither is known."""
+        """From the first start to the last metric or file; None where neither is known."""
         began = self.began
         ends = [float(line["time"]) for line in self.lines[-1:] if isinstance(line.get("time"), int | float)]
         if not ends and self.state == "finished":
@@ -85,7 +77,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     found, problems = list[Path](), list[str]()
     for folder in folders:
         try:
-            runs = [folder] if (folder / CONFIG).is_file() else _runs_below(folder)
+            own = (folder / CONFIG).is_file()
+            runs = [folder] if own else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         except OSError as error:
             problems.append(f"{str(folder)!r} can't be read ({error.strerror}): give the folder of a run.")
             continue
@@ -97,10 +90,6 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     if problems:
         raise ConfigError(problems)
     return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
-
-
-def _runs_below(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -128,10 +117,9 @@ def _read(folder: Path, name: str) -> RunRecord:
         notes.append("It was stopped before its end: these are the figures that it left.")
     if stage == "study" and not study:
         study = _cells(folder, notes)
-    return RunRecord(
-        folder, name, stage, state, config, [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else [],
-        lines, card, results, study, _object(folder / "domain.json", notes), tuple(notes),
-    )  # fmt: skip
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    domain = _object(folder / "domain.json", notes)
+    return RunRecord(folder, name, stage, state, config, starts, lines, card, results, study, domain, tuple(notes))
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:

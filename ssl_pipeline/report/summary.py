@@ -1,16 +1,135 @@
-"""A run in a few plain sentences: what it was, how long it took, and what it found."""
+"""What runs found, in sentences: one run, or conditions that were measured with the same seeds."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from ssl_pipeline.metrics import collapse
-from ssl_pipeline.metrics.interval import Interval, interval
-from ssl_pipeline.report.comparison import Comparison, study_comparison
-from ssl_pipeline.report.curves import first_and_last, last
+from ssl_pipeline.metrics.interval import Interval, interval, paired_difference
+from ssl_pipeline.report.charts import first_and_last, last
 from ssl_pipeline.report.read import RunRecord
-from ssl_pipeline.report.stage_two import in_percent, seeds_of, shown, spoken, title_of
+from ssl_pipeline.report.tables import (
+    ABSENT,
+    Table,
+    condition,
+    duration,
+    first_seed,
+    in_percent,
+    labels_in_words,
+    measured_rows,
+    seeds_of,
+    shown,
+    spoken,
+    title_of,
+)
+
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Values by condition and seed.
+
+    Attributes:
+        title: what was measured.
+        values: per condition its metric at each seed.
+        against: per condition the one that it is compared with, over the seeds that both have.
+        baseline: what the conditions are compared with, for people.
+        percent: whether the metric is a share.
+        claimed: the conditions of the regime that was fixed beforehand; empty where none was.
+    """
+
+    title: str
+    values: dict[str, dict[int, float]]
+    against: dict[str, str] = field(default_factory=dict)
+    baseline: str = ""
+    percent: bool = True
+    claimed: tuple[str, ...] = ()
+
+    def mean(self, name: str) -> Interval:
+        """A condition's mean with its interval."""
+        return interval(list(self.values[name].values()))
+
+    def difference(self, name: str) -> Interval | None:
+        """From what it is compared with, paired by seed; None where there is nothing to compare."""
+        ours, theirs = self.values[name], self.values.get(self.against.get(name, ""), {})
+        shared = [seed for seed in ours if seed in theirs]
+        return paired_difference([ours[s] for s in shared], [theirs[s] for s in shared]) if shared else None
+
+    def headline(self) -> tuple[str, Interval] | None:
+        """The first claimed condition that is compared, or the first one of all; None where nothing is compared.
+
+        The one that gained most would be chosen by the very numbers that are then reported.
+        """
+        found = {name: gain for name in self.values if (gain := self.difference(name)) is not None}
+        first = next((name for name in [*self.claimed, *found] if name in found), None)
+        return None if first is None else (first, found[first])
+
+    def table(self) -> Table:
+        """Each condition with its interval and the paired difference."""
+        columns = ["condition", "mean ± 95 %", *([f"against {self.baseline}"] if self.baseline else []), "seeds"]
+        rows = []
+        for name, values in self.values.items():
+            gain = self.difference(name)
+            against = [shown(gain, self.percent, signed=True) if gain else "—"] if self.baseline else []
+            rows.append([name, shown(self.mean(name), self.percent), *against, str(len(values))])
+        note = "Differences are paired by seed; an interval that contains 0 is no gain." if self.baseline else ""
+        return Table(self.title, columns, rows, note)
+
+
+def study_comparison(run: RunRecord) -> Comparison | None:
+    """What a study compared, from its rows; None where it has none."""
+    rows = measured_rows(run.study)
+    if not rows:
+        return None
+    counts = list(dict.fromkeys(row.get("labels") for row, _ in rows))
+    values: dict[str, dict[int, float]] = {}
+    of: dict[tuple[Any, Any, Any], str] = {}
+    for row, value in rows:
+        name = condition(row, with_labels=len(counts) > 1)
+        of[row.get("init"), row.get("regime"), row.get("labels")] = name
+        of_name = values.setdefault(name, {})
+        seed = row.get("seed")
+        of_name[seed if isinstance(seed, int) else len(of_name)] = value
+    base = run.study.get("baseline")
+    against, baseline = dict[str, str](), ""
+    if isinstance(base, dict):
+        first, regime = base.get("init"), base.get("regime")
+        against = {name: of.get((first, regime, labels), "") for (_, _, labels), name in of.items()}
+        against = {name: other for name, other in against.items() if other not in ("", name)}
+        baseline = condition(base, with_labels=False) if against else ""
+    percent = run.study.get("in_percent")
+    figure = str(run.study.get("figure", next(iter(rows[0][0]["figures"]))))
+    split = f" on {run.study['split']}" if "split" in run.study else ""
+    labels = f", {labels_in_words(counts[0])}" if len(counts) == 1 and counts[0] is not None else ""
+    percent = percent if isinstance(percent, bool) else all(0 <= value <= 1 for _, value in rows)
+    unit = " (%)" if percent else ""
+    title = f"{run.name}: {spoken(figure)}{unit}{split}{labels}"
+    claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("claimed"))
+    return Comparison(title, values, against, baseline, percent, claimed)
+
+
+def runs_comparison(runs: Sequence[RunRecord]) -> Comparison | None:
+    """Several stage-two runs as conditions, the first one the baseline; None unless two or more share their first metric."""
+    measured = [run for run in runs if run.stage == "finetune" and seeds_of(run)]
+    if len(measured) < 2:
+        return None
+    name = next(iter(seeds_of(measured[0])[0]))
+    values = {
+        run.name: {first_seed(run) + place: row[name] for place, row in enumerate(seeds_of(run)) if name in row}
+        for run in measured
+    }
+    if not all(values.values()):
+        return None
+    first = measured[0].name
+    percent = all(map(in_percent, measured))
+    title = f"Runs compared: {spoken(name)}{' (%)' if percent else ''}"
+    return Comparison(title, values, {run.name: first for run in measured[1:]}, first, percent)
 
 
 def summary(run: RunRecord) -> list[str]:
@@ -45,15 +164,14 @@ def _knn(run: RunRecord) -> str:
         return "Without labels nobody knows its kNN accuracy." if last(run, "feature_std") is not None else ""
     before, after = measured
     points = 100 * (after - before)
-    verb = "rose" if points > 0.05 else "fell" if points < -0.05 else "stayed"
-    if verb == "stayed":
+    if abs(points) <= 0.05:
         return f"kNN accuracy on dev stayed at {100 * after:.1f} %."
+    verb = "rose" if points > 0 else "fell"
     return f"kNN accuracy on dev {verb} from {100 * before:.1f} % untrained to {100 * after:.1f} %."
 
 
 def _collapse(run: RunRecord) -> str:
-    figures = {name: last(run, name) for name in ("feature_std", "effective_rank")}
-    std, rank = figures["feature_std"], figures["effective_rank"]
+    std, rank = last(run, "feature_std"), last(run, "effective_rank")
     if std is None or rank is None:
         return ""
     told = collapse.verdict({"feature_std": std, "effective_rank": rank}, width=None)
@@ -61,19 +179,24 @@ def _collapse(run: RunRecord) -> str:
 
 
 def _finetune(run: RunRecord) -> list[str]:
-    rows = seeds_of(run)
-    title = title_of(run)
-    start = "from random weights" if _starts_fresh(run) else "from pretrained weights"
-    if not rows:
-        return [f"{title[:1].upper()}{title[1:]} {start}: nothing is measured yet."]
-    name, percent = next(iter(rows[0])), in_percent(run)
-    value = interval([row[name] for row in rows if name in row])
+    name, rows = title_of(run), seeds_of(run)
+    fresh = run.config.get("initialization") == "random" or run.named("regime") == "scratch"
+    start = f"{name[:1].upper()}{name[1:]} from {'random' if fresh else 'pretrained'} weights"
+    found = first_metric(run)
+    if found is None:
+        return [f"{start}: nothing is measured yet."]
     seeds = f"{len(rows)} seeds" if len(rows) > 1 else "one seed, which says nothing of chance"
-    unit = " %" if percent else ""
-    split = run.results.get("split", "the held-out split")
-    return [
-        f"{title[:1].upper()}{title[1:]} {start}: {spoken(name)} on {split} {shown(value, percent)}{unit} over {seeds}."
-    ]
+    return [f"{start}: {found[0]} on {run.results.get('split', 'the held-out split')} {found[1]} over {seeds}."]
+
+
+def first_metric(run: RunRecord) -> tuple[str, str] | None:
+    """The name of a stage-two run's first metric, and its mean with the interval; None where nothing is measured."""
+    rows = seeds_of(run)
+    if not rows:
+        return None
+    name, percent = next(iter(rows[0])), in_percent(run)
+    value = shown(interval([row[name] for row in rows if name in row]), percent)
+    return spoken(name), value + (" %" if percent else "")
 
 
 def _study(run: RunRecord) -> list[str]:
@@ -99,24 +222,68 @@ def conclusion(found: Comparison) -> list[str]:
 def verdict(difference: Interval, percent: bool = True) -> str:
     """A paired difference in words."""
     points = shown(difference, percent, signed=True) + (" points" if percent else "")
-    if difference.half == float("inf"):
+    found = difference.verdict()
+    if found == "one seed":
         return f"{points} with one seed, which says nothing of chance."
-    finding = "a gain" if difference.low > 0 else "no gain beyond chance"
-    if difference.mean + difference.half < 0:
-        finding = "a loss"
-    return f"{points} (95 % interval, paired by seed): {finding}."
+    told = "no gain beyond chance" if found == "no difference" else f"a {found}"
+    return f"{points} (95 % interval, paired by seed): {told}."
 
 
-def duration(seconds: float | None) -> str:
-    """Such as ``2 min 10 s``."""
-    if seconds is None:
-        return "—"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    parts: Sequence[tuple[int, str]] = ((hours, "h"), (minutes, "min"), (rest, "s"))
-    shown_parts = [f"{count} {unit}" for count, unit in parts if count]
-    return " ".join(shown_parts[:2]) or "0 s"
+def title(runs: Sequence[RunRecord]) -> str:
+    """The names of a few runs; of more the name of the folder that holds them all."""
+    if len(runs) <= _MOST_NAMES:
+        return ", ".join(run.name for run in runs)
+    folder = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
+    return folder.name or f"{len(runs)} runs"
 
 
-def _starts_fresh(run: RunRecord) -> bool:
-    return run.config.get("initialization") == "random" or run.named("regime") == "scratch"
+def overview(runs: Sequence[RunRecord]) -> Table | None:
+    """A line a run: what it is, whether it is done, and its first metric; None for a few, which have sentences."""
+    if len(runs) <= _MOST_NAMES:
+        return None
+    rows = [[run.name, run.stage, run.state, _steps(run), duration(run.seconds), *_figure(run)] for run in runs]
+    return Table(f"{len(runs)} runs", ["run", "stage", "state", "steps", "time", "figure", "value"], rows)
+
+
+def _steps(run: RunRecord) -> str:
+    """Optimizer steps of stage one; stage two's lines count seeds."""
+    steps = max((line["step"] for line in run.lines), default=0) if run.stage == "pretrain" else 0
+    return f"{steps:,}" if steps else ABSENT
+
+
+def _figure(run: RunRecord) -> tuple[str, str]:
+    """The name and value of what a reader looks for first in a run of its stage."""
+    if run.stage == "pretrain" and (knn := first_and_last(run, "knn")):
+        return "kNN on dev, untrained → now", f"{100 * knn[0]:.1f} → {100 * knn[1]:.1f} %"
+    if run.stage == "finetune" and (first := first_metric(run)):
+        return first
+    if run.stage == "study" and (found := study_comparison(run)) and (told := found.headline()):
+        gain = shown(told[1], found.percent, signed=True) + (" points" if found.percent else "")
+        return f"{told[0]} against {found.baseline}", gain
+    return ABSENT, ABSENT
+
+
+def glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """The numbers that a reader looks for first, of a single stage-one run and what followed it."""
+    stage_one = [run for run in runs if run.stage == "pretrain"]
+    if len(stage_one) != 1:
+        return []
+    run, items = stage_one[0], list[tuple[str, str, str]]()
+    if knn := first_and_last(run, "knn"):
+        items.append(("kNN on dev", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained"))
+    for other in runs:
+        found = study_comparison(other) if other.stage == "study" else None
+        if found and (told := found.headline()):
+            gain = shown(told[1], found.percent, signed=True)
+            value = shown(found.mean(told[0]), found.percent) + (" %" if found.percent else "")
+            items.append(("Stage two", value, f"{told[0]}: {gain} against {found.baseline}"))
+        elif other.stage == "finetune" and (first := first_metric(other)):
+            items.append(("Stage two", first[1], f"{first[0]}, {title_of(other)}"))
+    if rank := last(run, "effective_rank"):
+        items.append(("Effective rank", f"{rank:.0f}", f"feature std {last(run, 'feature_std') or 0:.2f}"))
+    if loss := last(run, "loss", step_only=True):
+        items.append(("Loss", f"{loss:.3g}", ""))
+    if run.seconds:
+        speed = last(run, "images_per_s")
+        items.append(("Time", duration(run.seconds), f"{speed:,.0f} images/s" if speed else ""))
+    return [{"name": name, "value": value, "note": note} for name, value, note in items]

@@ -8,24 +8,27 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
+from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.config.words import listed, quoted
+from ssl_pipeline.config.words import listed
 from ssl_pipeline.logging.progress import console, print_table
-from ssl_pipeline.logging.run import Resume, open_run, write_json
+from ssl_pipeline.logging.run import open_run, write_json
 from ssl_pipeline.metrics.interval import Interval, interval, paired_difference
+from ssl_pipeline.study.cells import Cell, Opener, check_cells, slug
 from ssl_pipeline.study.domain_map import draw, spots
-from ssl_pipeline.study.trained import (
-    VERDICTS,
+from ssl_pipeline.study.jobs import train_cells
+from ssl_pipeline.study.rows import (
+    WORDS,
     Figures,
-    check_places,
-    checked,
+    RowsConfig,
+    accuracies,
+    against,
+    cell_of,
+    fill,
     heading,
-    place_of,
-    trained,
-    verdicts,
+    nested,
     write_domain_json,
-)
+)  # fmt: skip
 
 _DISTANCE = "label_free/proxy_a_distance"
 _BETTER_IS_SMALLER = ("entropy",)
@@ -48,37 +51,26 @@ class Shift:
     control: str | None = None
 
 
-class DomainStudyConfig(FrozenModel):
-    """What is compared.
+class DomainStudyConfig(RowsConfig):
+    """What is compared; in overrides ``{source}`` and ``{target}`` stand for the shift's domains, and ``{seed}`` for the seed.
 
     Attributes:
-        encoder: a stage-one run's folder, in which ``{seed}`` stands for the seed; null where ``common`` starts from random weights.
-        common: overrides of ``finetune.yaml`` for every row; ``{source}`` and ``{target}`` stand for the shift's domains, and
-            ``{seed}`` for the seed.
         source: the domain with labels.
         targets: each is a shift of its own.
         methods: per row its own overrides; one without ``domain=`` is a bound that is no candidate for a choice.
-        baseline: the row that the others are compared with.
         select: what chooses a row without the target's labels: its entropy, the density of its predictions (SND), or accuracy on
             labels held out of the source.
         controls: also where nothing can be gained: without a shift (the target is other images of the source), and with noise or
             shuffled pixels in place of the target's training images.
         seeds: repeats, paired; stage one is shared unless ``{seed}`` stands in ``encoder``.
-        output: the study's folder.
-        resume: ``auto`` goes on with the study in ``output``: what it has measured is not measured again.
     """
 
-    encoder: str | None = None
-    common: tuple[str, ...] = ()
     source: str
     targets: tuple[str, ...] = Field(min_length=1)
     methods: dict[str, list[str]] = Field(min_length=1)
-    baseline: str
     select: Literal["entropy", "snd", "source_validation"] = "snd"
     controls: bool = False
     seeds: int = Field(3, ge=1)
-    output: str | None = None
-    resume: Resume = "no"
 
     def shifts(self) -> list[Shift]:
         """What every method is measured on."""
@@ -92,18 +84,11 @@ class DomainStudyConfig(FrozenModel):
 
     def overrides(self, method: str, shift: Shift, seed: int) -> list[str]:
         """Those of a row on a shift."""
-        encoder = [f"encoder={quoted(self.encoder)}"] if self.encoder else []
-        stands_for = {"{source}": self.source, "{target}": shift.target, "{seed}": str(seed)}
-        own = [*encoder, *self.common, *self.methods[method]]
-        for name, value in stands_for.items():
-            own = [text.replace(name, value) for text in own]
-        sides = (
-            [f"domain.source={listed([self.source])}", f"domain.target={listed([shift.target])}"]
-            if self.is_candidate(method)
-            else []
-        )
+        named: dict[str, object] = {"source": self.source, "target": shift.target, "seed": seed}
+        own = [*self.start(**named), *fill(self.methods[method], **named)]
+        sides = [f"domain.source={listed([self.source])}", f"domain.target={listed([shift.target])}"]
         control = [f"domain.control={shift.control}"] if shift.control else []
-        return [*own, *sides, *control]
+        return [*own, *(sides if self.is_candidate(method) else []), *control]
 
     def is_candidate(self, method: str) -> bool:
         """Whether a row learns across domains, rather than from the target's labels."""
@@ -112,35 +97,32 @@ class DomainStudyConfig(FrozenModel):
 
 def study(config: DomainStudyConfig) -> Path:
     """Compares methods across domains, and says which helped, which hurt, and which would have been chosen."""
-    if config.baseline not in config.methods:
-        raise ConfigError(f"`baseline` {config.baseline!r} is none of the methods: {', '.join(config.methods)}.")
+    config.check_baseline(config.methods, "methods")
     if not config.is_candidate(config.baseline):
         raise ConfigError(
             f"`baseline` {config.baseline!r} has no `domain=`: take a row that learns without the target's labels."
         )
-    check_places([shift.name, method] for shift in config.shifts() for method in shift.methods)
-    for shift in config.shifts():
-        for method in shift.methods:  # all of them before the first trains
-            for seed in range(config.seeds):
-                checked(config.overrides(method, shift, seed))
+    cells = [
+        cell_of({"shift": shift.name, "method": method}, config.overrides(method, shift, seed), seed)
+        for shift in config.shifts() for method in shift.methods for seed in range(config.seeds)
+    ]  # fmt: skip
+    opener = Opener()
+    check_cells(cells, opener)
     with open_run(config.output, "study-domain", config.resume, dump(config)) as run:
-        cells = {
-            shift.name: {method: [trained(run.path, [shift.name, method], config.overrides(method, shift, seed), seed)
-                                  for seed in range(config.seeds)] for method in shift.methods}
-            for shift in config.shifts()
-        }  # fmt: skip
+        first = [cell for cell in cells if cell.seed == 0]
+        records, _ = train_cells(cells, run.path, opener, config.jobs, models=[cell.name for cell in first])
+        found = nested(cells, records)
         for shift in config.shifts():
             title = f"{config.source} → {shift.name}: accuracy (%), {config.seeds} seed(s)"
-            print_table(title, *tabulate(cells[shift.name], config))
+            print_table(title, *tabulate(found[shift.name], config))
             if shift.control is None:
-                _draw_map(config, run.path, shift, cells[shift.name])
-        told = sentences(cells, config)
+                _draw_map(config, run.path, shift, first, found[shift.name], opener)
+        told = sentences(found, config)
         console().print("\n".join(told))
         write_domain_json(
-            run.path, [(m, config.source, name, found) for name, rows in cells.items() for m, found in rows.items()]
+            run.path, [(m, config.source, name, seeds) for name, rows in found.items() for m, seeds in rows.items()]
         )
-        record = {"select": config.select, "figures": cells, "conclusion": told}
-        write_json(run.path / "study.json", record)
+        write_json(run.path / "study.json", {"select": config.select, "figures": found, "conclusion": told})
         console().print(
             f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
         )
@@ -153,43 +135,44 @@ def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyCon
     for shift in config.shifts():
         rows = cells[shift.name]
         _, found_of = _compared(rows, config)
-        groups = {verdict: [n for n, own in found_of.items() if own == verdict] for verdict in VERDICTS}
+        groups = {word: [name for name, own in found_of.items() if own == word] for word in WORDS.values()}
         found = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names)
         kind = "" if shift.control is None else "control, "
-        alarm = (
-            ""
-            if shift.control is None or not groups["helps"]
-            else ". No gain was to be had from the target there: this one is chance, or has another cause"
-        )
+        alarm = ""
+        if shift.control is not None and groups["helps"]:
+            alarm = ". No gain was to be had from the target there: this one is chance, or has another cause"
         told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
     return told
 
 
 def _compared(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple[dict[str, Interval], dict[str, str]]:
-    """Each row's paired difference from the baseline; and what to make of those of the candidates, corrected for their number."""
-    accuracies = {name: [figures["accuracy"] for figures in cells] for name, cells in rows.items()}
-    base = accuracies.pop(config.baseline)
-    differences = {name: paired_difference(values, base) for name, values in accuracies.items()}
-    compared = [name for name in differences if config.is_candidate(name)]
-    return differences, dict(zip(compared, verdicts([differences[name] for name in compared]), strict=True))
+    """Each row's paired difference from the baseline, and verdicts of the candidates."""
+    values = {name: accuracies(seeds) for name, seeds in rows.items()}
+    return against(values, config.baseline, [name for name in rows if config.is_candidate(name)])
 
 
-def _draw_map(config: DomainStudyConfig, folder: Path, shift: Shift, rows: dict[str, list[Figures]]) -> None:
+def _draw_map(
+    config: DomainStudyConfig,
+    folder: Path,
+    shift: Shift,
+    cells: list[Cell],
+    rows: dict[str, list[Figures]],
+    opener: Opener,
+) -> None:
     """Saves the first seed's map of a shift: the baseline, which knew nothing of the target, and each method after it."""
     panels = {}
-    for method in sorted(filter(config.is_candidate, rows), key=lambda name: name != config.baseline):
-        run = place_of(folder, [shift.name, method, 0])
-        if not (run / "model.safetensors").is_file():
-            console().print(f"no map of {config.source} → {shift.name}: {run} holds no model any more")
+    own = [cell for cell in cells if cell.row["shift"] == shift.name and config.is_candidate(cell.row["method"])]
+    for cell in sorted(own, key=lambda cell: cell.row["method"] != config.baseline):
+        model, figures = folder / "models" / cell.condition, rows[cell.row["method"]][0]
+        if not (model / "model.safetensors").is_file():
+            console().print(f"no map of {config.source} → {shift.name}: {model} holds no model any more", markup=False)
             return
-        figures = rows[method][0]
         distance = f", A-distance {figures[_DISTANCE]:.2f}" if _DISTANCE in figures else ""
-        panels[f"{method}\n{100 * figures['accuracy']:.1f} %{distance}"] = spots(
-            run, config.overrides(method, shift, 0)
-        )
+        heading_of = f"{cell.row['method']}\n{100 * figures['accuracy']:.1f} %{distance}"
+        panels[heading_of] = spots(model, opener.plan(cell.config)[1])
     if panels:
-        file = place_of(folder, ["map", shift.name]).name + ".png"
-        draw(f"{config.source} → {shift.name}: held-out images, two principal components", panels, folder / file)
+        file = folder / f"map_{slug(shift.name)}.png"
+        draw(f"{config.source} → {shift.name}: held-out images, two principal components", panels, file)
 
 
 def chosen(rows: dict[str, Figures], figure: str) -> str:

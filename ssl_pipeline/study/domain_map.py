@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config.command import load
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.domain.domain_split import split_domains
+from ssl_pipeline.domain.plan import DomainPlan
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.load_model import load_model
+from ssl_pipeline.downstream.plan import Plan
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.report.planes import pca_projection
+from ssl_pipeline.evaluation.plots import pca_projection
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _MOST = 300  # points of a domain: more of them hide one another
@@ -41,28 +41,19 @@ class EmbeddingPlot:
     classes: tuple[str, ...]
 
 
-def spots(run: Path, overrides: Sequence[str]) -> EmbeddingPlot:
-    """The held-out images of a run across domains, in the plane of its features (two principal components).
-
-    Args:
-        run: the run's folder.
-        overrides: of ``finetune.yaml``, as the run had them.
-    """
-    config = load("finetune", FinetuneConfig, overrides)
-    assert config.domain is not None
-    pool = config.scaled_data.open("train")
-    assert pool is not None
-    across = split_domains(config.domain, pool, config.scaled_data.open(config.split))
-    model = load_model(run)
+def spots(folder: Path, plan: Plan) -> EmbeddingPlot:
+    """The held-out images of a plan across domains, in the plane of a model's features (two principal components)."""
+    assert isinstance(plan, DomainPlan)
+    model = load_model(folder)
     assert isinstance(model.task, Classification)
     blueprint, share = model.card.blueprint, DistInfo(0, 1, torch.device("cpu"))
     preprocessing = Preprocessing.of(blueprint)
     features, domains, labels = list[Tensor](), list[Tensor](), list[Tensor]()
-    for name, images in across.measured.items():
+    for name, images in plan.domains.measured.items():
         index = torch.linspace(0, len(images) - 1, min(len(images), _MOST)).round().long()
         rows, read = extract_readable(model.task, images, preprocessing, share, index, model.task.neck_features)
         features.append(rows)
-        domains.append(torch.full((len(read),), int(name in across.targets)))
+        domains.append(torch.full((len(read),), int(name in plan.domains.targets)))
         assert images.labels is not None
         labels.append(images.labels[read])
     plane, _ = pca_projection(torch.cat(features))
@@ -102,16 +93,9 @@ def draw(title: str, panels: Mapping[str, EmbeddingPlot], file: Path) -> None:
     axes[0, 0].set_ylabel("by domain")
     axes[1, 0].set_ylabel("by class (large: target)")
     for row, (colors, names) in enumerate(((_DOMAINS, ("source", "target")), (palette, classes))):
+        style: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 5}
         marks = [
-            Line2D(
-                [],
-                [],
-                marker="o",
-                linestyle="",
-                markersize=5,
-                color=colors[n % len(colors)],
-                label=name.replace("$", r"\$"),
-            )
+            Line2D([], [], color=colors[n % len(colors)], label=name.replace("$", r"\$"), **style)
             for n, name in enumerate(names)
         ]
         axes[row, -1].legend(handles=marks, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8)

@@ -1,27 +1,22 @@
-"""What a study compares: initializations × regimes × label counts × seeds, each a cell with its settled configuration."""
+"""The grid of the study of label efficiency: initializations × regimes × label counts × seeds."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.words import quoted
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.tracker import TrackingConfig
+from ssl_pipeline.study.cells import Cell
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
-# They decide no figure: the weights have a digest.
-_OWN_PLACE = (
-    "output", "encoder", "workers", "tracking", "seeds", "resume", "checkpoint_every", "keep_checkpoints",
-)  # fmt: skip
 _OFFICIAL = re.compile(r"(?P<name>[\w./-]+):(?P<weights>.+)")
 
 
@@ -81,50 +76,13 @@ class StudyConfig(FrozenModel):
         return self.claimed if self.claimed in self.regimes else self.regimes[0]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training and its measurement.
-
-    Attributes:
-        init: the initialization's name.
-        regime: the regime's.
-        labels: as the study names them.
-        seed: of label draw, head, order and views.
-        config: all that decides the figures, and where weights and data are.
-    """
-
-    init: str
-    regime: str
-    labels: int | str
-    seed: int
-    config: FinetuneConfig
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        return "_".join([slug(self.init), self.regime, slug(str(self.labels).replace("%", "percent")), str(self.seed)])
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides its figures, beside the bytes of weights and data."""
-        return settings_of(self.config)
-
-
-def settings_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What decides a training's figures, beside the bytes of weights and data."""
-    return {key: value for key, value in dump(config).items() if key not in _OWN_PLACE}
-
-
 def cells(config: StudyConfig) -> dict[str, list[Cell]]:
     """The grid, by initialization.
 
     Raises:
-        ConfigError: a key is wrong, or a name occurs twice.
+        ConfigError: a key is wrong.
     """
     architecture = next((what for what in config.initializations.values() if what != "random"), None)
-    names = [slug(name) for name in config.initializations]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"`initializations`: two names would share files: {', '.join(config.initializations)}.")
     grid = {}
     for name, what in config.initializations.items():
         fresh = what == "random"
@@ -169,7 +127,7 @@ def _of_initialization(
                 if runs:
                     update["encoder"] = runs[place]
                 cell = settled.model_copy(update=update)
-                yield Cell(name, regime, labels, cell.seed, cell)
+                yield Cell({"init": name, "regime": regime, "labels": labels}, cell.seed, cell)
 
 
 def _asked(labels: int | str) -> dict[str, Any]:
@@ -190,35 +148,6 @@ def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
         [] if fresh else [f"backbone.weights={quoted(found['weights'])}"]
     )  # may be out of reach, and are not wanted
     return [f"backbone.name={quoted(found['name'])}", *weights]
-
-
-def digest_of_weights(config: FinetuneConfig) -> str:
-    """Changes when the weights that a cell starts from do; names them where they are official, or fresh."""
-    if config.starts_fresh:
-        return "random"
-    place = Path(config.encoder or config.backbone.weights or "").expanduser()
-    file = place / "encoder.safetensors" if place.is_dir() else place
-    if not file.is_file():
-        return str(config.backbone.weights)
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two trees of settings, as sentences."""
-    told = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key, "not there"), now.get(key, "not there")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            told += changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            told.append(f"`{prefix}{key}` was {old!r} and is now {new!r}.")
-    return told
-
-
-def slug(name: str) -> str:
-    """A name as a part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "x"
 
 
 def _number(text: str) -> float:

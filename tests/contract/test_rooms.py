@@ -87,8 +87,8 @@ def test_every_recipe_is_whole(recipe: str) -> None:
     else:
         study = load("study", StudyConfig, [f"recipe={recipe}", "initializations.pretrained=x"])
         grid = cells(study)
-        assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
-        assert {cell.regime for cell in grid["pretrained"]} == set(study.regimes)
+        assert {cell.row["regime"] for cell in grid["random"]} == {"frozen", "scratch"}
+        assert {cell.row["regime"] for cell in grid["pretrained"]} == set(study.regimes)
 
 
 def test_a_dumped_configuration_resolves_to_itself() -> None:

@@ -11,7 +11,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.report.stage_two import domain_table
+from ssl_pipeline.report.tables import domain_table
 from ssl_pipeline.study.leave_one_out import LeaveOneOutConfig, study, tabulate
 from tests.integration.test_domain_study import COMMON
 

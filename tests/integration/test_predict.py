@@ -19,9 +19,8 @@ from ssl_pipeline.config.options import FORMATS
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.export.answers import Boxes, Mask, build_formatter, palette
-from ssl_pipeline.export.coco import coco_results
 from ssl_pipeline.export.export import export
+from ssl_pipeline.export.formatters import Boxes, CocoIds, Mask, build_formatter, coco_results, palette
 from ssl_pipeline.export.parts import open_parts
 from ssl_pipeline.export.predict import main, open_predictor, predict
 from ssl_pipeline.models.backbone_config import BackboneConfig
@@ -187,10 +186,10 @@ def test_boxes_as_coco_has_them(tmp_path: Path) -> None:
     (tmp_path / "known.json").write_text(json.dumps(known))
     row = {"file": "there/x.png", "objects": [{"class": "käse", "score": 0.5, "box": [1.0, 2.0, 4.0, 8.0]}]}
     wanted = [{"image_id": 7, "category_id": 30, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}]
-    assert coco_results([row, {"file": "torn.png", "error": "torn"}], tmp_path / "known.json") == wanted
+    assert coco_results([row, {"file": "torn.png", "error": "torn"}], CocoIds(tmp_path / "known.json")) == wanted
     for changed in ({"file": "y.png"}, {"objects": [{**row["objects"][0], "class": "sea"}]}):  # type: ignore[dict-item]
         with pytest.raises(ConfigError, match="has no"):
-            coco_results([{**row, **changed}], tmp_path / "known.json")
+            coco_results([{**row, **changed}], CocoIds(tmp_path / "known.json"))
 
 
 def test_images_of_one_name_have_the_numbers_of_their_folders(tmp_path: Path) -> None:
@@ -201,9 +200,9 @@ def test_images_of_one_name_have_the_numbers_of_their_folders(tmp_path: Path) ->
     (tmp_path / "known.json").write_text(json.dumps(known))
     one = {"class": "sea", "score": 0.5, "box": [1.0, 2.0, 4.0, 8.0]}
     found = [{"file": f"photos/{folder}/1.png", "objects": [one]} for folder in ("val", "train")]
-    assert [row["image_id"] for row in coco_results(found, tmp_path / "known.json")] == [2, 1]
+    assert [row["image_id"] for row in coco_results(found, CocoIds(tmp_path / "known.json"))] == [2, 1]
     with pytest.raises(ConfigError, match=r"has 2 images that '1\.png' may be"):
-        coco_results([{"file": "1.png", "objects": [one]}], tmp_path / "known.json")
+        coco_results([{"file": "1.png", "objects": [one]}], CocoIds(tmp_path / "known.json"))
 
 
 def test_a_mask_overwrites_nothing(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.report.charts import label_efficiency
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.study.cell import CellRunner
 from ssl_pipeline.study.grid import StudyConfig, cells
 from ssl_pipeline.study.label_efficiency import initializations_of, study
-from ssl_pipeline.study.verdict import StudyTable
-from tests.report_page import Page, blind, payload
+from ssl_pipeline.study.runner import CellRunner
+from ssl_pipeline.study.table import StudyTable
+from tests.report_page import Page, blind
 
 COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
 
@@ -64,7 +65,7 @@ def done(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_weights_are_trained_once_whatever_the_regimes(runs: list[Path], tmp_path: Path) -> None:
     grid = cells(words(runs, tmp_path, "regimes=[frozen,lp_ft,end_to_end]"))
     assert {name: len(of_init) for name, of_init in grid.items()} == {"random": 8, "run0": 12, "run1": 12}
-    assert {cell.regime for cell in grid["random"]} == {"frozen", "scratch"}
+    assert {cell.row["regime"] for cell in grid["random"]} == {"frozen", "scratch"}
     assert {cell.config.encoder for cell in grid["random"]} == {str(runs[0])}
     assert all(cell.config.starts_fresh for cell in grid["random"])
 
@@ -86,15 +87,15 @@ def test_what_is_written(done: Path) -> None:
 def test_the_report_shows_all_of_it(done: Path) -> None:
     record = json.loads((done / "study.json").read_text())
     (run,) = read_runs([done])
-    shown = Page(page([run], looking=blind))
+    shown = Page(page([run], images=blind))
     assert "stage-two" in shown.ids()
     assert all(sentence in shown.text for sentence in record["conclusion"])
     conditions = {(row["init"], row["regime"], row["labels"]) for row in record["rows"]}
     for init, regime, labels in conditions:
         assert f"{init}, {'LP-FT' if regime == 'lp_ft' else regime}, {labels} a class" in shown.text
-    (chart,) = payload(page([run], looking=blind))["charts"]
-    assert len(chart["lines"]) == len({condition[:2] for condition in conditions})
-    assert all([point[0] for point in line["points"]] == [10, 50] for line in chart["lines"])
+    (chart,) = label_efficiency([run])
+    assert len(chart.lines) == len({condition[:2] for condition in conditions})
+    assert all([point.step for point in line.points] == [10, 50] for line in chart.lines)
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft"])

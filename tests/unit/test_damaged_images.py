@@ -27,7 +27,7 @@ from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.study.cell import _of
+from ssl_pipeline.study.runner import rows_of
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.unit.test_loader import photos
 
@@ -90,7 +90,7 @@ def test_a_study_s_cached_features_keep_each_image_with_its_own_target(tmp_path:
     network = encoder()
     rows, read = extract_readable(network, source, PREPROCESSING, CPU, asked, network.features)
     assert read.tolist() == [i for i in GOOD.tolist() if i > 0]
-    drawn = _of({"index": asked, "train": rows, "train_read": read}, torch.tensor([2, 3, 4, 8, 11]), source)
+    drawn = rows_of({"index": asked, "train": rows, "train_read": read}, torch.tensor([2, 3, 4, 8, 11]), source)
     assert drawn.targets.tolist() == [[pytest.approx(i / (COUNT - 1))] for i in (2, 4, 11)]
     assert torch.equal(drawn.features, rows[torch.isin(read, torch.tensor([2, 4, 11]))])
     assert drawn.index.tolist() == [0, 2, 4]

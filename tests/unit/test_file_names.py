@@ -17,8 +17,8 @@ from PIL import Image
 from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources import domain_folder, folder
-from ssl_pipeline.export.answers import build_formatter
 from ssl_pipeline.export.embed import Embeddings, write_npz, write_parquet
+from ssl_pipeline.export.formatters import build_formatter
 from ssl_pipeline.export.predict import _write
 from ssl_pipeline.logging.progress import console
 

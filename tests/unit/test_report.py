@@ -14,42 +14,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.evaluation.plots import pca_projection, to_unit_square, tsne_projection
+from ssl_pipeline.report.charts import Chart, Line, Point, logged, points, thin
 from ssl_pipeline.report.command import ImagesCache
-from ssl_pipeline.report.curves import charts, points, thin
-from ssl_pipeline.report.look import RunImages, map_of, neighbor_strips, run_images, spectrum
+from ssl_pipeline.report.images import RunImages, map_of, neighbor_strips, run_images, spectrum
 from ssl_pipeline.report.page import page
-from ssl_pipeline.report.planes import pca_projection, projections, tsne_projection
 from ssl_pipeline.report.read import RunRecord, read_runs
-from ssl_pipeline.report.settings import difference, system
-from ssl_pipeline.report.summary import duration, summary
-from tests.report_page import Page, blind, payload
+from ssl_pipeline.report.summary import summary
+from ssl_pipeline.report.svg import draw_chart, smooth
+from ssl_pipeline.report.tables import difference, duration, system
+from tests.report_page import Page, blind, curves
 from tests.report_runs import write_finetune, write_pretrain, write_study
 
 
 def test_curves_are_what_was_logged(tmp_path: Path) -> None:
     run = read_runs([write_pretrain(tmp_path / "run")])[0]
-    by_key = {chart["key"]: chart for chart in charts([run])}
+    by_key = {chart.key: chart.lines[0].points for chart in logged([run])}
     assert {"loss", "knn", "lr", "images_per_s", "data_wait", "temperature", "entropy_share", "hardest_1pct", "feature_std",
             "effective_rank"} == set(by_key)  # fmt: skip
     # Step, epoch, seconds and value; the evaluation's own "loss" is none of the pretext task's.
-    assert by_key["loss"]["lines"][0]["points"][3] == [4, 0.4, 4.0, 2.5]
-    assert [row[3] for row in by_key["loss"]["lines"][0]["points"]] == [
-        pytest.approx(10 / step, rel=1e-5) for step in range(1, 21)
-    ]
-    assert [row[3] for row in by_key["knn"]["lines"][0]["points"]] == [0.5, 0.6, 0.7]
-    assert [row[0] for row in by_key["knn"]["lines"][0]["points"]] == [0, 10, 20]
-    assert payload(page([run], looking=blind))["charts"] == list(by_key.values())
+    assert by_key["loss"][3] == Point(4, 0.4, 4.0, 2.5)
+    assert [row.value for row in by_key["loss"]] == [pytest.approx(10 / step, rel=1e-5) for step in range(1, 21)]
+    assert [row.value for row in by_key["knn"]] == [0.5, 0.6, 0.7]
+    assert [row.step for row in by_key["knn"]] == [0, 10, 20]
+    text = page([run], images=blind)
+    for axis in ("step", "epoch", "time"):
+        assert curves(text, "loss", 0, axis) == [20]
+        assert curves(text, "knn", 0, axis) == [3]
 
 
 def test_the_group_that_a_figure_is_logged_in_does_not_matter(tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run")
-    before = charts(read_runs([folder]))
+    before = logged(read_runs([folder]))
     text = (folder / "metrics.jsonl").read_text()
     for old, new in (("pretrain/temperature", "temperature/tau"), ("pretrain/entropy_share", "temperature/entropy_share"),
                      ("pretrain/images_per_s", "system/images_per_s")):  # fmt: skip
         text = text.replace(old, new)
     (folder / "metrics.jsonl").write_text(text)
-    assert charts(read_runs([folder])) == before
+    assert logged(read_runs([folder])) == before
 
 
 def test_a_figure_that_is_no_number_is_a_gap(tmp_path: Path) -> None:
@@ -57,19 +59,19 @@ def test_a_figure_that_is_no_number_is_a_gap(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "time": 1767323048.0, "pretrain/loss": "nan"}\n')
     run = read_runs([folder])[0]
-    assert points(run, ("loss",), step_only=True)[-1] == [3, 0.3, 3.0, None]
-    payload(page([run], looking=blind))  # JSON knows no NaN: a page that held one would not be read
+    assert points(run, ("loss",), step_only=True)[-1] == Point(3, 0.3, 3.0, None)
+    assert curves(page([run], images=blind), "loss", 0) == [2]
 
 
 @given(st.integers(1, 5000), st.integers(2, 700))
 def test_thinning_keeps_both_ends_and_the_order(count: int, most: int) -> None:
-    rows: list[list[float | None]] = [[float(i)] for i in range(count)]
+    rows = [Point(float(i), None, None, 0.0) for i in range(count)]
     kept = thin(rows, most)
     assert kept[0] == rows[0]
     assert kept[-1] == rows[-1]
     assert len(kept) <= most + 1
-    assert kept == sorted(kept, key=lambda row: row[0] or 0.0)
-    assert len({row[0] for row in kept}) == len(kept)
+    assert kept == sorted(kept)
+    assert len({row.step for row in kept}) == len(kept)
 
 
 def test_the_sentence_of_stage_one(tmp_path: Path) -> None:
@@ -99,8 +101,8 @@ def test_only_the_settings_that_differ(tmp_path: Path) -> None:
     assert table.rows == [["extra", "—", "null"], ["pretext.temperature.value", "0.1", "0.5"]]
     assert difference(runs[:1]) is None
     alike = read_runs([tmp_path / "a", write_pretrain(tmp_path / "c"), write_finetune(tmp_path / "d", [0.5])])
-    assert "No setting differs" in page(alike, looking=blind)
-    assert "No setting differs" not in page(alike[1:], looking=blind)  # stages have no settings to compare
+    assert "No setting differs" in page(alike, images=blind)
+    assert "No setting differs" not in page(alike[1:], images=blind)  # stages have no settings to compare
 
 
 def test_the_spectrum_of_known_features() -> None:
@@ -137,10 +139,9 @@ def test_neighbors_stay_together_on_the_map(monkeypatch: pytest.MonkeyPatch) -> 
     again = tsne_projection(features)
     assert again is not None
     assert torch.equal(plane, again)
-    assert [layout["name"] for layout in projections(features)] == ["PCA", "t-SNE"]
-    assert [layout["name"] for layout in projections(torch.ones(120, 16))] == ["PCA"]  # collapsed
+    assert tsne_projection(torch.ones(120, 16)) is None  # collapsed
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # not installed
-    assert [layout["name"] for layout in projections(features)] == ["PCA"]
+    assert tsne_projection(features) is None
 
 
 def small_source(count: int = 12) -> ArrayDataset:
@@ -162,15 +163,37 @@ def test_neighbors_are_the_nearest_by_brute_force() -> None:
     assert [strip["query"]["label"] for strip in strips[:3]] == ["a", "b", "c"]
 
 
-def test_the_map_has_a_place_and_a_thumbnail_for_each_image() -> None:
+def test_the_map_has_a_dot_for_each_image_and_thumbnails_that_hide_no_other() -> None:
     torch.manual_seed(3)
-    found = map_of(torch.randn(12, 5), small_source(), torch.arange(12))
+    features = torch.randn(12, 5)
+    found = map_of(features, small_source(), torch.arange(12), "run")
     assert found
     (layout,) = found["layouts"]
-    assert len(layout["points"]) == len(found["labels"]) == len(found["names"]) == 12
-    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in layout["points"])
-    assert found["size"] == 8
-    assert map_of(torch.randn(2, 5), small_source(2), torch.arange(2)) is None
+    assert found["labels"] == [i % 3 for i in range(12)]
+    for label in range(3):
+        assert layout["svg"].count(f"fill: var(--class-{label})") >= 4
+    places = to_unit_square(pca_projection(features)[0])
+    assert 1 <= layout["svg"].count("<image") <= len(places)
+    assert map_of(torch.randn(2, 5), small_source(2), torch.arange(2), "run") is None
+
+
+def test_a_chart_has_gaps_whiskers_and_the_colors_of_the_page() -> None:
+    rows = [Point(1, None, None, 0.25, 0.1, 0.4), Point(2, None, None, None), Point(3, None, None, 0.5)]
+    chart = Chart("x", "stage-two", "X", (), "percent", "", axis="labels", lines=[Line(rows, name="<b>")])
+    text = draw_chart(chart, "labels")
+    assert "#c0d" not in text
+    assert "#c0e" not in text
+    assert text.count("var(--run-0)") >= 2
+    assert "<b>" not in text
+    assert draw_chart(chart, "epoch") == ""
+
+
+def test_smoothing_starts_unbiased_and_keeps_gaps() -> None:
+    assert smooth([2.0, 2.0, float("nan"), 2.0], 0.9)[::3] == pytest.approx([2.0, 2.0])
+    first, second, third = smooth([1.0, float("nan"), 3.0], 0.5)
+    assert first == 1.0
+    assert third == pytest.approx((0.5 * 0.5 * 1 + 0.5 * 3) / 0.75)
+    assert second != second
 
 
 WICKED = '"><script>alert(1)</script></script><img src=x onerror=alert(1)>&amp;'
@@ -192,22 +215,24 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
     source = small_source()
     source.classes, source.name = (WICKED, "b", "c"), WICKED
     seen = RunImages(
-        None, neighbor_strips(points_seen, source, torch.arange(12)), map_of(points_seen, source, torch.arange(12))
+        None,
+        neighbor_strips(points_seen, source, torch.arange(12)),
+        map_of(points_seen, source, torch.arange(12), WICKED),
     )
     text = page(
-        read_runs([stage_one, stage_two, study]), looking=lambda run: seen if run.stage == "pretrain" else RunImages()
+        read_runs([stage_one, stage_two, study]), images=lambda run: seen if run.stage == "pretrain" else RunImages()
     )
     parsed = Page(text)
-    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    assert [tag for tag, _ in parsed.tags].count("script") == 0
     assert all("onerror" not in attributes for _, attributes in parsed.tags)
     assert all((attributes.get("src") or "data:").startswith("data:") for _, attributes in parsed.tags)
     assert WICKED in "".join(parsed.words)
-    assert payload(text)["maps"][0]["classes"][0] == WICKED
+    assert any(WICKED in (attributes.get("aria-label") or "") for tag, attributes in parsed.tags if tag == "svg")
 
 
 def test_the_key_figures_of_both_stages(tmp_path: Path) -> None:
     runs = read_runs([write_pretrain(tmp_path / "one"), write_finetune(tmp_path / "two", [0.7, 0.8, 0.9])])
-    text = Page(page(runs, looking=blind)).text
+    text = Page(page(runs, images=blind)).text
     assert "kNN on dev 70.0 % +20.0 points over untrained" in text
     assert "Stage two 80.0 ± 24.8 % accuracy, LP-FT classification" in text
     assert "Effective rank 60 feature std 0.80" in text
@@ -240,7 +265,7 @@ def test_a_page_that_is_written_again_looks_at_new_weights_alone(
         looked.append(run.folder)
         return RunImages(notes=(f"look {len(looked)}",))
 
-    monkeypatch.setattr("ssl_pipeline.report.command.look", counted)
+    monkeypatch.setattr("ssl_pipeline.report.command.run_images", counted)
     folders = [write_pretrain(tmp_path / name) for name in ("a", "b")]
     weights = folders[0] / "encoder.safetensors"
     looks = ImagesCache()
@@ -261,7 +286,7 @@ def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
     for number in range(4):
         write_pretrain(folder / f"tau-{number}", temperature=0.1 * (number + 1))
     write_finetune(folder / "two", [0.5, 0.7])
-    text = page(read_runs([folder]), looking=lambda run: RunImages())
+    text = page(read_runs([folder]), images=lambda run: RunImages())
     assert "<h1>temperatures</h1>" in text
     assert "<title>temperatures</title>" in text
     head = text[: text.index("<nav")]
@@ -272,7 +297,7 @@ def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
     assert cells[4][:3] == ["finetune", "finished", "—"]
     assert cells[4][4:] == ["accuracy", "60.0 ± 127.1 %"]
     assert head.count('class="sentence"') == 5  # what each found, in words, is there to be opened
-    few = page(read_runs([folder / "tau-0", folder / "two"]), looking=lambda run: RunImages())
+    few = page(read_runs([folder / "tau-0", folder / "two"]), images=lambda run: RunImages())
     assert "<h1>tau-0, two</h1>" in few
     assert "Each run in words" not in few
 

@@ -16,7 +16,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.report.command import main, report, watch
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from tests.report_page import Page, blind, payload
+from tests.report_page import Page, blind, refresh
 from tests.report_runs import write_finetune, write_pretrain, write_study
 
 
@@ -41,12 +41,12 @@ def test_a_run_that_is_going_and_one_that_was_killed(tmp_path: Path) -> None:
     with held(folder):
         (run,) = read_runs([folder])
         assert run.state == "running"
-        text = page([run], refresh=7, looking=blind)
-        assert payload(text)["refresh"] == 7
+        text = page([run], refresh=7, images=blind)
+        assert refresh(text) == 7
         assert "trains small_resnet" in Page(text).text
     (run,) = read_runs([folder])
     assert run.state == "stopped"
-    assert "was stopped before its end" in Page(page([run], looking=blind)).text
+    assert "was stopped before its end" in Page(page([run], images=blind)).text
 
 
 def _without(name: str) -> Any:
@@ -115,10 +115,10 @@ def test_a_folder_of_runs_stands_for_them_and_each_stands_once(tmp_path: Path) -
 
 def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
-    pages: list[int] = []
+    pages: list[int | None] = []
 
     def sleep(seconds: float) -> None:
-        pages.append(payload((folder / "report.html").read_text())["refresh"])
+        pages.append(refresh((folder / "report.html").read_text()))
         if len(pages) == 2:
             (folder / "card.json").write_text('{"kind": "encoder"}')
         assert seconds == 3
@@ -127,4 +127,4 @@ def test_watching_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with held(folder):
         path = watch([folder], None, 3)
     assert pages == [3, 3]
-    assert payload(path.read_text())["refresh"] == 0
+    assert refresh(path.read_text()) is None

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ssl_pipeline.report.comparison import runs_comparison, study_comparison
+from ssl_pipeline.report.charts import label_efficiency
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
-from ssl_pipeline.report.stage_two import confusion, domain_table, results_table
-from ssl_pipeline.report.summary import summary
-from tests.report_page import Page, blind, payload
+from ssl_pipeline.report.summary import runs_comparison, study_comparison, summary
+from ssl_pipeline.report.tables import confusion, domain_table, results_table
+from tests.report_page import Page, blind
 from tests.report_runs import write_finetune, write_study
 
 
@@ -66,7 +66,7 @@ def test_a_study_is_compared_by_seed(tmp_path: Path) -> None:
     assert gain.mean == pytest.approx(0.2)
     assert gain.half == pytest.approx(0, abs=1e-9)
     assert "+20.0 ± 0.0 points (95 % interval, paired by seed): a gain." in summary(run)[0]
-    assert "+20.0 ± 0.0" in Page(page([run], looking=blind)).text
+    assert "+20.0 ± 0.0" in Page(page([run], images=blind)).text
 
 
 def grid(figure: str = "accuracy") -> list[dict[str, Any]]:
@@ -90,8 +90,8 @@ def test_each_label_count_is_compared_with_its_own_baseline(tmp_path: Path) -> N
         ("pretrained, LP-FT, 5 a class", "+10.0 ± 0.0"), ("pretrained, LP-FT, 20 a class", "+20.0 ± 0.0"),
     ]  # fmt: skip
     assert summary(run) == ["One.", "Two.", "official was left out: no network"]
-    (chart,) = payload(page([run], looking=blind))["charts"]
-    assert [row[0] for row in chart["lines"][0]["points"]] == [50, 200]
+    (chart,) = label_efficiency([run])
+    assert [row[0] for row in chart.lines[0].points] == [50, 200]
 
 
 def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_study_that_is_going_shows_its_cells(tmp_path: Path) -> None:
     found = study_comparison(run)
     assert found
     assert found.values == {"random, scratch, 5 a class": {0: 0.3, 1: 0.31}, "random, scratch, 20 a class": {0: 0.3}}
-    assert "3.json is damaged" in Page(page([run], looking=blind)).text
+    assert "3.json is damaged" in Page(page([run], images=blind)).text
 
 
 def test_cells_of_a_study_across_domains_are_told_apart_by_their_files(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_figures_that_are_no_shares_are_not_told_in_percent(tmp_path: Path) -> N
         "baseline": {"init": "random", "regime": "scratch"},
     }
     run = read_runs([write_study(tmp_path / "study", record)])[0]
-    text = Page(page([run], looking=blind)).text
+    text = Page(page([run], images=blind)).text
     assert "study: mean absolute error" in text
     assert "+0.2 ± " in text
     assert "(%)" not in text
@@ -139,11 +139,15 @@ def test_label_efficiency_is_drawn_over_the_labels(tmp_path: Path) -> None:
         for labels in (5, 20) for seed in (0, 1)
     ]  # fmt: skip
     run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
-    (chart,) = payload(page([run], looking=blind))["charts"]
-    (line,) = chart["lines"]
-    assert line["name"] == "pretrained, frozen"
-    assert [(row[0], row[3]) for row in line["points"]] == [(5.0, pytest.approx(0.1)), (20.0, pytest.approx(0.25))]
-    assert line["points"][0][5] - line["points"][0][3] == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-3)
+    (chart,) = label_efficiency([run])
+    (line,) = chart.lines
+    assert line.name == "pretrained, frozen"
+    assert [row.step for row in line.points] == [5.0, 20.0]
+    assert [row.value for row in line.points] == pytest.approx([0.1, 0.25])
+    first = line.points[0]
+    assert first.high is not None
+    assert first.value is not None
+    assert first.high - first.value == pytest.approx(12.706 * 0.0707107 / 2**0.5, rel=1e-3)
 
 
 def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
@@ -152,8 +156,8 @@ def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
         for labels in (5, 20) for seed, value in enumerate((0.1, 0.9))
     ]  # fmt: skip
     run = read_runs([write_study(tmp_path / "study", {"rows": rows})])[0]
-    (chart,) = payload(page([run], looking=blind))["charts"]
-    assert [row[4:] for row in chart["lines"][0]["points"]] == [[0.0, 1.0], [0.0, 1.0]]
+    (chart,) = label_efficiency([run])
+    assert [list(row[4:]) for row in chart.lines[0].points] == [[0.0, 1.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("found", [
@@ -162,7 +166,7 @@ def test_an_interval_of_shares_ends_where_shares_do(tmp_path: Path) -> None:
 def test_a_broken_confusion_is_left_out(tmp_path: Path, found: dict[str, Any]) -> None:
     (run,) = read_runs([write_finetune(tmp_path / "run", [0.5], confusion=found)])
     assert confusion(run) is None
-    page([run], looking=blind)
+    page([run], images=blind)
 
 
 def test_what_is_no_share_and_what_is_no_number(tmp_path: Path) -> None:
@@ -214,4 +218,4 @@ def test_confusion_and_domains(tmp_path: Path) -> None:
     assert table
     assert table.columns == ["method", "trained on", "sketch", "cartoon"]
     assert table.rows == [["source only", "photo", "30.0 ± 127.1", "50.0 ± 0.0"]]
-    assert {"stage-two", "domains"} <= Page(page([run], looking=blind)).ids()
+    assert {"stage-two", "domains"} <= Page(page([run], images=blind)).ids()

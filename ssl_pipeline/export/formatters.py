@@ -1,7 +1,8 @@
-"""What is said of an image, by what a model's predictions are: classes, labels, values, a mask, or boxes."""
+"""Predictions as rows: classes, labels, values, a mask or boxes; boxes also as COCO's results."""
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ class PredictionFormatter(ABC):
     Attributes:
         names: of the classes or values, in the order of the predictions.
         columns: of a table, between ``file`` and ``error``.
-        reads_maps: whether the model reads whole images, which are large, and takes few at a time.
+        reads_maps: whether the model reads whole images, of which memory holds few at a time.
     """
 
     reads_maps: ClassVar[bool] = False
@@ -36,7 +37,7 @@ class PredictionFormatter(ABC):
 
     @abstractmethod
     def row(self, file: Path, prediction: Any, image: Image.Image) -> dict[str, Any]:
-        """What is said of an image, as plain values."""
+        """A prediction as plain values."""
 
     @abstractmethod
     def cells(self, row: dict[str, Any]) -> Cells:
@@ -55,41 +56,35 @@ class Classes(PredictionFormatter):
         self.columns, self.top = ["class", "probability"], min(top, len(names))
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
-        """Names and probabilities, the most probable first."""
         values, places = prediction.float().softmax(0).topk(self.top)
         names = [self.names[i] for i in places.tolist()]
         return {"classes": names, "probabilities": [round(value, 4) for value in values.tolist()]}
 
     def cells(self, row: dict[str, Any]) -> Cells:
-        """The most probable one."""
         return [[row["classes"][0], row["probabilities"][0]]]
 
     def text(self, row: dict[str, Any]) -> str:
-        """All that are named."""
         return "  ".join(
             f"{name} {value:.1%}" for name, value in zip(row["classes"], row["probabilities"], strict=True)
         )
 
 
 class Labels(PredictionFormatter):
-    """The labels that hold, and each one's probability."""
+    """The labels whose probability reaches the threshold, and the probabilities of all."""
 
     def __init__(self, names: tuple[str, ...], threshold: float) -> None:
         super().__init__(names)
         self.threshold = threshold
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
-        """``labels`` of a probability of the threshold or more, and all ``probabilities``."""
         chances = dict(zip(self.names, prediction.float().sigmoid().tolist(), strict=True))
         held = [name for name, chance in chances.items() if chance >= self.threshold]
         return {"labels": held, "probabilities": {name: round(chance, 4) for name, chance in chances.items()}}
 
     def cells(self, row: dict[str, Any]) -> Cells:
-        """A probability a label."""
         return [list(row["probabilities"].values())]
 
     def text(self, row: dict[str, Any]) -> str:
-        """The labels that hold."""
         return "  ".join(f"{name} {row['probabilities'][name]:.1%}" for name in row["labels"]) or "none"
 
 
@@ -97,15 +92,12 @@ class Values(PredictionFormatter):
     """Numbers, in their own units."""
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
-        """``values`` by name."""
         return {"values": dict(zip(self.names, prediction.float().tolist(), strict=True))}
 
     def cells(self, row: dict[str, Any]) -> Cells:
-        """A number a value."""
         return [list(row["values"].values())]
 
     def text(self, row: dict[str, Any]) -> str:
-        """All of them."""
         return "  ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
 
 
@@ -124,7 +116,6 @@ class Mask(PredictionFormatter):
                 raise ConfigError(f"--masks: {str(folder)!r} can't be made ({error.strerror}).") from error
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
-        """``shares`` by class, and the ``mask``'s file where there is a folder for it."""
         size = (image.height, image.width)
         logits = F.interpolate(prediction[None].float(), size, mode="bilinear", align_corners=False)[0]
         classes = logits.argmax(0).to(torch.uint8).cpu()
@@ -150,16 +141,14 @@ class Mask(PredictionFormatter):
         return str(place)
 
     def cells(self, row: dict[str, Any]) -> Cells:
-        """The mask's file, and a share a class."""
         return [[row["mask"] or "", *row["shares"].values()]]
 
     def text(self, row: dict[str, Any]) -> str:
-        """The shares of the classes that occur."""
         return "  ".join(f"{name} {share:.1%}" for name, share in row["shares"].items() if share)
 
 
 class Boxes(PredictionFormatter):
-    """Objects with their boxes in the image's own pixels."""
+    """Objects, best first, with class, score and box (left, top, right, bottom) in the image's own pixels."""
 
     reads_maps = True
 
@@ -168,7 +157,6 @@ class Boxes(PredictionFormatter):
         self.columns, self.threshold = ["class", "score", "left", "top", "right", "bottom"], threshold
 
     def row(self, file: Path, prediction: dict[str, Tensor], image: Image.Image) -> dict[str, Any]:
-        """``width``, ``height`` and ``objects``: class, score and box (left, top, right, bottom), best first."""
         scale = torch.tensor([image.width, image.height, image.width, image.height])
         found = zip(*(prediction[key].cpu() for key in ("boxes", "labels", "scores")), strict=True)
         objects = [
@@ -183,22 +171,18 @@ class Boxes(PredictionFormatter):
         return {"width": image.width, "height": image.height, "objects": objects}
 
     def cells(self, row: dict[str, Any]) -> Cells:
-        """A line an object; an empty one where there is none."""
         return [[one["class"], one["score"], *one["box"]] for one in row["objects"]] or [[""] * 6]
 
     def text(self, row: dict[str, Any]) -> str:
-        """Classes, scores and boxes."""
-        told = [
-            f"{one['class']} {one['score']:.1%} [{', '.join(f'{edge:.0f}' for edge in one['box'])}]"
-            for one in row["objects"]
-        ]
-        return "  ".join(told) or "nothing"
+        edges = [", ".join(f"{edge:.0f}" for edge in one["box"]) for one in row["objects"]]
+        shown = zip(row["objects"], edges, strict=True)
+        return "  ".join(f"{one['class']} {one['score']:.1%} [{box}]" for one, box in shown) or "nothing"
 
 
 def build_formatter(
     gives: str, names: tuple[str, ...], top: int = 3, threshold: float | None = None, masks: Path | None = None
 ) -> PredictionFormatter:
-    """Those for a kind of prediction.
+    """The formatter of a kind of prediction.
 
     Args:
         gives: what a prediction is; see :class:`DownstreamConfig`.
@@ -208,7 +192,7 @@ def build_formatter(
         masks: a folder for masks.
 
     Raises:
-        ConfigError: nothing is known of such predictions, or an option goes with others.
+        ConfigError: such predictions are unknown, or an option does not go with them.
     """
     if masks is not None and gives != "mask":
         raise ConfigError(f"--masks is for models of masks, and this one gives {gives}.")
@@ -240,3 +224,57 @@ def palette(classes: int) -> list[int]:
             colors[:, channel] |= ((np.arange(classes) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
     flat: list[int] = colors.flatten().tolist()
     return flat
+
+
+class CocoIds:
+    """The ids that a COCO json gives to images (by the end of their paths) and categories (by name)."""
+
+    def __init__(self, annotations: Path) -> None:
+        self._place = annotations
+        try:
+            known = json.loads(annotations.read_text(encoding="utf-8"))
+            self._images = [(Path(one["file_name"]).parts, one["id"]) for one in known["images"]]
+            self._categories = {one["name"]: one["id"] for one in known["categories"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--annotations: {str(annotations)!r} can't be read as COCO's json: {error}.") from error
+
+    def image(self, file: Path) -> Any:
+        """The id of the one image whose path shares the longest end with the file's."""
+        ends = [(_shared_end(parts, file.parts), number) for parts, number in self._images]
+        longest = max((length for length, _ in ends), default=0)
+        found = [number for length, number in ends if length == longest]
+        if longest == 0:
+            raise ConfigError(f"--annotations: {str(self._place)!r} has no image {file.name!r}.")
+        if len(found) > 1:
+            raise ConfigError(
+                f"--annotations: {str(self._place)!r} has {len(found)} images that {str(file)!r} may be: give the files by paths as "
+                "long as its `file_name`s."
+            )
+        return found[0]
+
+    def category(self, name: str) -> Any:
+        if name not in self._categories:
+            raise ConfigError(f"--annotations: {str(self._place)!r} has no category {name!r}.")
+        return self._categories[name]
+
+
+def coco_results(rows: list[dict[str, Any]], ids: CocoIds) -> list[dict[str, Any]]:
+    """Boxes as COCO's results (left, top, width, height), under the ids of a COCO json.
+
+    Raises:
+        ConfigError: it lacks an image or a category.
+    """
+    results = []
+    for row in rows:
+        for one in row.get("objects", ()):
+            left, top, right, bottom = one["box"]
+            box = [left, top, round(right - left, 2), round(bottom - top, 2)]
+            found = {"image_id": ids.image(Path(row["file"])), "category_id": ids.category(one["class"])}
+            results.append({**found, "bbox": box, "score": one["score"]})
+    return results
+
+
+def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """How many of the last parts of two paths are the same."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -1,30 +1,27 @@
-"""Stage two's tables: figures with their intervals, confusion and domains."""
+"""The page's tables: metrics with their intervals, confusion, domains, and how runs were set up."""
 
 from __future__ import annotations
 
+import datetime
 import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ssl_pipeline.config.base import UserError
+from ssl_pipeline.config.base import UserError, flatten
 from ssl_pipeline.config.resolve import component
 from ssl_pipeline.evaluation.result import is_share
 from ssl_pipeline.metrics.interval import Interval, interval
 from ssl_pipeline.report.read import RunRecord
 
 _MOST_CLASSES = 40
+ABSENT = "—"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people.
-
-    Attributes:
-        title: its caption.
-        columns: the first one is text, the others are figures.
-        rows: cells as they are shown.
-        note: one sentence below it.
-    """
+    """A table for people: the first column is text, the others are numbers."""
 
     title: str
     columns: list[str]
@@ -67,9 +64,8 @@ def first_seed(run: RunRecord) -> int:
 def in_percent(run: RunRecord) -> bool:
     """Whether its figures are shares."""
     try:
-        return bool(
-            getattr(component("downstream", "downstream", run.config.get("downstream", {})), "in_percent", False)
-        )
+        task = component("downstream", "downstream", run.config.get("downstream", {}))
+        return bool(getattr(task, "in_percent", False))
     except UserError:
         return all(0 <= value <= 1 for row in seeds_of(run) for name, value in row.items() if is_share(name, True))
 
@@ -81,14 +77,10 @@ def results_table(run: RunRecord) -> Table | None:
         return None
     percent, seed = in_percent(run), first_seed(run)
     names = [name for name in rows[0] if all(name in row for row in rows)]
-    cells = [
-        [
-            spoken(name),
-            shown(interval([row[name] for row in rows]), is_share(name, percent)),
-            *(_one(row[name], is_share(name, percent)) for row in rows),
-        ]
-        for name in names
-    ]
+    cells = []
+    for name in names:
+        share, values = is_share(name, percent), [row[name] for row in rows]
+        cells.append([spoken(name), *(shown(interval(part), share) for part in (values, *([v] for v in values)))])
     unit = " (%)" if percent else ""
     columns = ["figure", "mean ± 95 %", *(f"seed {seed + place}" for place in range(len(rows)))]
     return Table(f"{run.name}: {title_of(run)} on {run.results.get('split', '?')}{unit}", columns, cells)
@@ -132,7 +124,7 @@ def domain_table(run: RunRecord) -> Table | None:
     if not cells:
         return None
     body = [
-        [method, source, *(interval(found[t]).percent() if t in found else "—" for t in targets)]
+        [method, source, *(interval(found[t]).percent() if t in found else ABSENT for t in targets)]
         for (method, source), found in cells.items()
     ]
     return Table(f"{run.name}: by domain (%)", ["method", "trained on", *targets], body)
@@ -151,5 +143,88 @@ def spoken(name: str) -> str:
     return {"lp_ft": "LP-FT"}.get(name, name.replace("_", " "))
 
 
-def _one(value: float, percent: bool) -> str:
-    return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+def condition(row: dict[str, Any], with_labels: bool) -> str:
+    """What a row's condition is called."""
+    parts = [spoken(str(row[key])) for key in ("init", "regime") if row.get(key) is not None]
+    labels = [labels_in_words(row["labels"])] if with_labels and row.get("labels") is not None else []
+    return ", ".join([*parts, *labels]) or "condition"
+
+
+def labels_in_words(labels: Any) -> str:
+    """A study's label count: a number of each class, a share, or all."""
+    if isinstance(labels, int):
+        return f"{labels} a class"
+    return "all labels" if labels == "all" else f"{str(labels).removesuffix('%')} % of the labels"
+
+
+def duration(seconds: float | None) -> str:
+    """Such as ``2 min 10 s``."""
+    if seconds is None:
+        return ABSENT
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    parts = [f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if count]
+    return " ".join(parts[:2]) or "0 s"
+
+
+def difference(runs: Sequence[RunRecord]) -> Table | None:
+    """The keys whose values differ, side by side; a stage's runs are compared among themselves only."""
+    rows: list[list[str]] = []
+    for stage in ("pretrain", "finetune", "study"):
+        flat = {
+            run.name: {key: _written(value) for key, value in flatten(run.config).items()}
+            for run in runs
+            if run.stage == stage
+        }
+        if len(flat) < 2:
+            continue
+        for key in sorted({key for values in flat.values() for key in values}):
+            values = [flat[run.name].get(key, ABSENT) if run.name in flat else "" for run in runs]
+            if len({value for run, value in zip(runs, values, strict=True) if run.name in flat}) > 1:
+                rows.append([key, *values])
+    if not rows:
+        return None
+    return Table("Settings that differ", ["key", *(run.name for run in runs)], rows)
+
+
+def system(runs: Sequence[RunRecord]) -> Table:
+    """What each run ran on, of a continued one at its last start: command, commit, device, threads, versions; and times."""
+    facts = [_facts(run) for run in runs]
+    names = list(dict.fromkeys(name for of_run in facts for name in of_run))
+    rows = [[name, *(of_run.get(name, ABSENT) for of_run in facts)] for name in names]
+    return Table("System", ["", *(run.name for run in runs)], rows)
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    start = run.starts[-1] if run.starts else {}
+    versions = start.get("versions")
+    facts = {
+        "folder": str(run.folder),
+        "state": run.state,
+        "started": _when(run.began),
+        "duration": duration(run.seconds),
+        "starts": str(len(run.starts)),
+        "device": str(start.get("device") or "not recorded"),
+        "threads": str(start.get("threads", ABSENT)),
+        "commit": str(start.get("commit") or ABSENT)[:12],
+        "command": _command(start.get("command")),
+    }
+    return facts | ({str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {})
+
+
+def _command(found: Any) -> str:
+    """As it is typed; earlier versions kept a list of words."""
+    return shlex.join(map(str, found)) if isinstance(found, list) and found else str(found or ABSENT)
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return ABSENT
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _written(value: Any) -> str:
+    """As YAML has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
