@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ssl_pipeline.config.compose import choice_file, choices, group_choices
 from ssl_pipeline.config.keys import UnknownKeyError, all_keys, annotation_at, is_model
 from ssl_pipeline.config.resolve import module_of, names, rooms
-from ssl_pipeline.config.synonyms import flat, of_launcher, synonyms
+from ssl_pipeline.config.synonyms import flat, of_launcher, renamed, synonyms
 from ssl_pipeline.config.words import members
 
 _OFF_AND_ON = {
@@ -100,6 +100,8 @@ def about_key(stage: Stage, key: str, text: str | None) -> str:
         text: the value as it was typed; None where there was none.
     """
     value = "…" if text is None else text
+    if line := renamed(key, value):
+        return line
     told = f"`{key}` is not a key."
     if "/" in key:
         return f"{told} If a file or folder is meant, there is no {f'{key}={value}'!r}."
@@ -131,6 +133,8 @@ def about_word(stage: Stage, word: str) -> str:
     told = f"{word!r} is not an override: "
     if not word.strip("+~="):
         return f"{word!r} is not an override: write `group=choice` or `key=value` (see --help for the keys)."
+    if line := renamed(word, "…"):
+        return line
     known = all_keys(stage.schema, stage.tree)
     if word in known and not word.startswith("="):
         return f"{told}write {_line(_with_value(stage, word, _example(stage, word)))}."

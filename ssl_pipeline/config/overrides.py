@@ -197,5 +197,7 @@ def _strangers(stage: Stage) -> list[str]:
             annotation_at(stage.schema, stage.tree, key)
         except UnknownKeyError:
             problems.append(about_key(stage, key, None if value is None else str(value)))
-            _set(stage.tree, key.split("."), False, None)
+            first = key.split(".")[0]
+            known = first in stage.schema.model_fields
+            _set(stage.tree, key.split(".") if known else [first], False, None)
     return problems

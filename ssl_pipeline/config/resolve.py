@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssl_pipeline.config.base import ComponentConfig, ComponentOf, ConfigError
+from ssl_pipeline.config.synonyms import renamed
 
 Stage = TypeVar("Stage", bound=BaseModel)
 
@@ -145,7 +146,7 @@ def _sentences(error: ValidationError, schema: type[BaseModel], prefix: str = ""
         key = ".".join([prefix, *loc] if prefix else loc) or "config"
         if finding["type"] == "extra_forbidden":
             known = list(_model_at(schema, loc[:-1]).model_fields)
-            sentences.append(f"`{key}` is not a key.{_nearest(loc[-1], known)}")
+            sentences.append(renamed(key, "…") or f"`{key}` is not a key.{_nearest(loc[-1], known)}")
         elif finding["type"] == "missing":
             sentences.append(f"`{key}` is required and was not given.")
         elif finding["type"] == "value_error":

@@ -1,8 +1,16 @@
-"""What other programs call the things that keys are for."""
+"""Keys by other names: those that they had here before, and those of other programs."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+
+# Keys and groups that were renamed: an old name is refused, with the new one in the message. An entry also holds for the keys
+# below it (`unlabelled.weight`), and entries may follow one another. A new name that takes other values has one: `key=value`.
+RENAMED_KEYS: dict[str, str] = {
+    "data.licence": "data.license",
+    "unlabelled": "unlabeled",
+}
 
 # What other programs call a thing, and how it is written here: the first line whose key the stage has.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -52,6 +60,26 @@ _PROCESSES = (
 def flat(key: str) -> str:
     """A key as one word, as other programs write it: ``batch.size`` is ``batch_size``."""
     return key.replace(".", "_").replace("-", "_").lower()
+
+
+def renamed(key: str, value: str) -> str | None:
+    """The sentence about a key that has a new name; None for any other key."""
+    moved = _moved(key)
+    if moved is None:
+        return None
+    new, equals, example = moved.partition("=")
+    line = f"{new}={example if equals else value}"
+    return f"`{key}` is now `{new}`: type `{line if value == '…' else shlex.quote(line)}`."
+
+
+def _moved(key: str) -> str | None:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        new = RENAMED_KEYS.get(".".join(parts[:length]))
+        if new is not None:
+            moved = ".".join([new, *parts[length:]])
+            return _moved(moved) or moved
+    return None
 
 
 def synonyms(word: str) -> Iterator[str]:
