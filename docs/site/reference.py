@@ -19,7 +19,7 @@ from docs.site.verbs import Verb, configured_verbs
 from ssl_pipeline.cli import VERBS
 from ssl_pipeline.config.base import ComponentOf, ConfigError
 from ssl_pipeline.config.compose import choices, compose, config_root
-from ssl_pipeline.config.resolve import module_of, names
+from ssl_pipeline.config.schema import module_of, names
 from ssl_pipeline.data.bad_files import BadFilesLimit
 from ssl_pipeline.schedules import DurationValue
 from ssl_pipeline.transforms.policy import ViewChanges

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from docs.site.docstrings import prose
 from docs.site.reference import component_table
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.config.resolve import module_of, names
+from ssl_pipeline.config.schema import module_of, names
 
 # Page titles where the module's name is not how people write it.
 TITLES = {

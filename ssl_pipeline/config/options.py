@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ssl_pipeline.config.base import closest
 
 # What each is, and its name under `exports/` beside the model.
 FORMATS = {
@@ -31,10 +32,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Leaves with code 2, and names the option that is spelled nearly as one that there is not."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        close = get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        super().error(f"{message}. Did you mean {close[0]}?" if close else message)
+        close = closest(unknown[1], self._option_string_actions) if unknown else None
+        super().error(f"{message}. Did you mean {close}?" if close else message)
 
 
 def path(text: str) -> Path:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
-from ssl_pipeline.config.words import quoted
+from ssl_pipeline.config.values import quoted
 from ssl_pipeline.data.loader import DistInfo, Preprocessing
 from ssl_pipeline.data.pretrained_range import at_range_of
 from ssl_pipeline.data.source import SourceConfig

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import UserError, first_line
-from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.data.loader import DistInfo, Preprocessing, open_or_replace
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.data.stream import open_training, preview

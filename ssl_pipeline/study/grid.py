@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load
-from ssl_pipeline.config.words import quoted
+from ssl_pipeline.config.values import quoted
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.logging.tracker import TrackingConfig
 

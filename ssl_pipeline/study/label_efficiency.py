@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.config.words import listed, quoted
+from ssl_pipeline.config.values import listed, quoted
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.labels import draw, draw_index
 from ssl_pipeline.downstream.selection import selection

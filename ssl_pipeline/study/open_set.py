@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.config.words import listed, quoted
+from ssl_pipeline.config.values import listed, quoted
 from ssl_pipeline.domain.open_set import SCORES
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.logging.progress import console, print_table

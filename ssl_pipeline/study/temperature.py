@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import exit_with_error
-from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.data.lanes import build_loader
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.stream import known_length, open_training

@@ -21,7 +21,7 @@ from torch import nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics

@@ -8,15 +8,15 @@ import tomllib
 from pathlib import Path, PurePosixPath
 
 import pytest
+from docs.site.docstrings import attributes, prose
+from docs.site.verbs import configured_verbs
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from docs.site import messages, pictures, reference, stage, tasks
 from docs.site.__main__ import build
-from docs.site.docstrings import attributes, prose
-from docs.site.verbs import configured_verbs
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.config.resolve import module_of, names
+from ssl_pipeline.config.schema import module_of, names
 from tests.runs import ROOT
 
 PACKAGE = ROOT / "ssl_pipeline"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.options import FORMATS
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.data.loader import Preprocessing
 from ssl_pipeline.downstream.dense import whole_images
 from ssl_pipeline.downstream.finished import load_model

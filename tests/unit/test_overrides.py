@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import as_yaml, literal, read_yaml, resolved
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.config.synonyms import RENAMED_KEYS, renamed
-from ssl_pipeline.config.words import listed, quoted, read_value, split_list
+from ssl_pipeline.config.values import listed, quoted, read_value, split_list
 from ssl_pipeline.evaluation.encoder import describe_encoder
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.pretrain import PretrainConfig
