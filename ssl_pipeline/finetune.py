@@ -46,10 +46,10 @@ from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.logging.jsonl import seconds_before
+from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import console, duration, print_table, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
-from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.training import TrainingCurves, trained_steps
 from ssl_pipeline.metrics.confusion import confusion_matrix
 from ssl_pipeline.models.artifact import Card, EncoderSpec, finite, save, write_card
@@ -238,7 +238,7 @@ def finetune(config: FinetuneConfig) -> Result:
         if finished:
             result.take_confusion()
         if config.encoder is not None and not config.starts_fresh:
-            trackers.used(config.encoder)
+            trackers.use_model(config.encoder)
         before = trained_steps(folder, finished)
         curves = TrainingCurves(trackers, config.tracking.terminal, run is not None, before)
         for seed in seeds:

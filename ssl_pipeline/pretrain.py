@@ -48,10 +48,10 @@ from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.pictures import ImageLogger
 from ssl_pipeline.evaluation.watch import OnlineEvalCallback
 from ssl_pipeline.logging.jsonl import seconds_before
+from ssl_pipeline.logging.logger import TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress, silence_other_ranks
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import Resume, Run, open_run, versions
-from ssl_pipeline.logging.tracker import TrackingConfig, open_loggers
 from ssl_pipeline.models.artifact import Card, EncoderSpec, save, write_card
 from ssl_pipeline.models.backbone import Backbone, BackboneConfig
 from ssl_pipeline.models.encoder import Encoder
@@ -369,7 +369,7 @@ def pretrain(config: PretrainConfig) -> Path:
         final = watch.latest if watch.done == total else watch.look(total)
         if run is not None:
             write_card(place.folder, card(final))
-            trackers.made(place.folder)
+            trackers.log_model(place.folder)
             untrained = untrained or untrained_figures(place.folder)
             progress.say_end(final, untrained)
             if told := without_gain(untrained, final, evaluation.knn_images):

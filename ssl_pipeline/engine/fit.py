@@ -20,7 +20,7 @@ from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.training import Step, TrainState
-from ssl_pipeline.logging.names import full_name
+from ssl_pipeline.logging.jsonl import full_name
 from ssl_pipeline.schedules import TrainProgress
 
 

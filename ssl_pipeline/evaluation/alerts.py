@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from ssl_pipeline.logging.jsonl import read_metrics
+from ssl_pipeline.logging.logger import LoggerCollection
 from ssl_pipeline.logging.progress import Progress
-from ssl_pipeline.logging.tracker import LoggerCollection
 from ssl_pipeline.metrics.collapse import verdict
 
 _WINDOW, _FEWEST = 50, 20

@@ -17,7 +17,7 @@ from ssl_pipeline.data.loader import open_or_replace
 from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.evaluation.online import OnlineEvaluation
 from ssl_pipeline.evaluation.plot_views import views_picture
-from ssl_pipeline.logging.tracker import LoggerCollection
+from ssl_pipeline.logging.logger import LoggerCollection
 from ssl_pipeline.metrics.classes import one_of_each_class
 from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.transforms.policy import ViewsConfig
@@ -72,7 +72,7 @@ class ImageLogger:
             return
         began = self._clock()
         try:
-            self._trackers.pictures(step, {name: make() for name, make in makers.items()})
+            self._trackers.log_images(step, {name: make() for name, make in makers.items()})
         except Exception as error:  # a run is worth more than a picture of it
             self._draws = False
             _log.warning("no more pictures are drawn: %s failed (%s)", " or ".join(makers), error)

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
-from ssl_pipeline.logging.names import TRAINING_STEP
+from ssl_pipeline.logging.jsonl import FILE_NAME, TRAINING_STEP, read_metrics
+from ssl_pipeline.logging.logger import LoggerCollection
 from ssl_pipeline.logging.progress import Mode, Progress
-from ssl_pipeline.logging.tracker import LoggerCollection
 
 _POINTS = 50  # of a loop
 
@@ -57,7 +56,7 @@ class TrainingCurves:
         """
         before = self._before
         if done < total:  # of a loop that was at its end, the next one knows what is repeated
-            self._trackers.forget_training_after(before + done)
+            self._trackers.truncate_training(before + done)
         title = f"seed {seed}, {name.replace('_', ' ')}"
         with Progress(total, done, self._speaks, self._mode, title) as progress:
 

@@ -15,7 +15,7 @@ from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.values import quoted
 from ssl_pipeline.finetune import FinetuneConfig
-from ssl_pipeline.logging.tracker import TrackingConfig
+from ssl_pipeline.logging.logger import TrackingConfig
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
 # They decide no figure: the weights have a digest.

@@ -24,9 +24,9 @@ from ssl_pipeline.data.source import IndexedDataset
 from ssl_pipeline.downstream.labels import draw, draw_index
 from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.finetune import check, starting_point
+from ssl_pipeline.logging.logger import open_loggers
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.run import Run, open_run, versions, write_json
-from ssl_pipeline.logging.tracker import open_loggers
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.models.weights import is_file_name
 from ssl_pipeline.study.cell import FeatureJob, TrainJob, reads_features
@@ -261,7 +261,7 @@ def _track(config: StudyConfig, findings: StudyTable, run: Run) -> None:
             means = {c: interval(findings.values(c, labels)).mean for c in findings.conditions}
             trackers.log(count, {f"study/{slug(init)}_{regime}": mean for (init, regime), mean in means.items()})
         with Image.open(run.path / "study.png") as picture:
-            trackers.pictures(max(counts.values()), {"label_efficiency": picture.convert("RGB")})
+            trackers.log_images(max(counts.values()), {"label_efficiency": picture.convert("RGB")})
 
 
 def _shared(config: StudyConfig) -> Iterator[str]:

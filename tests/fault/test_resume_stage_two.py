@@ -21,8 +21,7 @@ from ssl_pipeline.downstream.regime import train
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.fit import _tell as tell
 from ssl_pipeline.finetune import FinetuneConfig, finetune
-from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.logging.names import TRAINING_STEP
+from ssl_pipeline.logging.jsonl import TRAINING_STEP, read_metrics
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_words
 from tests.shapes import mask_folder
