@@ -183,7 +183,7 @@ def _classes_of(files: list[str], levels: int) -> set[str]:
 
 def main() -> None:
     """The command line."""
-    parser = parsers.prepare()
+    parser = parsers.parser("prepare")
     options = parser.parse_args()
     if options.cache and options.cache < 8:
         parser.error("--cache must be 8 pixels or more")

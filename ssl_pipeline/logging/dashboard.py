@@ -88,7 +88,7 @@ def publish(entity: str, project: str) -> str:
 
 def main() -> None:
     """The command line."""
-    options = parsers.dashboard().parse_args()
+    options = parsers.parser("dashboard").parse_args()
     entity, slash, project = options.project.partition("/")
     try:
         if not (entity and slash and project) or "/" in project:

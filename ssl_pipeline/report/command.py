@@ -92,7 +92,7 @@ def _write(folders: Sequence[Path], path: Path, refresh: int, looks: ImagesCache
 
 def main() -> None:
     """The command line."""
-    options = parsers.report().parse_args()
+    options = parsers.parser("report").parse_args()
     try:
         if options.watch is None:
             path, _ = report(options.run, options.output)
