@@ -72,7 +72,7 @@ def _example(bars: Axes, curves: Axes) -> None:
     many = [0.1 * 2 ** (step / 4) for step in range(28)]
     curves.plot(many, [float(entropy_share(EXAMPLE, t)) for t in many], label="entropy ÷ log 3")
     curves.plot(many, [-math.log(float(softmax(EXAMPLE, t)[2])) for t in many], label="cross-entropy of the top logit")
-    curves.axhline(math.log(3), color="grayscale", linewidth=0.8, linestyle="--")
+    curves.axhline(math.log(3), color="gray", linewidth=0.8, linestyle="--")
     curves.annotate("log 3: all alike", (many[0], math.log(3)), (0, 3), textcoords="offset points", fontsize=8)
     curves.set(title="Above 1 it smooths, below 1 it sharpens", xscale="log", xlabel="τ")
     curves.legend()
