@@ -1,4 +1,4 @@
-"""``ssl-pipeline VERB``: one command for everything; each verb is a module's ``main``."""
+"""``ssl-pipeline VERB``; each verb is the ``main`` of a module, imported when it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssl_pipeline import __version__
 VERBS = {
     "prepare": (
         "ssl_pipeline.data.prepare",
-        "reads a folder of images once: what is wrong with which, and fast starts",
+        "reads a folder of images once: damaged files are listed, and later starts are fast",
     ),
     "pretrain": ("ssl_pipeline.pretrain", "stage one: a backbone from images without labels"),
     "finetune": ("ssl_pipeline.finetune", "stage two: a model from the backbone and a few labels"),
@@ -26,25 +26,25 @@ VERBS = {
     "study": ("ssl_pipeline.study.label_efficiency", "did pretraining help? stage two under several conditions"),
     "study domain": (
         "ssl_pipeline.study.domain",
-        "which method helps across domains? each on each shift, in one table",
+        "which method helps across domains? every method on every shift",
     ),
     "study leave_one_out": (
         "ssl_pipeline.study.leave_one_out",
-        "which method generalizes? each domain left out once, the worst beside the mean",
+        "which method generalizes? each domain left out once; mean and worst",
     ),
     "study open_set": (
         "ssl_pipeline.study.open_set",
-        "how well are classes that were never taught found? over draws of the known ones",
+        "how well are unknown classes found? over draws of the known ones",
     ),
     "predict": ("ssl_pipeline.export.predict", "classes and probabilities for image files"),
     "embed": ("ssl_pipeline.export.embed", "a data set's features as Parquet or npz, with ids"),
-    "neighbors": ("ssl_pipeline.export.neighbors", "the images most alike to one, as a list and a picture"),
+    "neighbors": ("ssl_pipeline.export.neighbors", "the images most similar to one, as a list and a picture"),
     "export": (
         "ssl_pipeline.export.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
     ),
     "views": ("ssl_pipeline.evaluation.plot_views", "a picture of the random views of a data set"),
-    "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run of yours, too"),
+    "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run too"),
     "report": ("ssl_pipeline.report.command", "one page that shows what runs learned: curves, images, tables"),
     "dashboard": ("ssl_pipeline.logging.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),
 }
@@ -71,18 +71,18 @@ def main() -> None:
         run: Callable[[], None] = importlib.import_module(VERBS[verb][0]).main
         run()
         sys.stdout.flush()
-    except KeyboardInterrupt:  # of verbs that keep nothing to go on from, and while Python loads what a verb needs
+    except KeyboardInterrupt:  # in a verb that can't be resumed, or while its modules are imported
         sys.stderr.write("stopped by Ctrl-C.\n")
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush to it again at exit
+    except BrokenPipeError:  # the reader, such as `head`, is done; Python must not flush to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb that a command line starts with, of one word or two (``study domain``), and the words after it.
+    """The verb at the start of a command line, of one word or two (``study domain``), and the words after it.
 
     Raises:
-        SystemExit: with code 2 and a sentence, where there is no such verb.
+        SystemExit: there is no such verb.
     """
     if " ".join(words[:2]) in VERBS:
         return " ".join(words[:2]), list(words[2:])
@@ -100,12 +100,12 @@ def verb_of(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _help(verb: str, words: Sequence[str]) -> str:
-    """What a verb takes; nothing of the verb is imported, so that it takes a moment."""
+    """What a verb takes; its module is not imported, so that this is quick."""
     from ssl_pipeline.config.help import has_yaml, help_of
-    from ssl_pipeline.config.options import PARSERS
+    from ssl_pipeline.config.options import parser
 
     if not has_yaml(verb):
-        return PARSERS[verb]().format_help()
+        return parser(verb).format_help()
     given = dict(pairwise(words)).get("--config-dir")
     return help_of(verb, VERBS[verb][1], words, Path(given).expanduser() if given else None)
 

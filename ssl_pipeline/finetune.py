@@ -65,7 +65,7 @@ def finetune(config: FinetuneConfig) -> Result:
         if finished:
             result.take_confusion()
         if config.encoder is not None and not config.starts_fresh:
-            run.loggers.used(config.encoder)
+            run.loggers.use_model(config.encoder)
         for seed in seeds:
             if seed in finished:
                 result.figures.append(finished[seed])

@@ -12,8 +12,8 @@ from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.task import PretextConfig
+from ssl_pipeline.logging.logger import TrackingConfig
 from ssl_pipeline.logging.run import Resume
-from ssl_pipeline.logging.tracker import TrackingConfig
 from ssl_pipeline.models.backbone import Backbone
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig

@@ -1,21 +1,22 @@
-"""The base of every configuration model, and the error that a wrong configuration raises."""
+"""The base of every configuration model, and the errors for mistakes of the user."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class UserError(ValueError):
-    """What a person can mend: told as a sentence, without a traceback.
+    """An error that the user can fix: printed as a sentence, without a traceback.
 
     Attributes:
-        exit_code: what the command leaves with: 2 for wrong input.
-        everywhere: whether all processes of a run raise it, so that one of them tells it for all.
+        exit_code: of the command.
+        everywhere: whether all processes of a run raise it, so that only one of them has to print it.
     """
 
     exit_code: int = 2
@@ -23,11 +24,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A mistake of the user's, told in sentences: each names the thing, what was expected, and what to do.
-
-    Attributes:
-        problems: one sentence per mistake, all that were found together.
-    """
+    """One or more mistakes in a configuration or a command: each sentence names the thing, what was expected, and what to type."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -35,11 +32,11 @@ class ConfigError(UserError):
 
 
 class StoppedByHand(KeyboardInterrupt):
-    """Ctrl-C has ended a run, whose folder is known.
+    """Ctrl-C has ended a run.
 
     Attributes:
         what: how far it came.
-        folder: the run's; None in processes that don't write.
+        folder: of the run; None in processes that don't write.
         together: whether all processes of the run raise it.
     """
 
@@ -49,7 +46,7 @@ class StoppedByHand(KeyboardInterrupt):
 
 
 class StoppedByHandError(UserError):
-    """The same where a command ends: one line instead of a traceback, and the exit code that shells have for it."""
+    """Ctrl-C as the last line of a command, with the exit code that shells have for it."""
 
     exit_code = 130
 
@@ -66,17 +63,22 @@ def joined(items: Sequence[str], most: int = 10) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its name where it says nothing."""
+    """The first line of an error's text; the name of its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that is spelled most like another; None where none is."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+
+
 class FrozenModel(BaseModel):
-    """A frozen model that refuses keys it does not know.
+    """A frozen model that refuses unknown keys.
 
     Attributes:
-        short_for: the key that a plain value in the model's place stands for; None where there must be keys.
-        one_value: whether the model is written as one value, such as ``10 epochs``, and its fields are no keys.
-        wins_over: keys that take the place of another where both are given, such as ``steps`` of ``epochs``.
+        short_for: the key that a plain value in the model's place stands for; None where keys must be given.
+        one_value: whether the model is written as one value, such as ``10 epochs``, so that its fields are no keys.
+        wins_over: keys that replace another one where both are given, such as ``steps`` and ``epochs``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -92,13 +94,11 @@ class FrozenModel(BaseModel):
 
 
 class ComponentConfig(FrozenModel):
-    """The configuration of one component of a room; its ``name`` is the module that holds it.
+    """The configuration of one component of a room."""
 
-    Attributes:
-        name: a module of the room (``simclr`` → ``ssl_pipeline.pretext.simclr``), or a dotted name of the user's own.
-    """
-
-    name: str
+    name: str = Field(
+        description="A module of the room (`simclr` → `ssl_pipeline.pretext.simclr`), or a dotted name of your own."
+    )
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class ComponentOf:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """The whole configuration as plain YAML types, the chosen components' own keys included."""
+    """The whole configuration as plain YAML types, the keys of the chosen components included."""
     tree: dict[str, Any] = config.model_dump(mode="json", serialize_as_any=True)
     return tree
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree's values by dotted keys; a mapping that is empty is a value."""
+    """A tree's values by dotted keys; an empty mapping is a value."""
     if not isinstance(tree, dict) or (prefix and not tree):
         return {prefix: tree}
     flat: dict[str, Any] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,23 +16,23 @@ from pydantic import BaseModel
 from ssl_pipeline.config.base import ConfigError, StoppedByHand, StoppedByHandError, UserError, dump
 from ssl_pipeline.config.compose import as_yaml, compose
 from ssl_pipeline.config.help import help_of
-from ssl_pipeline.config.hints import Stage as HintStage
-from ssl_pipeline.config.hints import about_option
 from ssl_pipeline.config.options import Parser, path
 from ssl_pipeline.config.overrides import overridden
-from ssl_pipeline.config.resolve import resolve
-from ssl_pipeline.config.typed import typed_as
+from ssl_pipeline.config.schema import resolve
+from ssl_pipeline.config.suggest import Stage as Suggested
+from ssl_pipeline.config.suggest import about_option
 
 Stage = TypeVar("Stage", bound=BaseModel)
 LOST = 71  # EX_OSERR of sysexits.h: another process, or a worker, was killed or hangs
 EXIT_CODES = "SSL_PIPELINE_EXIT_CODES"  # names a file of `launch/run`: a launcher in between loses its processes' codes
+_TYPED: ContextVar[tuple[str, ...] | None] = ContextVar("typed", default=None)
 
 
 def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_dir: Path | None = None) -> Stage:
     """Composes and validates a stage's configuration.
 
     Raises:
-        ConfigError: listing every mistake.
+        ConfigError: lists every mistake.
     """
     tree, problems = overridden(name, schema, overrides, config_dir)
     try:
@@ -45,25 +47,22 @@ def load(name: str, schema: type[Stage], overrides: Sequence[str] = (), config_d
 def run_command(
     name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
 ) -> None:
-    """Runs a stage from the command line; leaves the process with the error's exit code when it is told in words."""
+    """Runs a stage from the command line; on a mistake of the user the process exits with the error's code."""
     verb = name.replace("_", " ", 1)  # `study domain` is composed from study_domain.yaml
     parser = Parser(prog=f"ssl-pipeline {verb}", add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", type=path)
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--help", "-h", action="store_true")
-    options, others = parser.parse_known_intermixed_args(arguments)
+    options, unknown = parser.parse_known_intermixed_args(arguments)
     if options.help:
         summary = run.__doc__.splitlines()[0] if run.__doc__ else ""
         sys.stdout.write(help_of(verb, summary, options.overrides, options.config_dir))
         return
     try:
-        if others:
-            raise ConfigError(
-                _about_options(
-                    name, schema, options.config_dir, others, sys.argv[1:] if arguments is None else arguments
-                )
-            )
+        if unknown:
+            stage = Suggested(name, schema, compose(name), options.config_dir)
+            raise ConfigError(_about_options(stage, unknown, sys.argv[1:] if arguments is None else arguments))
         config = load(name, schema, options.overrides, options.config_dir)
         if options.cfg:
             sys.stdout.write(as_yaml(dump(config)))
@@ -75,7 +74,7 @@ def run_command(
     except KeyboardInterrupt as stop:
         exit_with_error(stopped_by_hand(stop, verb, resumes="resume" in schema.model_fields))
     except RuntimeError as error:
-        if "home directory" not in str(error):  # pathlib's, of `~photos` where nobody is called photos
+        if "home directory" not in str(error):  # pathlib's, for `~photos` where no user is called photos
             raise
         exit_with_error(
             ConfigError(
@@ -84,24 +83,35 @@ def run_command(
         )
 
 
-def stopped_by_hand(stop: KeyboardInterrupt, verb: str, resumes: bool) -> StoppedByHandError:
-    """What Ctrl-C has stopped, and the command that goes on with it where a run's folder is known.
+@contextmanager
+def typed_as(words: Sequence[str]) -> Iterator[None]:
+    """Inside, :func:`command_words` gives these words: a verb's module no longer sees the verb in ``sys.argv``."""
+    token = _TYPED.set(tuple(words))
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
 
-    Args:
-        stop: what was raised.
-        verb: of the command.
-        resumes: whether the command has the key ``resume``.
+
+def command_words() -> list[str]:
+    """The command as a person would type it; ``sys.argv`` of a program that calls us from Python."""
+    return list(_TYPED.get() or sys.argv)
+
+
+def stopped_by_hand(stop: KeyboardInterrupt, verb: str, resumes: bool) -> StoppedByHandError:
+    """What Ctrl-C has stopped, and the command that continues it where a run's folder is known.
+
+    ``resumes``: whether the command has the key ``resume``.
     """
     if not isinstance(stop, StoppedByHand) or stop.folder is None:
         return StoppedByHandError(f"{stop.what if isinstance(stop, StoppedByHand) else 'stopped by Ctrl-C'}.")
-    words = [word for word in sys.argv[1:] if not word.startswith(("output=", "resume="))]
-    place = words.index("--") if "--" in words else len(words)  # what follows it is told to all cells of a study
     added = [f"output={stop.folder}", *(["resume=auto"] if resumes else [])]
-    typed = ["ssl-pipeline", *verb.split(), *words[:place], *added, *words[place:]]
-    command = " ".join(map(_quoted, typed))
     if "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ):
         return StoppedByHandError(f"{stop.what}: go on by the same command with `{' '.join(map(_quoted, added))}`.")
-    return StoppedByHandError(f"{stop.what}: go on by `{command}`.")
+    words = [word for word in sys.argv[1:] if not word.startswith(("output=", "resume="))]
+    end = words.index("--") if "--" in words else len(words)  # what follows `--` is for the runs of a study
+    typed = ["ssl-pipeline", *verb.split(), *words[:end], *added, *words[end:]]
+    return StoppedByHandError(f"{stop.what}: go on by `{' '.join(map(_quoted, typed))}`.")
 
 
 def _quoted(word: str) -> str:
@@ -109,33 +119,29 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not set('"$`!\\') & set(word) else shlex.quote(word)
 
 
-def _about_options(
-    name: str, schema: type[BaseModel], config_dir: Path | None, unknown: Sequence[str], words: Sequence[str]
-) -> list[str]:
-    """What to type in place of options that there are not; each takes the word after it for its value."""
-    stage, told = HintStage(name, schema, compose(name), config_dir), list[str]()
+def _about_options(stage: Suggested, unknown: Sequence[str], words: Sequence[str]) -> list[str]:
+    """What to type in place of unknown options; the word after each is its value."""
+    answers = list[str]()
     for option in unknown:
         key, equals, value = option.partition("=")
-        after = words[list(words).index(option) + 1 :][:1]
-        taken = (
-            value if equals else after[0] if after and "=" not in after[0] and not after[0].startswith("-") else None
-        )
-        told.append(about_option(stage, key, taken))
-    return told
+        following = next(iter(words[list(words).index(option) + 1 :]), "-")
+        is_value = "=" not in following and not following.startswith("-")
+        answers.append(about_option(stage, key, value if equals else following if is_value else None))
+    return answers
 
 
 def check_folder_of(file: Path, key: str) -> None:
-    """Refuses a file to be written whose folder is not there, before anything is computed.
+    """Refuses a file whose folder does not exist, before anything is computed.
 
     Raises:
-        ConfigError: naming the folder, and the ``key`` that it was given by.
+        ConfigError: names the folder, and the ``key`` that it was given by.
     """
     if not file.parent.is_dir():
         raise ConfigError(f"{key}: there is no folder {str(file.parent)!r}: make it, or name another file.")
 
 
 def exit_with_error(error: UserError, hint: str = "") -> NoReturn:
-    """Tells a mistake once (not once a process, if all know it) and leaves with its exit code."""
+    """Prints a mistake, once if all processes know it, and exits with its code."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not error.everywhere:
         lines = str(error).splitlines()

@@ -1,11 +1,7 @@
-"""Hydra composes YAML files and overrides into one tree of plain values. Hydra is imported here and nowhere else.
-
-Only Hydra's composition is used: it makes no folder, changes no directory and configures no logging.
-"""
+"""Hydra composes YAML files and choices into one tree of plain values. Hydra is used for nothing else."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.words import listed
+from ssl_pipeline.config.base import ConfigError, closest
+from ssl_pipeline.config.values import listed
 
 
 def config_root() -> Path:
@@ -32,38 +28,34 @@ def config_root() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def _roots(config_dir: Path | None) -> list[Path]:
+    return [root for root in (config_dir, config_root()) if root and root.is_dir()]
+
+
 def choices(group: str, config_dir: Path | None = None) -> list[str]:
     """The YAML files of a config group, our own and the user's."""
-    roots = [config_root(), *([config_dir] if config_dir else [])]
-    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+    return sorted({path.stem for root in _roots(config_dir) for path in (root / group).glob("*.yaml")})
 
 
 def choice_file(group: str, choice: str, config_dir: Path | None = None) -> Path | None:
     """The YAML file of a choice, the user's own first; None where there is none."""
-    roots = [*([config_dir] if config_dir else []), config_root()]
-    return next((file for root in roots if (file := root / group / f"{choice}.yaml").is_file()), None)
+    return next((file for root in _roots(config_dir) if (file := root / group / f"{choice}.yaml").is_file()), None)
 
 
 def groups(config_dir: Path | None = None) -> set[str]:
     """The names of all groups, our own and the user's."""
-    roots = [root for root in (config_root(), config_dir) if root and root.is_dir()]
-    return {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+    return {path.name for root in _roots(config_dir) for path in root.iterdir() if path.is_dir()}
 
 
 def group_choices(name: str) -> dict[str, str | None]:
-    """The groups of ``configs/<name>.yaml`` in its order, and what it takes of each."""
+    """The groups of ``configs/<name>.yaml`` in its order, each with its default choice."""
     entries = yaml.safe_load((config_root() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
     return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What YAML says, before a key is set.
-
-    Attributes:
-        tree: plain values; interpolations are still unresolved.
-        choices: what was taken of each group.
-    """
+    """What the YAML files say: plain values, with interpolations not yet resolved, and the choice of each group."""
 
     tree: dict[str, Any]
     choices: dict[str, str | None]
@@ -75,12 +67,7 @@ def compose(name: str, selections: Sequence[str] = (), config_dir: Path | None =
 
 
 def composed(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> Composed:
-    """Composes ``configs/<name>.yaml`` with choices of groups.
-
-    Args:
-        name: of the file, such as ``pretrain``.
-        selections: ``group=choice``, ``+group=choice``, ``~group`` and so on, in Hydra's grammar.
-        config_dir: a folder of the user's own YAML, searched before ours.
+    """Composes ``configs/<name>.yaml`` with choices of groups in Hydra's grammar; the user's folder is searched before ours.
 
     Raises:
         ConfigError: a file can't be read, a group has no such choice, or a folder is missing.
@@ -103,27 +90,27 @@ def composed(name: str, selections: Sequence[str] = (), config_dir: Path | None 
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(_unreadable(error, config_dir)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(_not_composed(error)) from None
     assert isinstance(tree, dict)
     return Composed({str(key): value for key, value in tree.items()}, taken)
 
 
 def resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree whose interpolations, such as ``${seed}``, are replaced by what they stand for.
+    """A tree with the values of its interpolations, such as ``${seed}``.
 
     Raises:
-        ConfigError: one stands for nothing.
+        ConfigError: one of them has no value.
     """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(_not_composed(error)) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def literal(value: Any) -> Any:
-    """A value whose texts mean themselves when :func:`resolved`: nothing in them is an interpolation."""
+    """A value whose texts stay themselves when :func:`resolved`: nothing in them is an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
     if isinstance(value, Mapping):
@@ -137,28 +124,27 @@ def as_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file; what it raises where there are none is its parsers' own."""
+    """The plain values of a YAML file; raises what its parsers raise."""
     return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
-    wanted = str(error.missing_cfg_file or "")
-    group, _, choice = wanted.rpartition("/")
+    group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
     known = choices(group, config_dir) if group else []
     if not known:
-        return _first_line(error)
-    close = difflib.get_close_matches(choice.removesuffix(".yaml"), known, n=1)
-    hint = f" Did you mean `{group}={close[0]}`?" if close else ""
+        return _not_composed(error)
+    close = closest(choice.removesuffix(".yaml"), known)
+    hint = f" Did you mean `{group}={close}`?" if close else ""
     return f"`{group}={choice}`: there is no such choice. Known: {', '.join(known)}.{hint}"
 
 
 def _unreadable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
-    """Which file is no YAML, and where and why; all that people wrote themselves lies in their own folder."""
+    """Which file is no YAML, where and why; what people wrote themselves is in their own folder."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: this is no YAML ({error.problem}). Mend that line, or the one before it."
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: this is no YAML ({error.problem}). Correct that line, or the one before it."
     broken = [str(path) for path in sorted((config_dir or config_root()).rglob("*.yaml")) if not _is_text(path)]
-    return f"{', '.join(broken)}: this is no text in UTF-8, or holds signs that YAML does not allow. Save it anew as UTF-8."
+    return f"{', '.join(broken)}: this is no text in UTF-8, or holds characters that YAML does not allow. Save it as UTF-8."
 
 
 def _is_text(path: Path) -> bool:
@@ -168,7 +154,7 @@ def _is_text(path: Path) -> bool:
         return False
 
 
-def _first_line(error: Exception) -> str:
+def _not_composed(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = re.sub(r"\+\+", "", lines[0]) if lines else type(error).__name__
+    text = lines[0].replace("++", "") if lines else type(error).__name__
     return f"The configuration can't be composed: {text}"

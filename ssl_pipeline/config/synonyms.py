@@ -1,11 +1,18 @@
-"""What other programs call the things that keys are for."""
+"""Other names of keys: old ones, which are refused with the new name, and those that other programs use."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
+# An entry also holds for the keys below it (`unlabelled.weight`), and entries may follow one another. Where the new key takes
+# other values, an entry has one as an example: `new.key=value`.
+RENAMED_KEYS: dict[str, str] = {
+    "data.licence": "data.license",
+    "unlabelled": "unlabeled",
+}
 # What other programs call a thing, and how it is written here: the first line whose key the stage has.
-_SYNONYMS: dict[str, tuple[str, ...]] = {
+_FOREIGN = {
     "batch_size batchsize bs": ("batch.size={}", "regime.batch={}"),
     "micro_batch_size accumulate_grad_batches grad_accum gradient_accumulation_steps": ("batch.micro={}",),
     "learning_rate base_lr": ("optim.lr={}", "regime.optim.lr={}"),
@@ -36,7 +43,8 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "freeze frozen linear_probe": ("regime=frozen",),
 }
 _PRECISION = ("precision", "amp", "fp16", "bf16", "mixed_precision", "dtype", "half")
-_PROCESSES = (
+_FP16 = ("fp16", "16", "float16", "half")
+_PROCESSES = [
     "gpus",
     "num_gpus",
     "n_gpus",
@@ -46,7 +54,28 @@ _PROCESSES = (
     "nproc",
     "nproc_per_node",
     "world_size",
-)
+]
+_DEVICE = ("device", "gpu", "cuda", "accelerator", *_PROCESSES)
+
+
+def renamed(key: str, value: str) -> str | None:
+    """The sentence about a key that has a new name; None for any other key."""
+    moved = _moved(key)
+    if moved is None:
+        return None
+    new, equals, example = moved.partition("=")
+    line = f"{new}={example if equals else value}"
+    return f"`{key}` is now `{new}`: type `{line if value == '…' else shlex.quote(line)}`."
+
+
+def _moved(key: str) -> str | None:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        new = RENAMED_KEYS.get(".".join(parts[:length]))
+        if new is not None:
+            moved = ".".join([new, *parts[length:]])
+            return _moved(moved) or moved
+    return None
 
 
 def flat(key: str) -> str:
@@ -54,40 +83,32 @@ def flat(key: str) -> str:
     return key.replace(".", "_").replace("-", "_").lower()
 
 
-def synonyms(word: str) -> Iterator[str]:
-    """Lines that a word of other programs may mean, ``{}`` for the value; none for a word that no program is known for."""
-    for called, lines in _SYNONYMS.items():
-        if word in called.split():
+def foreign(word: str) -> Iterator[str]:
+    """The lines that a word of other programs may mean, ``{}`` in place of the value."""
+    for words, lines in _FOREIGN.items():
+        if word in words.split():
             yield from lines
 
 
-def of_launcher(stage: str, key: str, value: str) -> str | None:
-    """What Accelerate is asked for: devices, processes and precision; None for other words.
-
-    Args:
-        stage: the name of its YAML.
-        key: as it was typed.
-        value: as it was typed.
-    """
-    word, verb = flat(key), stage.replace("_", " ", 1)
-    launch = f"accelerate launch {{}} -m ssl_pipeline.{stage} …" if stage in ("pretrain", "finetune") else None
+def of_accelerate(stage: str, key: str, value: str) -> str | None:
+    """The answer to a word for devices, processes or precision, which Accelerate sets; None for other words."""
+    word, verb = flat(key), f"ssl-pipeline {stage.replace('_', ' ', 1)} …"
+    launched = stage in ("pretrain", "finetune")
     if word in _PRECISION:
-        form = {"fp16": "fp16", "16": "fp16", "float16": "fp16", "half": "fp16"}.get(
-            value.lower(), "fp16" if word in ("fp16", "half") else "bf16"
+        half = value.lower() in _FP16 or word in ("fp16", "half")
+        form = "fp16" if half else "bf16"
+        launch = f"accelerate launch --mixed_precision {form} -m ssl_pipeline.{stage} …"
+        return (
+            f"Precision is Accelerate's: write `{launch if launched else f'ACCELERATE_MIXED_PRECISION={form} {verb}'}`."
         )
-        line = (
-            launch.format(f"--mixed_precision {form}")
-            if launch
-            else f"ACCELERATE_MIXED_PRECISION={form} ssl-pipeline {verb} …"
-        )
-        return f"Precision is Accelerate's: write `{line}`."
-    if word in _PROCESSES and launch:
+    if word in _PROCESSES and launched:
         count = value if value.isdecimal() else str(value.count(",") + 1) if "," in value else "2"
-        return f"Processes are Accelerate's, one for each GPU: write `{launch.format(f'--multi_gpu --num_processes {count}')}`."
-    if word in ("device", "gpu", "cuda", "accelerator", *_PROCESSES):
-        if value == "cpu":
-            return f"A GPU is taken where there is one. For the CPU write `ACCELERATE_USE_CPU=1 ssl-pipeline {verb} …`."
-        number = value.rpartition(":")[2]
-        number = number if number.replace(",", "").isdecimal() else "0"
-        return f"A GPU is taken where there is one. To say which, write `CUDA_VISIBLE_DEVICES={number} ssl-pipeline {verb} …`."
-    return None
+        launch = f"accelerate launch --multi_gpu --num_processes {count} -m ssl_pipeline.{stage} …"
+        return f"Processes are Accelerate's, one for each GPU: write `{launch}`."
+    if word not in _DEVICE:
+        return None
+    if value == "cpu":
+        return f"A GPU is used where there is one. For the CPU write `ACCELERATE_USE_CPU=1 {verb}`."
+    number = value.rpartition(":")[2]
+    number = number if number.replace(",", "").isdecimal() else "0"
+    return f"A GPU is used where there is one. To choose it, write `CUDA_VISIBLE_DEVICES={number} {verb}`."

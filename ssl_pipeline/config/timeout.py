@@ -9,14 +9,14 @@ from collections.abc import Callable
 from ssl_pipeline.config.base import ConfigError
 
 VARIABLE = "SSL_PIPELINE_TIMEOUT"
-_MOST_SECONDS_BETWEEN_TICKS = 1.0
+_MAX_SECONDS_BETWEEN_TICKS = 1.0
 _SECONDS_LATE = 2.0  # a busy machine delays a tick; what delays it longer has stopped the process
 
 
 def timeout_seconds() -> float:
     """Seconds to wait for another process: ``SSL_PIPELINE_TIMEOUT``, by default ten minutes.
 
-    A worker that decodes files has half of that, so that the process that knows what is wrong is the one that tells it.
+    Workers get half of it, so that the process that knows what is wrong reports it first.
 
     Raises:
         ConfigError: the variable is no number above 0.
@@ -32,34 +32,27 @@ def timeout_seconds() -> float:
 
 
 class Patience:
-    """Counts how long something is waited for, and leaves out the time in which this process itself was stopped.
+    """A timeout that leaves out the time in which this process itself was stopped.
 
-    Ctrl-Z, SIGSTOP, a container or a virtual machine that was paused: the clock goes on, and nobody could have answered. Its user
-    calls :meth:`tick` at every ``interval``. A tick that comes much too late shows that the process was stopped.
+    After Ctrl-Z, SIGSTOP or a paused container the clock has gone on, although nobody could have answered. Call :meth:`tick` at
+    every ``interval`` seconds: a tick that comes much too late shows that the process was stopped.
 
     Args:
-        seconds: that are waited.
+        seconds: to wait.
         clock: gives seconds.
-
-    Attributes:
-        interval: seconds from one tick to the next.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.interval = min(_MOST_SECONDS_BETWEEN_TICKS, seconds / 4)
+        self.interval = min(_MAX_SECONDS_BETWEEN_TICKS, seconds / 4)
         self._seconds, self._clock = seconds, clock
         self.restart()
 
     def restart(self) -> None:
-        """Counts from now on."""
+        """Starts counting anew."""
         self._last, self._waited = self._clock(), 0.0
 
     def tick(self) -> bool:
-        """Counts the time since the last tick; after a stop the count starts again.
-
-        Returns:
-            Whether this process was stopped since the last tick.
-        """
+        """Counts the time since the last tick, or starts anew and returns True if the process was stopped since then."""
         now = self._clock()
         passed, self._last = now - self._last, now
         stopped = passed > self.interval + _SECONDS_LATE
@@ -68,5 +61,5 @@ class Patience:
 
     @property
     def over(self) -> bool:
-        """Whether all of the time has been waited."""
+        """Whether the time is up."""
         return self._waited > self._seconds

@@ -225,7 +225,7 @@ class Report:
 
 def main() -> None:
     """The command line."""
-    parser = parsers.prepare()
+    parser = parsers.parser("prepare")
     options = parser.parse_args()
     if options.cache and options.cache < 8:
         parser.error("--cache must be 8 pixels or more")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.models.encoder import Card, read
 from ssl_pipeline.models.weights import load_strictly

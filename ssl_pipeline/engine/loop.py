@@ -15,7 +15,7 @@ from ssl_pipeline.engine.distributed import all_gather_objects
 from ssl_pipeline.engine.failures import guard_dataloader
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
 from ssl_pipeline.engine.train_state import Step, TrainState
-from ssl_pipeline.logging.names import full_name
+from ssl_pipeline.logging.jsonl import full_name
 from ssl_pipeline.schedules import TrainProgress
 
 

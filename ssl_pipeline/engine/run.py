@@ -15,11 +15,10 @@ from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
 from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start, run_on_main
 from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.signals import handle_signals
-from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics, seconds_before
-from ssl_pipeline.logging.names import TRAINING_STEP
+from ssl_pipeline.logging.jsonl import FILE_NAME, TRAINING_STEP, read_metrics, seconds_before
+from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress
 from ssl_pipeline.logging.run import Resume, RunFolder, open_run
-from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.schedules import DurationValue
 
 P = ParamSpec("P")
@@ -170,7 +169,7 @@ class Run:
         """
         before = self._steps_before
         if done < total:  # of a loop that was at its end, the next one knows what is repeated
-            self.loggers.forget_training_after(before + done)
+            self.loggers.truncate_training(before + done)
 
         def log(step: int, metrics: Mapping[str, float]) -> None:
             own = {name: value for name, value in metrics.items() if name.startswith("finetune/")}

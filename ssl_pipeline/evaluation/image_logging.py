@@ -16,7 +16,7 @@ from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.evaluation.features import one_of_each_class
 from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.evaluation.plots import nearest_images, pca_projection, to_unit_square
-from ssl_pipeline.logging.tracker import LoggerCollection
+from ssl_pipeline.logging.logger import LoggerCollection
 from ssl_pipeline.transforms.config import ViewsConfig
 
 _log = logging.getLogger("ssl_pipeline")
@@ -69,7 +69,7 @@ class ImageLogger:
             return
         began = self._clock()
         try:
-            self._trackers.pictures(step, {name: make() for name, make in makers.items()})
+            self._trackers.log_images(step, {name: make() for name, make in makers.items()})
         except Exception as error:  # a run is worth more than a picture of it
             self._draws = False
             _log.warning("no more pictures are drawn: %s failed (%s)", " or ".join(makers), error)

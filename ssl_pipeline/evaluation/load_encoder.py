@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from ssl_pipeline.config.base import ComponentOf, FrozenModel
-from ssl_pipeline.config.words import quoted
+from ssl_pipeline.config.values import quoted
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.source import SourceConfig, at_range_of

@@ -168,7 +168,7 @@ class OnlineEvalCallback(Callback):
         if not self._run.main:
             return
         write_card(self._run.folder, self._card(final))
-        self._run.loggers.made(self._run.folder)
+        self._run.loggers.log_model(self._run.folder)
         untrained = self._untrained or untrained_metrics(self._run.folder)
         self._run.progress.say_end(final, untrained)
         if verdict := without_gain(untrained, final, self._evaluation.knn_images):

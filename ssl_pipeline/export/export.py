@@ -91,7 +91,7 @@ def _check(form: str, path: Path, preprocessing: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = parsers.export().parse_args(arguments)
+    options = parsers.parser("export").parse_args(arguments)
     try:
         _run(options)
     except UserError as error:

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.parts import ExportBundle
 from ssl_pipeline.models.encoder import Card, EncoderSpec, save

@@ -153,7 +153,7 @@ def _json(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = parsers.predict().parse_args(arguments)
+    options = parsers.parser("predict").parse_args(arguments)
     try:
         if options.top < 1:
             raise ConfigError("--top must be 1 or more.")

@@ -1,4 +1,4 @@
-"""``ssl-pipeline dashboard ENTITY/PROJECT``: a W&B workspace with a section a group of figures, made anew by one command."""
+"""``ssl-pipeline dashboard ENTITY/PROJECT``: a W&B workspace with a section for each group of metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.command import exit_with_error
-from ssl_pipeline.logging.names import TRAINING_STEP
+from ssl_pipeline.logging.jsonl import TRAINING_STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -27,11 +27,7 @@ SPLITS = ("test", "dev")
 
 
 def build(entity: str, project: str) -> Workspace:
-    """The workspace, without a word to any server.
-
-    Args:
-        entity: a W&B user or team.
-        project: of it.
+    """The workspace; asks no server.
 
     Raises:
         ConfigError: the extra is not installed.
@@ -92,7 +88,7 @@ def publish(entity: str, project: str) -> str:
 
 def main() -> None:
     """The command line."""
-    options = parsers.dashboard().parse_args()
+    options = parsers.parser("dashboard").parse_args()
     entity, slash, project = options.project.partition("/")
     try:
         if not (entity and slash and project) or "/" in project:

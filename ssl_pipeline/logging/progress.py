@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one bar in a terminal, plain lines in a batch system's log."""
+"""The console: a progress bar in a terminal, plain lines in a batch system's log, and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Mode = Literal["auto", "rich", "plain", "quiet"]
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_UNSAID = 5.0  # what took no longer the last time is not announced
+_SECONDS_UNSAID = 5.0  # what took no longer than this the last time is not announced
 _SHOWN = {
     "loss": "loss {:.3f}", "lr": "lr {:.2g}", "tau": "{tau} {:.3g}", "images_per_s": "{:,.0f} img/s",
     "epoch": "epoch {:.1f}", "data_wait": "wait {:.0%}", "knn": "kNN {:.1%}", "effective_rank": "rank {:.0f}",
@@ -35,14 +35,14 @@ _console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  
 
 
 def console() -> Console:
-    """The one console, on standard output, which shows a file's name escaped where it is no text (bytes that are no UTF-8)."""
+    """The console on standard output; it shows file names that are no UTF-8 escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     return _console
 
 
 def silence_other_ranks(main: bool) -> None:
-    """Lets warnings, those of libraries too, be told by the main process alone; errors are everybody's."""
+    """Silences warnings, those of libraries too, on all ranks but 0."""
     if not main:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for people; the first column is text, the others are figures."""
+    """Prints a table; its first column is text, the others are numbers."""
     table = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=True)
@@ -65,21 +65,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if _console.is_terminal:
         _console.print(table)
         return
-    # A log file has no width: a wide table stays whole there, instead of losing its last digits.
+    # A log file has no width: a wide table keeps its last digits there.
     wanted = _console.measure(table, options=_console.options.update(max_width=10_000)).maximum
     Console(highlight=False, width=max(_console.width, wanted)).print(table)
 
 
 class Progress:
-    """The progress of a run.
+    """The progress of a run, or of one of its loops.
 
     Args:
-        total_steps: steps of the run.
+        total_steps: of the run.
         start_step: steps done before.
-        enabled: whether this process speaks.
+        enabled: whether this process prints.
         mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
-        title: what this is the progress of, where a run has several.
-        seconds_before: what earlier starts of the run took.
+        title: of the loop, where a run has several.
+        seconds_before: that earlier starts of the run took.
     """
 
     def __init__(
@@ -92,9 +92,7 @@ class Progress:
         self._began = time.monotonic() - seconds_before
         self._tau = "τ" if _console.encoding.startswith("utf") else "tau"
         self._latest: dict[str, float] = {}
-        self._first: tuple[int, float] | None = (
-            None  # step and time of the first update: what came before is no training
-        )
+        self._first: tuple[int, float] | None = None  # step and time of the first update
         self._waits = 0
         self._took: dict[str, float] = {}
         self._last_line, self._said = -math.inf, start_step
@@ -112,17 +110,17 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        if self._done != self._said:  # the bar is gone now, and a run that was stopped ends between two lines
+        if self._done != self._said:  # a run that was stopped ends between two lines
             self._say_step()
 
     def say(self, text: str) -> None:
-        """One line, above the bar."""
+        """Prints a line, above the bar."""
         if self._enabled:
-            encoding = _console.encoding  # a log in ASCII must not stop a run for a sign that it can't show
+            encoding = _console.encoding  # a log in ASCII must not stop a run for a character that it can't show
             _console.print(text.encode(encoding, "replace").decode(encoding), markup=False)
 
     def say_end(self, figures: Mapping[str, float], before: Mapping[str, float]) -> None:
-        """The run's figures beside those of before the first step, its steps and its time, earlier starts included, as a table."""
+        """Prints the run's steps, time and metrics as a table, beside the metrics of the untrained model."""
         if not self._enabled:
             return
         seconds = time.monotonic() - self._began
@@ -135,7 +133,7 @@ class Progress:
         print_table("pretrained", ["figure", "untrained", "now"], rows)
 
     def announcing(self, what: str, work: Callable[P, T]) -> Callable[P, T]:
-        """The same work without steps, which says what it is before it starts, unless the last time took a few seconds at most."""
+        """Work that prints what it is before it starts, unless it took only a few seconds the last time."""
 
         def announced(*words: P.args, **named: P.kwargs) -> T:
             with self._announced(what):
@@ -155,7 +153,7 @@ class Progress:
             self._took[what] = time.monotonic() - began
 
     def moved(self, step: int) -> None:
-        """``step`` steps are done; called at each of them, and before the first, from which the time left is counted."""
+        """``step`` steps are done; called at each of them, and once before the first, to start the clock."""
         now, self._done = time.monotonic(), step
         self._first = self._first or (step, now)
         self._bar.update(self._row, completed=step, left=self._left() or _NO_TIME_LEFT)
@@ -164,7 +162,7 @@ class Progress:
             self._say_step()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """``step`` steps are done, of which there are figures."""
+        """Metrics after ``step`` steps."""
         self._done = step
         self._first = self._first or (step, time.monotonic())
         for name, value in figures.items():
@@ -179,7 +177,7 @@ class Progress:
             self._say_step()
 
     def _watch_wait(self, share: float) -> None:
-        """Says once that the model starves: the first look, when workers start, is no sign of it, three in a row are."""
+        """Says once that the model waits for data: after three such logs in a row, since the first is the workers' start."""
         self._waits = self._waits + 1 if share > _WAITS_LONG or self._waits >= _WAITS_OFTEN else 0
         if self._waits == _WAITS_OFTEN:
             self.say(
@@ -198,7 +196,7 @@ class Progress:
         )
 
     def _left(self) -> str:
-        """Time left at the mean speed, evaluations included; empty before there is a speed, and at the end."""
+        """Time left at the mean speed, evaluations included; empty before there is one, and at the end."""
         began, at = self._first or (self._done, 0.0)
         if self._done <= began or self._done >= self._total:
             return ""

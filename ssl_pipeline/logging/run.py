@@ -19,8 +19,8 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 
 from ssl_pipeline.config.base import ConfigError, StoppedByHand, flatten
+from ssl_pipeline.config.command import command_words
 from ssl_pipeline.config.compose import as_yaml, read_yaml
-from ssl_pipeline.config.typed import command_words
 from ssl_pipeline.logging.lock import FolderLock
 from ssl_pipeline.logging.redaction import redact, redact_command
 

@@ -1,4 +1,4 @@
-"""The W&B mirror. wandb is imported here and nowhere else, and only when it is wanted."""
+"""The W&B logger. Only this module imports wandb, and only when it is used."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_pipeline.config.base import first_line
-from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
+from ssl_pipeline.logging.jsonl import GROUPS, TRAINING_STEP
+from ssl_pipeline.logging.logger import Logger, TrackingConfig
 from ssl_pipeline.logging.run import write_text_atomic
 
 if TYPE_CHECKING:
     import wandb
-
-    from ssl_pipeline.logging.tracker import TrackingConfig
 
 _log = logging.getLogger("ssl_pipeline")
 _IDENTITY = "wandb_id"
 _TAKEN: set[str] = set()  # identities of this process's runs: WANDB_RUN_ID is one run's
 
 
-class WandbLogger:
-    """One W&B run; figures keep our own step, since W&B drops steps that go back.
+class WandbLogger(Logger):
+    """One W&B run.
+
+    Metrics carry our own step, since W&B drops steps that go back.
 
     Args:
         run: W&B's.
-        stage: ``pretrain``, whose figures come by step, or ``finetune``, whose figures come by seed, those of its trainings by
-            ``finetune/step``, or ``study``, whose figures come by the number of labeled images.
+        stage: ``pretrain``, with metrics by step; ``finetune``, by seed, and those of its loops by ``finetune/step``; ``study``,
+            by the number of labeled images.
         identity: of the run's folder.
     """
 
@@ -41,30 +42,26 @@ class WandbLogger:
         for group in GROUPS:
             run.define_metric(f"{group}/*", step_metric=TRAINING_STEP if group == "finetune" else self._axis)
 
-    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
-        """The figures after ``step`` steps."""
-        self._run.log({**figures, self._axis: step})
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        self._run.log({**metrics, self._axis: step})
 
-    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+    def log_images(self, step: int, files: Mapping[str, Path]) -> None:
         """One image a name: far from the 50 a step and 108 a list beyond which W&B drops some."""
         import wandb
 
         self._run.log({name: wandb.Image(str(file)) for name, file in files.items()} | {self._axis: step})
 
     def alert(self, title: str, text: str) -> None:
-        """An alert, which W&B sends on by mail or Slack; its titles have less than 64 characters."""
-        self._run.alert(title[:63], text)
+        self._run.alert(title[:63], text)  # W&B's titles have less than 64 characters
 
-    def made(self, folder: Path) -> None:
-        """Logs the encoder as an artifact, named by the run's identity."""
+    def log_model(self, folder: Path) -> None:
         self._run.log_artifact(_artifact(folder, self._identity))
 
-    def used(self, folder: Path) -> None:
+    def use_model(self, folder: Path) -> None:
         """Links the run to the artifact of the stage-one run that made the encoder.
 
-        W&B knows an artifact by its name and contents: the same files under the same name are the same version. Offline
-        `use_artifact` refuses, since it would have to ask the server; the record that it writes for a new artifact is sent by
-        `wandb sync` all the same, so that record is written.
+        W&B knows an artifact by its name and contents: the same files under the same name are the same version. Offline,
+        `use_artifact` raises, since it would ask the server; but `wandb sync` sends the record of a new artifact, so that is written.
         """
         name = _made_by(folder)
         if name is None:
@@ -76,11 +73,10 @@ class WandbLogger:
                 self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
             else:
                 self._run.use_artifact(artifact)
-        except Exception as error:  # another version of W&B may have no such record; the figures are worth more
+        except Exception as error:  # another version of W&B may have no such record; the metrics are worth more
             _log.warning("W&B can't link this run to its encoder's (%s)", first_line(error))
 
     def finish(self, failed: bool) -> None:
-        """Waits for what is under way, but not for ever; W&B shows a run that failed as such."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -95,7 +91,7 @@ def _artifact(folder: Path, identity: str) -> wandb.Artifact:
 
 
 def _made_by(folder: Path) -> str | None:
-    """The identity of the run that wrote an encoder into its folder, or into one below it; None without W&B."""
+    """The identity of the run that wrote an encoder into its folder, or one below it; None for a run without W&B."""
     found = [place / _IDENTITY for place in (folder, folder.parent) if (place / _IDENTITY).is_file()]
     return found[0].read_text(encoding="utf-8").strip() if found else None
 
@@ -103,15 +99,14 @@ def _made_by(folder: Path) -> str | None:
 def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> WandbLogger:
     """Starts or continues the W&B run of a run's folder.
 
-    W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) is obeyed. Otherwise: online when W&B finds a key and its server
-    answers in time, offline when not. Where a key comes from and which server it is for is W&B's affair alone: neither
-    is read from our configuration. Names and groups that the configuration leaves at their defaults are taken from W&B's
-    environment variables.
+    W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) holds. Otherwise it is online when W&B finds a key and its server
+    answers in time, and offline when not. The key and the server are found by W&B alone, never in our configuration. Names and
+    groups that the configuration leaves at their defaults come from W&B's environment variables.
 
     Args:
         folder: the run's; W&B writes into its ``wandb/``.
         stage: W&B's job type.
-        config: what W&B shall keep of the configuration, without secrets.
+        config: the configuration that W&B keeps, without secrets.
         tracking: project, entity, group, tags, and how long to wait.
     """
     tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
@@ -127,9 +122,9 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
         return _start(folder, stage, arguments, _mode(tracking), tracking)
     except Exception as error:
         _forget_failed_start()
-        mirror = _start(folder, stage, arguments, "offline", tracking)
+        logger = _start(folder, stage, arguments, "offline", tracking)
         _log.warning("W&B can't go online (%s): it logs offline, send that later by `wandb sync`", first_line(error))
-        return mirror
+        return logger
 
 
 def _identity(folder: Path) -> str:
@@ -150,7 +145,7 @@ def _mode(tracking: TrackingConfig) -> str:
     chosen = os.environ.get("WANDB_MODE") or wandb.setup(_settings(tracking)).settings.mode
     if chosen != "online":
         return str(chosen)
-    if wandb.login(prompt=False, verify=False):  # finds a key in all places that W&B knows, and asks nobody
+    if wandb.login(prompt=False, verify=False):  # finds a key wherever W&B looks for one, without a prompt
         return "online"
     if os.environ.get("WANDB_MODE"):
         _log.warning("WANDB_MODE is online, but W&B finds no key (see `wandb login`): it logs offline")
@@ -170,7 +165,7 @@ def _start(
 
 
 def _settings(tracking: TrackingConfig) -> wandb.Settings:
-    """Quiet, and nothing sent but figures, configuration and the load of the machine: no code, command or host name."""
+    """Quiet; sends metrics, configuration and the machine's load, but no code, command or host name."""
     import wandb
 
     wanted: dict[str, Any] = {

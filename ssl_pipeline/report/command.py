@@ -83,7 +83,7 @@ class ImagesCache:
 
 def main() -> None:
     """The command line."""
-    options = parsers.report().parse_args()
+    options = parsers.parser("report").parse_args()
     try:
         if options.watch is None:
             path, _ = report(options.run, options.output)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import UserError, first_line
-from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import open_or_replace

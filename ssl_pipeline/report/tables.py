@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssl_pipeline.config.base import UserError, flatten
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.evaluation.result import is_share
 from ssl_pipeline.metrics.interval import Interval, interval
 from ssl_pipeline.report.read import RunRecord

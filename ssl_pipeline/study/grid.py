@@ -11,9 +11,9 @@ from pydantic import Field, field_validator
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.config.command import load
-from ssl_pipeline.config.words import quoted
+from ssl_pipeline.config.values import quoted
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.logging.tracker import TrackingConfig
+from ssl_pipeline.logging.logger import TrackingConfig
 from ssl_pipeline.study.cells import Cell
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]

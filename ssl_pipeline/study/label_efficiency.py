@@ -14,12 +14,12 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.config.words import listed, quoted
+from ssl_pipeline.config.values import listed, quoted
 from ssl_pipeline.downstream.labels import draw
 from ssl_pipeline.downstream.selection import selection
+from ssl_pipeline.logging.logger import open_loggers
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json
-from ssl_pipeline.logging.tracker import open_loggers
 from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.models.weights import is_file_name
 from ssl_pipeline.study.cells import Cell, Opener, check_draws, check_starts, slug
@@ -127,7 +127,7 @@ def _track(config: StudyConfig, findings: StudyTable, run: RunFolder) -> None:
             means = {c: interval(findings.values(c, labels)).mean for c in findings.conditions}
             trackers.log(count, {f"study/{slug(init)}_{regime}": mean for (init, regime), mean in means.items()})
         with Image.open(run.path / "study.png") as picture:
-            trackers.pictures(max(counts.values()), {"label_efficiency": picture.convert("RGB")})
+            trackers.log_images(max(counts.values()), {"label_efficiency": picture.convert("RGB")})
 
 
 def _shared(config: StudyConfig) -> Iterator[str]:

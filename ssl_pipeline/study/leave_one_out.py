@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import run_command
-from ssl_pipeline.config.words import listed
+from ssl_pipeline.config.values import listed
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.run import open_run, write_json
 from ssl_pipeline.metrics.interval import interval

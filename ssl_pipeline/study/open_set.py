@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load, run_command
-from ssl_pipeline.config.words import listed
+from ssl_pipeline.config.values import listed
 from ssl_pipeline.domain.plan import DomainPlan
 from ssl_pipeline.downstream.plan import Plan
 from ssl_pipeline.finetune_config import FinetuneConfig

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.config.command import load
-from ssl_pipeline.config.words import quoted
+from ssl_pipeline.config.values import quoted
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.run import Resume, write_json
 from ssl_pipeline.metrics.interval import Interval, Verdict, paired_difference, verdicts

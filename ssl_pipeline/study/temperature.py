@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import exit_with_error
-from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.data.build import build_loader, build_views
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.source import at_range_of, open_training
@@ -121,7 +121,7 @@ def _course(axes: Axes, run: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    options = parsers.temperature().parse_args()
+    options = parsers.parser("temperature").parse_args()
     output = options.output or (options.run or Path()) / "temperature.svg"
     try:
         path: Any = draw(options.run, output)

@@ -28,8 +28,8 @@ from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.run import open_run
-from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views

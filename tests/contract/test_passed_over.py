@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream import detection, multi_label, regression, segmentation
 from ssl_pipeline.engine.checkpoint import Checkpoints

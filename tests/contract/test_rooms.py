@@ -12,7 +12,7 @@ import torch
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.config.resolve import names, resolve
+from ssl_pipeline.config.schema import names, resolve
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import Split

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.grad_cache import two_pass
 from ssl_pipeline.engine.task import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from tests.runs import ROOT, TINY, command
 
 # Of loss and state where a loss divides by small deviations; the rounding there is the processor's own.

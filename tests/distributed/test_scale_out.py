@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics

@@ -19,9 +19,9 @@ from accelerate.commands.launch import launch_command_parser
 from torch import nn
 from torchvision.models import resnet18
 
-from docs.site.commands import Command, all_commands, commands_of
-from docs.site.verbs import configured_verbs
+from docs.site.reference import configured_verbs
 from ssl_pipeline.cli import VERBS
+from tests.docs.commands import Command, all_commands, commands_of
 from tests.pictures import color_folder
 from tests.runs import ROOT
 from tests.shapes import box_folder, mask_folder, number_table

@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from omegaconf import OmegaConf
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from docs.site import messages, pictures, reference, stage, tasks
-from docs.site.__main__ import build
-from docs.site.docstrings import attributes, prose
-from docs.site.verbs import configured_verbs
+from docs.site import drawings, reference
+from docs.site.__main__ import build, gather
+from docs.site.reference import configured_verbs, meaning, prose
+from ssl_pipeline.config.base import FrozenModel
 from ssl_pipeline.config.compose import choices, config_root
-from ssl_pipeline.config.resolve import module_of, names
+from ssl_pipeline.config.schema import module_of, names, rooms
 from tests.runs import ROOT
 
 PACKAGE = ROOT / "ssl_pipeline"
@@ -52,19 +52,32 @@ def test_nothing_is_fetched_when_a_page_is_viewed(site: Path) -> None:
 
 
 def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "pages", lambda: {PurePosixPath("x.md"): "# X\n\n[y](../ssl_pipeline/gone.py)\n"})
+    monkeypatch.setattr(reference, "pages", lambda: {PurePosixPath("x.md"): "# X\n\n[y](../ssl_pipeline/gone.py)\n"})
     with pytest.raises(ValueError, match=r"x\.md links to \.\./ssl_pipeline/gone\.py"):
-        stage.gather(tmp_path / "site")
+        gather(tmp_path / "site")
+
+
+def test_every_page_is_in_the_navigation_once(tmp_path: Path) -> None:
+    gather(tmp_path)
+    named = re.findall(r'"([\w/.-]+\.md)"', (tmp_path / "zensical.toml").read_text())
+    assert sorted(named) == sorted(
+        path.relative_to(tmp_path / "docs").as_posix() for path in (tmp_path / "docs").rglob("*.md")
+    )
+
+
+def test_a_link_to_source_is_plain_text_on_the_site(tmp_path: Path) -> None:
+    gather(tmp_path)
+    page = (tmp_path / "docs" / "architecture.md").read_text()
+    assert "`pretrain.py`" in page
+    assert "../ssl_pipeline" not in page
 
 
 def schemas() -> list[type[BaseModel]]:
     """Every model that a key of the reference belongs to."""
     found: list[type[BaseModel]] = []
     waiting = [verb.schema for verb in configured_verbs()]
-    for _, field in reference.groups().values():
-        room = reference.room_of(field)
-        if room:
-            waiting += [module_of(room, name).Config for name in names(room)]
+    for verb in configured_verbs():
+        waiting += [module_of(room, name).Config for room in rooms(verb.schema).values() for name in names(room)]
     while waiting:
         schema = waiting.pop()
         if schema not in found:
@@ -82,8 +95,28 @@ SCHEMAS = schemas()
     "schema", SCHEMAS, ids=lambda schema: f"{schema.__module__.removeprefix('ssl_pipeline.')}.{schema.__name__}"
 )
 def test_every_key_has_a_meaning(schema: type[BaseModel]) -> None:
-    said = attributes(schema)
-    assert not [name for name in schema.model_fields if not said.get(name)]
+    assert not [name for name in schema.model_fields if not meaning(schema, name)]
+
+
+def test_a_meaning_is_the_fields_description_or_else_the_line_of_the_docstring() -> None:
+    class Base(FrozenModel):
+        """A base.
+
+        Attributes:
+            old: by the docstring,
+                in two lines.
+            both: by the docstring.
+        """
+
+        old: int = 1
+        both: int = Field(2, description="By the field.")
+
+    class Below(Base):
+        """Has another default."""
+
+        both: int = 3
+
+    assert [meaning(Below, key) for key in ("old", "both")] == ["by the docstring, in two lines.", "By the field."]
 
 
 def read_somewhere() -> tuple[set[str], tuple[str, ...]]:
@@ -119,9 +152,9 @@ def test_every_key_is_read_by_the_code() -> None:
 
 def test_the_reference_names_every_choice_and_every_key() -> None:
     pages = {str(place): text for place, text in reference.pages().items()}
-    for group, (_, field) in reference.groups().items():
+    for group, verb in reference.groups().items():
         text = pages[f"reference/configuration/{group}_group.md"]
-        room = reference.room_of(field)
+        room = rooms(verb.schema).get(group)
         for choice in names(room) if room else choices(group):
             assert f"## {group}={choice}" in text
     assert "`batch.micro`" in pages["reference/configuration/pretrain.md"]
@@ -129,7 +162,7 @@ def test_the_reference_names_every_choice_and_every_key() -> None:
         r"\| `pretext\.queue` \| (.+?) \| `(.+?)` \| (.+?) \|", pages["reference/configuration/pretext_group.md"]
     )
     assert queue
-    assert queue.groups() == ("integer, ≥ 1", "65536", "keys that are kept.")
+    assert queue.groups() == ("integer ≥ 1", "65536", "keys that are kept.")
 
 
 def test_every_group_of_yaml_is_in_the_reference() -> None:
@@ -138,33 +171,25 @@ def test_every_group_of_yaml_is_in_the_reference() -> None:
     assert folders - {"recipe", "compared"} == set(reference.groups())
 
 
-TASKS = tasks.pages()
-
-
-@pytest.mark.parametrize(("room", "name"), [(room, name) for room in tasks.STAGES for name in names(room)])
+@pytest.mark.parametrize(("room", "name"), [(room, name) for room in reference.TASKS for name in names(room)])
 def test_a_task_says_its_equation_when_to_use_it_and_what_it_follows(room: str, name: str) -> None:
-    page = TASKS[PurePosixPath("reference", room, f"{name}.md")]
-    module = module_of(room, name)
-    assert "```text\n" in prose(module.__doc__)
-    assert "When to use:" in page
-    assert room == "downstream" or "arXiv" in page
+    page = reference.pages()[PurePosixPath("reference", room, f"{name}.md")]
+    if room == "domain":
+        assert f"domain={name}" in page
+        assert "`domain.target`" in page
+    else:
+        assert "```text\n" in prose(module_of(room, name).__doc__)
+        assert "When to use:" in page
+    assert room != "pretext" or "arXiv" in page
     assert ":math:" not in page
+    assert ".. math" not in page
     assert "``" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", names("domain"))
-def test_a_method_across_domains_has_a_page(name: str) -> None:
-    page = TASKS[PurePosixPath("reference", "domain", f"{name}.md")]
-    assert f"domain={name}" in page
-    assert "`domain.target`" in page
-    assert ".. math" not in page
-    assert ":math:" not in page
-
-
 def test_recipes_are_found_by_the_task_that_they_choose() -> None:
-    assert "imagenet_dino_pretrain" in tasks.recipes_of("pretext", "dino")
-    assert "quickstart_pretrain" in tasks.recipes_of("pretext", "simclr")
-    of_all = [recipe for name in names("pretext") for recipe in tasks.recipes_of("pretext", name)]
+    assert "imagenet_dino_pretrain" in reference.recipes_of("pretext", "dino")
+    assert "quickstart_pretrain" in reference.recipes_of("pretext", "simclr")
+    of_all = [recipe for name in names("pretext") for recipe in reference.recipes_of("pretext", name)]
     assert set(of_all) == {recipe for recipe in choices("recipe") if recipe.endswith("pretrain")}
 
 
@@ -173,25 +198,30 @@ def quoted() -> list[str]:
     return re.findall(r"^> (.+)$", page, re.MULTILINE)
 
 
-@pytest.mark.parametrize("message", quoted())
-def test_a_quoted_message_is_one_of_the_code(message: str) -> None:
-    known = [text for texts in messages.all_messages().values() for text in texts]
-    assert any(message in text for text in known)
+def texts_of(path: Path) -> list[str]:
+    """The texts in a module, with `…` for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+            found.append(re.sub("…+", "…", "".join(parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
 
 
-def test_messages_are_read_with_their_gaps(tmp_path: Path) -> None:
-    source = tmp_path / "x.py"
-    source.write_text('raise ConfigError([f"`a` of {a}{b} is wrong, and so are {c} others: mend them." for c in d])\n')
-    assert messages.messages_of(source) == ["`a` of … is wrong, and so are … others: mend them."]
+def test_every_message_that_troubleshooting_quotes_is_in_the_code() -> None:
+    known = [text for path in PACKAGE.rglob("*.py") for text in texts_of(path)]
+    assert len(quoted()) > 10
+    assert not [message for message in quoted() if not any(message in text for text in known)]
 
 
-def test_the_pictures_are_the_same_each_time_and_all_are_kept(tmp_path: Path) -> None:
+def test_the_charts_are_the_same_each_time_and_all_are_kept(tmp_path: Path) -> None:
     for folder in ("first", "second"):
-        pictures.draw(tmp_path / folder)
-    for name in pictures.PICTURES:
-        first, second = (tmp_path / folder / f"{name}.svg" for folder in ("first", "second"))
-        assert first.read_bytes() == second.read_bytes()
-        assert (ROOT / "docs" / "glossary" / f"{name}.svg").is_file()
+        drawings.draw(tmp_path / folder)
+    for first in (tmp_path / "first").iterdir():
+        assert first.read_bytes() == (tmp_path / "second" / first.name).read_bytes()
+        assert (ROOT / "docs" / "glossary" / first.name).is_file()
     assert "0.67" in (tmp_path / "first" / "temperature.svg").read_text()
 
 

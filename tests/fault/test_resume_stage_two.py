@@ -22,8 +22,7 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.loop import _log
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.logging.names import TRAINING_STEP
+from ssl_pipeline.logging.jsonl import TRAINING_STEP, read_metrics
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_words

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.options import FORMATS
-from ssl_pipeline.config.resolve import component
+from ssl_pipeline.config.schema import component
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.export import export

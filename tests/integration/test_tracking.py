@@ -20,11 +20,9 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.finetune import finetune
-from ssl_pipeline.logging.background import AsyncLogger
-from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics
-from ssl_pipeline.logging.names import GROUPS, TRAINING_STEP
+from ssl_pipeline.logging.jsonl import GROUPS, TRAINING_STEP, JsonlLogger, read_metrics
+from ssl_pipeline.logging.logger import AsyncLogger, Logger, LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.run import RunFolder, open_run
-from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_finetune, tiny_pretrain
@@ -225,27 +223,15 @@ def test_a_server_that_never_answers_harms_nothing(
     assert len([r for r in caplog.records if r.name == "ssl_pipeline"]) == 1
 
 
-class Stuck:
+class Stuck(Logger):
     """A mirror that hangs until it is let go."""
 
     def __init__(self) -> None:
         self.let_go = threading.Event()
 
-    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
-        del step, figures
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        del step, metrics
         self.let_go.wait()
-
-    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
-        del step, files
-
-    def alert(self, title: str, text: str) -> None:
-        del title, text
-
-    def made(self, folder: Path) -> None:
-        del folder
-
-    def used(self, folder: Path) -> None:
-        del folder
 
     def finish(self, failed: bool) -> None:
         self.let_go.wait()
@@ -271,7 +257,7 @@ def test_a_mirror_that_hangs_costs_one_warning(
 def test_neither_dead_mirrors_nor_pictures_move_a_weight(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ssl_pipeline.logging.tracker._open_wandb", lambda *_: 1 / 0)
+    monkeypatch.setattr("ssl_pipeline.logging.logger._open_wandb", lambda *_: 1 / 0)
     words = ["tracking=auto", "tracking.pictures=false", "steps=4", "evaluate_every=2 steps"]
     broken = pretrain(tiny_pretrain(tmp_path / "a", *words))
     first, second = load_encoder(runs[0])[0].state_dict(), load_encoder(broken)[0].state_dict()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.engine import memory
 from ssl_pipeline.engine.memory import Memory, check_memory, kept_bytes, step_bytes
 from tests.benchmarks import scale

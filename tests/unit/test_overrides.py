@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import as_yaml, literal, read_yaml, resolved
-from ssl_pipeline.config.words import listed, quoted, read_value, split_list
+from ssl_pipeline.config.schema import component
+from ssl_pipeline.config.synonyms import RENAMED_KEYS, renamed
+from ssl_pipeline.config.values import listed, quoted, read_value, split_list
 from ssl_pipeline.evaluation.load_encoder import describe_encoder
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.pretrain_config import PretrainConfig
@@ -57,6 +59,34 @@ def test_quotes_hold_whatever_is_between_them(name: str) -> None:
         else [f"encoder={quoted(name)}"]
     )
     assert load("finetune", FinetuneConfig, [word]).encoder == name
+
+
+def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told("pretrain", "data=folder", "data.path=x", "data.licence=my own") == (
+        "`data.licence` is now `data.license`: type `'data.license=my own'`."
+    )
+    assert "`data.licence` is now `data.license`: type `data.license=…`." in told("pretrain", "data.licence")
+    assert told("finetune", "unlabelled=consistency") == (
+        "`unlabelled` is now `unlabeled`: type `unlabeled=consistency`."
+    )
+    with pytest.raises(ConfigError, match=r"is now `data\.license`: type `data\.license=…`"):
+        component("data.sources", "data", {"name": "folder", "path": "x", "licence": "mine"})
+    # The same holds for YAML files, for keys below a renamed one, in steps, and where the values are others, too.
+    entries = {"sight": "views", "views.wide": "views.size", "optim.calm": "optim.warmup=0 steps"}
+    monkeypatch.setattr("ssl_pipeline.config.synonyms.RENAMED_KEYS", entries)
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nsight: {wide: 32}\n", encoding="utf-8")
+    assert told("pretrain", "recipe=mine", "optim.calm=true", config_dir=tmp_path).splitlines() == [
+        "`optim.calm` is now `optim.warmup`: type `'optim.warmup=0 steps'`.",
+        "`sight.wide` is now `views.size`: type `views.size=32`.",
+    ]
+
+
+def test_every_renamed_key_ends_at_a_name_of_today() -> None:
+    for old, new in RENAMED_KEYS.items():
+        sentence = renamed(old, "1")
+        assert sentence is not None
+        assert sentence.startswith(f"`{old}` is now `"), new  # a circle of entries would end in a RecursionError
 
 
 def test_what_a_study_hands_on_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

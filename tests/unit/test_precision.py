@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from ssl_pipeline.config.resolve import names
+from ssl_pipeline.config.schema import names
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.loop import fit

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.config.resolve import resolve
+from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.losses.temperature import TemperatureConfig
 from ssl_pipeline.schedules import TrainProgress, WarmupCosine, parse_duration, warmup_cosine
 

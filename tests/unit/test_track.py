@@ -22,10 +22,10 @@ import pytest
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics, seconds_before
+from ssl_pipeline.logging.logger import Logger, LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress, print_table
 from ssl_pipeline.logging.redaction import redact, redact_command
 from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json, write_text_atomic
-from ssl_pipeline.logging.tracker import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.wandb import open_wandb
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
@@ -320,27 +320,18 @@ def test_a_continued_log_holds_each_step_once(tmp_path: Path) -> None:
 # Mirrors
 
 
-class Broken:
+class Broken(Logger):
     def __init__(self) -> None:
         self.heard = 0
 
-    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
-        del step, figures
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        del step, metrics
         self.heard += 1
         if self.heard == 2:
             raise ConnectionError("the server is gone")
 
-    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
-        del step, files
-
     def alert(self, title: str, text: str) -> None:
         raise AssertionError("nothing was to be alerted of")
-
-    def made(self, folder: Path) -> None:
-        del folder
-
-    def used(self, folder: Path) -> None:
-        del folder
 
     def finish(self, failed: bool) -> None:
         raise AssertionError("a dropped mirror is not asked again")
@@ -465,10 +456,10 @@ def test_wandbs_environment_holds_where_the_configuration_has_its_default(
 def test_wandb_disabled_is_tracking_off(text: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setenv("WANDB_DISABLED", text)
-    monkeypatch.setattr("ssl_pipeline.logging.tracker.Background", lambda name, *_: opened.append(name))
+    monkeypatch.setattr("ssl_pipeline.logging.logger.AsyncLogger", lambda name, *_: opened.append(name))
     with run_in(tmp_path / "a") as run:
         trackers = open_loggers(run, "pretrain", CONFIG, TrackingConfig(name="wandb"), 0)
-        trackers._mirrors.clear()
+        trackers._loggers.clear()
         trackers.finish()
     assert len(opened) == runs
 
@@ -571,8 +562,8 @@ def test_a_terminal_gets_one_bar_and_no_color_where_none_is_wanted() -> None:
 def test_other_processes_tell_errors_alone() -> None:
     script = (
         "import logging, sys, warnings\n"
-        "from ssl_pipeline.logging.progress import one_voice\n"
-        "one_voice(sys.argv[1] == 'main')\n"
+        "from ssl_pipeline.logging.progress import silence_other_ranks\n"
+        "silence_other_ranks(sys.argv[1] == 'main')\n"
         "warnings.warn('a library warns')\n"
         "logging.getLogger('a.library').warning('and logs')\n"
         "logging.getLogger('a.library').error('and fails')\n"
