@@ -26,7 +26,7 @@ from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.sharded import check_shardable
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.track.jsonl import read_metrics
-from tests.runs import ROOT, command, tiny_pretrain
+from tests.runs import FEW_IMAGES, ROOT, command, tiny_pretrain
 from tests.tasks import tiny_task
 
 pytest.importorskip("timm")
@@ -35,7 +35,7 @@ TRANSFORMER = [
     "views.size=16", "backbone.name=timm/test_vit", "pretext.layers=1", "pretext.projection_width=16",
 ]  # fmt: skip
 SHORT = [
-    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", "data.dev=4000", "evaluate_every=0 steps", "steps=3",
+    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", FEW_IMAGES, "evaluate_every=0 steps", "steps=3",
     "optim=sgd", "optim.warmup=0 steps",  # Adam would blow up the last bits of gradients that are zero but for rounding
 ]  # fmt: skip
 SHARDED = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]
