@@ -12,6 +12,7 @@ from pathlib import Path
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import FinetuneConfig
 from ssl_pipeline.pretrain import PretrainConfig
+from tests.ranks import forked
 
 ROOT = Path(__file__).parents[1]
 FEW_IMAGES = "data.name=tests.few_images"
@@ -71,6 +72,8 @@ def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproc
 
 def ssl_pipeline(*words: str | Path, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:
     """``ssl-pipeline`` in a process of its own; ``before`` is Python that runs in it first."""
+    if not before:
+        return forked("ssl_pipeline/cli.py", *words, cwd=cwd)
     main = f"{before}from ssl_pipeline.cli import main; main()"
     return command(sys.executable, "-c", main, *words, cwd=cwd)
 
