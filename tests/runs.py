@@ -12,12 +12,15 @@ from pathlib import Path
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.pretrain_config import PretrainConfig
+from tests.ranks import forked
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "tracking=off", "tracking.pictures=false", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1", "data.dev=4000",
+FEW_IMAGES = "data.name=tests.few_images"
+TINY_ON_ANY_DATA = [
+    "tracking=off", "tracking.pictures=false", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1",
     "pretext.hidden_width=32", "pretext.projection_width=16", "evaluate_every=0 steps",
 ]  # fmt: skip
+TINY = [*TINY_ON_ANY_DATA, FEW_IMAGES]
 
 
 SMALL_HEADS = {
@@ -33,9 +36,10 @@ def small_pretext(name: str) -> list[str]:
 
 
 def tiny_pretrain(output: Path | None, *overrides: str) -> PretrainConfig:
-    """A configuration of a few seconds' work."""
+    """A configuration of less than a second's work, on the data that it names or else on few images."""
     where = [f"output={output}"] if output is not None else []
-    return load("pretrain", PretrainConfig, [*TINY, "steps=4", *where, *overrides])
+    tiny = TINY_ON_ANY_DATA if any(word.startswith("data=") for word in overrides) else TINY
+    return load("pretrain", PretrainConfig, [*tiny, "steps=4", *where, *overrides])
 
 
 def tiny_words(encoder: Path, output: Path) -> list[str]:
@@ -43,7 +47,7 @@ def tiny_words(encoder: Path, output: Path) -> list[str]:
     return [
         "tracking=off",
         "tracking.pictures=false",
-        "data.dev=4000",
+        FEW_IMAGES,
         "labels.per_class=5",
         "split=dev",
         f"encoder={encoder}",
@@ -52,8 +56,9 @@ def tiny_words(encoder: Path, output: Path) -> list[str]:
 
 
 def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfig:
-    """Likewise, for stage two."""
-    return load("finetune", FinetuneConfig, [*tiny_words(encoder, output), *overrides])
+    """Likewise, for stage two: two steps, where a regime takes steps."""
+    length = [] if "regime=frozen" in overrides else ["regime.length=2 steps", "regime.least_steps=0"]
+    return load("finetune", FinetuneConfig, [*tiny_words(encoder, output), *length, *overrides])
 
 
 def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -67,6 +72,8 @@ def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproc
 
 def ssl_pipeline(*words: str | Path, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:
     """``ssl-pipeline`` in a process of its own; ``before`` is Python that runs in it first."""
+    if not before:
+        return forked("ssl_pipeline/cli.py", *words, cwd=cwd)
     main = f"{before}from ssl_pipeline.cli import main; main()"
     return command(sys.executable, "-c", main, *words, cwd=cwd)
 

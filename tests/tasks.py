@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class Recorder(Callback):
 
 def tiny_config(name: str, overrides: Sequence[str] = ()) -> PretextConfig:
     """A task's configuration with small heads."""
+    return _tiny_config(name, tuple(overrides))
+
+
+@cache
+def _tiny_config(name: str, overrides: tuple[str, ...]) -> PretextConfig:
     config = load("pretrain", PretrainConfig, [*small_pretext(name), *overrides]).pretext
     assert isinstance(config, PretextConfig)
     return config

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -138,13 +139,15 @@ def without_nan(tree: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that shape a result."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": ".".join(map(str, sys.version_info[:3])), **{name: _version(name) for name in _PACKAGES}}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _next_number(root: Path, stage: str) -> Path:

@@ -25,7 +25,7 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.study.grid import StudyConfig, cells
-from tests.runs import small_pretext
+from tests.runs import FEW_IMAGES, small_pretext
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources", "domain": "domain"}
 REQUIRED = {
@@ -126,8 +126,8 @@ def test_a_users_own_task_is_one_file_and_one_yaml(tmp_path: Path) -> None:
         "views.size=12",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "ssl_pipeline.pretrain", *words, "backbone.width=4", "data.dev=4000"],
-        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""}, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "ssl_pipeline.pretrain", *words, "backbone.width=4", FEW_IMAGES],
+        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "encoder.safetensors").is_file()

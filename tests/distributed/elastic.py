@@ -1,4 +1,4 @@
-"""Run by accelerate launch: trains on this group of processes, keeping every step, and continues what others have saved."""
+"""Run on several processes: trains on this group of processes, keeping every step, and continues what others have saved."""
 
 from __future__ import annotations
 

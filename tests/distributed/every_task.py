@@ -1,4 +1,4 @@
-"""Run by torchrun: each pretext task on this group of processes against one process with the whole batch; mutants, too."""
+"""Run on several processes: each pretext task on this group of processes against one process with the whole batch; mutants, too."""
 
 from __future__ import annotations
 

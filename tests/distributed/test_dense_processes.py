@@ -14,8 +14,7 @@ from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
-from tests.distributed.test_processes import TWO
-from tests.runs import command
+from tests.ranks import ranks
 from tests.shapes import box_folder, mask_folder
 
 DETECTOR = [f"downstream.{key}" for key in ("width=16", "hidden=16", "proposals=50", "sampled=16", "least_score=0")]
@@ -34,7 +33,7 @@ def test_training_runs_and_each_image_is_measured_once(
         "regime.length=2 steps", "regime.least_steps=0", "regime.batch=8", "labels.validation=0", "backbone.width=4",
         *(DETECTOR if task == "detection" else []),
     ]  # fmt: skip
-    done = command(*TWO, "launch/finetune", *words, f"output={tmp_path / 'run'}")
+    done = ranks(2, "launch/finetune", *words, f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads((tmp_path / "run" / "results.json").read_text())["figures"]
     config = load("finetune", FinetuneConfig, words)

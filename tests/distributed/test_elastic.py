@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.elastic import BATCH, DTYPES, STEPS, STOP, take_on, train
-from tests.distributed.test_processes import TWO
-from tests.runs import command
+from tests.ranks import ranks
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, dtype in DTYPES.items():
         train(root / name / "one", dtype)
         take_on(root / name / "one", root / name / "one_then_two")
-    done = command(*TWO, "tests/distributed/elastic.py", root)
+    done = ranks(2, "tests/distributed/elastic.py", root)
     assert done.returncode == 0, done.stderr[:3000]
     for name, dtype in DTYPES.items():
         take_on(root / name / "two", root / name / "two_then_one")

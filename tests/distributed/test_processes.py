@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ssl_pipeline.config.schema import names
-from tests.runs import ROOT, TINY, command
+from tests.ranks import ranks
+from tests.runs import FEW_IMAGES, ROOT, TINY, command
 
 # Of loss and state where a loss divides by small deviations; the rounding there is the processor's own.
 SINGLE_PRECISION = {"barlow_twins": (1e-5, 1e-3), "vicreg": (1e-6, 1e-5)}
@@ -20,8 +21,7 @@ TWO = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
 def against_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """How far two processes are from one with the whole batch, for each pretext task and each mutant."""
     out = tmp_path_factory.mktemp("tasks") / "out.json"
-    words = ["torchrun", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    done = command(*words, "tests/distributed/every_task.py", out)
+    done = ranks(2, "tests/distributed/every_task.py", out)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, float]] = json.loads(out.read_text())
     return found
@@ -79,14 +79,14 @@ def test_two_processes_make_one_run(two: Path) -> None:
 def test_finetune_on_two_processes_takes_it_on(two: Path, tmp_path: Path) -> None:
     words = [
         "tracking=off",
-        "data.dev=4000",
+        FEW_IMAGES,
         "labels.per_class=5",
         "split=dev",
         "regime.length=2 steps",
         "regime.least_steps=0",
         f"encoder={two}",
     ]
-    done = command(*TWO, "launch/finetune", *words, f"output={tmp_path / 'run'}")
+    done = ranks(2, "launch/finetune", *words, f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
 

@@ -24,7 +24,7 @@ from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
-from tests.runs import ROOT, command, tiny_pretrain
+from tests.runs import FEW_IMAGES, ROOT, command, tiny_pretrain
 from tests.tasks import tiny_task
 
 pytest.importorskip("timm")
@@ -33,7 +33,7 @@ TRANSFORMER = [
     "views.size=16", "backbone.name=timm/test_vit", "pretext.layers=1", "pretext.projection_width=16",
 ]  # fmt: skip
 SHORT = [
-    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", "data.dev=4000", "evaluate_every=0 steps", "steps=3",
+    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", FEW_IMAGES, "evaluate_every=0 steps", "steps=3",
     "optim=sgd", "optim.warmup=0 steps",  # Adam would blow up the last bits of gradients that are zero but for rounding
 ]  # fmt: skip
 SHARDED = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]

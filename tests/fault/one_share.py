@@ -1,4 +1,4 @@
-"""Run by `accelerate launch`: stage one, where process 1's step 2 goes wrong by the environment's FAULT."""
+"""Run on several processes: stage one, where process 1's step 2 goes wrong by the environment's FAULT."""
 
 from __future__ import annotations
 

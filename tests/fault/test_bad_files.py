@@ -15,7 +15,7 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from tests.runs import TINY, command, tiny_pretrain
+from tests.runs import TINY_ON_ANY_DATA, command, tiny_pretrain
 from tests.unit.test_loader import photos, views
 
 
@@ -33,7 +33,7 @@ def one_in_ten(folder: Path, count: int = 60) -> set[str]:
 
 def words_of(folder: Path, steps: int) -> list[str]:
     return [
-        *TINY, "~data.dev", "data=folder", f"data.path={folder}", "data.bad_files=10%", "batch.size=8", "workers=0", f"steps={steps}",
+        *TINY_ON_ANY_DATA, "data=folder", f"data.path={folder}", "data.bad_files=10%", "batch.size=8", "workers=0", f"steps={steps}",
         "log_every=7", "checkpoint_every=90 steps",
     ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from ssl_pipeline.study import jobs
 from tests.fault.launched import launched
 from tests.fault.test_signals import send_at
 from tests.integration.test_study import artifact
-from tests.runs import ROOT, TINY, same_bytes, tiny_finetune, tiny_pretrain
+from tests.runs import ROOT, TINY_ON_ANY_DATA, same_bytes, tiny_finetune, tiny_pretrain
 from tests.unit.test_loader import photos
 
 
@@ -52,7 +52,7 @@ def interrupted(words: list[str], ready: Path, cwd: Path, lines: int = 0) -> tup
 
 def test_a_run_with_workers_is_saved_and_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
     photos(tmp_path / "my photos", 8, 24, 16)
-    words = [*TINY, "data=folder", "data.path='my photos'", "batch.size=4", "workers=2", "~data.dev", "steps=100000"]
+    words = [*TINY_ON_ANY_DATA, "data=folder", "data.path='my photos'", "batch.size=4", "workers=2", "steps=100000"]
     run = tmp_path / "run"
     code, said = interrupted(["ssl-pipeline", "pretrain", *words, "output=run"], run / "metrics.jsonl", tmp_path, 4)
     assert code == 130, said

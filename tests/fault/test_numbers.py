@@ -22,7 +22,8 @@ from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from tests.runs import TINY, command, tiny_finetune, tiny_pretrain
+from tests.ranks import ranks
+from tests.runs import TINY, tiny_finetune, tiny_pretrain
 
 EACH = ["checkpoint_every=1 steps", "optim.warmup=0 steps"]
 embed, objective = SimCLR.embed, SimCLR.objective
@@ -169,9 +170,8 @@ def test_a_scaler_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_one_processs_bad_number_stops_all(tmp_path: Path) -> None:
-    words = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
     run = tmp_path / "run"
-    done = command(*words, "tests/fault/one_share.py", *TINY, "steps=9", f"output={run}", FAULT="nan")
+    done = ranks(2, "tests/fault/one_share.py", *TINY, "steps=9", f"output={run}", FAULT="nan")
     assert done.returncode == 1
     assert done.stderr.count("step 2 gives no finite number: process 1 has a loss of nan") == 1
     assert state(run, 2)["done"] == 2

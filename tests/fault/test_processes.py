@@ -27,7 +27,8 @@ from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from tests.fault.launched import launched
-from tests.runs import ROOT, TINY, command, same_bytes, tiny_pretrain
+from tests.ranks import ranks
+from tests.runs import TINY, command, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
 
 
@@ -255,6 +256,5 @@ def test_a_timeout_that_is_none_is_told(text: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_evaluation_counts_each_sample_once_on_three_processes(tmp_path: Path) -> None:
-    words = ["torchrun", "--nproc_per_node=3", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    done = command(*words, "tests/fault/three_evaluate.py", cwd=ROOT)
+    done = ranks(3, "tests/fault/three_evaluate.py")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Run by torchrun: features of an uneven number of samples, each once, in order, on every process."""
+"""Run on several processes: features of an uneven number of samples, each once, in order, on every process."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import yaml
 from ssl_pipeline import __version__, cli
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.config.help import has_yaml, help_of, lines_of
-from tests.runs import ROOT, TINY, command, ssl_pipeline
+from tests.runs import ROOT, TINY_ON_ANY_DATA, command, ssl_pipeline
 
 # Calls every verb in one process: by itself (what would run is composed and not run), with --help, and with a typo.
 EVERY_VERB = """
@@ -212,7 +212,7 @@ def test_the_wheel_carries_the_configs_and_users_bring_their_own(tmp_path: Path)
     work.mkdir()
     (mine / "views").mkdir(parents=True)
     (mine / "views" / "tiny.yaml").write_text("size: 10\ncount: 2\n")
-    words = [w for w in TINY if not w.startswith("views.size")]
+    words = [w for w in TINY_ON_ANY_DATA if not w.startswith("views.size")]
     done = command(
         sys.executable, "-m", "ssl_pipeline.pretrain", *words, "steps=2", "views=tiny", "--config-dir", mine,
         "output=run", cwd=work, PYTHONPATH=str(target),
