@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: an environment with the project in it, made once and reused.
 # An active virtual environment is used as it is; otherwise .venv in the project's root.
-# environment EXTRAS: the extras to install, such as "dev".
+# environment EXTRAS: the extras to install, such as "val".
 
 environment() {
   local extras="$1" root stamp wanted

@@ -16,7 +16,7 @@ echo "== stage one: learn a backbone from 7,000 images, without reading a label"
 ssl-pipeline pretrain recipe=quickstart_pretrain output="$out/pretrain"
 echo
 echo "== stage two: 10 labels a class, five seeds, four ways"
-ssl-pipeline study recipe=quickstart_study "initializations.pretrained='$out/pretrain'" output="$out/study"
+ssl-pipeline study recipe=quickstart_study "encoders.pretrained='$out/pretrain'" output="$out/study"
 echo
 echo "written to $out:"
 echo "  pretrain/encoder.safetensors, pretrain/card.json   the backbone, and what it is"

@@ -43,8 +43,8 @@ VERBS = {
         "ssl_pipeline.export.export",
         "an encoder or a model for other tools: torchvision, timm, ONNX, the Hub, …",
     ),
-    "views": ("ssl_pipeline.evaluation.plot_views", "a picture of the random views of a data set"),
-    "temperature": ("ssl_pipeline.study.temperature", "a picture of what the temperature does, in a run too"),
+    "plot-views": ("ssl_pipeline.evaluation.plot_views", "a picture of the random views of a data set"),
+    "plot-temperature": ("ssl_pipeline.study.plot_temperature", "a picture of what the temperature does, in a run too"),
     "report": ("ssl_pipeline.report.command", "one page that shows what runs learned: curves, images, tables"),
     "dashboard": ("ssl_pipeline.logging.dashboard", "a W&B workspace for a project: curves, pictures, stage two"),
 }

@@ -46,7 +46,7 @@ def finetune(config: FinetuneConfig) -> Result:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     accelerator = start_accelerator()
     config, plan = open_plan(config)
-    if accelerator.is_main_process and config.tracking.terminal != "quiet":
+    if accelerator.is_main_process and config.tracking.progress != "quiet":
         labels = describe_labels(plan.pool, plan.held_out, config.split)
         console().print(f"finetune: {labels}", markup=False)
     card = partial(model_card, config, plan)
@@ -127,17 +127,17 @@ def open_plan(
         check_channels(model.card.blueprint, "the model in `domain.model`", pool)
         start = Start(model.card.blueprint, model.task.encoder, model.task)
     start = start or open_start(config, pool)
-    views, _ = config.views.model_copy(update={"size": start.spec.size}).for_channels(pool.channels)
+    views, _ = config.transform.model_copy(update={"size": start.spec.size}).for_channels(pool.channels)
     make = Plan if domains is None else partial(DomainPlan, domains=domains)
     return config, make(
         downstream=config.downstream, regime=config.regime, labels=config.labels, unlabeled=config.unlabeled, views=views,
-        pool=pool, held_out=held_out, start=start, workers=config.workers,
+        pool=pool, held_out=held_out, start=start, workers=config.num_workers,
     )  # fmt: skip
 
 
 def open_start(config: FinetuneConfig, pool: IndexedDataset) -> Start:
     """What stage two starts from: an architecture and, unless its weights are to be random, its encoder."""
-    size = config.size or (config.views.size if config.encoder is None else None)
+    size = config.size or (config.transform.size if config.encoder is None else None)
     built = build_encoder(config.encoder, config.backbone, config.neck, pool, size)
     for note in built.notes if built.blueprint.backbone.weights is not None else []:
         console().print(note, markup=False)
@@ -153,10 +153,10 @@ def check_memory_of(plan: Plan, images: int, seed: int, accelerator: Accelerator
     share = dist_info(accelerator)
     if share.device.type != "cpu" or not plan.regime.trains_all or plan.start.task is not None:
         return
-    views, images = plan.views.shapes(plan.start.spec.channels), min(plan.regime.batch, images) // share.processes
+    views, images = plan.views.shapes(plan.start.spec.channels), min(plan.regime.batch_size, images) // share.processes
     check_memory(
         plan.build(seed, accelerator), views, max(1, images), None, plan.regime.optim.name, processes_here(share.processes),
-        "regime.batch", "size", None,
+        "regime.batch_size", "size", None,
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def log_confusion(result: Result, plan: Plan, task: DownstreamTask, context: Tra
 
 def model_card(config: FinetuneConfig, plan: Plan, metrics: dict[str, float]) -> Card:
     """The card of a model; ``regime=scratch`` alone says that its encoder was not pretrained."""
-    settings = redact(dump(config)) | {"initialization": "random" if config.starts_fresh else "pretrained"}
+    settings = redact(dump(config)) | {"init": "random" if config.starts_fresh else "pretrained"}
     pool = plan.pool
     return Card(
         kind="model", blueprint=plan.start.spec, config=settings, figures=metrics, versions=versions(), classes=pool.classes,
@@ -196,7 +196,7 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
     """Stage two: trains a head, or all layers, on labels, and measures on held-out images."""
     began = time.monotonic()
     result = finetune(config)
-    if start_accelerator().is_main_process and config.tracking.terminal != "quiet":
+    if start_accelerator().is_main_process and config.tracking.progress != "quiet":
         unit = ", in %" if config.downstream.in_percent else ""
         title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
         print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))

@@ -27,10 +27,10 @@ class FinetuneConfig(FrozenModel):
 
     Attributes:
         encoder: a stage-one run's folder, or its ``encoder.safetensors``.
-        initialization: ``random`` takes the same architecture with fresh weights, to compare with.
+        init: ``random`` takes the same architecture with fresh weights, to compare with.
         size: height and width of the images in pixels; null is those that the encoder was pretrained on.
         data: images with labels.
-        views: mild views for training; measuring uses none.
+        transform: mild views for training; measuring uses none.
         backbone: the network where no encoder is given; an encoder brings its own.
         neck: likewise.
         downstream: what the labels are for.
@@ -41,19 +41,19 @@ class FinetuneConfig(FrozenModel):
         tracking: who hears of the run beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
-        split: what the figure is of; ``dev`` to tune a recipe.
+        split: what the figure is of; ``val`` to tune a recipe.
         output: the run's folder; null numbers them.
         resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
-        checkpoint_every: how often the state of a training is kept to resume from, of its length.
-        keep_checkpoints: how many of a training are kept; a seed that is done keeps none.
-        workers: processes that decode files; null settles it by the machine.
+        save_every: how often the state of a training is kept to resume from, of its length.
+        save_total_limit: how many of a training are kept; a seed that is done keeps none.
+        num_workers: processes that decode files; null settles it by the machine.
     """
 
     encoder: str | None = None
-    initialization: Literal["pretrained", "random"] = "pretrained"
+    init: Literal["pretrained", "random"] = "pretrained"
     size: int | None = Field(None, ge=8)
     data: Annotated[SourceConfig, ComponentOf("data.sources")]
-    views: ViewsConfig
+    transform: ViewsConfig
     backbone: BackboneConfig
     neck: NeckConfig
     downstream: Annotated[DownstreamConfig, ComponentOf("downstream")]
@@ -64,17 +64,17 @@ class FinetuneConfig(FrozenModel):
     tracking: TrackingConfig
     seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1)
-    split: Literal["test", "dev"] = "test"
+    split: Literal["test", "val"] = "test"
     output: str | None = None
     resume: Resume = "no"
-    checkpoint_every: Duration = parse_duration("10%")
-    keep_checkpoints: int = Field(2, ge=1)
-    workers: int | None = Field(None, ge=0)
+    save_every: Duration = parse_duration("10%")
+    save_total_limit: int = Field(2, ge=1)
+    num_workers: int | None = Field(None, ge=0)
 
     @property
     def starts_fresh(self) -> bool:
         """Whether the encoder's weights are random."""
-        return self.initialization == "random" or self.regime.name == "scratch"
+        return self.init == "random" or self.regime.name == "scratch"
 
     @property
     def scaled_data(self) -> SourceConfig:
@@ -99,26 +99,28 @@ class FinetuneConfig(FrozenModel):
             )
         elif starts_from is None and self.encoder is None and self.backbone.weights is None and not self.starts_fresh:
             problems.append("`encoder` is required: the folder of a stage-one run (or give `backbone.weights`).")
-        if self.regime.statistics == "kept" and self.starts_fresh:
+        if self.regime.freeze_bn_stats and self.starts_fresh:
             problems.append(
-                "`regime.statistics` keeps what stage one has estimated, and fresh weights have no such: set it to batch."
+                "`regime.freeze_bn_stats` keeps what stage one has estimated, and fresh weights have no such: set it to false."
             )
-        problems += self.downstream.check_views(self.views)
+        problems += self.downstream.check_views(self.transform)
         if self.domain is not None:
             problems += self.domain.check(self.downstream.name, self.regime.name)
             problems += self.domain.check_head(getattr(self.downstream, "head", None))
-            problems += self.domain.check_statistics(self.regime.statistics == "kept")
-            problems += self.data.shown_by_views(self.views.each(), self.domain.target)
+            problems += self.domain.check_statistics(self.regime.freeze_bn_stats)
+            problems += self.data.shown_by_views(self.transform.each(), self.domain.target)
         if self.unlabeled is not None:
             across = self.domain is not None
             problems += self.unlabeled.check(self.downstream.name, self.regime.name, across, pool)
-        if self.views.count != 1:
-            problems.append(f"`views.count` is {self.views.count}, and stage two needs 1.")
-        if self.views.restyle.probability:
+        if self.transform.num_views != 1:
+            problems.append(f"`transform.num_views` is {self.transform.num_views}, and stage two needs 1.")
+        if self.transform.amplitude_mix.probability:
             problems.append(
-                "`views.restyle` is for stage one: set its probability to 0 (`domain=exemplar_memory` restyles)."
+                "`transform.amplitude_mix` is for stage one: set its probability to 0 (`domain=exemplar_memory` restyles)."
             )
-        if self.views.local.count:
-            problems.append(f"`views.local.count` is {self.views.local.count}, and stage two takes no local views.")
+        if self.transform.local_views.count:
+            problems.append(
+                f"`transform.local_views.count` is {self.transform.local_views.count}, and stage two takes no local views."
+            )
         if problems:
             raise ConfigError(problems)

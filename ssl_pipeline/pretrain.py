@@ -36,11 +36,11 @@ from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec
 from ssl_pipeline.models.pretrained_cfg import resolve_cfg
-from ssl_pipeline.pretrain_config import BatchConfig, PretrainConfig
+from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
-__all__ = ["BatchConfig", "PretrainConfig", "pretrain"]
+__all__ = ["PretrainConfig", "pretrain"]
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -48,30 +48,30 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = start_accelerator()
     share = dist_info(accelerator)
 
-    train, dev = open_training(config.data), config.data.open("dev")
+    train, val = open_training(config.data), config.data.open("val")
     config, notes = config.fit_batch(train, share.processes)
     config.check(train, share.processes)
 
-    views_config, of_views = config.views.for_channels(train.channels)
+    views_config, of_views = config.transform.for_channels(train.channels)
     expected = resolve_cfg(config.backbone, train.channels, train.mean, train.std)
-    notes += [*of_views, *expected.notes(config.views.size, evaluated=False)]
+    notes += [*of_views, *expected.notes(config.transform.size, evaluated=False)]
     if isinstance(train, IndexedDataset):
-        notes += config.data.shown_by_views(config.views.each(), train.absent_domains)
+        notes += config.data.shown_by_views(config.transform.each(), train.absent_domains)
     views = build_views(train, views_config, expected.mean, expected.std, config.seed)
-    preprocessing = Preprocessing(config.views.size, expected.mean, expected.std)
+    preprocessing = Preprocessing(config.transform.size, expected.mean, expected.std)
 
     spec = EncoderSpec(
-        backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=expected.mean,
+        backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.transform.size, mean=expected.mean,
         std=expected.std, range=train.value_range,
     )  # fmt: skip
     encoder, task, more_notes = build_task(config, spec, train, accelerator)
-    optimizer = build_optimizer(config.optim, task, config.batch.size)
+    optimizer = build_optimizer(config.optim, task, config.batch_size)
     length, in_steps = config.total_steps(train.length), config.steps is not None
     loader = build_loader(
-        train, views, config.batch.size, config.seed, share, length, config.workers, with_labels=task.reads_labels
+        train, views, config.batch_size, config.seed, share, length, config.num_workers, with_labels=task.reads_labels
     )
 
-    data = {"train": train.fingerprint()} | ({} if dev is None else {"dev": dev.fingerprint()})
+    data = {"train": train.fingerprint()} | ({} if val is None else {"val": val.fingerprint()})
     with start_run("pretrain", config, accelerator, data, loader, in_steps) as run:
         checkpoints, resume = run.checkpoints(loader, in_steps)
         start, total = int(resume["done"]) if resume else 0, loader.total_steps + loader.offset
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Path:
             f"pretrain: {config.pretext.name} with {config.backbone.name} on {train.describe_size()} of {train.name}"
         )
         notes += [] if train.value_range is None else [f"of more than 8 bits {describe_range(train.value_range)}"]
-        notes += [describe_splits(config.data, train, dev), *more_notes]
+        notes += [describe_splits(config.data, train, val), *more_notes]
         notes += [f"{share.processes} process(es) on {share.device}", f"run folder {run.folder}"]
         if run.changes and resume is not None:
             notes.append(describe_resume(resume, loader, config.optim))
@@ -89,15 +89,15 @@ def pretrain(config: PretrainConfig) -> Path:
 
         images = train.preview()
         evaluation = OnlineEvalCallback(
-            run, encoder, OnlineEvaluation(images, dev, views, preprocessing, share),
+            run, encoder, OnlineEvaluation(images, val, views, preprocessing, share),
             partial(encoder_card, config, spec, train, data["train"]), config.evaluate_every.on(loader.clock(0)) or total, total,
             alone=share.processes == 1,
         )  # fmt: skip
-        evaluation.before_training(start, images, config.views, config.seed)
+        evaluation.before_training(start, images, config.transform, config.seed)
         if not start and isinstance(train, IndexedDataset):
             read = run.announcing("reading all images for the task's memory", extract)
             task.prime(lambda forward: read(task, images, preprocessing, share, forward=forward))
-        state = TrainState(task, optimizer, config.optim, accelerator, checkpoints, resume, config.batch.micro)
+        state = TrainState(task, optimizer, config.optim, accelerator, checkpoints, resume, config.micro_batch_size)
         callbacks = (run.log_loop(), evaluation, Alerts(run, "pretrain", encoder.width))
         fit(state, loader, callbacks, config.log_every, "pretrain")
         evaluation.finish()
@@ -118,12 +118,12 @@ def build_task(
     config.check_local_views(encoder.backbone)
     task = config.pretext.build(encoder, train)
     if accelerator.is_fsdp2:
-        check_shardable(task, config.batch.micro)
+        check_shardable(task, config.micro_batch_size)
     share = dist_info(accelerator)
     if share.device.type == "cpu":
-        views, images = config.views.for_channels(spec.channels)[0], config.batch.size // share.processes
+        views, images = config.transform.for_channels(spec.channels)[0], config.batch_size // share.processes
         processes = processes_here(share.processes)
-        check_memory(task, views.shapes(spec.channels), images, config.batch.micro, config.optim.name, processes)
+        check_memory(task, views.shapes(spec.channels), images, config.micro_batch_size, config.optim.name, processes)
     return encoder, move_to_device(task, share), [*notes, *batchnorm_notes(task, share)]
 
 

@@ -21,67 +21,56 @@ from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig
 
 
-class BatchConfig(FrozenModel):
-    """The batch.
-
-    Attributes:
-        size: images of a step over all processes; where there are fewer, the largest batch that they make, which is said.
-        micro: images that a process embeds at once: the two-pass form (``engine/grad_cache.py``) gives the gradient of the whole
-            batch at the memory of a small one. By default a process's whole share.
-    """
-
-    short_for: ClassVar[str | None] = "size"
-    size: int = Field(256, ge=2)
-    micro: int | None = Field(None, ge=2)
-
-
 class PretrainConfig(FrozenModel):
     """Everything that stage one is told; each field's model says what its keys mean.
 
     Attributes:
         data: what to learn from.
-        views: how an image becomes its random views.
+        transform: how an image becomes its random views.
         backbone: the network that learns.
         neck: what makes one row of features of the backbone's maps.
         pretext: what the network is asked.
         optim: how it is moved.
         tracking: who hears of the run beside ``metrics.jsonl``.
-        batch: how many images a step sees.
+        batch_size: images of a step over all processes; where there are fewer, the largest batch that they make, which is logged.
+        micro_batch_size: images that a process embeds at once: GradCache (``engine/grad_cache.py``) gives the gradient of the whole
+            batch at the memory of a small one. By default a process's whole share.
         epochs: the run's length.
         steps: a length in optimizer steps instead.
         seed: of every draw: initialization, order, views.
         output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
         resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
         evaluate_every: how often kNN and the signs of collapse are measured; ``0 steps`` at the end only.
-        checkpoint_every: how often a state to resume from is kept; ``0 steps`` at the end only.
-        keep_checkpoints: how many of them.
+        save_every: how often a state to resume from is kept; ``0 steps`` at the end only.
+        save_total_limit: how many of them.
         log_every: optimizer steps from one line of metrics to the next.
-        workers: processes that decode files; null settles it by the machine.
+        num_workers: processes that decode files; null settles it by the machine.
     """
 
     wins_over: ClassVar[Mapping[str, str]] = {"steps": "epochs"}
     data: Annotated[SourceConfig, ComponentOf("data.sources")]
-    views: ViewsConfig
+    transform: ViewsConfig
     backbone: BackboneConfig
     neck: NeckConfig
     pretext: Annotated[PretextConfig, ComponentOf("pretext")]
     optim: OptimConfig
     tracking: TrackingConfig
-    batch: BatchConfig
+    batch_size: int = Field(256, ge=2)
+    micro_batch_size: int | None = Field(None, ge=2)
     epochs: int = Field(100, ge=1)
     steps: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     output: str | None = None
     resume: Resume = "no"
     evaluate_every: Duration = parse_duration("10%")
-    checkpoint_every: Duration = parse_duration("10%")
-    keep_checkpoints: int = Field(2, ge=1)
+    save_every: Duration = parse_duration("10%")
+    save_total_limit: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
-    workers: int | None = Field(None, ge=0)
+    num_workers: int | None = Field(None, ge=0)
 
     def total_steps(self, samples: int | None) -> int:
         """The run's length in optimizer steps; of an unknown number of samples ``steps`` must be given."""
-        return self.steps or self.epochs * ((samples or 0) // self.batch.size)
+        return self.steps or self.epochs * ((samples or 0) // self.batch_size)
 
     def fit_batch(self, train: ImageDataset, processes: int) -> tuple[PretrainConfig, list[str]]:
         """Takes the largest batch that the images suffice for and that processes and micro-batches share evenly.
@@ -89,19 +78,17 @@ class PretrainConfig(FrozenModel):
         Returns:
             The configuration with that batch, and a note where it differs.
         """
-        batch, samples = self.batch, train.length
-        if samples is None or batch.size <= samples:
+        asked, samples = self.micro_batch_size, train.length
+        if samples is None or self.batch_size <= samples:
             return self, []
-        micro = batch.micro if batch.micro is not None and batch.micro * processes <= samples else None
+        micro = asked if asked is not None and asked * processes <= samples else None
         unit = (micro or 1) * processes
         size = samples // unit * unit
         if size < 2 * processes:
             return self, []  # `check` refuses that
-        dropped = (
-            f", and batch.micro={batch.micro} is more than a process has and left out" if micro != batch.micro else ""
-        )
-        note = f"batch.size={size} instead of {batch.size}: {train.name} has only {samples} images to train on{dropped}"
-        return self.model_copy(update={"batch": BatchConfig(size=size, micro=micro)}), [note]
+        dropped = f", and micro_batch_size={asked} is more than a process has and left out" if micro != asked else ""
+        note = f"batch_size={size} instead of {self.batch_size}: {train.name} has only {samples} images to train on{dropped}"
+        return self.model_copy(update={"batch_size": size, "micro_batch_size": micro}), [note]
 
     def check(self, train: ImageDataset, processes: int) -> None:
         """Refuses what can't go together, all of it at once, before anything is written.
@@ -110,7 +97,7 @@ class PretrainConfig(FrozenModel):
             ConfigError: naming each impossible pair.
         """
         problems = []
-        size, samples = self.batch.size, train.length
+        size, samples = self.batch_size, train.length
         total = self.total_steps(samples)
         if samples is None and self.steps is None:
             problems.append(
@@ -123,18 +110,20 @@ class PretrainConfig(FrozenModel):
         elif self.optim.warmup.steps(total if samples is None else samples // size, total) > total:
             problems.append(f"`optim.warmup` of {self.optim.warmup} is longer than the run of {total} steps.")
         if size % processes:
-            problems.append(f"`batch.size` of {size} can't be shared evenly by {processes} processes: take a multiple.")
-        elif self.batch.micro is not None and size // processes % self.batch.micro:
+            problems.append(f"`batch_size` of {size} can't be shared evenly by {processes} processes: take a multiple.")
+        elif self.micro_batch_size is not None and size // processes % self.micro_batch_size:
             problems.append(
-                f"`batch.micro` of {self.batch.micro} does not divide the {size // processes} images of a process: take a divisor."
+                f"`micro_batch_size` of {self.micro_batch_size} does not divide the {size // processes} images of a process: take a divisor."
             )
         needed = self.pretext.views_needed
-        if needed is not None and self.views.count != needed:
-            problems.append(f"`views.count` is {self.views.count}, and {self.pretext.name} needs {needed}.")
-        local = self.views.local
+        if needed is not None and self.transform.num_views != needed:
+            problems.append(
+                f"`transform.num_views` is {self.transform.num_views}, and {self.pretext.name} needs {needed}."
+            )
+        local = self.transform.local_views
         if local.count and not self.pretext.takes_local_views:
             problems.append(
-                f"`views.local.count` is {local.count}, and {self.pretext.name} takes no local views: set it to 0."
+                f"`transform.local_views.count` is {local.count}, and {self.pretext.name} takes no local views: set it to 0."
             )
         if problems:
             raise ConfigError(problems)
@@ -145,9 +134,9 @@ class PretrainConfig(FrozenModel):
         Raises:
             ConfigError: naming the backbone and its size.
         """
-        local = self.views.local
+        local = self.transform.local_views
         if local.count and backbone.fixed_input not in (None, local.size):
             raise ConfigError(
-                f"`views.local` needs a backbone that takes images of any size, and {self.backbone.name} is bound to {backbone.fixed_input} px: "
-                f"take a convolutional one, or views.local.size={backbone.fixed_input}."
+                f"`transform.local_views` needs a backbone that takes images of any size, and {self.backbone.name} is bound to {backbone.fixed_input} px: "
+                f"take a convolutional one, or transform.local_views.size={backbone.fixed_input}."
             )

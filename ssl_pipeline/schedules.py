@@ -116,17 +116,19 @@ class WarmupCosine(FrozenModel):
 
     Attributes:
         warmup: how long the rate climbs: with random weights a large rate is numerically unstable.
-        start_factor: what the first step's rate is of the base rate.
-        end_factor: what the last rate is of the base rate.
+        warmup_start_factor: what the first step's rate is of the base rate.
+        min_lr_factor: what the last rate is of the base rate.
     """
 
     warmup: Duration = parse_duration("0 steps")
-    start_factor: float = Field(0.0, ge=0, le=1)
-    end_factor: float = Field(0.0, ge=0, le=1)
+    warmup_start_factor: float = Field(0.0, ge=0, le=1)
+    min_lr_factor: float = Field(0.0, ge=0, le=1)
 
     def factor(self, clock: TrainProgress) -> float:
         """The factor at a step; see :func:`warmup_cosine`."""
-        return warmup_cosine(clock.step, clock.total, self.warmup.on(clock), self.start_factor, self.end_factor)
+        return warmup_cosine(
+            clock.step, clock.total, self.warmup.on(clock), self.warmup_start_factor, self.min_lr_factor
+        )
 
     def set_lr(self, param_groups: list[dict[str, Any]], clock: TrainProgress) -> float:
         """Gives every group its rate of the step; computed from the step, so that processes can't multiply it.

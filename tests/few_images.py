@@ -8,7 +8,7 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import embedded
 
-COUNT = {"train": 640, "dev": 200, "test": 200}
+COUNT = {"train": 640, "val": 200, "test": 200}
 
 
 class Config(embedded.Config):

@@ -55,7 +55,7 @@ def write_finetune(folder: Path, accuracies: list[float], seed: int = 0, **resul
     tree = {
         "downstream": {"name": "classification"},
         "regime": {"name": "lp_ft"},
-        "initialization": "pretrained",
+        "init": "pretrained",
         "seed": seed,
     }
     (folder / "config.yaml").write_text(json.dumps(tree))

@@ -17,7 +17,7 @@ from tests.ranks import forked
 ROOT = Path(__file__).parents[1]
 FEW_IMAGES = "data.name=tests.few_images"
 TINY_ON_ANY_DATA = [
-    "tracking=off", "tracking.pictures=false", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1",
+    "tracking=off", "tracking.log_images=false", "transform.size=12", "backbone.width=4", "batch_size=32", "log_every=1",
     "pretext.hidden_width=32", "pretext.projection_width=16", "evaluate_every=0 steps",
 ]  # fmt: skip
 TINY = [*TINY_ON_ANY_DATA, FEW_IMAGES]
@@ -46,10 +46,10 @@ def tiny_words(encoder: Path, output: Path) -> list[str]:
     """What is told to stage two for a few seconds' work."""
     return [
         "tracking=off",
-        "tracking.pictures=false",
+        "tracking.log_images=false",
         FEW_IMAGES,
         "labels.per_class=5",
-        "split=dev",
+        "split=val",
         f"encoder={encoder}",
         f"output={output}",
     ]
@@ -57,7 +57,7 @@ def tiny_words(encoder: Path, output: Path) -> list[str]:
 
 def tiny_finetune(encoder: Path, output: Path, *overrides: str) -> FinetuneConfig:
     """Likewise, for stage two: two steps, where a regime takes steps."""
-    length = [] if "regime=frozen" in overrides else ["regime.length=2 steps", "regime.least_steps=0"]
+    length = [] if "regime=frozen" in overrides else ["regime.length=2 steps", "regime.min_steps=0"]
     return load("finetune", FinetuneConfig, [*tiny_words(encoder, output), *length, *overrides])
 
 

@@ -263,7 +263,7 @@ def _file_block(path: str) -> str:
 
 
 def _file(verb: str) -> str:
-    return verb.replace(" ", "_")
+    return re.sub("[ -]", "_", verb)
 
 
 def _sentence(text: str) -> str:

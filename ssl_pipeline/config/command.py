@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from ssl_pipeline.config.base import ConfigError, StoppedByHand, StoppedByHandError, UserError, dump
-from ssl_pipeline.config.compose import as_yaml, compose
+from ssl_pipeline.config.compose import as_yaml, compose, verb_of_config
 from ssl_pipeline.config.help import help_of
 from ssl_pipeline.config.options import Parser, path
 from ssl_pipeline.config.overrides import overridden
@@ -48,7 +48,7 @@ def run_command(
     name: str, schema: type[Stage], run: Callable[[Stage], Any], arguments: Sequence[str] | None = None
 ) -> None:
     """Runs a stage from the command line; on a mistake of the user the process exits with the error's code."""
-    verb = name.replace("_", " ", 1)  # `study domain` is composed from study_domain.yaml
+    verb = verb_of_config(name)
     parser = Parser(prog=f"ssl-pipeline {verb}", add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", type=path)

@@ -118,6 +118,11 @@ def literal(value: Any) -> Any:
     return [literal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def verb_of_config(name: str) -> str:
+    """``study_domain``, the name of a YAML file, to ``study domain``, its verb; ``plot_views`` to ``plot-views``."""
+    return name.replace("study_", "study ", 1).replace("plot_", "plot-", 1)
+
+
 def as_yaml(tree: Mapping[str, Any]) -> str:
     """A tree as YAML that :func:`read_yaml` reads as the same again, whatever its texts hold."""
     return OmegaConf.to_yaml(OmegaConf.create(literal(tree)))

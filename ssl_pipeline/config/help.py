@@ -45,7 +45,7 @@ def lines_of(text: str, prefix: str = "") -> Iterator[Line]:
 
 
 def _file_of(verb: str) -> Path:
-    return config_root() / f"{verb.replace(' ', '_')}.yaml"
+    return config_root() / f"{re.sub('[ -]', '_', verb)}.yaml"
 
 
 def has_yaml(verb: str) -> bool:

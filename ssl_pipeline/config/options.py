@@ -117,7 +117,7 @@ _VERBS: dict[str, tuple[str, dict[str, dict[str, Any]], str]] = {
         },
         "",
     ),
-    "temperature": (
+    "plot-temperature": (
         "A picture of what the temperature does, in the glossary's example and in a run.",
         {
             "run": {"nargs": "?", "type": path, "help": "a stage-one run's folder"},

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ssl_pipeline.config.base import closest
-from ssl_pipeline.config.compose import choice_file, choices, group_choices
+from ssl_pipeline.config.compose import choice_file, choices, group_choices, verb_of_config
 from ssl_pipeline.config.schema import UnknownKeyError, all_keys, find_key, is_model, module_of, names, rooms
 from ssl_pipeline.config.synonyms import flat, foreign, of_accelerate, renamed
 from ssl_pipeline.config.values import members
@@ -48,7 +48,7 @@ def about_choice(stage: Stage, group: str, choice: str | None) -> str | None:
         if field is None or type(None) in members(field.annotation):
             return None
         off = " For none write `tracking=off`." if group == "tracking" else ""
-        verb = stage.name.replace("_", " ", 1)
+        verb = verb_of_config(stage.name)
         return f"`{group}`: {verb} can't do without one: take one of {', '.join(known)}.{off}"
     if choice.startswith("[") or choice_file(group, choice, stage.config_dir):
         return None
@@ -85,7 +85,7 @@ def about_key(stage: Stage, key: str, text: str | None) -> str:
 
 
 def about_word(stage: Stage, word: str) -> str:
-    """A word without a value, such as ``workers`` or ``photos``."""
+    """A word without a value, such as ``num_workers`` or ``photos``."""
     if line := renamed(word, "…"):
         return line
     known, name = stage.keys(), word.strip("+~=")

@@ -98,7 +98,7 @@ class BadFiles:
             raise ConfigError(
                 [
                     *shorten([f"{file}: {fault}" for file, fault in self.faults.items()]),
-                    f"{count} of {self.files} files can't be read as images, and `data.bad_files={self.limit}` allows "
+                    f"{count} of {self.files} files can't be read as images, and `data.max_bad_files={self.limit}` allows "
                     f"{self.allowed}: remove or replace them, or raise the limit.",
                 ]
             )

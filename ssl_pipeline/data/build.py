@@ -30,7 +30,7 @@ def build_views(
         std: per-channel standard deviation that the encoder expects.
         seed: the run's.
     """
-    count = max((view.restyle.styles for view in config.each() if view.restyle.probability > 0), default=0)
+    count = max((view.amplitude_mix.styles for view in config.each() if view.amplitude_mix.probability > 0), default=0)
     if not count:
         return Views(config, mean, std, seed)
     lenders = source.preview()

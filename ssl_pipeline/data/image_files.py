@@ -172,14 +172,14 @@ class PreparedConfig(DecodedConfig[Opened], ABC):
 
     Attributes:
         channels: 3 for RGB, 1 for grayscale.
-        bad_files: how many files that can't be read as images are allowed, ``20`` or ``1%`` of all: those known at the start
+        max_bad_files: how many files that can't be read as images are allowed, ``20`` or ``1%`` of all: those known at the start
             are left out, one found later is replaced by its neighbor. More stop the run, with a list.
         prepared: the folder that was given to ``ssl-pipeline prepare --output``; null is this user's cache.
         cache: read the decoded images that ``ssl-pipeline prepare --cache`` has written, rather than the files.
     """
 
     channels: Literal[1, 3] = 3
-    bad_files: Limit = parse_limit("1%")
+    max_bad_files: Limit = parse_limit("1%")
     prepared: str | None = None
     cache: bool = False
 
@@ -265,7 +265,7 @@ class ImageFiles:
         Raises:
             ConfigError: the cache is asked for, and there is none.
         """
-        bad_files = self._bad_files(config.bad_files, len(self.files) + len(self.faults), self.faults)
+        bad_files = self._bad_files(config.max_bad_files, len(self.files) + len(self.faults), self.faults)
         cache = self._cache(config) if config.cache else None
         return FileDataset(name, self.root, self.files, config.channels, cache=cache, bad_files=bad_files, **known)
 

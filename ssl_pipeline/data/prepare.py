@@ -85,7 +85,7 @@ def prepare_shards(path: str, output: str | None = None) -> int:
     Raises:
         ConfigError: there are no archives, nothing can be written, or fewer than two images are usable.
     """
-    config = webdataset.Config(name="webdataset", path=path, channels=3, on_unreadable="skip")
+    config = webdataset.Config(name="webdataset", path=path, channels=3, on_error="skip")
     stream = config.open_stream()
     place = _output_folder(stream.folder, output)
     usable, bad = 0, dict[str, str]()

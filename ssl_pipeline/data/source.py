@@ -15,8 +15,8 @@ from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDatase
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle
 from ssl_pipeline.transforms.config import ViewConfig
 
-Split = Literal["train", "dev", "test"]
-Part = Literal["train", "dev", "test", "pool"]  # pool: what stage one learns from
+Split = Literal["train", "val", "test"]
+Part = Literal["train", "val", "test", "pool"]  # pool: what stage one learns from
 LOOKED_AT = 64  # images of a stream that settle what is not given: their channels, their range of values
 _SETTLED: dict[str, Range | None] = {}  # once in the process's life, as data are read
 
@@ -26,13 +26,13 @@ class SourceConfig(ComponentConfig, ABC):
 
     @abstractmethod
     def open(self, split: Split) -> IndexedDataset | None:
-        """A split; None where this data has none (``dev`` and ``test`` without labels).
+        """A split; None where this data has none (``val`` and ``test`` without labels).
 
-        ``dev`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
+        ``val`` is held out of the training labels for choices; ``test`` is read by the final evaluation alone.
         """
 
     def open_pool(self) -> IndexedDataset | None:
-        """What stage one learns from: ``train`` and, where ``dev`` was drawn from the training images, ``dev`` too.
+        """What stage one learns from: ``train`` and, where ``val`` was drawn from the training images, ``val`` too.
 
         Stage one reads no labels, so images that only serve choices need not be kept from it; test images are.
         """
@@ -40,7 +40,7 @@ class SourceConfig(ComponentConfig, ABC):
 
     def open_every(self) -> dict[Split, IndexedDataset]:
         """All images by their splits, those without labels too."""
-        splits: tuple[Split, ...] = ("train", "dev", "test")
+        splits: tuple[Split, ...] = ("train", "val", "test")
         return {split: source for split in splits if (source := self.open(split)) is not None}
 
     def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
@@ -74,7 +74,7 @@ class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
 
     def open_parts(self) -> dict[Split, IndexedDataset]:
         """All images by their splits; likewise."""
-        splits: tuple[Split, ...] = ("train", "dev", "test")
+        splits: tuple[Split, ...] = ("train", "val", "test")
         return {split: part for split in splits if (part := self.open_part(split)) is not None}
 
     def stored_values(self) -> Mapping[str, np.ndarray]:
@@ -144,14 +144,14 @@ def open_training(config: SourceConfig) -> ImageDataset:
     return source
 
 
-def describe_splits(config: SourceConfig, learned: ImageDataset, dev: IndexedDataset | None) -> str:
+def describe_splits(config: SourceConfig, learned: ImageDataset, val: IndexedDataset | None) -> str:
     """How many images stage one learns from and which are kept from it, in a line."""
     told = f"learned from: {learned.describe_size()}"
-    if dev is None:
-        return f"{told}; there is no `dev`, so choices rest on no labels"
+    if val is None:
+        return f"{told}; there is no `val`, so choices rest on no labels"
     train = config.open("train") if isinstance(learned, IndexedDataset) else None
     shared = train is not None and isinstance(learned, IndexedDataset) and len(train) < len(learned)
-    told += f"; for choices (`dev`): {len(dev)}" + (" of these, by their labels" if shared else ", held out")
+    told += f"; for choices (`val`): {len(val)}" + (" of these, by their labels" if shared else ", held out")
     if isinstance(learned, StreamDataset):
         return told
     try:

@@ -19,7 +19,7 @@ from ssl_pipeline.rng import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "dev": ("val", "valid", "validation", "dev", "eval"),
+    "val": ("val", "valid", "validation", "val", "eval"),
     "test": ("test", "testing"),
 }
 _SPLIT_OF: dict[str, Split] = {name: split for split, names in SPLIT_NAMES.items() for name in names}
@@ -145,23 +145,23 @@ def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
     return part
 
 
-def split_three(labels: Tensor, test: float | None, dev: float | None, *name: Name) -> dict[Part, Tensor]:
+def split_three(labels: Tensor, test: float | None, val: float | None, *name: Name) -> dict[Part, Tensor]:
     """Shares the samples of one pool out among the splits, the same way for every seed.
 
     Args:
         labels: int64 of shape (N,), what the shares are even over; samples of −1 stay in ``train``.
         test: the share of all samples that is for the final figures; None where the test is elsewhere.
-        dev: the share of the rest that is for choices; None likewise.
+        val: the share of the rest that is for choices; None likewise.
         name: of the draw.
 
     Returns:
-        Per split a sorted int64 index: ``train``, and ``test`` and ``dev`` where they have a share; and ``pool``, all that
+        Per split a sorted int64 index: ``train``, and ``test`` and ``val`` where they have a share; and ``pool``, all that
         is not ``test``.
     """
     index: dict[Part, Tensor] = {"train": torch.arange(len(labels))}
-    shares: tuple[tuple[Part, float | None], ...] = (("test", test), ("dev", dev))
+    shares: tuple[tuple[Part, float | None], ...] = (("test", test), ("val", val))
     for split, share in shares:
-        if split == "dev":
+        if split == "val":
             index["pool"] = index["train"]
         if share is not None:
             pool = index["train"]
@@ -174,8 +174,8 @@ def split_three(labels: Tensor, test: float | None, dev: float | None, *name: Na
 Source = TypeVar("Source", bound=IndexedDataset)
 
 
-def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
-    """What stage one learns from, all labels of ``dev`` taken away.
+def without_val_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
+    """What stage one learns from, all labels of ``val`` taken away.
 
     Stage one may learn from these images, because it reads no labels. A task that does, and kNN's bank, must not have theirs.
 
@@ -189,9 +189,9 @@ def without_dev_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
 
 
 def part_of(every: Source, shares: Mapping[Part, Tensor], part: Part) -> Source:
-    """A part of a source that was shared out; in the ``pool`` ``dev`` has no labels."""
+    """A part of a source that was shared out; in the ``pool`` ``val`` has no labels."""
     chosen = every.select(shares[part])
-    return without_dev_labels(chosen, shares) if part == "pool" else chosen
+    return without_val_labels(chosen, shares) if part == "pool" else chosen
 
 
 def draw_labels(

@@ -144,7 +144,7 @@ def split_domains(
     unlabeled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
     if unlabeled:
         raise ConfigError(f"`domain.source`: no image of {', '.join(unlabeled)} has a label to learn from.")
-    if config.control == "no_shift":
+    if config.negative_control == "no_shift":
         labels = pool.labels[of_source]
         rest, held = stratified_split(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
         of_source, of_target, targets = of_source[rest], of_source[held], sources
@@ -152,8 +152,8 @@ def split_domains(
     source = _renumbered(pool.select(taught), known, names)
     target = pool.select(of_target)
     target.labels = target.classes = None
-    if config.control in ("noise", "shuffled"):
-        target = make_control(config.control, target)
+    if config.negative_control in ("noise", "shuffled"):
+        target = make_control(config.negative_control, target)
     hidden = of_target[torch.isin(pool.labels[of_target], known)]
     learned = _labels(source) if classes is None else torch.arange(len(classes))
     measured, unknown = _measured(
@@ -179,7 +179,7 @@ def _chosen(config: MethodConfig, pool: IndexedDataset, has_source: bool) -> tup
             problems.append(
                 f"`domain.{key}`: {pool.name} has no training image of {', '.join(map(repr, absent))}. Its domains: {', '.join(present)}."
             )
-    if not config.target and config.control != "no_shift":
+    if not config.target and config.negative_control != "no_shift":
         problems.append(f"`domain.target` is required: one or more of {', '.join(present)}.")
     sources = list(config.source) if config.source is not None else [n for n in present if n not in config.target]
     sources = sources if has_source else []

@@ -36,7 +36,7 @@ class MethodConfig(ComponentConfig, ABC):
         source: the domains with labels; null takes all that are no target.
         target: the domains to adapt to. Their labels, if any, are read by the final metrics alone.
         target_labels: labels of each class in the target that are learned from, with the source's (semi-supervised).
-        control: a negative control instead of the target's training images: ``no_shift`` takes a half of the source's (the other half
+        negative_control: a negative control instead of the target's training images: ``no_shift`` takes a half of the source's (the other half
             is learned from, and the source is measured), ``noise`` and ``shuffled`` replace their pixels while the real target is
             measured. Null: none.
         known: the classes to learn; images of other classes are left out of the source, and unknown in the target. Null: all.
@@ -46,7 +46,7 @@ class MethodConfig(ComponentConfig, ABC):
         fits_bare_encoder: whether the method works where only the head is trained.
         head: the one ``downstream.head`` that the method is made for; None takes any.
         selects: whether labeled images held out of the *source* choose the step that is kept, instead of the last one.
-        keeps_statistics: whether it works with ``regime.statistics=kept``, as it does not estimate the encoder's statistics anew.
+        keeps_statistics: whether it works with ``regime.freeze_bn_stats=true``, as it does not estimate the encoder's statistics anew.
     """
 
     task: ClassVar[Callable[..., Method]]
@@ -58,7 +58,7 @@ class MethodConfig(ComponentConfig, ABC):
     source: tuple[str, ...] | None = None
     target: tuple[str, ...] = Field((), validate_default=False)
     target_labels: int = Field(0, ge=0)
-    control: Control | None = None
+    negative_control: Control | None = None
     known: tuple[str, ...] | None = None
 
     @property
@@ -82,8 +82,8 @@ class MethodConfig(ComponentConfig, ABC):
         if not kept or self.keeps_statistics:
             return []
         return [
-            f"`domain={self.name}` estimates BatchNorm's statistics anew, and `regime.statistics=kept` keeps stage one's: set "
-            "regime.statistics=batch, or take another method."
+            f"`domain={self.name}` estimates BatchNorm's statistics anew, and `regime.freeze_bn_stats=true` keeps stage one's: set "
+            "regime.freeze_bn_stats=false, or take another method."
         ]
 
     def check(self, downstream: str, regime: str) -> list[str]:
@@ -95,9 +95,9 @@ class MethodConfig(ComponentConfig, ABC):
             problems.append(
                 f"`domain={self.name}` moves the encoder, and regime `frozen` trains the head alone: take another regime."
             )
-        if self.control is not None and self.target_labels:
+        if self.negative_control is not None and self.target_labels:
             problems.append(
-                f"`domain.control={self.control}` hides the target, and `domain.target_labels` teaches {self.target_labels} of "
+                f"`domain.negative_control={self.negative_control}` hides the target, and `domain.target_labels` teaches {self.target_labels} of "
                 "its labels a class: take one of them."
             )
         return problems

@@ -95,9 +95,9 @@ def _run_phase(
     share, labeled = context.share, context.labeled
     images = target if phase == "target" else labeled.train
     # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
-    most = min(regime.batch, len(target)) if phase == "joint" else regime.batch
+    most = min(regime.batch_size, len(target)) if phase == "joint" else regime.batch_size
     size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
-    total = max(1, training.least_steps, training.length.steps(len(images) // size, 0))
+    total = max(1, training.min_steps, training.length.steps(len(images) // size, 0))
     # Sample i of the target is not to be cropped as sample i of the source is.
     preprocessing = context.preprocessing
     target_views = Views(

@@ -41,7 +41,7 @@ class ConsistencyConfig(FrozenModel):
         confidence: what the teacher's probability of a class must be, so that the image counts as one of it.
         ratio: images without labels in a step, for each labeled one.
         momentum: what is kept of the teacher at each step.
-        views: of the images without labels: the first one is learned from, and the second one, a mild one, is what the teacher sees. Their
+        transform: of the images without labels: the first one is learned from, and the second one, a mild one, is what the teacher sees. Their
             size is the encoder's.
     """
 
@@ -50,7 +50,7 @@ class ConsistencyConfig(FrozenModel):
     confidence: float = Field(0.8, ge=0, le=1)
     ratio: int = Field(3, ge=1)
     momentum: float = Field(0.98, ge=0, lt=1)
-    views: ViewsConfig
+    transform: ViewsConfig
 
     def open(self, channels: int) -> IndexedDataset | None:
         """The images of ``path``; None without one."""
@@ -61,7 +61,7 @@ class ConsistencyConfig(FrozenModel):
                 f"`unlabeled.path`: files are read with 1 or 3 channels, and the data has {channels}: set unlabeled.path=null."
             )
         config = folder.Config(name="folder", path=self.path, channels=channels)
-        found = scan_folder(existing_folder(self.path, "unlabeled.path"), config.base, config.bad_files)
+        found = scan_folder(existing_folder(self.path, "unlabeled.path"), config.base, config.max_bad_files)
         if len(found.files) < 2:
             raise ConfigError(
                 f"`unlabeled.path`: {self.path!r} holds {len(found.files)} images: give a folder of more."
@@ -82,15 +82,15 @@ class ConsistencyConfig(FrozenModel):
                 "`domain` and `unlabeled` both bring images without labels into a step: take one of them. "
                 "`domain=mcc` and others learn from a target without labels."
             )
-        if self.views.count != 2 or self.views.local.count:
+        if self.transform.num_views != 2 or self.transform.local_views.count:
             problems.append(
-                f"`unlabeled.views` makes {self.views.total} view(s) of an image, and 2 are needed: the one to learn from and "
+                f"`unlabeled.transform` makes {self.transform.total} view(s) of an image, and 2 are needed: the one to learn from and "
                 "the teacher's."
             )
-        if any(view.restyle.probability for view in self.views.each()):
-            problems.append("`unlabeled.views.restyle` is for stage one: set its probability to 0.")
+        if any(view.amplitude_mix.probability for view in self.transform.each()):
+            problems.append("`unlabeled.transform.restyle` is for stage one: set its probability to 0.")
         try:
-            self.views.for_channels(data.channels, "unlabeled.views")
+            self.transform.for_channels(data.channels, "unlabeled.transform")
             images = self.open(data.channels) or data
         except ConfigError as error:
             return [*problems, *error.problems]

@@ -52,7 +52,7 @@ class DenseConfig(DownstreamConfig):
 
     def check_views(self, views: ViewsConfig) -> list[str]:
         if views.rotation.probability > 0:
-            return ["`views.rotation.probability` turns images away from their masks and boxes: set it to 0."]
+            return ["`transform.rotation.probability` turns images away from their masks and boxes: set it to 0."]
         return []
 
 

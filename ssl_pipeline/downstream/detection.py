@@ -41,7 +41,7 @@ class Config(DenseConfig):
         hidden: width of the box head.
         proposals: regions of an image that the box head is given at most.
         sampled: of which so many, one quarter of them objects at best, are learned from in a step.
-        least_score: predictions below it are dropped.
+        score_threshold: predictions below it are dropped.
         batch_norm: of the encoder. ``frozen``: statistics, scales and shifts stay as pretraining left them, as in torchvision's
             detectors: a step has few images, and their statistics are noise. Fresh weights have none to keep, and are trained.
             ``trained``: they go by each batch and learn.
@@ -54,7 +54,7 @@ class Config(DenseConfig):
     hidden: int = Field(1024, ge=1)
     proposals: int = Field(1000, ge=1)
     sampled: int = Field(512, ge=4)
-    least_score: float = Field(0.05, ge=0, lt=1)
+    score_threshold: float = Field(0.05, ge=0, lt=1)
     batch_norm: Literal["frozen", "trained"] = "frozen"
 
     def build(self, encoder: Encoder, classes: int) -> Detection:
@@ -94,14 +94,14 @@ class Detection(DenseTask):
                 encoder.strides,
                 classes,
                 config.width,
-                score_thresh=config.least_score,
+                score_thresh=config.score_threshold,
                 detections_per_img=100,
             )
             return
         self.head = FasterRCNNHead(
             encoder.widths, encoder.strides, classes, config.width, config.hidden,
             rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals,
-            box_batch_size_per_image=config.sampled, box_score_thresh=config.least_score,
+            box_batch_size_per_image=config.sampled, box_score_thresh=config.score_threshold,
         )  # fmt: skip
 
     def _freeze_norms(self) -> None:

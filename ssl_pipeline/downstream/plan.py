@@ -95,7 +95,7 @@ class Plan:
         """
         spec, unlabeled = self.start.spec, None
         if self.unlabeled is not None:
-            config, _ = self.unlabeled.views.model_copy(update={"size": spec.size}).for_channels(self.pool.channels)
+            config, _ = self.unlabeled.transform.model_copy(update={"size": spec.size}).for_channels(self.pool.channels)
             images = self.unlabeled.open(self.pool.channels)
             images = images or unlabeled_pool(self.labels, self.downstream, self.pool, seed)
             views = Views(config, spec.mean, spec.std, derive_seed(seed, "unlabelled"))

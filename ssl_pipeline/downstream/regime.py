@@ -44,12 +44,12 @@ class TrainingConfig(FrozenModel):
 
     Attributes:
         length: of the training.
-        least_steps: and at least so many steps: few labels make short epochs.
+        min_steps: and at least so many steps: few labels make short epochs.
         optim: the optimizer and its rate.
     """
 
     length: Duration = parse_duration("30 epochs")
-    least_steps: int = Field(0, ge=0)
+    min_steps: int = Field(0, ge=0)
     optim: OptimConfig = OptimConfig()
 
 
@@ -59,10 +59,10 @@ class RegimeConfig(TrainingConfig):
     Attributes:
         name: ``frozen``: the probe alone. ``lp_ft``: the probe, then all layers. ``end_to_end``: all layers from a
             random head. ``scratch``: all layers, the encoder random too.
-        decays: the probe's weight decays to choose from, on held-out labels or by cross-validation; the first one where ``labels.validation``
+        weight_decays: the probe's weight decays to choose from, on held-out labels or by cross-validation; the first one where ``labels.validation``
             is 0.
         probe: how a head that can't be solved is trained on the encoder as it is.
-        batch: samples of a step, or a little fewer so that an epoch leaves few labels out.
+        batch_size: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
         statistics: ``batch``: the encoder's BatchNorms go by each batch, and their running statistics follow; ``kept``: they go by
@@ -71,12 +71,12 @@ class RegimeConfig(TrainingConfig):
     """
 
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"
-    decays: tuple[float, ...] = Field((0.1, 0.001, 0.01, 1.0), min_length=1)
+    weight_decays: tuple[float, ...] = Field((0.1, 0.001, 0.01, 1.0), min_length=1)
     probe: TrainingConfig = TrainingConfig(optim=OptimConfig(name="adamw", lr=0.002, scaling="none"))
-    batch: int = Field(64, ge=2)
+    batch_size: int = Field(64, ge=2)
     backbone_lr_factor: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
-    statistics: Literal["batch", "kept"] = "batch"
+    freeze_bn_stats: bool = False
 
     @property
     def probes(self) -> bool:
@@ -91,7 +91,7 @@ class RegimeConfig(TrainingConfig):
     def apply_to(self, task: DownstreamTask) -> None:
         """Sets how a task's encoder is trained."""
         task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
-        task.encoder.keeps_statistics = self.statistics == "kept"
+        task.encoder.keeps_statistics = self.freeze_bn_stats
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> 
             on_all_labels()
     elif regime.probes:
         task.fix_encoder(True)
-        _run_supervised(regime.probe, regime.batch, task, context, "probe", Best(task, context))
+        _run_supervised(regime.probe, regime.batch_size, task, context, "probe", Best(task, context))
         task.fix_encoder(False)
     if not regime.trains_all:
         return
@@ -158,7 +158,7 @@ def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> 
         assert isinstance(task, Classification)  # finetune's `check` allows no other
         _run_consistency(regime, task, context, context.unlabeled, best)
     else:
-        _run_supervised(regime, regime.batch, task, context, "all_layers", best)
+        _run_supervised(regime, regime.batch_size, task, context, "all_layers", best)
 
 
 def fit_linear_probe(regime: RegimeConfig, task: PooledTask, context: TrainContext) -> Callable[[], None] | None:
@@ -188,7 +188,7 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, context: TrainConte
     )
     task.train(was_training)
     folds = None if labeled.folds is None else labeled.folds[train.index]
-    decay = broadcast_from_main(context.accelerator, choose_decay(task, regime.decays, train, held_out, folds))
+    decay = broadcast_from_main(context.accelerator, choose_decay(task, regime.weight_decays, train, held_out, folds))
 
     def fit_on(*parts: Rows) -> None:
         features, targets = (torch.cat([getattr(part, side) for part in parts]) for side in ("features", "targets"))
@@ -218,7 +218,7 @@ def _run_consistency(
 ) -> None:
     """All layers, from labeled images and ``ratio`` times as many others."""
     labeled, ratio = context.labeled, unlabeled.config.ratio
-    size, total = _steps(regime, min(regime.batch, len(unlabeled.images) // ratio), context)
+    size, total = _steps(regime, min(regime.batch_size, len(unlabeled.images) // ratio), context)
     loader = PairedLoader(
         labeled.train, unlabeled.images, context.views, unlabeled.views, size, context.seed, context.share, total, context.workers,
         ratio * size,
@@ -239,7 +239,7 @@ def _steps(training: TrainingConfig, batch: int, context: TrainContext) -> tuple
             f"{labels} labeled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
         )
     size = max(labels // math.ceil(labels / batch) // processes, 1) * processes
-    return size, max(1, training.least_steps, training.length.steps(labels // size, 0))
+    return size, max(1, training.min_steps, training.length.steps(labels // size, 0))
 
 
 def _run(

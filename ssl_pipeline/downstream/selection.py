@@ -38,11 +38,11 @@ def _sentence(labels: LabelsConfig, downstream: DownstreamConfig, regime: Regime
         return f"{taught} to choose by (labels.validation=auto: {LEAST_HELD_OUT} or more can tell settings apart)."
     share = f"{100 * SHARE_HELD_OUT:.0f} % of them would be fewer than {LEAST_HELD_OUT}, too few to choose by"
     clauses = [f"{taught} (labels.validation=auto: {share})."]
-    if regime.probes and isinstance(downstream, PooledConfig) and len(regime.decays) > 1:
+    if regime.probes and isinstance(downstream, PooledConfig) and len(regime.weight_decays) > 1:
         clauses.append(
             f"The probe's weight decay is chosen by {parts}-fold cross-validation."
             if parts
-            else f"The probe's weight decay is the first of regime.decays, {regime.decays[0]:g}: no class has two labels."
+            else f"The probe's weight decay is the first of regime.weight_decays, {regime.weight_decays[0]:g}: no class has two labels."
         )
     if regime.trains_all or not isinstance(downstream, PooledConfig):
         clauses.append("The last step is kept.")

@@ -292,7 +292,7 @@ def _of_worker(hangs: bool) -> str:
     cause = "; /dev/shm is full: in Docker start the container with a larger `--shm-size`" if full else ""
     if hangs:
         return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs{cause}"
-    return f"was killed (by the system, if memory was short: lower `workers` then){cause}"
+    return f"was killed (by the system, if memory was short: lower `num_workers` then){cause}"
 
 
 def _hanging_worker(step: int) -> LostProcessError:

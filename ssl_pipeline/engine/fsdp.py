@@ -55,7 +55,7 @@ def check_shardable(task: nn.Module, micro: int | None) -> None:
 
     Args:
         task: whole yet.
-        micro: ``batch.micro``.
+        micro: ``micro_batch_size``.
 
     Raises:
         ConfigError: naming each obstacle, and what to do.
@@ -63,7 +63,7 @@ def check_shardable(task: nn.Module, micro: int | None) -> None:
     problems = []
     if micro is not None:
         problems.append(
-            f"`batch.micro` goes through the network apart from the task's forward, where FSDP2 gathers no weights: set it to null, "
+            f"`micro_batch_size` goes through the network apart from the task's forward, where FSDP2 gathers no weights: set it to null, "
             f"{_INSTEAD}"
         )
     scalars = [name for name, parameter in task.named_parameters() if parameter.ndim == 0]

@@ -4,7 +4,7 @@ The estimate, for one process:
 
 - 8 bytes a trained parameter for its gradient and the optimizer's state, 12 with AdamW (weights are there already);
 - what autograd keeps between forward and backward, counted by two forwards of few fake tensors, which compute nothing, and taken in
-  proportion to the samples that a process embeds at once (``batch.micro``, or its share of the batch);
+  proportion to the samples that a process embeds at once (``micro_batch_size``, or its share of the batch);
 - the views of its whole share, once as they are read and once normalized.
 
 The loss, the backward's working memory and the workers' batches are not in it: small networks took 1.04 to 1.10 times what is kept
@@ -121,9 +121,9 @@ def check_memory(
     micro: int | None,
     optimizer: str,
     processes: int,
-    batch_key: str = "batch.size",
-    size_key: str = "views.size",
-    micro_key: str | None = "batch.micro",
+    batch_key: str = "batch_size",
+    size_key: str = "transform.size",
+    micro_key: str | None = "micro_batch_size",
 ) -> None:
     """Refuses a step that needs more memory than this machine has, and warns where it is only not free now.
 

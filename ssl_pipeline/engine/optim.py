@@ -24,8 +24,8 @@ class OptimConfig(WarmupCosine):
         weight_decay: not applied to norms, biases and other one-dimensional parameters.
         momentum: of SGD and LARS.
         betas: of AdamW.
-        trust: LARS' trust coefficient (You et al. 2017).
-        clip: the gradient's greatest norm; none by default.
+        trust_coefficient: LARS' trust coefficient (You et al. 2017).
+        grad_clip_norm: the gradient's greatest norm; none by default.
         nonfinite: what is done at a step whose loss or gradient is not finite.
     """
 
@@ -35,8 +35,8 @@ class OptimConfig(WarmupCosine):
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.999)
-    trust: float = Field(0.001, gt=0)
-    clip: float | None = Field(None, gt=0)
+    trust_coefficient: float = Field(0.001, gt=0)
+    grad_clip_norm: float | None = Field(None, gt=0)
     nonfinite: NonFiniteConfig = NonFiniteConfig()
 
     @model_validator(mode="after")
@@ -76,6 +76,8 @@ def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimiz
     if config.name == "adamw":
         return AdamW(groups, betas=config.betas)
     if config.name == "lars":
-        lars: Optimizer = LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust)
+        lars: Optimizer = LARS(
+            groups, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust_coefficient
+        )
         return lars
     return SGD(groups, lr=config.lr, momentum=config.momentum)

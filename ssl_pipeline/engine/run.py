@@ -36,9 +36,9 @@ class RunConfig(Protocol):
     @property
     def tracking(self) -> TrackingConfig: ...
     @property
-    def checkpoint_every(self) -> DurationValue: ...
+    def save_every(self) -> DurationValue: ...
     @property
-    def keep_checkpoints(self) -> int: ...
+    def save_total_limit(self) -> int: ...
 
 
 @contextmanager
@@ -102,7 +102,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.main, self.loggers = self._opened is not None, LoggerCollection(None, [])
-        self.progress = Progress(0, 0, self.main, self._config.tracking.terminal)
+        self.progress = Progress(0, 0, self.main, self._config.tracking.progress)
         self._steps_before = 0  # of stage two's loops that are over
 
     def checkpoints(self, loader: Loader, in_steps: bool, name: str = "") -> tuple[Checkpoints, dict[str, Any] | None]:
@@ -116,8 +116,8 @@ class Run:
         Raises:
             ConfigError: processes read checkpoints of different steps; on all of them.
         """
-        every = self._config.checkpoint_every.on(loader.clock(0)) or None
-        checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._config.keep_checkpoints, self.main)
+        every = self._config.save_every.on(loader.clock(0)) or None
+        checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._config.save_total_limit, self.main)
         resume = checkpoints.load()
         check_same_start(self._accelerator, int(resume["done"]) if resume else 0)
         if resume is not None:
@@ -136,7 +136,7 @@ class Run:
         if checkpoints is not None:
             enter(checkpoints)
         if total:
-            mode = self._config.tracking.terminal
+            mode = self._config.tracking.progress
             self.progress = enter(Progress(total, max(last_step, 0), self.main, mode, seconds_before=before))
         tracking = self._config.tracking
         self.loggers = enter(open_loggers(self._opened, self._stage, self._settings, tracking, last_step))
@@ -176,7 +176,7 @@ class Run:
             self.loggers.log(seed, {TRAINING_STEP: before + step, **own})
 
         title = f"seed {seed}, {name.replace('_', ' ')}"
-        with Progress(total, done, self.main, self._config.tracking.terminal, title) as progress:
+        with Progress(total, done, self.main, self._config.tracking.progress, title) as progress:
             yield _LoopLogger(progress, log), max(1, total // _POINTS)
         self._steps_before = before + total
 

@@ -115,8 +115,8 @@ class TrainState:
                 self._prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well
         except torch.cuda.OutOfMemoryError as error:
             short = ConfigError(
-                f"the GPU's memory is not enough for {self._micro or len(batch.index)} samples a process: lower `batch.micro`, "
-                "`batch.size` or `views.size`, take a smaller backbone, or add processes."
+                f"the GPU's memory is not enough for {self._micro or len(batch.index)} samples a process: lower `micro_batch_size`, "
+                "`batch_size` or `transform.size`, take a smaller backbone, or add processes."
             )
             short.everywhere = False
             raise short from error
@@ -191,8 +191,8 @@ class TrainState:
 
     def _clip(self) -> Tensor | None:
         """Clips the gradient if asked to; a number that is finite only if it was, or None where a scaler checks it."""
-        if self._optim.clip is not None:
-            norm = self.accelerator.clip_grad_norm_(self._task.parameters(), self._optim.clip)
+        if self._optim.grad_clip_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self._task.parameters(), self._optim.grad_clip_norm)
             return norm if self.accelerator.scaler is None else None
         return gradient_check(self._task.parameters()) if self.accelerator.scaler is None else None
 
@@ -202,7 +202,7 @@ class TrainState:
         Raises:
             NonFiniteError: it is one too many; the state before it is saved.
         """
-        if self.accelerator.scaler is not None and self._optim.clip is not None:
+        if self.accelerator.scaler is not None and self._optim.grad_clip_norm is not None:
             # Clipping has unscaled this step's gradients, which a scaler allows once a step: the step ends here.
             self.accelerator.scaler.update(self.accelerator.scaler.get_scale())
         self._statistics.restore()

@@ -45,7 +45,7 @@ class LossSpikes:
             return None
         return (
             f"The loss has jumped to {loss:.4g}; the last {len(self._losses)} logged were around {usual:.4g}. If it stays "
-            "there, lower `optim.lr`, lengthen `optim.warmup` or set `optim.clip`, and continue from an earlier checkpoint."
+            "there, lower `optim.lr`, lengthen `optim.warmup` or set `optim.grad_clip_norm`, and continue from an earlier checkpoint."
         )
 
 

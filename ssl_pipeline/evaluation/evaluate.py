@@ -1,4 +1,4 @@
-"""``ssl-pipeline evaluate ENCODER data=… [what=…]``: how good are an encoder's features? One table, one JSON file."""
+"""``ssl-pipeline evaluate ENCODER data=… [metrics=…]``: how good are an encoder's features? One table, one JSON file."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class ProbeConfig(FrozenModel):
     """The linear probe.
 
     Attributes:
-        rates: learning rates to choose from.
+        lrs: learning rates to choose from.
         layers: what to choose from: ``neck`` and levels (``c2`` … ``c5``); null takes all that the encoder has.
         epochs: passes over the cached features.
         validation: the share of the training labels that the choice is made on.
     """
 
-    rates: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
+    lrs: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
     layers: tuple[str, ...] | None = None
     epochs: int = Field(50, ge=1)
     validation: float = Field(0.2, gt=0, lt=1)
@@ -64,21 +64,21 @@ class FewShotConfig(FrozenModel):
     Attributes:
         per_class: labels of each class; each number gives a figure.
         seeds: draws of the labels.
-        decay: the probe's weight decay; fixed, since so few labels leave nothing to choose on.
+        weight_decay: the probe's weight decay; fixed, since so few labels leave nothing to choose on.
     """
 
     per_class: tuple[int, ...] = Field((1, 5, 10), min_length=1)
     seeds: int = Field(5, ge=1)
-    decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
 
 
 class EvaluateConfig(EncoderConfig):
     """What is measured, on which images.
 
     Attributes:
-        what: some of ``knn``, ``probe``, ``few_shot``, ``alignment_uniformity``, ``robustness``; null takes all that the data allows.
+        metrics: some of ``knn``, ``probe``, ``few_shot``, ``alignment_uniformity``, ``robustness``; null takes all that the data allows.
         split: what is measured; everything is learned and chosen on ``train``.
-        views: the random views that alignment compares.
+        transform: the random views that alignment compares.
         knn: neighbors.
         probe: the linear probe.
         few_shot: few labels.
@@ -87,9 +87,9 @@ class EvaluateConfig(EncoderConfig):
         output: the JSON file.
     """
 
-    what: tuple[MetricGroup, ...] | None = None
-    split: Literal["test", "dev"] = "test"
-    views: ViewsConfig
+    metrics: tuple[MetricGroup, ...] | None = None
+    split: Literal["test", "val"] = "test"
+    transform: ViewsConfig
     knn: KnnConfig = KnnConfig()
     probe: ProbeConfig = ProbeConfig()
     few_shot: FewShotConfig = FewShotConfig()
@@ -143,7 +143,7 @@ def _labeled_metrics(
     bank, chosen = feature_metrics.read_features(opened, train, layers), None
     if "probe" in groups or "robustness" in groups:
         chosen = feature_metrics.choose_probe(
-            bank, classes, probe.rates, probe.epochs, probe.validation, config.seed, opened.share.device
+            bank, classes, probe.lrs, probe.epochs, probe.validation, config.seed, opened.share.device
         )
     queries = feature_metrics.read_features(opened, test, layers)  # once, and after everything was chosen
     if "knn" in groups:
@@ -153,7 +153,7 @@ def _labeled_metrics(
     if "few_shot" in groups:
         few = config.few_shot
         found, notes = feature_metrics.few_shot_metrics(
-            bank, queries, train.classes, few.per_class, few.seeds, few.decay, config.seed
+            bank, queries, train.classes, few.per_class, few.seeds, few.weight_decay, config.seed
         )
         metrics += found
     if "robustness" in groups:
@@ -175,18 +175,18 @@ def _groups(
     """The groups of metrics that the data allows; an error where a named one can't be measured."""
     labeled = train.labels is not None and bool((train.labels >= 0).any())
     if labeled and test is not None and test.labels is not None:
-        return config.what or get_args(MetricGroup), []
+        return config.metrics or get_args(MetricGroup), []
     lack = (
         f"{train.name} has no labels: one folder per class would give them"
         if train.labels is None
         else f"{train.name} has no labeled `{config.split}` split"
     )
-    if config.what is None:
+    if config.metrics is None:
         return (_UNLABELED,), [f"{lack}; only what needs none is measured"]
-    wanted = [name for name in config.what if name != _UNLABELED]
+    wanted = [name for name in config.metrics if name != _UNLABELED]
     if wanted:
-        raise ConfigError(f"`what` asks for {', '.join(wanted)}, and {lack}. what=[{_UNLABELED}] needs none.")
-    return config.what, []
+        raise ConfigError(f"`what` asks for {', '.join(wanted)}, and {lack}. metrics=[{_UNLABELED}] needs none.")
+    return config.metrics, []
 
 
 def _layers(config: EvaluateConfig, opened: LoadedEncoder) -> list[str]:
@@ -208,8 +208,8 @@ def _at_most(source: IndexedDataset, count: int | None, seed: int) -> IndexedDat
 
 
 def _views(config: EvaluateConfig, opened: LoadedEncoder, source: IndexedDataset) -> Views:
-    blueprint, local = opened.blueprint, config.views.local.model_copy(update={"count": 0})
-    views = config.views.model_copy(update={"count": 2, "size": blueprint.size, "local": local})
+    blueprint, local = opened.blueprint, config.transform.local_views.model_copy(update={"count": 0})
+    views = config.transform.model_copy(update={"num_views": 2, "size": blueprint.size, "local_views": local})
     return build_views(source, views.for_channels(blueprint.channels)[0], blueprint.mean, blueprint.std, config.seed)
 
 

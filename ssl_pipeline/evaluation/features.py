@@ -146,7 +146,7 @@ def two_views(
         crops = [crop.to(device) for crop in crops]
     finished = views.finish(crops, index, epoch=0)
     with evaluating(encoder):
-        return encoder.features(finished[0]), encoder.features(finished[views.config.count - 1])
+        return encoder.features(finished[0]), encoder.features(finished[views.config.num_views - 1])
 
 
 def class_name(source: IndexedDataset, sample: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Stage one's evaluation while it runs: kNN accuracy on ``dev``, signs of collapse, and the best encoder. Never the test set."""
+"""Stage one's evaluation while it runs: kNN accuracy on ``val``, signs of collapse, and the best encoder. Never the test set."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _log = logging.getLogger("ssl_pipeline")
 
 
 class OnlineEvaluation:
-    """kNN accuracy on ``dev`` where labels exist, and signs of collapse always.
+    """kNN accuracy on ``val`` where labels exist, and signs of collapse always.
 
-    Signs of collapse need no held-out images: where ``dev`` has only a few, training images are taken.
+    Signs of collapse need no held-out images: where ``val`` has only a few, training images are taken.
 
     Args:
         train: the pretraining images; with labels, up to ``bank_size`` of them are kNN's bank.
-        dev: held-out training images with labels, or None.
+        val: held-out training images with labels, or None.
         views: two random views of an image give alignment.
         preprocessing: what the encoder expects.
         share: this process's share.
@@ -58,7 +58,7 @@ class OnlineEvaluation:
     def __init__(
         self,
         train: IndexedDataset,
-        dev: IndexedDataset | None,
+        val: IndexedDataset | None,
         views: Views,
         preprocessing: Preprocessing,
         share: DistInfo,
@@ -66,15 +66,15 @@ class OnlineEvaluation:
         bank_size: int = 10_000,
         sample: int = 512,
     ) -> None:
-        self._train, self._dev, self._views, self._k = train, dev, views, k
+        self._train, self._val, self._views, self._k = train, val, views, k
         self._preprocessing, self._share = preprocessing, share
         bank = permutation(len(train), "online evaluation", "bank")
         if train.labels is not None:
             bank = bank[train.labels[bank] >= 0]  # −1: this image has no label to vote with
         self._bank = bank[:bank_size].sort().values
-        labels = dev.labels if dev is not None else None
+        labels = val.labels if val is not None else None
         self._queries = (labels >= 0).nonzero()[:, 0] if labels is not None else torch.arange(0)
-        self._looked_at = dev if dev is not None and len(dev) >= min(_FEW_IMAGES, len(train)) else train
+        self._looked_at = val if val is not None and len(val) >= min(_FEW_IMAGES, len(train)) else train
         self._sample = permutation(len(self._looked_at), "online evaluation", "sample")[:sample].sort().values
         self.seen: Seen | None = None
 
@@ -91,18 +91,18 @@ class OnlineEvaluation:
 
     @property
     def knn_images(self) -> int:
-        """How many images kNN is measured on: those of ``dev`` with a label; 0 where no training image has one."""
+        """How many images kNN is measured on: those of ``val`` with a label; 0 where no training image has one."""
         return len(self._queries) if self._train.labels is not None and len(self._bank) else 0
 
     def _knn(self, encoder: Encoder) -> float:
-        train, dev = self._train, self._dev
+        train, val = self._train, self._val
         assert train.labels is not None
-        assert dev is not None
-        assert dev.labels is not None
-        assert dev.classes is not None
+        assert val is not None
+        assert val.labels is not None
+        assert val.classes is not None
         bank, voting = extract_readable(encoder, train, self._preprocessing, self._share, self._bank)
-        queries, asked = extract_readable(encoder, dev, self._preprocessing, self._share, self._queries)
-        return knn_accuracy(queries, dev.labels[asked], bank, train.labels[voting], len(dev.classes), self._k)
+        queries, asked = extract_readable(encoder, val, self._preprocessing, self._share, self._queries)
+        return knn_accuracy(queries, val.labels[asked], bank, train.labels[voting], len(val.classes), self._k)
 
     def _collapse(self, encoder: Encoder) -> dict[str, float]:
         features = extract(encoder, self._looked_at, self._preprocessing, self._share, self._sample)
@@ -266,7 +266,7 @@ def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], ima
     noise = _ERRORS * (sum(spread) / (images + 2)) ** 0.5
     if after - before > noise:
         return None
-    found = f"kNN on dev was {100 * before:.1f} % before the first step and is {100 * after:.1f} % now"
+    found = f"kNN on val was {100 * before:.1f} % before the first step and is {100 * after:.1f} % now"
     judged = f"({images} images: a difference of up to {100 * noise:.1f} points is chance, two standard errors)"
     if before - after > noise:
         return f"Pretraining made the features worse: {found} {judged}. Lower `optim.lr`, or check that the views suit the images."

@@ -1,4 +1,4 @@
-"""``ssl-pipeline views``: a picture of the random views, to look at before a night is spent on them."""
+"""``ssl-pipeline plot-views``: a picture of the random views, to look at before a night is spent on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PictureConfig(FrozenModel):
 
     Attributes:
         data: whose images.
-        views: the policy that is drawn.
+        transform: the policy that is drawn.
         seed: of the images and their views.
         rows: images, spread over the data.
         epochs: sets of views of an image, side by side.
@@ -37,7 +37,7 @@ class PictureConfig(FrozenModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     data: Annotated[SourceConfig, ComponentOf("data.sources")]
-    views: ViewsConfig
+    transform: ViewsConfig
     seed: int = 0
     rows: int = Field(8, ge=1)
     epochs: int = Field(4, ge=1, le=32)
@@ -50,7 +50,9 @@ def draw(config: PictureConfig) -> Path:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in .png.")
     check_folder_of(path, "`output`")
-    columns = columns_of(open_training(config.data).preview(), config.views, config.seed, config.rows, config.epochs)
+    columns = columns_of(
+        open_training(config.data).preview(), config.transform, config.seed, config.rows, config.epochs
+    )
     _grid(columns).save(path)
     return path
 
@@ -114,7 +116,7 @@ def views_picture(
 
 def main() -> None:
     """The command line."""
-    run_command("views", PictureConfig, draw_and_tell)
+    run_command("plot_views", PictureConfig, draw_and_tell)
 
 
 def draw_and_tell(config: PictureConfig) -> None:

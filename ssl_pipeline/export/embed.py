@@ -35,7 +35,7 @@ class EmbedConfig(EncoderConfig):
         output: a ``.parquet`` or ``.npz`` file.
     """
 
-    split: Literal["all", "train", "dev", "test"] = "all"
+    split: Literal["all", "train", "val", "test"] = "all"
     output: str = "features.parquet"
 
 

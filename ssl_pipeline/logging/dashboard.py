@@ -23,7 +23,7 @@ CURVES = {
     "system": ("images_per_s", "data_wait"),
 }
 MEDIA = ("views", "neighbors", "embedding_map", "confusion")
-SPLITS = ("test", "dev")
+SPLITS = ("test", "val")
 
 
 def build(entity: str, project: str) -> Workspace:

@@ -16,10 +16,10 @@ FILE_NAME = "metrics.jsonl"
 GROUPS = {
     "pretrain": "stage one's own metrics: loss, rate, epoch",
     "temperature": "the temperature, and what it does to a batch",
-    "eval": "the encoder on `dev` while stage one runs",
+    "eval": "the encoder on `val` while stage one runs",
     "untrained": "the same before the first step",
     "finetune": "stage two while it trains, by its own axis `finetune/step`",
-    "dev": "stage two on `dev`, by seed",
+    "val": "stage two on `val`, by seed",
     "test": "stage two on `test`, by seed",
     "study": "a study's means, by the number of labeled images",
     "system": "speed, waiting, bad files",

@@ -34,11 +34,11 @@ class TrackingConfig(FrozenModel):
         description="`auto` and `wandb`: W&B, online when a key is there and the server answers, offline otherwise. "
         "`off`: no W&B.",
     )
-    mirrors: tuple[str, ...] = Field(
+    loggers: tuple[str, ...] = Field(
         (), description="Further loggers, by the names of Accelerate's trackers, such as `tensorboard`."
     )
-    pictures: bool = Field(True, description="Whether views, neighbors and maps are drawn into the run's `media/`.")
-    terminal: Mode = Field(
+    log_images: bool = Field(True, description="Whether views, neighbors and maps are drawn into the run's `media/`.")
+    progress: Mode = Field(
         "auto",
         description="`rich`: a bar. `plain`: lines, for a batch system's log. `quiet`: only warnings and errors. "
         "`auto`: a bar in a terminal, lines elsewhere.",
@@ -203,7 +203,7 @@ def check_names(names: Sequence[str]) -> None:
             install = f"-e '.[{name}]' in the project's folder" if name in _EXTRAS else name
             problems.append(f"{name} is not installed: pip install {install}")
     if problems:
-        raise ConfigError([f"`tracking.mirrors`: {problem}" for problem in problems])
+        raise ConfigError([f"`tracking.loggers`: {problem}" for problem in problems])
 
 
 class LoggerCollection:
@@ -302,7 +302,7 @@ def open_loggers(
     """
     if run is None or not main:
         return LoggerCollection(None, [])
-    check_names(tracking.mirrors)
+    check_names(tracking.loggers)
     metrics = JsonlLogger(run.path / FILE_NAME)
     metrics.truncate_after(start_step)
     public = redact(config)
@@ -310,9 +310,9 @@ def open_loggers(
     wandb_disabled = os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off")
     if tracking.name != "off" and not wandb_disabled:
         starts["W&B"] = partial(_open_wandb, run.path, stage, public, tracking)
-    starts |= {name: partial(AccelerateLogger, name, run.path, public) for name in tracking.mirrors}
+    starts |= {name: partial(AccelerateLogger, name, run.path, public) for name in tracking.loggers}
     loggers = [AsyncLogger(name, start, tracking.finish_timeout) for name, start in starts.items()]
-    return LoggerCollection(metrics, loggers, tracking.pictures)
+    return LoggerCollection(metrics, loggers, tracking.log_images)
 
 
 def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: TrackingConfig) -> Logger:

@@ -181,7 +181,7 @@ class Progress:
         self._waits = self._waits + 1 if share > _WAITS_LONG or self._waits >= _WAITS_OFTEN else 0
         if self._waits == _WAITS_OFTEN:
             self.say(
-                f"{share:.0%} of the time of the last steps went into waiting for data. Of files: raise `workers` if there are "
+                f"{share:.0%} of the time of the last steps went into waiting for data. Of files: raise `num_workers` if there are "
                 "cores left, or decode them once with `ssl-pipeline prepare FOLDER --cache PIXELS` and set `data.cache=true`."
             )
 

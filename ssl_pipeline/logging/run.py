@@ -30,8 +30,8 @@ _PACKAGES = (
     "ssl-pipeline", "torch", "torchvision", "lightly", "accelerate", "numpy", "pillow", "pydantic", "hydra-core", "wandb",
 )  # fmt: skip
 _FREE_TO_CHANGE = (
-    "output", "resume", "tracking", "workers", "jobs", "log_every", "keep_checkpoints",  # none of them moves a figure
-    "seeds", "splits", "targets", "methods", "rows", "controls",  # more of them are more figures; a study's cells know their own settings
+    "output", "resume", "tracking", "num_workers", "jobs", "log_every", "save_total_limit",  # none of them moves a figure
+    "seeds", "splits", "targets", "methods", "rows", "negative_controls",  # more of them are more figures; a study's cells know their own settings
 )  # fmt: skip
 
 Resume = Literal["no", "auto", "changed"]

@@ -18,12 +18,12 @@ class CosineConfig(FrozenModel):
     """A temperature that swings (Kukleva et al. 2023): high ones learn groups, low ones separate instances.
 
     Attributes:
-        high: the greatest temperature; ``value`` is the least.
+        max: the greatest temperature; ``value`` is the least.
         period: from one greatest value to the next.
         phase: where the first period starts, as a share of it; at 0 it starts high.
     """
 
-    high: float = Field(1.0, gt=0)
+    max: float = Field(1.0, gt=0)
     period: Duration = parse_duration("20%")
     phase: float = Field(0.0, ge=0, lt=1)
 
@@ -32,12 +32,12 @@ class LearnedConfig(FrozenModel):
     """A temperature that is learned, by its logarithm and without weight decay (as CLIP's, Radford et al. 2021).
 
     Attributes:
-        least: lower bound, after every step.
-        most: upper bound.
+        min: lower bound, after every step.
+        max: upper bound.
     """
 
-    least: float = Field(0.01, gt=0)
-    most: float = Field(1.0, gt=0)
+    min: float = Field(0.01, gt=0)
+    max: float = Field(1.0, gt=0)
 
 
 class TemperatureConfig(FrozenModel):
@@ -65,13 +65,13 @@ class TemperatureConfig(FrozenModel):
         if self.learned is not None:
             if self.cosine is not None or self.warmup.value > 0:
                 raise ValueError("a learned temperature has no schedule: set `warmup` to 0 steps and `cosine` to null.")
-            if not self.learned.least <= self.value <= self.learned.most:
+            if not self.learned.min <= self.value <= self.learned.max:
                 raise ValueError(
-                    f"it is to be learned between {self.learned.least} and {self.learned.most}, and starts at {self.value}."
+                    f"it is to be learned between {self.learned.min} and {self.learned.max}, and starts at {self.value}."
                 )
         if self.cosine is not None:
-            if self.cosine.high < self.value:
-                raise ValueError(f"`cosine.high` of {self.cosine.high} is below `value` of {self.value}, its least.")
+            if self.cosine.max < self.value:
+                raise ValueError(f"`cosine.max` of {self.cosine.max} is below `value` of {self.value}, its least.")
             if self.cosine.period.value == 0:
                 raise ValueError("`cosine.period` must be above 0.")
         return self
@@ -83,7 +83,7 @@ class TemperatureConfig(FrozenModel):
         if self.cosine is None:
             return self.value
         turn = (clock.step - length) / max(1, self.cosine.period.on(clock)) + self.cosine.phase
-        return self.value + (self.cosine.high - self.value) * (1 + math.cos(2 * math.pi * turn)) / 2
+        return self.value + (self.cosine.max - self.value) * (1 + math.cos(2 * math.pi * turn)) / 2
 
 
 class Temperature(nn.Module):
@@ -101,7 +101,7 @@ class Temperature(nn.Module):
     def clamp(self) -> None:
         """Keeps a learned temperature within its bounds; called after the optimizer's step."""
         if self.log_scale is not None and self.config.learned is not None:
-            self.log_scale.clamp_(-math.log(self.config.learned.most), -math.log(self.config.learned.least))
+            self.log_scale.clamp_(-math.log(self.config.learned.max), -math.log(self.config.learned.min))
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -5,7 +5,7 @@
 averaged over the pairs of a global view x′, seen by the teacher g′, and another view x, seen by the student g; c is
 the running mean of the teacher's answers.
 
-When to use: vision transformers with multi-crop (``views=dino``). Its prototypes and its teacher cost memory. Caron
+When to use: vision transformers with multi-crop (``transform=dino``). Its prototypes and its teacher cost memory. Caron
 et al. 2021, arXiv 2104.14294, equations 1 to 4.
 """
 

@@ -57,7 +57,7 @@ class InstanceDiscrimination(ProjectionTask):
     def after_step(self, batch: Batch) -> None:
         self.temperature.clamp()
         assert self._seen is not None
-        start, end = self.config.keep, self.config.keep_end
+        start, end = self.config.memory_momentum, self.config.memory_momentum_end
         self.bank.update(batch.index, self._seen, start + (end - start) * batch.clock.step / batch.clock.total)
         self._seen = None
 
@@ -66,15 +66,15 @@ class Config(ContrastiveConfig):
     """Non-parametric instance discrimination (Wu et al. 2018), with the full softmax over the memory.
 
     Attributes:
-        keep: what is kept of a memory row when its image is seen again, at the start of training.
-        keep_end: the same at the end; rises linearly (Zhong et al. 2019 let it rise with the epochs).
+        memory_momentum: what is kept of a memory row when its image is seen again, at the start of training.
+        memory_momentum_end: the same at the end; rises linearly (Zhong et al. 2019 let it rise with the epochs).
     """
 
     contrasts_with = "a memory without domains"
     views_needed: ClassVar[int | None] = None
     layers: int = Field(1, ge=1)
-    keep: float = Field(0.5, ge=0, lt=1)
-    keep_end: float = Field(0.5, ge=0, le=1)
+    memory_momentum: float = Field(0.5, ge=0, lt=1)
+    memory_momentum_end: float = Field(0.5, ge=0, le=1)
 
     def build(self, encoder: Encoder, source: ImageDataset) -> Task:
         if not isinstance(source, IndexedDataset):

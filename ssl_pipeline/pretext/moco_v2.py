@@ -36,7 +36,7 @@ from ssl_pipeline.rng import permutation
 
 
 class MoCoV2(ProjectionTask):
-    """See :class:`Config`. In micro-batches (``batch.micro``) the keys are shuffled within each of them."""
+    """See :class:`Config`. In micro-batches (``micro_batch_size``) the keys are shuffled within each of them."""
 
     config: Config
 

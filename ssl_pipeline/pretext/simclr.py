@@ -5,7 +5,7 @@
 over all 2B rows z of the batch, on the unit sphere, where p is the other view of i's image; the loss is the mean over
 i.
 
-When to use: the one to start with. Its negatives are the batch's, so it needs large batches (``batch.micro`` makes
+When to use: the one to start with. Its negatives are the batch's, so it needs large batches (``micro_batch_size`` makes
 room) and a temperature that fits them. Chen et al. 2020, arXiv 2002.05709, equation 1.
 """
 

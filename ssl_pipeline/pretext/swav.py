@@ -5,7 +5,7 @@
 with C the prototypes and z′ another, global view of the image: Sinkhorn's alternation gives every prototype an equal
 share of the batch.
 
-When to use: with multi-crop (``views=swav``), and where classes are groups rather than single images. Below a few
+When to use: with multi-crop (``transform=swav``), and where classes are groups rather than single images. Below a few
 hundred images a step, set ``queue``. Caron et al. 2020, arXiv 2006.09882, equations 2 and 3.
 """
 

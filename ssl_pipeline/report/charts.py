@@ -67,7 +67,7 @@ class Chart:
 
 _LOGGED = (
     Chart("loss", "curves", "Loss", ("loss",), "number", "The pretext task's own loss; its value compares within a task only.", step_only=True),
-    Chart("knn", "curves", "kNN accuracy on dev", ("knn",), "percent", "How many held-out images their nearest neighbors classify correctly; step 0 is untrained."),
+    Chart("knn", "curves", "kNN accuracy on val", ("knn",), "percent", "How many held-out images their nearest neighbors classify correctly; step 0 is untrained."),
     Chart("lr", "curves", "Learning rate", ("lr",), "number", "Warm-up, then the schedule.", smooth=False),
     Chart("images_per_s", "curves", "Images per second", ("images_per_s",), "count", "Of all processes together."),
     Chart("data_wait", "curves", "Waiting for data", ("data_wait",), "percent", "The share of the time in which the model waited for images."),

@@ -63,14 +63,14 @@ def run_images(run: RunRecord) -> RunImages:
         )
     try:
         train = open_training(config.data).preview()
-        dev = config.data.open("dev")
+        val = config.data.open("val")
         views = _views(train, config)
     except _CAN_FAIL as error:
         return RunImages(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
     if not (run.folder / "encoder.safetensors").is_file():
         return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
     try:
-        source = dev if dev is not None else train
+        source = val if val is not None else train
         encoder, card = load_encoder(run.folder)
         share = DistInfo(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         index = permutation(len(source), "report", "images")[:_MOST_IMAGES].sort().values
@@ -91,8 +91,8 @@ def _line(error: BaseException) -> str:
 
 def _views(train: IndexedDataset, config: PretrainConfig) -> dict[str, Any]:
     """Rows of images; in each row a group of the image itself, then one of an epoch's views for each epoch."""
-    columns = columns_of(train, config.views, config.seed, _VIEW_ROWS, _VIEW_EPOCHS)
-    total = config.views.total
+    columns = columns_of(train, config.transform, config.seed, _VIEW_ROWS, _VIEW_EPOCHS)
+    total = config.transform.total
     uris = [[data_uri(tile(image)) for image in images] for images in zip(*columns, strict=True)]
     starts = [1 + epoch * total for epoch in range(_VIEW_EPOCHS)]
     return {

@@ -110,7 +110,7 @@ def study_comparison(run: RunRecord) -> Comparison | None:
     percent = percent if isinstance(percent, bool) else all(0 <= value <= 1 for _, value in rows)
     unit = " (%)" if percent else ""
     title = f"{run.name}: {spoken(figure)}{unit}{split}{labels}"
-    claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("claimed"))
+    claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("reported_regime"))
     return Comparison(title, values, against, baseline, percent, claimed)
 
 
@@ -165,9 +165,9 @@ def _knn(run: RunRecord) -> str:
     before, after = measured
     points = 100 * (after - before)
     if abs(points) <= 0.05:
-        return f"kNN accuracy on dev stayed at {100 * after:.1f} %."
+        return f"kNN accuracy on val stayed at {100 * after:.1f} %."
     verb = "rose" if points > 0 else "fell"
-    return f"kNN accuracy on dev {verb} from {100 * before:.1f} % untrained to {100 * after:.1f} %."
+    return f"kNN accuracy on val {verb} from {100 * before:.1f} % untrained to {100 * after:.1f} %."
 
 
 def _collapse(run: RunRecord) -> str:
@@ -180,7 +180,7 @@ def _collapse(run: RunRecord) -> str:
 
 def _finetune(run: RunRecord) -> list[str]:
     name, rows = title_of(run), seeds_of(run)
-    fresh = run.config.get("initialization") == "random" or run.named("regime") == "scratch"
+    fresh = run.config.get("init") == "random" or run.named("regime") == "scratch"
     start = f"{name[:1].upper()}{name[1:]} from {'random' if fresh else 'pretrained'} weights"
     found = first_metric(run)
     if found is None:
@@ -254,7 +254,7 @@ def _steps(run: RunRecord) -> str:
 def _figure(run: RunRecord) -> tuple[str, str]:
     """The name and value of what a reader looks for first in a run of its stage."""
     if run.stage == "pretrain" and (knn := first_and_last(run, "knn")):
-        return "kNN on dev, untrained → now", f"{100 * knn[0]:.1f} → {100 * knn[1]:.1f} %"
+        return "kNN on val, untrained → now", f"{100 * knn[0]:.1f} → {100 * knn[1]:.1f} %"
     if run.stage == "finetune" and (first := first_metric(run)):
         return first
     if run.stage == "study" and (found := study_comparison(run)) and (told := found.headline()):
@@ -270,7 +270,7 @@ def glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         return []
     run, items = stage_one[0], list[tuple[str, str, str]]()
     if knn := first_and_last(run, "knn"):
-        items.append(("kNN on dev", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained"))
+        items.append(("kNN on val", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained"))
     for other in runs:
         found = study_comparison(other) if other.stage == "study" else None
         if found and (told := found.headline()):

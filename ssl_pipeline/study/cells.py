@@ -19,7 +19,7 @@ from ssl_pipeline.finetune_config import FinetuneConfig
 
 # They decide no metric: the weights have a digest.
 _NO_SETTINGS = (
-    "output", "encoder", "workers", "tracking", "seeds", "resume", "checkpoint_every", "keep_checkpoints",
+    "output", "encoder", "num_workers", "tracking", "seeds", "resume", "save_every", "save_total_limit",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class Opener:
     def start(self, config: FinetuneConfig) -> Start:
         """What a cell on all domains starts from; the last one is kept, as cells come in its order."""
         tree = dump(config)
-        parts = (tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "views"))
+        parts = (tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "transform"))
         key = str([config.starts_fresh, *parts])
         if key not in self._starts:
             self._starts = {key: open_start(config, self.sources(config)[0])}

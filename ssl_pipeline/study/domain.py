@@ -60,7 +60,7 @@ class DomainStudyConfig(RowsConfig):
         methods: per row its own overrides; one without ``domain=`` is a bound that is no candidate for a choice.
         select: what chooses a row without the target's labels: its entropy, the density of its predictions (SND), or accuracy on
             labels held out of the source.
-        controls: also where nothing can be gained: without a shift (the target is other images of the source), and with noise or
+        negative_controls: also where nothing can be gained: without a shift (the target is other images of the source), and with noise or
             shuffled pixels in place of the target's training images.
         seeds: repeats, paired; stage one is shared unless ``{seed}`` stands in ``encoder``.
     """
@@ -69,13 +69,13 @@ class DomainStudyConfig(RowsConfig):
     targets: tuple[str, ...] = Field(min_length=1)
     methods: dict[str, list[str]] = Field(min_length=1)
     select: Literal["entropy", "snd", "source_validation"] = "snd"
-    controls: bool = False
+    negative_controls: bool = False
     seeds: int = Field(3, ge=1)
 
     def shifts(self) -> list[Shift]:
         """What every method is measured on."""
         found = [Shift(target, target, list(self.methods)) for target in self.targets]
-        if self.controls:
+        if self.negative_controls:
             methods = [name for name in self.methods if self.is_candidate(name)]
             found.append(Shift("no shift", self.targets[0], methods, "no_shift"))
             found += [Shift(f"{target} as {control}", target, methods, control)
@@ -87,7 +87,7 @@ class DomainStudyConfig(RowsConfig):
         named: dict[str, object] = {"source": self.source, "target": shift.target, "seed": seed}
         own = [*self.start(**named), *fill(self.methods[method], **named)]
         sides = [f"domain.source={listed([self.source])}", f"domain.target={listed([shift.target])}"]
-        control = [f"domain.control={shift.control}"] if shift.control else []
+        control = [f"domain.negative_control={shift.control}"] if shift.control else []
         return [*own, *(sides if self.is_candidate(method) else []), *control]
 
     def is_candidate(self, method: str) -> bool:

@@ -24,16 +24,16 @@ class StudyConfig(FrozenModel):
     """What is compared.
 
     Attributes:
-        initializations: by name what stage two starts from: ``random``; a stage-one run's folder; a list of such folders, of
+        encoders: by name what stage two starts from: ``random``; a stage-one run's folder; a list of such folders, of
             which each seed takes its own; or ``NETWORK:WEIGHTS`` of torchvision or timm, where the weights are official ones
             or a file. ``random`` is the first pretrained one's architecture with fresh weights.
         regimes: what is done with pretrained weights. Fresh ones are trained by ``scratch`` where any of them trains all layers,
             and kept as they are by ``frozen``.
         labels: how many: a number of each class, a share such as ``"10%"``, or ``all``.
-        seeds: label draws, heads and views of each; paired over the initializations.
+        seeds: label draws, heads and views of each; paired over the encoders.
         common: overrides of ``finetune.yaml`` for all cells.
         overrides: likewise, of the cells of one regime, by its name.
-        claimed: the regime that the summary speaks of, fixed beforehand.
+        reported_regime: the regime that the summary speaks of, fixed beforehand.
         knn: whether kNN of each encoder's features is measured beside the grid, which reads all training images.
         models: whether the first seed's models are kept.
         jobs: processes at a time; null takes one for each GPU, or one of one thread for each core.
@@ -41,13 +41,13 @@ class StudyConfig(FrozenModel):
         output: the study's folder; one that holds a part of this study is completed.
     """
 
-    initializations: dict[str, str | tuple[str, ...]] = Field(min_length=1)
+    encoders: dict[str, str | tuple[str, ...]] = Field(min_length=1)
     regimes: tuple[RegimeName, ...] = Field(("frozen", "lp_ft", "end_to_end"), min_length=1)
     labels: tuple[int | str, ...] = Field((10,), min_length=1)
     seeds: int = Field(3, ge=1)
     common: tuple[str, ...] = ()
     overrides: dict[Literal["frozen", "lp_ft", "end_to_end", "scratch"], tuple[str, ...]] = Field({})
-    claimed: RegimeName = "lp_ft"
+    reported_regime: RegimeName = "lp_ft"
     knn: bool = False
     models: bool = False
     jobs: int | None = Field(None, ge=1)
@@ -73,7 +73,7 @@ class StudyConfig(FrozenModel):
     @property
     def trained_regime(self) -> RegimeName:
         """The regime that the summary speaks of: the claimed one, or the first where it is not among them."""
-        return self.claimed if self.claimed in self.regimes else self.regimes[0]
+        return self.reported_regime if self.reported_regime in self.regimes else self.regimes[0]
 
 
 def cells(config: StudyConfig) -> dict[str, list[Cell]]:
@@ -82,17 +82,17 @@ def cells(config: StudyConfig) -> dict[str, list[Cell]]:
     Raises:
         ConfigError: a key is wrong.
     """
-    architecture = next((what for what in config.initializations.values() if what != "random"), None)
+    architecture = next((what for what in config.encoders.values() if what != "random"), None)
     grid = {}
-    for name, what in config.initializations.items():
+    for name, what in config.encoders.items():
         fresh = what == "random"
         if isinstance(what, tuple) and len(what) != config.seeds:
             raise ConfigError(
-                f"`initializations.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
+                f"`encoders.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
                 "its own. Give as many, or one name for each run."
             )
         regimes: Sequence[str] = _with_fresh_weights(config.regimes) if fresh else config.regimes
-        start = [*_start(architecture if fresh else what, fresh), *(["initialization=random"] if fresh else [])]
+        start = [*_start(architecture if fresh else what, fresh), *(["init=random"] if fresh else [])]
         grid[name] = list(_of_initialization(config, name, regimes, start, () if isinstance(what, str) else what))
     return grid
 

@@ -124,7 +124,7 @@ def _holds(features: Path, index: Tensor) -> bool:
 def _features_file(folder: Path, cell: Cell, facts: Mapping[str, Any]) -> Path:
     """Where an encoder's features are; the name changes with all that decides them."""
     settings = facts["settings"]
-    keys = ("size", "data", "split", "backbone", "neck", "views")
+    keys = ("size", "data", "split", "backbone", "neck", "transform")
     parts = [_FEATURES_FORM, facts["weights"], facts["data"], *(settings[key] for key in keys)]
     parts += [cell.seed] if cell.config.starts_fresh else []
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()

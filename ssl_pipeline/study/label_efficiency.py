@@ -38,10 +38,10 @@ def study(config: StudyConfig) -> Path:
     for name, why in left_out.items():
         console().print(f"{name} is left out: {why}", markup=False)
     if left_out:  # fresh weights are of an architecture that is compared
-        known = {name: what for name, what in config.initializations.items() if name not in left_out}
+        known = {name: what for name, what in config.encoders.items() if name not in left_out}
         if not set(known.values()) - {"random"}:
             raise ConfigError("none of the pretrained `initializations` can be had: give a run of stage one.")
-        grid = cells(config.model_copy(update={"initializations": known}))
+        grid = cells(config.model_copy(update={"encoders": known}))
     settings = {"common": list(config.common), "overrides": dump(config)["overrides"]}
     with open_run(config.output, "study", "auto" if config.output else "no", settings) as run:
         all_cells, firsts = (
@@ -105,8 +105,8 @@ def _write(
     base = findings.baseline
     record = {
         "schema_version": SCHEMA, "task": downstream.name, "figure": findings.figure, "in_percent": findings.in_percent,
-        "split": split, "initializations": dump(config)["initializations"], "left_out": left_out,
-        "baseline": None if base is None else {"init": base[0], "regime": base[1]}, "claimed": config.trained_regime,
+        "split": split, "encoders": dump(config)["encoders"], "left_out": left_out,
+        "baseline": None if base is None else {"init": base[0], "regime": base[1]}, "reported_regime": config.trained_regime,
         "rows": [{key: row[key] for key in kept if key in row} for row in rows], "knn": knn, "notes": notes,
         "conclusion": sentences, "summary": sentences[-1], "versions": versions(),
     }  # fmt: skip
@@ -119,7 +119,7 @@ def _write(
 def _track(config: StudyConfig, findings: StudyTable, run: RunFolder) -> None:
     """Logs the study as one run: each condition's mean by label count, and the picture; nothing without loggers."""
     tracking = config.tracking
-    if tracking.name == "off" and not tracking.mirrors:
+    if tracking.name == "off" and not tracking.loggers:
         return
     with open_loggers(run, "study", dump(config), tracking, -1) as trackers:
         counts = {labels: findings.count(labels) for labels in findings.labels}
@@ -132,8 +132,8 @@ def _track(config: StudyConfig, findings: StudyTable, run: RunFolder) -> None:
 
 def _shared(config: StudyConfig) -> Iterator[str]:
     """Which of stage one's chance is in the intervals, and which is not."""
-    several = [name for name, what in config.initializations.items() if isinstance(what, tuple)]
-    one = [name for name, what in config.initializations.items() if isinstance(what, str) and what != "random"]
+    several = [name for name, what in config.encoders.items() if isinstance(what, tuple)]
+    one = [name for name, what in config.encoders.items() if isinstance(what, str) and what != "random"]
     if one:
         yield f"Stage one of {', '.join(one)} is one run, shared by all seeds: the intervals hold label draw and head alone."
     if several:
@@ -143,7 +143,7 @@ def _shared(config: StudyConfig) -> Iterator[str]:
 def initializations_of(words: Sequence[str]) -> list[str]:
     """The command's leading words that are no overrides, each an initialization by its folder's name; after ``--`` all are common.
 
-    ``RUN seeds=3 -- data=folder`` is ``initializations.run="RUN" seeds=3 common=["data=folder"]``.
+    ``RUN seeds=3 -- data=folder`` is ``encoders.run="RUN" seeds=3 common=["data=folder"]``.
     """
     words = list(words)
     common = words[words.index("--") + 1 :] if "--" in words else []
@@ -156,7 +156,7 @@ def initializations_of(words: Sequence[str]) -> list[str]:
         names = [short, long, *(f"{short}_{number}" for number in range(2, len(named) + 3))]
         named[next(name for name in names if name not in named)] = place  # none takes another's place
     return [
-        *(f"initializations.{name}={quoted(place)}" for name, place in named.items()),
+        *(f"encoders.{name}={quoted(place)}" for name, place in named.items()),
         *words,
         *([f"common={listed(common)}"] if common else []),
     ]

@@ -41,7 +41,7 @@ class OpenSetConfig(RowsConfig):
 
     def overrides(self, row: str, known: list[str], split: int) -> list[str]:
         """Those of a row on a split."""
-        target = "domain.control=no_shift" if self.target is None else f"domain.target={listed([self.target])}"
+        target = "domain.negative_control=no_shift" if self.target is None else f"domain.target={listed([self.target])}"
         sides = [f"domain.source={listed([self.source])}", target, f"domain.known={listed(known)}"]
         return [*self.start(split=split), *self.rows[row], *sides]
 

@@ -41,7 +41,7 @@ class StudyTable:
     @property
     def baseline(self) -> Condition | None:
         """What pretraining is compared with: fresh weights, trained if anything is; None where there are none."""
-        fresh = [c for c in self.conditions if self.config.initializations[c[0]] == "random"]
+        fresh = [c for c in self.conditions if self.config.encoders[c[0]] == "random"]
         trained = [c for c in fresh if c[1] == "scratch"]
         return next(iter(trained or fresh), None)
 
@@ -79,7 +79,7 @@ class StudyTable:
         if base is None:
             return ["There is no random initialization among them, so nothing is said of what pretraining brought."]
         told, gains, losses, open_ones = list[str](), list[str](), list[str](), list[str]()
-        claimed = [c for c in self.conditions if c[1] == regime and self.config.initializations[c[0]] != "random"]
+        claimed = [c for c in self.conditions if c[1] == regime and self.config.encoders[c[0]] != "random"]
         unit = " points" if self.in_percent else ""
         found = {(c, labels): self.against(c, labels) for c in claimed for labels in self.labels}
         differences = {key: one for key, one in found.items() if one is not None}
@@ -125,7 +125,7 @@ def draw_table(findings: StudyTable, files: Sequence[Path]) -> None:
     picture = Figure(figsize=(0.6 + 3.9 * len(regimes), 3.9), layout="constrained")
     axes = picture.subplots(1, len(regimes), sharey=True, squeeze=False)[0]
     scale = 100 if findings.in_percent else 1
-    pretrained = [name for name in findings.config.initializations if findings.config.initializations[name] != "random"]
+    pretrained = [name for name in findings.config.encoders if findings.config.encoders[name] != "random"]
     places = {labels: findings.count(labels) for labels in findings.labels}
     for panel, regime in zip(axes, regimes, strict=True):
         # What is trained from fresh weights stands in each panel of what is trained, to compare with.

@@ -42,7 +42,7 @@ class Augmentation:
     def __init__(
         self, config: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...], styles: Tensor | None = None
     ) -> None:
-        self._config, jitter = config, config.jitter
+        self._config, jitter = config, config.color_jitter
         expected, spread = (torch.tensor(values, dtype=torch.float64)[None, :, None, None] for values in (mean, std))
         # (x − mean) ÷ std as x · scale + shift: a product is faster than a quotient.
         self._scale, self._shift = (1 / spread).float(), (-expected / spread).float()
@@ -50,7 +50,7 @@ class Augmentation:
         assert jitter.hue != "auto"
         assert config.grayscale != "auto"
         self._grayscale = config.grayscale
-        assert styles is not None or config.restyle.probability == 0
+        assert styles is not None or config.amplitude_mix.probability == 0
         self._styles = styles
         operations: list[tuple[str, Callable[[Tensor, Tensor], Tensor], float, float]] = [
             ("brightness", brightness, 1.0, jitter.brightness),
@@ -83,10 +83,10 @@ class Augmentation:
         """What happens to each sample; an operation that the policy never does is absent."""
         config = self._config
         chances = {
-            "restyle": config.restyle.probability,
+            "restyle": config.amplitude_mix.probability,
             "rotation": config.rotation.probability,
             "grayscale": self._grayscale,
-            "blur": config.blur.probability,
+            "blur": config.gaussian_blur.probability,
             "solarize": config.solarize,
         }
         chances = {name: chance for name, chance in chances.items() if chance > 0}
@@ -94,18 +94,18 @@ class Augmentation:
             "jitter": (0.0, 1.0),
             "jitter order": (0.0, float(len(self._orders))),
             "rotation degrees": (-config.rotation.degrees, config.rotation.degrees),
-            "blur sigma": config.blur.sigma,
+            "blur sigma": config.gaussian_blur.sigma,
             **{name: (neutral - spread, neutral + spread) for name, _, neutral, spread in self._jitter},
             **dict.fromkeys(chances, (0.0, 1.0)),
         }
         if "restyle" in chances:
             assert self._styles is not None
-            ranges |= {"style": (0.0, float(len(self._styles))), "style strength": (0.0, config.restyle.strength)}
+            ranges |= {"style": (0.0, float(len(self._styles))), "style strength": (0.0, config.amplitude_mix.strength)}
         names = [_DRAW_NAMES.get(name, name) for name in ranges]
         uniform = dict(zip(ranges, draws.uniforms(names).unbind(1), strict=True))
         drawn = {name: low + (high - low) * uniform[name] for name, (low, high) in ranges.items()}
         drawn |= {name: drawn[name] < chance for name, chance in chances.items()}
-        left_out = drawn.pop("jitter") >= config.jitter.probability
+        left_out = drawn.pop("jitter") >= config.color_jitter.probability
         drawn["order"] = self._orders[drawn.pop("jitter order").long()].masked_fill(left_out[:, None], _NOT_JITTERED)
         if config.erasing.probability > 0:
             sides = torch.full_like(draws.index, size)

@@ -116,26 +116,26 @@ class ViewConfig(FrozenModel):
     Attributes:
         size: height and width of the view in pixels.
         crop: the random resized crop.
-        flip: probability of a horizontal mirror.
-        jitter: color jitter.
+        horizontal_flip: probability of a horizontal mirror.
+        color_jitter: color jitter.
         grayscale: probability of dropping the colors; ``auto`` is 0.2 on RGB, 0 otherwise.
-        blur: Gaussian blur.
+        gaussian_blur: Gaussian blur.
         solarize: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
-        restyle: the style of another image; stage one's alone.
+        amplitude_mix: the style of another image; stage one's alone.
     """
 
     size: int = Field(32, ge=8)
     crop: CropConfig = CropConfig()
-    flip: Probability = 0.5
-    jitter: JitterConfig = JitterConfig()
+    horizontal_flip: Probability = 0.5
+    color_jitter: JitterConfig = JitterConfig()
     grayscale: Probability | Literal["auto"] = "auto"
-    blur: BlurConfig = BlurConfig()
+    gaussian_blur: BlurConfig = BlurConfig()
     solarize: Probability = 0.0
     rotation: RotationConfig = RotationConfig()
     erasing: ErasingConfig = ErasingConfig()
-    restyle: RestyleConfig = RestyleConfig()
+    amplitude_mix: RestyleConfig = RestyleConfig()
 
     def settled(self, channels: int, key: str) -> tuple[ViewConfig, list[str]]:
         """This policy without ``auto``, and the names of the color operations that the images' channels forbid.
@@ -143,7 +143,7 @@ class ViewConfig(FrozenModel):
         Raises:
             ConfigError: a color operation was asked for by name on images that have no colors.
         """
-        jitter, rgb = self.jitter, channels == 3
+        jitter, rgb = self.color_jitter, channels == 3
         asked = {"jitter.saturation": jitter.saturation, "jitter.hue": jitter.hue, "grayscale": self.grayscale}
         refused = [name for name, value in asked.items() if not rgb and value not in ("auto", 0)]
         if refused:
@@ -157,7 +157,9 @@ class ViewConfig(FrozenModel):
         value = {name: (defaults[name] if rgb else 0.0) if asked[name] == "auto" else asked[name] for name in asked}
         dropped = [name.removeprefix("jitter.") for name in asked if not rgb and asked[name] == "auto"]
         colors = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
-        settled = self.model_copy(update={"jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]})
+        settled = self.model_copy(
+            update={"color_jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]}
+        )
         return settled, dropped
 
 
@@ -166,25 +168,25 @@ class ViewChanges(FrozenModel):
 
     Attributes:
         crop: the random resized crop.
-        flip: probability of a horizontal mirror.
-        jitter: color jitter.
+        horizontal_flip: probability of a horizontal mirror.
+        color_jitter: color jitter.
         grayscale: probability of dropping the colors.
-        blur: Gaussian blur.
+        gaussian_blur: Gaussian blur.
         solarize: probability of inverting the bright half of the values.
         rotation: rotation by any angle.
         erasing: erasing of a box.
-        restyle: the style of another image.
+        amplitude_mix: the style of another image.
     """
 
     crop: CropConfig | None = None
-    flip: Probability | None = None
-    jitter: JitterConfig | None = None
+    horizontal_flip: Probability | None = None
+    color_jitter: JitterConfig | None = None
     grayscale: Probability | Literal["auto"] | None = None
-    blur: BlurConfig | None = None
+    gaussian_blur: BlurConfig | None = None
     solarize: Probability | None = None
     rotation: RotationConfig | None = None
     erasing: ErasingConfig | None = None
-    restyle: RestyleConfig | None = None
+    amplitude_mix: RestyleConfig | None = None
 
     @model_serializer
     def _only_what_was_given(self) -> dict[str, Any]:
@@ -225,38 +227,38 @@ class ViewsConfig(ViewConfig):
     """The views of an image: the keys of :class:`ViewConfig` are the first view's, and all others' unless changed.
 
     Attributes:
-        count: global views.
-        second: what the second and later global views do otherwise (BYOL, Grill et al. 2020); null changes nothing.
-        local: multi-crop's local views, which follow the global ones.
+        num_views: global views.
+        second_view: what the second and later global views do otherwise (BYOL, Grill et al. 2020); null changes nothing.
+        local_views: multi-crop's local views, which follow the global ones.
     """
 
-    count: int = Field(2, ge=1)
-    second: ViewChanges | None = None
-    local: LocalConfig = LocalConfig()
+    num_views: int = Field(2, ge=1)
+    second_view: ViewChanges | None = None
+    local_views: LocalConfig = LocalConfig()
 
     @model_validator(mode="after")
     def _second_is_there(self) -> ViewsConfig:
-        if self.second and self.count == 1:
+        if self.second_view and self.num_views == 1:
             raise ValueError("`second` changes the second view, and `count` is 1: set second=null.")
         return self
 
     @property
     def total(self) -> int:
         """The number of all views."""
-        return self.count + self.local.count
+        return self.num_views + self.local_views.count
 
     def shapes(self, channels: int) -> list[tuple[int, int, int]]:
         """Channels, height and width of each view of an image."""
-        sizes = [self.size] * self.count + [self.local.size] * self.local.count
+        sizes = [self.size] * self.num_views + [self.local_views.size] * self.local_views.count
         return [(channels, size, size) for size in sizes]
 
     def each(self) -> list[ViewConfig]:
         """The policy of every view: ``count`` global ones, then the local ones."""
         base = ViewConfig(**{name: getattr(self, name) for name in ViewConfig.model_fields})
-        later = self.second.on(base) if self.second else base
-        return [base, *[later] * (self.count - 1), *[self.local.on(base)] * self.local.count]
+        later = self.second_view.on(base) if self.second_view else base
+        return [base, *[later] * (self.num_views - 1), *[self.local_views.on(base)] * self.local_views.count]
 
-    def for_channels(self, channels: int, key: str = "views") -> tuple[ViewsConfig, list[str]]:
+    def for_channels(self, channels: int, key: str = "transform") -> tuple[ViewsConfig, list[str]]:
         """Settles what is ``auto``: images that are not RGB keep their channels and lose the color operations.
 
         Args:
@@ -272,11 +274,15 @@ class ViewsConfig(ViewConfig):
         views = self.each()
         base, dropped = views[0].settled(channels, key)
         update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
-        if self.second and self.count > 1:
+        if self.second_view and self.num_views > 1:
             second, _ = views[1].settled(channels, f"{key}.second")
-            update["second"] = self.second.model_copy(update={"jitter": second.jitter, "grayscale": second.grayscale})
-        if self.local.count:
+            update["second_view"] = self.second_view.model_copy(
+                update={"color_jitter": second.color_jitter, "grayscale": second.grayscale}
+            )
+        if self.local_views.count:
             local, _ = views[-1].settled(channels, f"{key}.local")
-            update["local"] = self.local.model_copy(update={"jitter": local.jitter, "grayscale": local.grayscale})
+            update["local_views"] = self.local_views.model_copy(
+                update={"color_jitter": local.color_jitter, "grayscale": local.grayscale}
+            )
         notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colors"]
         return self.model_copy(update=update), notes if dropped else []

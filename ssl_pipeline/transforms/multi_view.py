@@ -59,7 +59,10 @@ class Views:
         for view, policy in enumerate(self._policies):
             with torch.inference_mode():  # saves autograd's share of many small operations
                 draws = self._draws(index, epoch, view)
-                boxes, flips = crop_boxes(draws, heights, widths, policy.crop), draws.happens("flip", policy.flip)
+                boxes, flips = (
+                    crop_boxes(draws, heights, widths, policy.crop),
+                    draws.happens("flip", policy.horizontal_flip),
+                )
             yield policy.size, boxes, flips
 
     def of_pixels(self, pixels: Tensor, index: Tensor, epoch: int) -> list[Tensor]:

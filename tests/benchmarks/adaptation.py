@@ -93,7 +93,7 @@ def _side(name: str, share: DistInfo) -> Side:
     classifier = config.downstream.build(blueprint.build()[0], len(pool.classes or ()))
     assert isinstance(classifier, Classification)
     task = move_to_device(method.build(classifier, target), share)
-    policy, _ = config.views.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
+    policy, _ = config.transform.model_copy(update={"size": blueprint.size}).for_channels(pool.channels)
     ours, theirs = (Views(policy, blueprint.mean, blueprint.std, seed) for seed in (0, 1))
     batches: IndexedLoader
     if method.phases[-1] == "joint":

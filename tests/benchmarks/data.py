@@ -109,9 +109,9 @@ def _views(size: int) -> Views:
     config = ViewsConfig(
         size=size,
         crop=CropConfig(scale=(0.08, 1.0)),
-        jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+        color_jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
         grayscale=0.2,
-        blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
+        gaussian_blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
     )
     return Views(config, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), seed=0)
 

@@ -46,9 +46,9 @@ class _Process:
 
     def __init__(self, pictures: Path, output: Path, workers: int) -> None:
         words = [
-            "tracking=off", "tracking.pictures=false", "data=folder", f"data.path={pictures}", "views.size=12", "backbone.width=8",
-            "batch.size=16", f"steps={_STEPS}", f"checkpoint_every={_SAVES} steps", f"evaluate_every={_LOOKS} steps", "log_every=1",
-            "pretext=moco_v2", "pretext.queue=48", "resume=auto", "data.bad_files=1", f"workers={workers}", f"output={output}",
+            "tracking=off", "tracking.log_images=false", "data=folder", f"data.path={pictures}", "transform.size=12", "backbone.width=8",
+            "batch_size=16", f"steps={_STEPS}", f"save_every={_SAVES} steps", f"evaluate_every={_LOOKS} steps", "log_every=1",
+            "pretext=moco_v2", "pretext.queue=48", "resume=auto", "data.max_bad_files=1", f"num_workers={workers}", f"output={output}",
         ]  # fmt: skip
         config = load("pretrain", PretrainConfig, words)
         self.output, self.began = output, time.perf_counter()

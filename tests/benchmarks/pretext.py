@@ -1,4 +1,4 @@
-"""Every pretext task against the same method written with lightly's parts: kNN on ``dev`` after ten epochs.
+"""Every pretext task against the same method written with lightly's parts: kNN on ``val`` after ten epochs.
 
 Both sides start from the same encoder's weights and see the same views in the same order, with the same optimizer; head widths,
 temperatures and momentum are equal. What differs is the task's own code: losses, memories, teachers. ``--rounds`` is the number
@@ -40,8 +40,8 @@ from tests.benchmarks.command import run
 HIDDEN, WIDTH, QUEUE, PROTOTYPES = 512, 128, 2048, 256
 _MOMENTUM = EMAMomentumConfig(start=0.99)
 _COMMON = [
-    "views.size=28", "views.crop.scale=[0.5,1.0]", "views.jitter.brightness=0.8", "views.jitter.contrast=0.8",
-    "views.blur.probability=0.5", "views.blur.sigma=[0.1,1.0]", "backbone.stem=imagenet", "epochs=10", "batch.size=256",
+    "transform.size=28", "transform.crop.scale=[0.5,1.0]", "transform.color_jitter.brightness=0.8", "transform.color_jitter.contrast=0.8",
+    "transform.gaussian_blur.probability=0.5", "transform.gaussian_blur.sigma=[0.1,1.0]", "backbone.stem=imagenet", "epochs=10", "batch_size=256",
 ]  # fmt: skip
 _PREDICTOR = [f"pretext.predictor_width={HIDDEN}", "pretext.momentum.start=0.99"]
 _OURS: dict[str, list[str]] = {
@@ -75,31 +75,31 @@ def measure(rounds: int) -> dict[str, float]:
     figures: dict[str, float] = {}
 
     def knn(name: str, seed: int, build: Callable[[Encoder, IndexedDataset], Task] | None) -> float:
-        """On `dev`, after a short pretraining of a task: ours, or what ``build`` makes of lightly's parts."""
+        """On `val`, after a short pretraining of a task: ours, or what ``build`` makes of lightly's parts."""
         config = load(
             "pretrain",
             PretrainConfig,
             [*_COMMON, *_OURS[name], f"pretext={name}", f"pretext.hidden_width={HIDDEN}", f"seed={seed}"],
         )
-        train, dev = config.data.open("train"), config.data.open("dev")
+        train, val = config.data.open("train"), config.data.open("val")
         assert train is not None
         assert train.mean is not None
         assert train.std is not None
         torch.manual_seed(derive_seed(seed, "initialisation"))
         blueprint = EncoderSpec(
-            backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size,
+            backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.transform.size,
             mean=train.mean, std=train.std,
         )  # fmt: skip
         encoder, _ = blueprint.build()
         task = (build or config.pretext.build)(encoder, train)
         task = task.to(share.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        views = Views(config.views.for_channels(train.channels)[0], train.mean, train.std, seed)
-        batches = IndexedLoader(train, views, config.batch.size, seed, share, config.total_steps(len(train)))
-        optimizer = build_optimizer(config.optim, task, config.batch.size)
+        views = Views(config.transform.for_channels(train.channels)[0], train.mean, train.std, seed)
+        batches = IndexedLoader(train, views, config.batch_size, seed, share, config.total_steps(len(train)))
+        optimizer = build_optimizer(config.optim, task, config.batch_size)
         fit(TrainState(task, optimizer, config.optim, accelerator), batches)
         accelerator.free_memory()
-        preprocessing = Preprocessing(config.views.size, train.mean, train.std)
-        return 100 * OnlineEvaluation(train, dev, views, preprocessing, share)(encoder)["eval/knn"]
+        preprocessing = Preprocessing(config.transform.size, train.mean, train.std)
+        return 100 * OnlineEvaluation(train, val, views, preprocessing, share)(encoder)["eval/knn"]
 
     for name, lightlys in _LIGHTLY.items():
         ours = [knn(name, seed, None) for seed in range(rounds)]

@@ -44,7 +44,7 @@ def measure(rounds: int) -> dict[str, float]:
             f"output={root / 'pretrain'}",
         ]
         pretrain(load("pretrain", PretrainConfig, wanted))
-        wanted = ["regime=frozen", "labels.per_class=10", "seeds=2", "split=dev", "tracking=off"]
+        wanted = ["regime=frozen", "labels.per_class=10", "seeds=2", "split=val", "tracking=off"]
         where = [f"encoder={root / 'pretrain'}", f"output={root / 'finetune'}"]
         finetune(load("finetune", FinetuneConfig, [*wanted, *where]))
         seconds = [_build(root) for _ in range(rounds)]

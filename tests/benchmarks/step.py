@@ -46,9 +46,9 @@ _NEUTRAL = (0.5,) * 3, (0.25,) * 3
 _VIEWS = ViewsConfig(  # what lightly's SimCLRTransform does by default
     size=_SIZE,
     crop=CropConfig(scale=(0.08, 1.0)),
-    jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+    color_jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
     grayscale=0.2,
-    blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
+    gaussian_blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
 )
 
 

@@ -39,8 +39,8 @@ from tests.benchmarks.command import run
 _STEPS, _FEW_STEPS = 20, 2
 _IMPORTS = 2.0  # seconds for a mirror to start in its thread: that is no step's cost
 _SIDES = {
-    "off": TrackingConfig(name="off", pictures=False),
-    "on": TrackingConfig(name="wandb", mirrors=("tensorboard",)),
+    "off": TrackingConfig(name="off", log_images=False),
+    "on": TrackingConfig(name="wandb", loggers=("tensorboard",)),
 }
 
 
@@ -103,7 +103,12 @@ def _train(config: PretrainConfig) -> IndexedDataset:
 def _blueprint(config: PretrainConfig, train: IndexedDataset) -> EncoderSpec:
     mean, std = train.mean or (0.5,) * train.channels, train.std or (0.25,) * train.channels
     return EncoderSpec(
-        backbone=config.backbone, neck=config.neck, channels=train.channels, size=config.views.size, mean=mean, std=std
+        backbone=config.backbone,
+        neck=config.neck,
+        channels=train.channels,
+        size=config.transform.size,
+        mean=mean,
+        std=std,
     )
 
 
@@ -125,10 +130,10 @@ def _steps(config: PretrainConfig, tracking: TrackingConfig, accelerator: Accele
     """Some steps of the quickstart's stage one, without its evaluations."""
     train, share = _train(config), dist_info(accelerator)
     blueprint = _blueprint(config, train)
-    views = Views(config.views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    views = Views(config.transform.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     task = config.pretext.build(blueprint.build()[0], train).to(share.device)
-    batches = build_loader(train, views, config.batch.size, config.seed, share, steps, config.workers)
-    optimizer = build_optimizer(config.optim, task, config.batch.size)
+    batches = build_loader(train, views, config.batch_size, config.seed, share, steps, config.num_workers)
+    optimizer = build_optimizer(config.optim, task, config.batch_size)
     told = 0.0
     with _trackers(tracking) as (trackers, seconds):
         time.sleep(_IMPORTS if tracking.name != "off" else 0)
@@ -151,10 +156,12 @@ def _steps(config: PretrainConfig, tracking: TrackingConfig, accelerator: Accele
 
 def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
     """Seconds to draw and save the views, and what belongs to an evaluation: medians."""
-    train, dev, share = _train(config), config.data.open("dev"), dist_info(start_accelerator())
+    train, val, share = _train(config), config.data.open("val"), dist_info(start_accelerator())
     blueprint = _blueprint(config, train)
-    views = Views(config.views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
-    look = OnlineEvaluation(train, dev, views, Preprocessing(config.views.size, blueprint.mean, blueprint.std), share)
+    views = Views(config.transform.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
+    look = OnlineEvaluation(
+        train, val, views, Preprocessing(config.transform.size, blueprint.mean, blueprint.std), share
+    )
     look(blueprint.build()[0])
     found: list[tuple[float, float]] = []
     with _trackers(_SIDES["on"]) as (trackers, _):
@@ -162,7 +169,7 @@ def _pictures(config: PretrainConfig, rounds: int) -> tuple[float, float]:
         gallery = ImageLogger(trackers)
         for step in range(rounds + 1):
             began = time.perf_counter()
-            gallery.views(step, train, config.views, config.seed)
+            gallery.views(step, train, config.transform, config.seed)
             between = time.perf_counter()
             gallery.evaluation(step, look.seen, must=True)
             found.append((between - began, time.perf_counter() - between))

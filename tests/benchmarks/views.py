@@ -60,7 +60,7 @@ def _compare(size: int, source: int, count: int, rounds: int) -> dict[str, float
             rates[name].append(count / (time.perf_counter() - began))
     figures = {f"views.{name}_images_per_s_{size}": statistics.median(found) for name, found in rates.items()}
     ratios = [one / other for one, other in zip(rates["ours"], rates["lightly"], strict=True)]
-    return {**figures, f"views.speedup_vs_lightly_{size}": statistics.median(ratios)}
+    return {**figures, f"transform.speedup_vs_lightly_{size}": statistics.median(ratios)}
 
 
 def _pictures(count: int, side: int) -> Tensor:
@@ -75,9 +75,9 @@ def _ours(pixels: Tensor, size: int) -> Side:
     config = ViewsConfig(
         size=size,
         crop=CropConfig(scale=(0.08, 1.0)),
-        jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+        color_jitter=JitterConfig(probability=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
         grayscale=0.2,
-        blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
+        gaussian_blur=BlurConfig(probability=0.5, sigma=(0.1, 2.0)),
     )
     views, index = Views(config, _MEAN, _STD, seed=0), torch.arange(len(pixels))
     return lambda: views.finish(views.of_pixels(pixels, index, 0), index, 0)

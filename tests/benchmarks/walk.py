@@ -33,8 +33,8 @@ from ssl_pipeline.transforms.multi_view import Views
 
 PACKAGE = f"{Path(sys.modules['ssl_pipeline'].__file__ or '').parent}{os.sep}"
 _BACKWARD, _STEP = torch.Tensor.backward.__code__, TrainState.step.__code__
-_QUIET = ["tracking=off", "tracking.pictures=false", "tracking.terminal=quiet", "workers=0"]
-_TINY = ["backbone.width=4", "data.dev=4000"]
+_QUIET = ["tracking=off", "tracking.log_images=false", "tracking.progress=quiet", "num_workers=0"]
+_TINY = ["backbone.width=4", "data.val=4000"]
 
 
 class Walk:
@@ -99,7 +99,7 @@ def walks(folder: Path) -> dict[str, Walk]:
         pretrain(config)
     with found["step"].counting(after=_STEP):
         pretrain(_pretrain(folder / "encoder"))
-    words = [*_QUIET, "data.dev=4000", "labels.per_class=5", "split=dev", f"encoder={folder / 'encoder'}"]
+    words = [*_QUIET, "data.val=4000", "labels.per_class=5", "split=val", f"encoder={folder / 'encoder'}"]
     finetuned = load("finetune", FinetuneConfig, [*words, f"output={folder / 'finetuned'}"])
     with found["finetune"].counting():
         finetune(finetuned)
@@ -110,13 +110,13 @@ def walks(folder: Path) -> dict[str, Walk]:
     assert source is not None
     share = DistInfo(0, 1, torch.device("cpu"))
     with found["file_to_views"].counting():
-        views = Views(of_files.views.for_channels(3)[0], (0.5,) * 3, (0.25,) * 3, 0)
+        views = Views(of_files.transform.for_channels(3)[0], (0.5,) * 3, (0.25,) * 3, 0)
         next(iter(IndexedLoader(source, views, 4, 0, share, 1, workers=0).from_step(0)))
     return found
 
 
 def _pretrain(output: Path) -> PretrainConfig:
-    return load("pretrain", PretrainConfig, [*_QUIET, *_TINY, "views.size=12", "steps=1", f"output={output}"])
+    return load("pretrain", PretrainConfig, [*_QUIET, *_TINY, "transform.size=12", "steps=1", f"output={output}"])
 
 
 def _photos(folder: Path) -> None:

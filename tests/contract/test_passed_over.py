@@ -135,7 +135,9 @@ def with_broken_gradient(task: Task, at: int) -> None:
 def training_of(
     task: Task, action: Literal["skip", "stop"], micro: int | None, checkpoints: Checkpoints | None = None
 ) -> tuple[TrainState, torch.optim.Optimizer]:
-    optim = OptimConfig(name="adamw", lr=0.01, scaling="none", clip=1.0, nonfinite=NonFiniteConfig(action=action))
+    optim = OptimConfig(
+        name="adamw", lr=0.01, scaling="none", grad_clip_norm=1.0, nonfinite=NonFiniteConfig(action=action)
+    )
     optimizer = build_optimizer(optim, task, 8)
     steps: Any = Steps()
     state = TrainState(task, optimizer, optim, start_accelerator(), checkpoints, micro=micro)

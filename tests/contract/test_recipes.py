@@ -44,7 +44,7 @@ class StandIn(SourceConfig):
     side: int
 
     def open(self, split: Split) -> ArrayDataset:
-        count, generator = {"train": 8, "dev": 2, "test": 2}[split], torch.Generator().manual_seed(len(split))
+        count, generator = {"train": 8, "val": 2, "test": 2}[split], torch.Generator().manual_seed(len(split))
         pixels = torch.randint(0, 256, (count, 3, self.side, self.side), generator=generator, dtype=torch.uint8)
         return ArrayDataset("stand-in", pixels, torch.arange(count) % 2, ("a", "b"), mean=(0.5,) * 3, std=(0.3,) * 3)
 
@@ -76,14 +76,14 @@ def shrunk(recipe: str, photos: Path, output: Path) -> PretrainConfig:
     small = SMALL_HEADS | {"queue": 8}  # no longer than the data
     heads = [f"pretext.{key}={size}" for key, size in small.items() if getattr(config.pretext, key, None)]
     queue_at_once = ["pretext.queue_start=1 steps"] if hasattr(config.pretext, "queue_start") else []
-    size = ["views.size=80", "views.local.size=40"] if config.views.size > 96 else []
-    folder = [f"data.path={photos}", "data.dev=0.2"] if isinstance(config.data, Folder) else []
+    size = ["transform.size=80", "transform.local_views.size=40"] if config.transform.size > 96 else []
+    folder = [f"data.path={photos}", "data.val=0.2"] if isinstance(config.data, Folder) else []
     loaded = load(
         "pretrain",
         PretrainConfig,
         [
-            f"recipe={recipe}", *heads, *queue_at_once, *size, *folder, "batch.size=4", "steps=2", "optim.warmup=1 steps",
-            "tracking=off", "log_every=1", "workers=0", "evaluate_every=0 steps", f"output={output}",
+            f"recipe={recipe}", *heads, *queue_at_once, *size, *folder, "batch_size=4", "steps=2", "optim.warmup=1 steps",
+            "tracking=off", "log_every=1", "num_workers=0", "evaluate_every=0 steps", f"output={output}",
         ],
     )  # fmt: skip
     if isinstance(config.data, Torchvision):
@@ -99,7 +99,9 @@ def _lean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # A recipe of each pretext task, that of the smallest images, really runs.
-STARTED = {published(recipe).pretext.name: recipe for recipe in sorted(RECIPES, key=lambda r: -published(r).views.size)}
+STARTED = {
+    published(recipe).pretext.name: recipe for recipe in sorted(RECIPES, key=lambda r: -published(r).transform.size)
+}
 
 
 @pytest.mark.parametrize("recipe", sorted(STARTED.values()))
@@ -117,7 +119,7 @@ def test_a_recipe_starts(recipe: str, photos: Path, tmp_path: Path) -> None:
 
 
 def published_stem(recipe: str) -> tuple[int, int]:
-    return (3, 3) if published(recipe).views.size <= 64 else (7, 7)
+    return (3, 3) if published(recipe).transform.size <= 64 else (7, 7)
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(STARTED.values())))
@@ -126,14 +128,19 @@ def test_the_other_recipes_are_built_with_their_published_widths(recipe: str) ->
     pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(many, 3, 8, 8)
     source = ArrayDataset("stand-in", pixels, torch.arange(many) % 2, ("a", "b"))
     config.check(source, 1)
-    config.views.for_channels(3)
+    config.transform.for_channels(3)
     blueprint = EncoderSpec(
-        backbone=config.backbone, neck=config.neck, channels=3, size=config.views.size, mean=(0.5,) * 3, std=(0.3,) * 3
+        backbone=config.backbone,
+        neck=config.neck,
+        channels=3,
+        size=config.transform.size,
+        mean=(0.5,) * 3,
+        std=(0.3,) * 3,
     )
     with torch.device("meta"):  # all shapes and no memory
         task = config.pretext.build(blueprint.build()[0], source)
     assert task.state_dict()["encoder.backbone.trunk.conv1.weight"].shape[2:] == published_stem(recipe)
-    optimizer = build_optimizer(config.optim, task, config.batch.size)
+    optimizer = build_optimizer(config.optim, task, config.batch_size)
     learned = {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
     assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == learned
 
@@ -168,7 +175,7 @@ def test_the_head_tells_what_the_recipe_does(recipe: str) -> None:
     config, title = published(recipe), head_of(recipe).splitlines()[1]
     length = re.search(r"(\d+) epochs at batch (\d+)", title)
     assert length
-    assert (config.epochs, config.batch.size) == (int(length[1]), int(length[2]))
+    assert (config.epochs, config.batch_size) == (int(length[1]), int(length[2]))
     assert config.backbone.name == re.sub(r".*(ResNet)-(\d+).*", lambda found: f"resnet{found[2]}", title)
     assert data_of(recipe) in title
     words = command_of(recipe).split()

@@ -33,7 +33,7 @@ REQUIRED = {
     for name in ("folder", "domain_folder", "table", "webdataset", "huggingface", "mask_folder", "coco")
 }
 REQUIRED["torchvision"] = ["data.dataset=CIFAR10"]
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ROOT = Path(__file__).parents[2]
 
 
@@ -85,7 +85,7 @@ def test_every_recipe_is_whole(recipe: str) -> None:
     elif recipe.endswith("finetune"):
         load("finetune", FinetuneConfig, [f"recipe={recipe}"])
     else:
-        study = load("study", StudyConfig, [f"recipe={recipe}", "initializations.pretrained=x"])
+        study = load("study", StudyConfig, [f"recipe={recipe}", "encoders.pretrained=x"])
         grid = cells(study)
         assert {cell.row["regime"] for cell in grid["random"]} == {"frozen", "scratch"}
         assert {cell.row["regime"] for cell in grid["pretrained"]} == set(study.regimes)
@@ -98,7 +98,7 @@ def test_a_dumped_configuration_resolves_to_itself() -> None:
 
 
 def test_every_choice_of_every_group_is_valid() -> None:
-    for group in ("views", "backbone", "optim", "tracking", "data", "pretext"):
+    for group in ("transform", "backbone", "optim", "tracking", "data", "pretext"):
         for choice in choices(group):
             extra = REQUIRED.get(choice, [])
             assert load("pretrain", PretrainConfig, [f"{group}={choice}", *extra])
@@ -120,10 +120,10 @@ def test_a_users_own_task_is_one_file_and_one_yaml(tmp_path: Path) -> None:
         "--config-dir",
         "conf",
         "steps=2",
-        "batch.size=16",
+        "batch_size=16",
         "tracking=off",
         "output=run",
-        "views.size=12",
+        "transform.size=12",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "ssl_pipeline.pretrain", *words, "backbone.width=4", FEW_IMAGES],
@@ -156,8 +156,8 @@ def test_a_users_own_downstream_task_is_one_file_and_one_yaml(tmp_path: Path, mo
     (tmp_path / "conf" / "downstream" / "mine.yaml").write_text(yaml.replace("name: mine", "name: their_tasks.mine"))
     monkeypatch.syspath_prepend(tmp_path)
     words = [
-        "downstream=mine", "initialization=random", "backbone.width=4", "views.size=12", "tracking=off", "data.dev=4000",
-        "labels.per_class=20", "split=dev", "regime.length=4 steps", "regime.least_steps=0", f"output={tmp_path / 'run'}",
+        "downstream=mine", "init=random", "backbone.width=4", "transform.size=12", "tracking=off", "data.val=4000",
+        "labels.per_class=20", "split=val", "regime.length=4 steps", "regime.min_steps=0", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
     result = finetune(load("finetune", FinetuneConfig, words, tmp_path / "conf"))
     assert result.interval().mean > 0.15  # of ten classes

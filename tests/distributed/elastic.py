@@ -72,7 +72,7 @@ def train(folder: Path, dtype: torch.dtype) -> None:
     config = load("pretrain", PretrainConfig, WORDS)
     pixels = torch.randint(0, 256, (SAMPLES, 1, 14, 14), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     source = ArrayDataset("random", pixels, torch.arange(SAMPLES) % 2, ("a", "b"))
-    views, _ = config.views.for_channels(1)
+    views, _ = config.transform.for_channels(1)
     batches = Watched(source, Views(views, (0.0,), (1.0,), 0), BATCH, 0, share, STEPS)
     batches.dtype = dtype
     task = build(config, source).to(dtype)

@@ -34,7 +34,7 @@ from tests.tasks import Recorder, tiny_config
 
 SAMPLES, SIZE, STEPS = 24, 16, 3
 GENTLE = OptimConfig(
-    name="sgd", lr=0.05, scaling="none", clip=0.5
+    name="sgd", lr=0.05, scaling="none", grad_clip_norm=0.5
 )  # Adam would blow up the last bits of tiny gradients
 FIXED_TEMPERATURE = {name: options for name, options in OPTIONS.items() if name != "simclr"}
 
@@ -56,7 +56,7 @@ def task_of(name: str) -> tuple[Task, IndexedLoader]:
     task = config.build(blueprint.build()[0], images)
     with torch.no_grad():
         task.prime(lambda forward: forward(pixels))
-    policy = ViewsConfig(size=SIZE, count=config.views_needed or 2).for_channels(1)[0]
+    policy = ViewsConfig(size=SIZE, num_views=config.views_needed or 2).for_channels(1)[0]
     views = Views(policy, (0.5,), (0.2,), seed=0)
     share = dist_info(start_accelerator())
     return task, IndexedLoader(images, views, 8, 0, share, STEPS, workers=0, with_labels=task.reads_labels)

@@ -17,7 +17,7 @@ from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.ranks import ranks
 from tests.shapes import box_folder, mask_folder
 
-DETECTOR = [f"downstream.{key}" for key in ("width=16", "hidden=16", "proposals=50", "sampled=16", "least_score=0")]
+DETECTOR = [f"downstream.{key}" for key in ("width=16", "hidden=16", "proposals=50", "sampled=16", "score_threshold=0")]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ def test_training_runs_and_each_image_is_measured_once(
 ) -> None:
     place = write(tmp_path / "all", 35) / file
     words = [
-        "tracking=off", "workers=0", f"data={data}", f"data.path={place}", f"downstream={task}", "regime=scratch", "size=32",
-        "regime.length=2 steps", "regime.least_steps=0", "regime.batch=8", "labels.validation=0", "backbone.width=4",
+        "tracking=off", "num_workers=0", f"data={data}", f"data.path={place}", f"downstream={task}", "regime=scratch", "size=32",
+        "regime.length=2 steps", "regime.min_steps=0", "regime.batch_size=8", "labels.validation=0", "backbone.width=4",
         *(DETECTOR if task == "detection" else []),
     ]  # fmt: skip
     done = ranks(2, "launch/finetune", *words, f"output={tmp_path / 'run'}")

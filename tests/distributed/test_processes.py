@@ -81,9 +81,9 @@ def test_finetune_on_two_processes_takes_it_on(two: Path, tmp_path: Path) -> Non
         "tracking=off",
         FEW_IMAGES,
         "labels.per_class=5",
-        "split=dev",
+        "split=val",
         "regime.length=2 steps",
-        "regime.least_steps=0",
+        "regime.min_steps=0",
         f"encoder={two}",
     ]
     done = ranks(2, "launch/finetune", *words, f"output={tmp_path / 'run'}")

@@ -30,10 +30,10 @@ from tests.tasks import tiny_task
 pytest.importorskip("timm")
 # Without batch norms, whose statistics are a process's own, several processes equal one.
 TRANSFORMER = [
-    "views.size=16", "backbone.name=timm/test_vit", "pretext.layers=1", "pretext.projection_width=16",
+    "transform.size=16", "backbone.name=timm/test_vit", "pretext.layers=1", "pretext.projection_width=16",
 ]  # fmt: skip
 SHORT = [
-    *TRANSFORMER, "tracking=off", "tracking.pictures=false", "batch.size=32", "log_every=1", FEW_IMAGES, "evaluate_every=0 steps", "steps=3",
+    *TRANSFORMER, "tracking=off", "tracking.log_images=false", "batch_size=32", "log_every=1", FEW_IMAGES, "evaluate_every=0 steps", "steps=3",
     "optim=sgd", "optim.warmup=0 steps",  # Adam would blow up the last bits of gradients that are zero but for rounding
 ]  # fmt: skip
 SHARDED = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]
@@ -89,7 +89,7 @@ def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
         "torchrun", "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_id=elastic", "--max_restarts=3", "--rdzv_conf=last_call_timeout=5,join_timeout=120", "launch/pretrain",
     ]  # fmt: skip
-    run, steps = tmp_path / "run", ["steps=300", "checkpoint_every=20 steps", "resume=auto"]
+    run, steps = tmp_path / "run", ["steps=300", "save_every=20 steps", "resume=auto"]
     first = start(*agent, *SHORT, *steps, f"output={run}")
     while not answers(port) and first.poll() is None:  # the first holds the rendezvous: it has to outlive the others
         time.sleep(0.2)
@@ -135,7 +135,7 @@ def test_shares_of_the_weights_train_as_whole_ones_do(tasks: list[str], tmp_path
 
 @pytest.mark.slow
 def test_a_sharded_run_is_handed_over_and_continues_on_one_process(tmp_path: Path) -> None:
-    words = [*SHORT, "checkpoint_every=2 steps", f"output={tmp_path / 'run'}"]
+    words = [*SHORT, "save_every=2 steps", f"output={tmp_path / 'run'}"]
     done = command(*SHARDED, "--mixed_precision", "no", "launch/pretrain", *words)
     assert done.returncode == 0, done.stderr
     before = load_file(tmp_path / "run" / "encoder.safetensors")
@@ -150,7 +150,7 @@ def test_what_cannot_be_shared_out_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         check_shardable(task, 16)
     micro, scalar, blocks = caught.value.problems
-    assert "`batch.micro`" in micro
+    assert "`micro_batch_size`" in micro
     assert "temperature.log_scale learns one" in scalar
     assert "has none" in blocks
     assert all("gpu_8.yaml" in problem for problem in (micro, scalar, blocks))

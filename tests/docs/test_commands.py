@@ -124,14 +124,14 @@ def test_a_wrong_command_is_seen(words: str) -> None:
 
 
 # What makes a command small enough for a test, added at its end. The stem is the one that other libraries build.
-SMALL_STUDY = 'common=["data=embedded","data.dev=4000","labels.validation=0","regime.length=1 steps","regime.least_steps=0","size=16"]'
+SMALL_STUDY = 'common=["data=embedded","data.val=4000","labels.validation=0","regime.length=1 steps","regime.min_steps=0","size=16"]'
 SMALL = {
-    "pretrain": ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32", "batch.size=4", "steps=2", "evaluate_every=0 steps", "tracking=off",
-                 "workers=0", "optim.warmup=0 steps"],
-    "finetune": ["backbone.name=resnet18", "backbone.stem=imagenet", "regime.length=1 steps", "regime.least_steps=0", "regime.probe.length=1 steps",
-                 "regime.probe.least_steps=0", "labels.per_class=null", "regime.batch=4", "seeds=2", "tracking=off", "workers=0"],
-    "evaluate": ["what=[knn,probe]", "knn.k=[1,3]", "probe.epochs=1", "probe.rates=[0.1]", "size=16"],
-    "views": ["rows=2", "epochs=1", "views.size=16"],
+    "pretrain": ["backbone.name=resnet18", "backbone.stem=imagenet", "transform.size=32", "batch_size=4", "steps=2", "evaluate_every=0 steps", "tracking=off",
+                 "num_workers=0", "optim.warmup=0 steps"],
+    "finetune": ["backbone.name=resnet18", "backbone.stem=imagenet", "regime.length=1 steps", "regime.min_steps=0", "regime.probe.length=1 steps",
+                 "regime.probe.min_steps=0", "labels.per_class=null", "regime.batch_size=4", "seeds=2", "tracking=off", "num_workers=0"],
+    "evaluate": ["metrics=[knn,probe]", "knn.k=[1,3]", "probe.epochs=1", "probe.lrs=[0.1]", "size=16"],
+    "plot-views": ["rows=2", "epochs=1", "transform.size=16"],
     "neighbors": ["k=3"],
     "study": ["seeds=2", "knn=false", "jobs=1", SMALL_STUDY],
 }  # fmt: skip
@@ -143,7 +143,9 @@ def run(words: tuple[str, ...], patch: pytest.MonkeyPatch) -> None:
     assert program == "ssl-pipeline"
     images = [str(path) for path in sorted(Path("new_photos").iterdir())]
     filled = [part for word in rest for part in (images if word == "IMAGES" else [word])]
-    small = [word for word in SMALL.get(verb, []) if not (word.startswith("what=") and any("what=" in w for w in rest))]
+    small = [
+        word for word in SMALL.get(verb, []) if not (word.startswith("metrics=") and any("metrics=" in w for w in rest))
+    ]
     patch.setattr(sys, "argv", [verb, *filled, *small])
     importlib.import_module(VERBS[verb][0]).main()
 

@@ -157,7 +157,7 @@ def test_the_reference_names_every_choice_and_every_key() -> None:
         room = rooms(verb.schema).get(group)
         for choice in names(room) if room else choices(group):
             assert f"## {group}={choice}" in text
-    assert "`batch.micro`" in pages["reference/configuration/pretrain.md"]
+    assert "`micro_batch_size`" in pages["reference/configuration/pretrain.md"]
     queue = re.search(
         r"\| `pretext\.queue` \| (.+?) \| `(.+?)` \| (.+?) \|", pages["reference/configuration/pretext_group.md"]
     )
@@ -168,7 +168,7 @@ def test_the_reference_names_every_choice_and_every_key() -> None:
 def test_every_group_of_yaml_is_in_the_reference() -> None:
     folders = {path.name for path in config_root().iterdir() if path.is_dir()}
     # Recipes and ready-made rows of studies choose from the groups, and are none.
-    assert folders - {"recipe", "compared"} == set(reference.groups())
+    assert folders - {"recipe", "comparison"} == set(reference.groups())
 
 
 @pytest.mark.parametrize(("room", "name"), [(room, name) for room in reference.TASKS for name in names(room)])

@@ -33,8 +33,8 @@ def one_in_ten(folder: Path, count: int = 60) -> set[str]:
 
 def words_of(folder: Path, steps: int) -> list[str]:
     return [
-        *TINY_ON_ANY_DATA, "data=folder", f"data.path={folder}", "data.bad_files=10%", "batch.size=8", "workers=0", f"steps={steps}",
-        "log_every=7", "checkpoint_every=90 steps",
+        *TINY_ON_ANY_DATA, "data=folder", f"data.path={folder}", "data.max_bad_files=10%", "batch_size=8", "num_workers=0", f"steps={steps}",
+        "log_every=7", "save_every=90 steps",
     ]  # fmt: skip
 
 

@@ -257,7 +257,7 @@ def test_a_failed_write_beside_the_run_is_raised_at_a_step_and_at_the_end(
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["pretrain", *TINY, "steps=3", "checkpoint_every=1 steps", f"output={run}"]
+    words = ["pretrain", *TINY, "steps=3", "save_every=1 steps", f"output={run}"]
     tight = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**15}, {2**15})); "
     done = ssl_pipeline(*words, before=tight)
     assert done.returncode == 2, done.stderr
@@ -265,7 +265,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(run / "checkpoints") == []
-    pretrain(tiny_pretrain(run, "steps=3", "checkpoint_every=1 steps", "resume=auto"))
+    pretrain(tiny_pretrain(run, "steps=3", "save_every=1 steps", "resume=auto"))
     check = Checkpoints(run / "checkpoints").load()
     assert check is not None
     assert check["done"] == 3
@@ -276,7 +276,7 @@ def test_an_error_that_a_notebook_keeps_keeps_neither_folder_nor_workers(
 ) -> None:
     """It keeps the last exception, and with it all frames that it went through."""
     photos(tmp_path / "photos", 8, 24, 16)
-    data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "~data.dev", "steps=2"]
+    data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch_size=4", "num_workers=1", "~data.val", "steps=2"]
     encoder = artifact(tmp_path / "enc", 0)
     run, words = tmp_path / "run", [*data, "resume=auto"]
     kept: list[pytest.ExceptionInfo[Exception]] = []

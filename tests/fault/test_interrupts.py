@@ -52,7 +52,7 @@ def interrupted(words: list[str], ready: Path, cwd: Path, lines: int = 0) -> tup
 
 def test_a_run_with_workers_is_saved_and_the_command_that_is_said_goes_on(tmp_path: Path) -> None:
     photos(tmp_path / "my photos", 8, 24, 16)
-    words = [*TINY_ON_ANY_DATA, "data=folder", "data.path='my photos'", "batch.size=4", "workers=2", "steps=100000"]
+    words = [*TINY_ON_ANY_DATA, "data=folder", "data.path='my photos'", "batch_size=4", "num_workers=2", "steps=100000"]
     run = tmp_path / "run"
     code, said = interrupted(["ssl-pipeline", "pretrain", *words, "output=run"], run / "metrics.jsonl", tmp_path, 4)
     assert code == 130, said
@@ -67,7 +67,7 @@ def test_a_study_leaves_its_workers_silent(tmp_path: Path) -> None:
     encoder = artifact(tmp_path / "enc", 0)
     long = [f"overrides.{regime}=['regime.length=100000 steps']" for regime in ("lp_ft", "scratch")]
     own = [str(encoder), "labels=[1]", "seeds=2", "regimes=[lp_ft]", "jobs=2", *long]
-    common = ["data=embedded", "data.dev=300", "split=dev"]
+    common = ["data=embedded", "data.val=300", "split=val"]
     words = ["ssl-pipeline", "study", *own, "output=out", "--", *common]
     code, said = interrupted(words, tmp_path / "out" / "features", tmp_path)
     assert code == 130, said

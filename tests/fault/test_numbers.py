@@ -25,7 +25,7 @@ from ssl_pipeline.pretrain import pretrain
 from tests.ranks import ranks
 from tests.runs import TINY, tiny_finetune, tiny_pretrain
 
-EACH = ["checkpoint_every=1 steps", "optim.warmup=0 steps"]
+EACH = ["save_every=1 steps", "optim.warmup=0 steps"]
 embed, objective = SimCLR.embed, SimCLR.objective
 
 
@@ -66,16 +66,18 @@ def bad_gradient(self: SimCLR, embeddings: dict[str, torch.Tensor], batch: Batch
         ("objective", bad_gradient, r"process 0 has the gradient of encoder\."),
     ],
 )
-@pytest.mark.parametrize("more", [[], ["optim.clip=1.0"], ["batch.micro=16"]], ids=["plain", "clipped", "two passes"])
+@pytest.mark.parametrize(
+    "more", [[], ["optim.grad_clip_norm=1.0"], ["micro_batch_size=16"]], ids=["plain", "clipped", "two passes"]
+)
 def test_a_bad_step_stops_before_anything_is_changed(
     place: str, broken: Any, told: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if more == ["batch.micro=16"] and place == "embed":
+    if more == ["micro_batch_size=16"] and place == "embed":
         told = r"process 0 has a loss of nan"
     good = pretrain(tiny_pretrain(tmp_path / "good", *EACH, *more, "steps=3"))
     monkeypatch.setattr(SimCLR, place, broken)
     with pytest.raises(NonFiniteError, match=f"step 2 gives no finite number: {told}") as stopped:
-        pretrain(tiny_pretrain(tmp_path / "bad", *EACH, *more, "steps=3", "checkpoint_every=100 steps"))
+        pretrain(tiny_pretrain(tmp_path / "bad", *EACH, *more, "steps=3", "save_every=100 steps"))
     assert stopped.value.exit_code == 1
     assert same(state(good, 2), state(tmp_path / "bad", 2))
     report = json.loads((tmp_path / "bad" / "nonfinite.json").read_text())
@@ -130,7 +132,9 @@ def test_a_clipped_bad_step_is_passed_over_under_a_scaler(tmp_path: Path, monkey
     monkeypatch.setattr("ssl_pipeline.pretrain.start_accelerator", scaled)
     monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
     monkeypatch.setattr(SimCLR, "objective", once)
-    done = pretrain(tiny_pretrain(tmp_path / "run", *EACH, "steps=4", "optim.clip=1.0", "optim.nonfinite.action=skip"))
+    done = pretrain(
+        tiny_pretrain(tmp_path / "run", *EACH, "steps=4", "optim.grad_clip_norm=1.0", "optim.nonfinite.action=skip")
+    )
     assert state(done, 4)["skipped"] == (1, 0)
     assert state(done, 4)["scaler"]["scale"] == 2.0**10
     assert not same(state(done, 3), state(done, 4))
@@ -157,7 +161,7 @@ def test_a_scaler_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
         return accelerator
 
     monkeypatch.setattr("ssl_pipeline.pretrain.start_accelerator", scaled)
-    words = [*EACH, "steps=4", "keep_checkpoints=4"]
+    words = [*EACH, "steps=4", "save_total_limit=4"]
     run = pretrain(tiny_pretrain(tmp_path / "run", *words))
     whole = state(run, 4)
     assert whole["scaler"]["scale"] < 2.0**127

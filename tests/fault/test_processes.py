@@ -46,7 +46,7 @@ def test_a_killed_process_is_missed_by_the_others(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
-    run = launched(tmp_path / "run", "checkpoint_every=1 steps", SSL_PIPELINE_TIMEOUT="8")
+    run = launched(tmp_path / "run", "save_every=1 steps", SSL_PIPELINE_TIMEOUT="8")
     run.wait_for_steps(3)
     run.ranks()[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
@@ -54,7 +54,7 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     assert code == 71, log
     assert 7 < time.monotonic() - began < 40
     assert "process(es) 1 has not answered within 8 s" in log
-    resumed = tiny_pretrain(tmp_path / "run", "steps=100000", "checkpoint_every=1 steps", "resume=auto")
+    resumed = tiny_pretrain(tmp_path / "run", "steps=100000", "save_every=1 steps", "resume=auto")
     assert resumed.resume == "auto"
     assert list((run.folder / "checkpoints").glob("step-*.pt"))
 
@@ -91,7 +91,7 @@ def test_an_exception_in_one_process_ends_the_others(tmp_path: Path) -> None:
 def with_worker(tmp_path: Path, steps: int = 2000, name: str = "run") -> Path:
     """A run with a worker that decodes files."""
     photos(tmp_path / "photos", 16, 24, 16)
-    data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "~data.dev"]
+    data = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch_size=4", "num_workers=1", "~data.val"]
     return pretrain(tiny_pretrain(tmp_path / name, *data, f"steps={steps}", "log_every=1000"))
 
 

@@ -22,7 +22,7 @@ from ssl_pipeline.pretrain_config import PretrainConfig
 from tests.pictures import color_folder
 from tests.runs import TINY, same_bytes, small_pretext, tiny_pretrain
 
-LENGTH = ["steps=6", "checkpoint_every=3 steps"]
+LENGTH = ["steps=6", "save_every=3 steps"]
 
 
 class StoppedError(Exception):
@@ -31,9 +31,9 @@ class StoppedError(Exception):
 
 OF_TIME = ("time", "system/images_per_s", "system/data_wait")  # what no two runs have in common
 OPTIONS = {
-    "instance_discrimination": ["batch.micro=16"],
+    "instance_discrimination": ["micro_batch_size=16"],
     "moco_v2": ["pretext.temperature.learned.least=0.05"],
-    "swav": ["views.local.count=2", "views.local.size=8", "pretext.queue_start=3 steps"],
+    "swav": ["transform.local_views.count=2", "transform.local_views.size=8", "pretext.queue_start=3 steps"],
     "barlow_twins": ["optim=lars", "optim.warmup=1 steps"],
     "rotation": ["optim=sgd", "optim.warmup=1 steps"],
 }
@@ -86,7 +86,7 @@ def flat(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def test_a_stopped_run_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = ["steps=5", "checkpoint_every=3 steps", "evaluate_every=2 steps"]
+    length = ["steps=5", "save_every=3 steps", "evaluate_every=2 steps"]
     whole = pretrain(tiny_pretrain(tmp_path / "whole", *length))
     save = Checkpoints.save
 
@@ -123,18 +123,18 @@ def test_a_changed_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resume=auto"):
         pretrain(tiny_pretrain(tmp_path / "run", "steps=2"))
     # One word goes on despite it. Of the data a part is held out now: its fingerprint is another.
-    changed = pretrain(tiny_pretrain(tmp_path / "run", "steps=3", "resume=changed", "optim.lr=0.5", "data.dev=3000"))
+    changed = pretrain(tiny_pretrain(tmp_path / "run", "steps=3", "resume=changed", "optim.lr=0.5", "data.val=3000"))
     lines = read_metrics(changed)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["pretrain/lr"] > 20 * lines[2]["pretrain/lr"]  # the optimizer obeys the new rate, too
     noted = json.loads((changed / "run.json").read_text())["starts"][-1]["changed"]
-    assert [sentence.split()[0] for sentence in noted] == ["`data.dev`", "`optim.lr`", "`steps`", "`dev`", "`train`"]
+    assert [sentence.split()[0] for sentence in noted] == ["`data.val`", "`optim.lr`", "`steps`", "`val`", "`train`"]
 
 
 def test_a_change_that_leaves_no_step_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     run = pretrain(tiny_pretrain(tmp_path / "run", "steps=3"))
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    for words in (["steps=2"], ["steps=3", "optim.lr=0.5"], ["batch.size=16", "steps=3"]):
+    for words in (["steps=2"], ["steps=3", "optim.lr=0.5"], ["batch_size=16", "steps=3"]):
         with pytest.raises(ConfigError, match=r"nothing is left to train: 3 steps were taken.*steps=6"):
             pretrain(tiny_pretrain(run, "resume=changed", *words))
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
@@ -147,7 +147,7 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
     tiny = [word for word in TINY if not word.startswith(("data.", "batch."))] + [
         "data=folder",
         f"data.path={photos}",
-        "workers=0",
+        "num_workers=0",
     ]
 
     def config(*more: str) -> PretrainConfig:
@@ -170,8 +170,8 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", save_and_stop)
         with pytest.raises(StoppedError):
-            pretrain(config("batch.size=8", "checkpoint_every=3 steps"))
-    run = pretrain(config("batch.size=16", "checkpoint_every=3 steps", "resume=changed"))
+            pretrain(config("batch_size=8", "save_every=3 steps"))
+    run = pretrain(config("batch_size=16", "save_every=3 steps", "resume=changed"))
     lines = [line for line in read_metrics(run) if "pretrain/lr" in line]
     count = len(config().data.open_pool() or ())
     steps = 3 + (count - 24) // 16 + count // 16
@@ -182,7 +182,7 @@ def test_another_batch_size_keeps_the_epoch_and_says_the_rate(
         f"after step 3 of {steps}: the learning rate leaps from {lines[2]['pretrain/lr']:.3g}"
         in capsys.readouterr().out
     )
-    again = pretrain(config("batch.size=16", "checkpoint_every=3 steps", "resume=auto"))
+    again = pretrain(config("batch_size=16", "save_every=3 steps", "resume=auto"))
     assert max(line["step"] for line in read_metrics(again)) == steps
 
 
@@ -197,10 +197,10 @@ def test_another_network_or_optimizer_does_not_fit(word: str, tmp_path: Path) ->
         pretrain(tiny_pretrain(run, "steps=3", "optim=adamw", word, "resume=changed"))
 
 
-def test_the_best_encoder_by_dev_is_kept_and_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_encoder_by_val_is_kept_and_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.1, 0.3, 0.5, 0.4, 0.2, 0.3, 0.5, 0.4, 0.2])  # before, then at steps 2 to 8; stopped in the middle
     monkeypatch.setattr(OnlineEvaluation, "_knn", lambda *_: next(values))
-    length = ["steps=8", "evaluate_every=2 steps", "checkpoint_every=3 steps"]
+    length = ["steps=8", "evaluate_every=2 steps", "save_every=3 steps"]
     save = Checkpoints.save
 
     def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def test_the_best_encoder_by_dev_is_kept_and_survives_a_stop(tmp_path: Path, mon
 def test_the_best_of_another_configuration_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.1, 0.9, 0.3, 0.2])  # before, then at steps 2, 4 and 6
     monkeypatch.setattr(OnlineEvaluation, "_knn", lambda *_: next(values))
-    length = ["evaluate_every=2 steps", "checkpoint_every=3 steps"]
+    length = ["evaluate_every=2 steps", "save_every=3 steps"]
     save = Checkpoints.save
 
     def save_and_stop(self: Checkpoints, done: int, state: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_word
 from tests.shapes import mask_folder
 
 SHORT = [
-    "seeds=2", "regime.length=6 steps", "regime.least_steps=0", "regime.batch=16", "regime.probe.length=4 steps",
-    "regime.probe.least_steps=0", "checkpoint_every=2 steps", "labels.validation=0.2",
+    "seeds=2", "regime.length=6 steps", "regime.min_steps=0", "regime.batch_size=16", "regime.probe.length=4 steps",
+    "regime.probe.min_steps=0", "save_every=2 steps", "labels.validation=0.2",
 ]  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mask_encoder(masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [
-        "tracking=off", "workers=0", "data=mask_folder", f"data.path={masks}", "views=small", "views.size=16", "backbone.width=4",
-        "batch.size=16", "steps=1", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
+        "tracking=off", "num_workers=0", "data=mask_folder", f"data.path={masks}", "transform=small", "transform.size=16", "backbone.width=4",
+        "batch_size=16", "steps=1", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
     ]  # fmt: skip
     return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
 
@@ -122,7 +122,7 @@ def test_a_classifier(
 def test_a_step_beyond_the_last_checkpoint_is_told_once(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["regime=end_to_end", *SHORT, "checkpoint_every=4 steps"]
+    words = ["regime=end_to_end", *SHORT, "save_every=4 steps"]
     whole = finetune(tiny_finetune(encoder, tmp_path / "whole", *words)).folder
 
     def tell_and_stop(callbacks: Any, done: int, *rest: Any) -> None:
@@ -153,7 +153,7 @@ def test_seeds_of_two_configurations_are_not_mixed(encoder: Path, tmp_path: Path
 
 
 def test_a_signal_in_the_middle_of_lp_ft(encoder: Path, tmp_path: Path) -> None:
-    words = ["regime=lp_ft", *SHORT, "seeds=1", "regime.length=80 steps", "checkpoint_every=1 steps"]
+    words = ["regime=lp_ft", *SHORT, "seeds=1", "regime.length=80 steps", "save_every=1 steps"]
     whole = finetune(tiny_finetune(encoder, tmp_path / "whole", *words)).folder
     parts = tmp_path / "parts"
     code, said = stopped_by_a_signal([*tiny_words(encoder, parts), *words], parts)
@@ -200,7 +200,7 @@ def test_a_frozen_encoders_seeds_are_not_done_twice(
 def test_a_segmentation(
     regime: str, masks: Path, mask_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["tracking=off", "workers=0", "data=mask_folder", f"data.path={masks}", "downstream=segmentation"]
+    words = ["tracking=off", "num_workers=0", "data=mask_folder", f"data.path={masks}", "downstream=segmentation"]
 
     def config(name: str, *more: str) -> FinetuneConfig:
         more = (*more, f"regime={regime}", f"encoder={mask_encoder}", f"output={tmp_path / name}")

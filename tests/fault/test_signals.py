@@ -75,8 +75,8 @@ def test_workers_leave_the_signal_to_the_run(listening: None, tmp_path: Path, mo
     (tmp_path / "photos").mkdir()
     photos(tmp_path / "photos", 16, 24, 16)
     send_at(monkeypatch, 1, signal.SIGTERM, workers=True)
-    words = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch.size=4", "workers=1", "steps=20"]
-    config = tiny_pretrain(tmp_path / "run", *words, "~data.dev")
+    words = ["data=folder", f"data.path={tmp_path / 'photos'}", "batch_size=4", "num_workers=1", "steps=20"]
+    config = tiny_pretrain(tmp_path / "run", *words, "~data.val")
     with pytest.raises(StoppedError, match="after step 3 of 20"):
         pretrain(config)
 

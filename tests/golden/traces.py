@@ -43,24 +43,24 @@ TABLES = ("study", "evaluate")  # verbs whose figures are in a JSON file and in 
 
 QUIET = ["tracking=off"]
 PRETRAIN = [
-    *QUIET, "tracking.pictures=false", "views.size=12", "backbone.width=4", "batch.size=32", "log_every=1", "workers=0",
+    *QUIET, "tracking.log_images=false", "transform.size=12", "backbone.width=4", "batch_size=32", "log_every=1", "num_workers=0",
     "evaluate_every=0 steps",
 ]  # fmt: skip
 HEADS = ["pretext.hidden_width=32", "pretext.projection_width=16"]
-TEN = [*PRETRAIN, "data.dev=4000", "steps=10"]
+TEN = [*PRETRAIN, "data.val=4000", "steps=10"]
 SIMCLR = [*TEN, *HEADS, "pretext=simclr"]
 SOURCE = [*PRETRAIN, *HEADS, "steps=3"]
 LABELED_SOURCE = [*SOURCE, "pretext=supcon"]  # its loss reads the labels
-LOCAL_VIEWS = ["views.local.count=2", "views.local.size=8"]
+LOCAL_VIEWS = ["transform.local_views.count=2", "transform.local_views.size=8"]
 
-FINETUNE = [*QUIET, "tracking.pictures=false", "workers=0"]
-CLASSIFY = [*FINETUNE, "data.dev=4000", "split=dev", "labels.per_class=5", "encoder=<pretext/simclr>"]
-LENGTH = ["regime.length=10 steps", "regime.least_steps=0"]
-PROBE = ["regime.probe.length=4 steps", "regime.probe.least_steps=0"]
-DENSE = [*FINETUNE, "regime=lp_ft", "regime.length=4 steps", "regime.least_steps=0", "regime.batch=8", *PROBE]
+FINETUNE = [*QUIET, "tracking.log_images=false", "num_workers=0"]
+CLASSIFY = [*FINETUNE, "data.val=4000", "split=val", "labels.per_class=5", "encoder=<pretext/simclr>"]
+LENGTH = ["regime.length=10 steps", "regime.min_steps=0"]
+PROBE = ["regime.probe.length=4 steps", "regime.probe.min_steps=0"]
+DENSE = [*FINETUNE, "regime=lp_ft", "regime.length=4 steps", "regime.min_steps=0", "regime.batch_size=8", *PROBE]
 ACROSS = [
     *FINETUNE, "data=fashion_domains", "domain.source=[original]", "domain.target=[edges]", "backbone.width=4", "size=12",
-    "regime=scratch", "regime.length=6 steps", "regime.least_steps=0", "labels.per_class=5", "data.dev=4000", "split=dev",
+    "regime=scratch", "regime.length=6 steps", "regime.min_steps=0", "labels.per_class=5", "data.val=4000", "split=val",
 ]  # fmt: skip
 
 PRETEXT: dict[str, list[str]] = {
@@ -99,15 +99,15 @@ DOMAIN_EXTRA = {
 TRACES: dict[str, list[str]] = {
     **{f"pretext/{name}": ["pretrain", *TEN, f"pretext={name}", *words] for name, words in PRETEXT.items()},
     # Stage one's other ways.
-    "pretrain/micro_batches": ["pretrain", *SIMCLR, "batch.micro=8"],
+    "pretrain/micro_batches": ["pretrain", *SIMCLR, "micro_batch_size=8"],
     "pretrain/learned_temperature": ["pretrain", *SIMCLR, "pretext.temperature.learned.least=0.05"],
     "pretrain/domain_temperature": [
         "pretrain", *SIMCLR, "data=fashion_domains", "pretext.temperature.other_domain=1.0",
     ],
-    "pretrain/restyle": ["pretrain", *SIMCLR, "data=fashion_domains", "views.restyle.probability=0.5", "views.restyle.styles=64"],
+    "pretrain/restyle": ["pretrain", *SIMCLR, "data=fashion_domains", "transform.amplitude_mix.probability=0.5", "transform.amplitude_mix.styles=64"],
     "pretrain/jitter_and_blur": [
-        "pretrain", *LABELED_SOURCE, "data=folder", "data.path=<photos>", "views=byol", "views.size=12", "views.rotation.probability=0.5",
-        "views.erasing.probability=0.5",
+        "pretrain", *LABELED_SOURCE, "data=folder", "data.path=<photos>", "transform=byol", "transform.size=12", "transform.rotation.probability=0.5",
+        "transform.erasing.probability=0.5",
     ],
     # Stage two.
     "regime/frozen": ["finetune", *CLASSIFY, "regime=frozen"],
@@ -136,18 +136,18 @@ TRACES: dict[str, list[str]] = {
     **{f"domain/{name}": ["finetune", *ACROSS, f"domain={name}", *DOMAIN_EXTRA.get(name, [])] for name in DOMAIN},
     "domain/shot_im": ["finetune", *ACROSS, "domain=shot_im", "domain.adaptation.length=4 steps"],
     # Sources of images.
-    "source/embedded": ["pretrain", *LABELED_SOURCE, "data=embedded", "data.dev=4000"],
-    "source/fashion_domains": ["pretrain", *LABELED_SOURCE, "data=fashion_domains", "data.dev=4000"],
-    "source/fashion_mnist": ["pretrain", *LABELED_SOURCE, "data=fashion_mnist", "data.path=<fashion>", "data.dev=4000"],
+    "source/embedded": ["pretrain", *LABELED_SOURCE, "data=embedded", "data.val=4000"],
+    "source/fashion_domains": ["pretrain", *LABELED_SOURCE, "data=fashion_domains", "data.val=4000"],
+    "source/fashion_mnist": ["pretrain", *LABELED_SOURCE, "data=fashion_mnist", "data.path=<fashion>", "data.val=4000"],
     "source/folder": ["pretrain", *LABELED_SOURCE, "data=folder", "data.path=<photos>"],
     "source/domain_folder": [
-        "pretrain", *SIMCLR, "steps=3", "data=domain_folder", "data.path=<domains>", "data.dev=0.1", "pretext.temperature.other_domain=1.0",
+        "pretrain", *SIMCLR, "steps=3", "data=domain_folder", "data.path=<domains>", "data.val=0.1", "pretext.temperature.other_domain=1.0",
     ],
     "source/table": ["pretrain", *SOURCE, "data=table", "data.path=<table>"],
     "source/mask_folder": ["pretrain", *SOURCE, "data=mask_folder", "data.path=<masks>"],
     "source/coco": ["pretrain", *SOURCE, "data=coco", "data.path=<boxes>"],
     "source/torchvision": [
-        "pretrain", *LABELED_SOURCE, "data=torchvision", "data.dataset=FashionMNIST", "data.path=<torchvision>", "data.dev=0.4",
+        "pretrain", *LABELED_SOURCE, "data=torchvision", "data.dataset=FashionMNIST", "data.path=<torchvision>", "data.val=0.4",
     ],
     "source/torchvision_files": ["pretrain", *LABELED_SOURCE, "data=torchvision", "data.dataset=EuroSAT", "data.path=<torchvision>"],
     "source/webdataset": ["pretrain", *LABELED_SOURCE, "data=webdataset", "data.path=<shards>", "data.classes=[even,odd]"],
@@ -157,13 +157,13 @@ TRACES: dict[str, list[str]] = {
     ],
     # What reads finished runs.
     "evaluate": [
-        "evaluate", "<pretext/simclr>", "data=embedded", "split=dev", "data.dev=4000", "corrupted=100", "probe.epochs=2", "few_shot.seeds=2",
+        "evaluate", "<pretext/simclr>", "data=embedded", "split=val", "data.val=4000", "corrupted=100", "probe.epochs=2", "few_shot.seeds=2",
         "images=500", "output={}/evaluation.json",
     ],
     "study": [
         "study", "<pretext/simclr>", "labels=[2]", "seeds=2", "regimes=[frozen,lp_ft]", "jobs=1", "knn=true",
         "overrides.lp_ft=['regime.length=2 steps']", "overrides.scratch=['regime.length=2 steps']", OUTPUT, "--", "data=embedded",
-        "data.dev=4000", "split=dev", "regime.least_steps=0",
+        "data.val=4000", "split=val", "regime.min_steps=0",
     ],
 }  # fmt: skip
 

@@ -87,11 +87,11 @@ def test_help_imports_no_library_of_tensors(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("verb", "there", "absent"),
     [
-        ("pretrain", ["pretext=simclr", "batch.size=256 ", "quickstart_pretrain"], ["regime=", "quickstart_study", "per_class"]),
+        ("pretrain", ["pretext=simclr", "batch_size=256 ", "quickstart_pretrain"], ["regime=", "quickstart_study", "per_class"]),
         ("finetune", ["regime=lp_ft", "labels.per_class=null"], ["pretext=", "recipe/", "quickstart_pretrain"]),
-        ("views", ["rows=8", "epochs=4", "views=small"], ["pretext=", "batch.size", "optim="]),
-        ("study", ["initializations", "quickstart_study"], ["backbone=", "quickstart_pretrain"]),
-        ("study domain", ["compared=methods", "targets=[textured, edges]"], ["pretext=", "data="]),
+        ("plot-views", ["rows=8", "epochs=4", "transform=small"], ["pretext=", "batch_size", "optim="]),
+        ("study", ["encoders", "quickstart_study"], ["backbone=", "quickstart_pretrain"]),
+        ("study domain", ["comparison=methods", "targets=[textured, edges]"], ["pretext=", "data="]),
         ("export", ["--to FORMAT", "torch.export"], ["key=value"]),
     ],
 )  # fmt: skip
@@ -126,7 +126,7 @@ def test_help_lists_the_keys_of_a_choice(tmp_path: Path) -> None:
     (tmp_path / "pretext" / "mine.yaml").write_text("name: simclr\nlayers: 3   # of the head\n")
     text = help_of("pretrain", "", ["pretext=mine", "optim=lars"], tmp_path)
     assert re.search(r"pretext\.layers=3 +of the head", text)
-    assert "optim.trust=0.001" in text
+    assert "optim.trust_coefficient=0.001" in text
     assert "swav, vicreg" in text
     assert ", mine," in text
 
@@ -192,7 +192,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
 
 
 def test_help_and_cfg_run_nothing(tmp_path: Path) -> None:
-    shown = ssl_pipeline("pretrain", "--cfg", "job", "views.size=20", cwd=tmp_path)
+    shown = ssl_pipeline("pretrain", "--cfg", "job", "transform.size=20", cwd=tmp_path)
     assert "size: 20" in shown.stdout
     assert "tracking:" in shown.stdout
     helped = ssl_pipeline("finetune", "--help", cwd=tmp_path)
@@ -210,11 +210,11 @@ def test_the_wheel_carries_the_configs_and_users_bring_their_own(tmp_path: Path)
     )
     assert installed.returncode == 0, installed.stderr
     work.mkdir()
-    (mine / "views").mkdir(parents=True)
-    (mine / "views" / "tiny.yaml").write_text("size: 10\ncount: 2\n")
-    words = [w for w in TINY_ON_ANY_DATA if not w.startswith("views.size")]
+    (mine / "transform").mkdir(parents=True)
+    (mine / "transform" / "tiny.yaml").write_text("size: 10\nnum_views: 2\n")
+    words = [w for w in TINY_ON_ANY_DATA if not w.startswith("transform.size")]
     done = command(
-        sys.executable, "-m", "ssl_pipeline.pretrain", *words, "steps=2", "views=tiny", "--config-dir", mine,
+        sys.executable, "-m", "ssl_pipeline.pretrain", *words, "steps=2", "transform=tiny", "--config-dir", mine,
         "output=run", cwd=work, PYTHONPATH=str(target),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from tests.report_page import Page, blind
 from tests.runs import tiny_pretrain
 
 COMMON = [
-    "data=fashion_domains", "data.dev=4000", "split=dev", "regime=scratch", "regime.length=2 steps", "regime.least_steps=0",
+    "data=fashion_domains", "data.val=4000", "split=val", "regime=scratch", "regime.length=2 steps", "regime.min_steps=0",
     "labels.per_class=10", "backbone.width=4", "size=12", "tracking=off",
 ]  # fmt: skip
 ROWS = {"source only": ["domain=source_only"], "AdaBN": ["domain=adabn"], "bound": ["data.domains=[{target}]"]}
@@ -94,9 +94,9 @@ def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path)
         chosen({"a": {}}, "source_validation")
 
 
-@pytest.mark.parametrize("compared", choices("compared"))
+@pytest.mark.parametrize("comparison", choices("comparison"))
 def test_the_configurations_that_come_along_are_whole(compared: str) -> None:
-    config = load("study_domain", DomainStudyConfig, [f"compared={compared}", 'encoder="runs/union-{seed}"'])
+    config = load("study_domain", DomainStudyConfig, [f"comparison={compared}", 'encoder="runs/union-{seed}"'])
     assert config.baseline in config.methods
     for method in config.methods:
         found = load("finetune", FinetuneConfig, config.overrides(method, config.shifts()[1], 2))
@@ -138,17 +138,17 @@ def test_verdicts_of_a_table_are_corrected_for_their_number(tmp_path: Path) -> N
 def test_pretraining_is_compared_with_the_same_network_from_scratch(tmp_path: Path) -> None:
     pretrain(tiny_pretrain(tmp_path / "seed-0", "data=fashion_domains", "data.domains=[original,edges]", "steps=2"))
     words = [
-        "compared=pretraining", f"output={tmp_path / 'study'}", "targets=[edges]", "seeds=1",
+        "comparison=pretraining", f"output={tmp_path / 'study'}", "targets=[edges]", "seeds=1",
         f'encoder="{tmp_path}/seed-{{seed}}"',
     ]  # fmt: skip
     short = [
-        "labels.per_class=10", "data.dev=4000", "split=dev", "regime.length=2 steps", "regime.least_steps=0",
+        "labels.per_class=10", "data.val=4000", "split=val", "regime.length=2 steps", "regime.min_steps=0",
     ]  # fmt: skip
     config = load("study_domain", DomainStudyConfig, words)
     folder = study(config.model_copy(update={"common": (*config.common, *short)}))
     figures = json.loads((folder / "study.json").read_text())["figures"]
     assert set(figures["edges"]) == {"scratch", "scratch, AdaBN", "pretrained, LP-FT"}
-    nobody = load("study_domain", DomainStudyConfig, ["compared=pretraining"])
+    nobody = load("study_domain", DomainStudyConfig, ["comparison=pretraining"])
     with pytest.raises(ConfigError, match="`encoder` is required"):
         study(nobody)
 
@@ -169,7 +169,7 @@ def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path)
     for shift in config.shifts()[1:]:
         found = load("finetune", FinetuneConfig, config.overrides("AdaBN", shift, 0)).domain
         assert found is not None
-        assert found.control == shift.control
+        assert found.negative_control == shift.control
     base = [{"accuracy": 0.5}, {"accuracy": 0.52}]
     gain = [{"accuracy": 0.6}, {"accuracy": 0.621}]
     cells = {name: {"source only": base, "AdaBN": gain if "noise" in name else base, "bound": gain} for name in names}

@@ -33,7 +33,7 @@ from tests.runs import ROOT, tiny_pretrain
 
 TINY = [
     "data=fashion_domains", "domain.source=[original]", "domain.target=[edges]", "tracking=off", "backbone.width=4", "size=12",
-    "regime=scratch", "regime.length=3 steps", "regime.least_steps=0", "labels.per_class=20", "data.dev=4000", "split=dev",
+    "regime=scratch", "regime.length=3 steps", "regime.min_steps=0", "labels.per_class=20", "data.val=4000", "split=val",
 ]  # fmt: skip
 
 
@@ -305,9 +305,9 @@ def test_classes_of_the_target_alone_are_told() -> None:
 
 def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`domain=dann` moves the encoder"):
-        tiny(tmp_path / "run", "domain=dann", "regime=frozen", "initialization=random")
+        tiny(tmp_path / "run", "domain=dann", "regime=frozen", "init=random")
     with pytest.raises(ConfigError, match=r"hides the target, and `domain.target_labels` teaches 2"):
-        tiny(tmp_path / "run", "domain=dann", "domain.control=noise", "domain.target_labels=2")
+        tiny(tmp_path / "run", "domain=dann", "domain.negative_control=noise", "domain.target_labels=2")
     with pytest.raises(ConfigError, match="this is retrieval"):
         tiny(tmp_path / "run", "domain=source_only", "downstream=retrieval")
     with pytest.raises(ConfigError, match=r"`domain.name` is required"):
@@ -316,14 +316,16 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_the_shift_is_refused(tmp_path: Path) -> None:
-    inverted = ["domain=source_only", "domain.target=[inverted]", "views.solarize=0.2"]
-    with pytest.raises(ConfigError, match=r"`views.solarize` inverts images, and that is what the domain inverted is"):
+    inverted = ["domain=source_only", "domain.target=[inverted]", "transform.solarize=0.2"]
+    with pytest.raises(
+        ConfigError, match=r"`transform.solarize` inverts images, and that is what the domain inverted is"
+    ):
         tiny(tmp_path / "run", *inverted)
     tiny(tmp_path / "edges", *inverted[::2], "domain.target=[edges]")
-    data, second = Config(name="fashion_domains", domains=("original",)), ["views.second.solarize=0.2"]
-    assert data.shown_by_views(tiny_pretrain(None, *second).views.each(), data.open("dev").absent_domains)
-    assert not data.shown_by_views(tiny_pretrain(None, *second).views.each(), ["edges"])
-    assert not data.shown_by_views(tiny_pretrain(None).views.each(), data.open("dev").absent_domains)
+    data, second = Config(name="fashion_domains", domains=("original",)), ["transform.second_view.solarize=0.2"]
+    assert data.shown_by_views(tiny_pretrain(None, *second).transform.each(), data.open("val").absent_domains)
+    assert not data.shown_by_views(tiny_pretrain(None, *second).transform.each(), ["edges"])
+    assert not data.shown_by_views(tiny_pretrain(None).transform.each(), data.open("val").absent_domains)
 
 
 def test_classes_that_were_never_taught_are_measured_as_unknown(tmp_path: Path) -> None:

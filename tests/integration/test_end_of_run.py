@@ -29,15 +29,19 @@ from ssl_pipeline.report.summary import summary
 from tests.pictures import color_folder
 from tests.runs import TINY, tiny_finetune, tiny_pretrain
 
-FEW = [word for word in TINY if not word.startswith(("data.", "batch."))] + ["data=folder", "workers=0", "batch.size=4"]
+FEW = [word for word in TINY if not word.startswith(("data.", "batch."))] + [
+    "data=folder",
+    "num_workers=0",
+    "batch_size=4",
+]
 
 
 def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of twelve images one is dev: no pair to measure uniformity of. The command is the one of a launcher's process, without a verb."""
+    """Of twelve images one is val: no pair to measure uniformity of. The command is the one of a launcher's process, without a verb."""
     photos = color_folder(tmp_path / "my photos", 4)
-    words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}", "batch.size=256"]
+    words = [*FEW, f"data.path='{photos}'", "steps=2", f"output={tmp_path / 'run'}", "batch_size=256"]
     monkeypatch.setattr(sys, "argv", ["launch/pretrain", *words])
     run_command("pretrain", PretrainConfig, pretrain)
     run = tmp_path / "run"
@@ -52,12 +56,12 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     said = capsys.readouterr().out
     size = load("pretrain", PretrainConfig, [*words, "resume=auto"]).data.open_pool()
     assert size is not None
-    assert f"batch.size={len(size)} instead of 256" in " ".join(said.split())
+    assert f"batch_size={len(size)} instead of 256" in " ".join(said.split())
     assert OmegaConf.load(run / "config.yaml").batch.size == len(size)
     pretrain(load("pretrain", PretrainConfig, [*words, "resume=auto"]))  # the same words are the same run
     assert "untrained" in said
     assert "Pretraining moved nothing" in said  # of one image nothing can be told
-    assert "kNN accuracy on dev" in " ".join(summary(read_runs([run])[0]))
+    assert "kNN accuracy on val" in " ".join(summary(read_runs([run])[0]))
 
 
 def test_an_evaluation_that_fails_at_the_end_loses_nothing(
@@ -86,7 +90,7 @@ def test_stage_two_without_the_memory_for_a_step_is_refused_before_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: memory.Memory(1.0, 1.0))
-    words = ["tracking=off", "regime=scratch", "size=12", "backbone.width=4", "split=dev", "data.dev=4000"]
+    words = ["tracking=off", "regime=scratch", "size=12", "backbone.width=4", "split=val", "data.val=4000"]
     with pytest.raises(ConfigError, match=r"needs about .* lower `regime\.batch` \(it is 64 a process\) or `size`"):
         finetune(load("finetune", FinetuneConfig, [*words, f"output={tmp_path / 'two'}"]))
     with pytest.raises(ConfigError, match=r"needs about .* lower `batch\.size`"):
@@ -96,7 +100,7 @@ def test_stage_two_without_the_memory_for_a_step_is_refused_before_its_folder(
 
 def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage_one = pretrain(tiny_pretrain(tmp_path / "one", "steps=1"))
-    words = ["regime=scratch", "regime.length=2 steps", "regime.least_steps=0", "labels.validation=0"]
+    words = ["regime=scratch", "regime.length=2 steps", "regime.min_steps=0", "labels.validation=0"]
 
     def unmeasured(*_: object) -> dict[str, float]:
         raise KeyError("accuracy")
@@ -107,13 +111,13 @@ def test_a_model_that_can_not_be_measured_is_kept(tmp_path: Path, monkeypatch: p
             finetune(tiny_finetune(stage_one, tmp_path / "two", *words))
     card, kept = read(tmp_path / "two", "model")
     assert card.figures == {}
-    assert card.config["initialization"] == "random"  # `regime=scratch` alone says that nothing was pretrained
+    assert card.config["init"] == "random"  # `regime=scratch` alone says that nothing was pretrained
     finetune(tiny_finetune(stage_one, tmp_path / "two", *words, "resume=auto"))
     card, again = read(tmp_path / "two", "model")
     assert "accuracy" in card.figures
     assert all(kept[name].equal(again[name]) for name in kept)
     frozen = finetune(tiny_finetune(stage_one, tmp_path / "three", "regime=frozen")).folder
-    assert read(frozen, "model")[0].config["initialization"] == "pretrained"
+    assert read(frozen, "model")[0].config["init"] == "pretrained"
 
 
 @pytest.mark.parametrize(
@@ -139,9 +143,9 @@ def test_the_batch_is_the_largest_that_the_images_make(
     images: int, size: int, micro: int | None, processes: int, expected: tuple[int, int | None]
 ) -> None:
     source = ArrayDataset("few", torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
-    words = [f"batch.size={size}", f"batch.micro={'null' if micro is None else micro}", "optim.warmup=0 steps"]
+    words = [f"batch_size={size}", f"micro_batch_size={'null' if micro is None else micro}", "optim.warmup=0 steps"]
     config, notes = load("pretrain", PretrainConfig, [*words]).fit_batch(source, processes)
-    assert (config.batch.size, config.batch.micro) == expected
+    assert (config.batch_size, config.micro_batch_size) == expected
     assert bool(notes) == (images < size)
     assert not notes or "has only" in notes[0]
     config.check(source, processes)

@@ -40,9 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(run: Path, images: Path, *overrides: str) -> EvaluateConfig:
     words = describe_encoder([str(run)], ["encoder"])
-    few = ["few_shot.per_class=[2,999]", "few_shot.seeds=2", "probe.epochs=10", "probe.rates=[0.1,1e-9]"]
+    few = ["few_shot.per_class=[2,999]", "few_shot.seeds=2", "probe.epochs=10", "probe.lrs=[0.1,1e-9]"]
     return load(
-        "evaluate", EvaluateConfig, [*words, "data=folder", f"data.path={images}", "views=small", *few, *overrides]
+        "evaluate", EvaluateConfig, [*words, "data=folder", f"data.path={images}", "transform=small", *few, *overrides]
     )
 
 
@@ -65,7 +65,7 @@ def test_a_planted_signal_is_found_by_every_measure(run: Path, images: Path) -> 
 
 
 def test_test_labels_choose_nothing(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = config(run, images, "what=[probe]")
+    wanted = config(run, images, "metrics=[probe]")
     before = evaluate(wanted)
     opened = Folder.open
 
@@ -90,7 +90,7 @@ def test_images_without_labels_are_looked_at_as_far_as_can_be(run: Path, images:
     assert set(values(found)) == {"effective_rank", "feature_std", "uniformity", "alignment"}
     assert any("has no labels" in note for note in found.notes)
     with pytest.raises(ConfigError, match=r"`what` asks for knn, probe, and .* has no labels"):
-        evaluate(config(run, images / "red", "what=[knn,probe]"))
+        evaluate(config(run, images / "red", "metrics=[knn,probe]"))
 
 
 def test_what_can_not_be_is_told(run: Path, images: Path) -> None:
@@ -100,7 +100,7 @@ def test_what_can_not_be_is_told(run: Path, images: Path) -> None:
         "data.channels=1": r"reads 3 channel\(s\), and .* has 1: set `data\.channels=3`",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            evaluate(config(run, images, "what=[knn,probe]", overrides))
+            evaluate(config(run, images, "metrics=[knn,probe]", overrides))
 
 
 def test_features_that_are_no_numbers_are_told(images: Path, tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def test_features_that_are_no_numbers_are_told(images: Path, tmp_path: Path) -> 
         torch.nn.init.constant_(parameter, float("nan"))
     save(tmp_path, encoder, Card(kind="encoder", blueprint=blueprint, config={}, data={}, figures={}, versions={}))
     with pytest.raises(ConfigError, match="no numbers"):
-        evaluate(config(tmp_path, images, "what=[alignment_uniformity]"))
+        evaluate(config(tmp_path, images, "metrics=[alignment_uniformity]"))
 
 
 def test_the_command_prints_a_table_and_writes_the_file(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "figures.json"
-    words = [str(run), "data=folder", f"data.path={images}", "what=[knn]", f"output={output}"]
+    words = [str(run), "data=folder", f"data.path={images}", "metrics=[knn]", f"output={output}"]
     monkeypatch.setattr(sys, "argv", ["ssl-pipeline", *words])
     main()
     assert "knn_20" in capsys.readouterr().out

@@ -47,8 +47,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(images: Path, output: Path, *overrides: str) -> Path:
     wanted = [
-        "data=folder", f"data.path={images}", "initialization=random", "regime=frozen", "labels.validation=0", "tracking=off",
-        "views.size=16", "backbone.width=4", f"output={output}",
+        "data=folder", f"data.path={images}", "init=random", "regime=frozen", "labels.validation=0", "tracking=off",
+        "transform.size=16", "backbone.width=4", f"output={output}",
     ]  # fmt: skip
     return finetune(load("finetune", FinetuneConfig, [*wanted, *overrides])).folder
 
@@ -70,7 +70,7 @@ def exports(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def resnet(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32"]
+    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "transform.size=32"]
     return trained(images, tmp_path_factory.mktemp("resnet") / "run", *words)
 
 
@@ -79,7 +79,7 @@ def published(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model on weights whose publisher resizes to 168 px and cuts out 160."""
     folder = tmp_path_factory.mktemp("published")
     torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pth")
-    words = ["backbone.name=timm/test_resnet", f"backbone.weights={folder / 'weights.pth'}", "views.size=160"]
+    words = ["backbone.name=timm/test_resnet", f"backbone.weights={folder / 'weights.pth'}", "transform.size=160"]
     return trained(images, folder / "run", *words)
 
 
@@ -212,7 +212,7 @@ def test_torchvision_and_timm_load_it_strictly(resnet: Path, images: Path, tmp_p
 def test_every_family_is_loaded_by_the_lines_that_are_told(
     name: str, neck: str, size: int, form: str, part: Part, images: Path, tmp_path: Path
 ) -> None:
-    words = [f"backbone.name={name}", "backbone.stem=imagenet", f"neck.name={neck}", f"views.size={size}"]
+    words = [f"backbone.name={name}", "backbone.stem=imagenet", f"neck.name={neck}", f"transform.size={size}"]
     run = trained(images, tmp_path / "run", *words)
     parts = open_parts(run, part)
     theirs = run_lines(export(parts, form, tmp_path / "x.safetensors"))
@@ -240,7 +240,7 @@ def test_the_encoder_alone(resnet: Path, images: Path, tmp_path: Path) -> None:
 
 
 def test_grayscale_kernels_are_shared_out(images: Path, tmp_path: Path) -> None:
-    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "views.size=32", "data.channels=1"]
+    words = ["backbone.name=resnet18", "backbone.stem=imagenet", "transform.size=32", "data.channels=1"]
     run = trained(images, tmp_path / "run", *words)
     notes = export(open_parts(run), "torchvision", tmp_path / "t.safetensors")
     assert any("feed grayscale images as RGB" in note for note in notes)
@@ -300,7 +300,7 @@ def test_what_can_not_be_exported_is_told(small: Path, resnet: Path, images: Pat
         "backbone.name=resnet18",
         "backbone.stem=imagenet",
         "neck.name=gem",
-        "views.size=64",
+        "transform.size=64",
     )
     refused(pooled, "torchvision", tmp_path / "x.safetensors", "computes other values")
     assert not list(tmp_path.glob("x.*"))

@@ -42,12 +42,10 @@ def test_views_are_the_same_pictures_as_on_the_cpu() -> None:
 
 
 def test_both_stages_run_and_a_stopped_run_continues(tmp_path: Path) -> None:
-    run = pretrain(tiny_pretrain(tmp_path / "run", "steps=6", "checkpoint_every=3 steps", "evaluate_every=3 steps"))
-    assert 0 <= finetune(tiny_finetune(run, tmp_path / "model", "regime.least_steps=5")).interval().mean <= 1
+    run = pretrain(tiny_pretrain(tmp_path / "run", "steps=6", "save_every=3 steps", "evaluate_every=3 steps"))
+    assert 0 <= finetune(tiny_finetune(run, tmp_path / "model", "regime.min_steps=5")).interval().mean <= 1
     (run / "checkpoints" / "step-000000006.pt").unlink()
-    pretrain(
-        tiny_pretrain(tmp_path / "run", "steps=6", "checkpoint_every=3 steps", "evaluate_every=3 steps", "resume=auto")
-    )
+    pretrain(tiny_pretrain(tmp_path / "run", "steps=6", "save_every=3 steps", "evaluate_every=3 steps", "resume=auto"))
     assert (run / "checkpoints" / "step-000000006.pt").is_file()
 
 

@@ -16,7 +16,7 @@ from tests.pictures import color_folder
 
 NAME = "x~ it's #1, [b] 日本 :x: {ä} (a=b) & 100% $X^$; !"
 TINY = [
-    "tracking=off", "tracking.pictures=false", "backbone.width=4", "workers=0", "views.size=16",
+    "tracking=off", "tracking.log_images=false", "backbone.width=4", "num_workers=0", "transform.size=16",
 ]  # fmt: skip
 
 
@@ -60,23 +60,23 @@ def test_all_verbs_in_folders_of_any_name(shell: Shell) -> None:
     line = next(line for line in said.splitlines() if line.startswith("train: "))
     assert shlex.split(line.removeprefix("train: "))[-1] == f"data.path={Path(photos).expanduser()}"
     data = ["data=folder", f"data.path={photos}"]
-    shell("views", *data, "rows=2", "epochs=1", "views.size=16", f"output={NAME}.png")
+    shell("plot-views", *data, "rows=2", "epochs=1", "transform.size=16", f"output={NAME}.png")
     assert Path(f"{NAME}.png").is_file()
-    words = ["pretrain", *data, *TINY, "batch.size=8", "pretext.hidden_width=8", "pretext.projection_width=8", "optim.warmup=0",
+    words = ["pretrain", *data, *TINY, "batch_size=8", "pretext.hidden_width=8", "pretext.projection_width=8", "optim.warmup=0",
              "evaluate_every=0 steps", f"output={run}"]  # fmt: skip
     shell(*words, "epochs=2")
     with pytest.raises(AssertionError, match="resume=auto"):
         shell(*words, "epochs=2")
     shell(*words, "epochs=2", "resume=auto")
     assert json.loads((Path(run) / "card.json").read_text())["config"]["data"]["path"] == photos
-    shell("finetune", *data, *TINY[:4], f"encoder={run}", "regime=frozen", "regime.batch=4", f"output={model}")
+    shell("finetune", *data, *TINY[:4], f"encoder={run}", "regime=frozen", "regime.batch_size=4", f"output={model}")
     assert Path(model, "model.safetensors").is_file()
     folder = Path(photos).expanduser()
     found = list(csv.DictReader(io.StringIO(shell("predict", model, str(folder), "--format", "csv"))))
     assert {row["file"] for row in found} == {str(path) for path in folder.rglob("*.png")}
     shell("embed", run, *data, f"output={NAME}.npz")
     shell("neighbors", run, found[0]["file"], *data, "k=2", f"output=1e5 {NAME}.png")
-    shell("evaluate", run, *data, "what=[knn]", "knn.k=[1]", f"output={NAME}.json")
+    shell("evaluate", run, *data, "metrics=[knn]", "knn.k=[1]", f"output={NAME}.json")
     shell("export", model, "--to", "safetensors", f"--output=~/out {NAME}")
     assert (Path.home() / f"out {NAME}" / "card.json").is_file()
     shell("report", run, model, f"--output={NAME}.html")
@@ -92,7 +92,7 @@ def test_all_verbs_in_folders_of_any_name(shell: Shell) -> None:
         "--",
         *data,
         "labels.validation=0",
-        "workers=0",
+        "num_workers=0",
     )
     assert {Path(f"{NAME}.{kind}").is_file() for kind in ("npz", "json", "html")} == {True}
     assert Path(grid, "study.json").is_file()

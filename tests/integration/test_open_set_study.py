@@ -16,7 +16,7 @@ from tests.integration.test_domain_study import COMMON
 
 ROWS = {
     "trained": ["regime=scratch"],
-    "random features": ["initialization=random", "regime=frozen", "downstream.bottleneck.width=null"],
+    "random features": ["init=random", "regime=frozen", "downstream.bottleneck.width=null"],
 }
 
 

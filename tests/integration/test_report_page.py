@@ -153,7 +153,7 @@ def test_a_click_on_each_control_changes_what_is_shown(chromium: Chromium, made:
     assert chromium.complaints == []
 
 
-def test_the_last_values_of_the_runs_stand_above_a_chart(chromium: Chromium, made: Path) -> None:
+def test_the_last_devues_of_the_runs_stand_above_a_chart(chromium: Chromium, made: Path) -> None:
     chromium.open(made)
     line = json.loads((made.parent / "second" / "metrics.jsonl").read_text().splitlines()[-1])
     told = chromium.run("document.querySelector('[data-chart=loss] .values').textContent")

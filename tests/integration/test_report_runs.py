@@ -30,7 +30,7 @@ def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / "photos").mkdir()
     for file in color_folder(root / "colors").rglob("*.png"):
         file.rename(root / "photos" / f"{file.parent.name}_{file.name}")
-    wanted = ["data=folder", f"data.path={root / 'photos'}", "data.dev=0.2", "steps=2", "workers=0"]
+    wanted = ["data=folder", f"data.path={root / 'photos'}", "data.val=0.2", "steps=2", "num_workers=0"]
     config = tiny_pretrain(root / "run", *wanted)
     return root / "photos", pretrain(config)
 
@@ -51,7 +51,7 @@ def test_a_run_without_labels_shows_all_that_needs_none(unlabeled: tuple[Path, P
     assert "Without labels nobody knows its kNN accuracy." in path.read_text()
 
 
-def test_the_images_are_of_dev_and_no_test_image_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_are_of_val_and_no_test_image_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pretrain(tiny_pretrain(tmp_path / "run", "steps=1"))
     opened: dict[str, Any] = {}
     real = embedded.Config.open
@@ -62,16 +62,16 @@ def test_the_images_are_of_dev_and_no_test_image_is_read(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(embedded.Config, "open", noted)
     seen = run_images(read_runs([folder])[0])
-    assert set(opened) == {"train", "dev"}
+    assert set(opened) == {"train", "val"}
     assert seen.map is not None
     shown = seen.map["images"]
-    assert seen.map["labels"] == opened["dev"].labels[shown].tolist()
+    assert seen.map["labels"] == opened["val"].labels[shown].tolist()
     assert seen.map["labels"] != opened["train"].labels[shown].tolist()
 
 
 def test_before_the_encoder_is_there_the_views_are(tmp_path: Path) -> None:
     folder = write_pretrain(tmp_path / "run", card=False)
-    config = dump(tiny_pretrain(None, "views.local.count=2", "views.local.size=8"))
+    config = dump(tiny_pretrain(None, "transform.local_views.count=2", "transform.local_views.size=8"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     seen = run_images(read_runs([folder])[0])
     assert seen.views is not None

@@ -70,7 +70,7 @@ def test_a_label_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft", "end_to_end", "scratch"])
 def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_path: Path, regime: str) -> None:
-    length = [] if regime == "frozen" else ["regime.length=3 steps", "regime.least_steps=0", "regime.batch=16"]
+    length = [] if regime == "frozen" else ["regime.length=3 steps", "regime.min_steps=0", "regime.batch_size=16"]
     result = finetune(tiny_finetune(stage_one, tmp_path / "run", f"regime={regime}", "seeds=2", *length))
     assert len(result.figures) == 2
     assert 0 <= result.interval().mean <= 1
@@ -87,16 +87,16 @@ def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_pat
     assert rows[1]["error"] == "it is no image of a known format"
 
 
-@pytest.mark.parametrize("fresh", ["regime=scratch", "initialization=random"])
+@pytest.mark.parametrize("fresh", ["regime=scratch", "init=random"])
 def test_fresh_weights_have_no_statistics_to_keep(stage_one: Path, tmp_path: Path, fresh: str) -> None:
     with pytest.raises(ConfigError, match=r"`regime\.statistics` keeps what stage one has estimated"):
-        finetune(tiny_finetune(stage_one, tmp_path / "run", fresh, "regime.statistics=kept"))
+        finetune(tiny_finetune(stage_one, tmp_path / "run", fresh, "regime.freeze_bn_stats=true"))
     assert not (tmp_path / "run").exists()
 
 
 def test_stage_two_reproduces_and_its_seeds_differ(stage_one: Path, tmp_path: Path) -> None:
     def run(name: str) -> list[dict[str, float]]:
-        overrides = ["seeds=2", "regime.length=3 steps", "regime.least_steps=0", "regime.batch=16"]
+        overrides = ["seeds=2", "regime.length=3 steps", "regime.min_steps=0", "regime.batch_size=16"]
         return finetune(tiny_finetune(stage_one, tmp_path / name, *overrides)).figures
 
     first, second = run("a"), run("b")
@@ -111,8 +111,8 @@ def test_permuting_test_labels_changes_no_weight(
     overrides = [
         "labels.validation=0.4",
         "regime.length=3 steps",
-        "regime.least_steps=0",
-        "regime.batch=16",
+        "regime.min_steps=0",
+        "regime.batch_size=16",
         "split=test",
     ]
     finetune(tiny_finetune(stage_one, tmp_path / "a", *overrides))
@@ -136,7 +136,7 @@ def test_wrong_starts_are_told_before_anything_is_written(stage_one: Path, tmp_p
     wrong = {
         "labels.per_class=9999": "only",
         "regime=frozen downstream.bottleneck.width=256": "bottleneck",
-        "views.count=2": "views.count",
+        "transform.num_views=2": "transform.num_views",
     }
     for overrides, word in wrong.items():
         with pytest.raises(ConfigError, match=word):
@@ -186,8 +186,8 @@ def test_a_folder_of_files_of_many_sizes_is_pretrained_on(tmp_path: Path) -> Non
 
     def run(name: str, workers: int) -> Path:
         wanted = [
-            "data=folder", f"data.path={images}", "tracking=off", "views.size=16", "backbone.width=4", "batch.size=16",
-            "steps=4", f"workers={workers}", f"output={tmp_path / name}", "pretext.hidden_width=16",
+            "data=folder", f"data.path={images}", "tracking=off", "transform.size=16", "backbone.width=4", "batch_size=16",
+            "steps=4", f"num_workers={workers}", f"output={tmp_path / name}", "pretext.hidden_width=16",
         ]  # fmt: skip
         return pretrain(load("pretrain", PretrainConfig, wanted))
 

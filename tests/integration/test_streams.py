@@ -132,7 +132,9 @@ def batches_of(stream: StreamDataset, share: DistInfo = DistInfo(0, 1, CPU), **k
 def stream_of(folder: Path, sizes: list[int], **keys: Any) -> StreamDataset:
     if not folder.exists():
         write_shards(folder, sizes)
-    return webdataset.Config(name="webdataset", path=str(folder), length=sum(sizes), shuffle=8, **keys).open_stream()
+    return webdataset.Config(
+        name="webdataset", path=str(folder), length=sum(sizes), shuffle_buffer=8, **keys
+    ).open_stream()
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -295,8 +297,8 @@ def test_a_task_that_reads_labels_finds_them_missing(tmp_path: Path) -> None:
 
 
 def stream_run(output: Path, shards: Path, *overrides: str) -> Path:
-    words = ["data=webdataset", f"data.path={shards}", "~data.dev", "batch.size=8", "checkpoint_every=3 steps"]
-    config = tiny_pretrain(output, *words, "steps=6", "workers=1", *overrides)
+    words = ["data=webdataset", f"data.path={shards}", "~data.val", "batch_size=8", "save_every=3 steps"]
+    config = tiny_pretrain(output, *words, "steps=6", "num_workers=1", *overrides)
     return pretrain(config)
 
 
@@ -311,7 +313,7 @@ class StoppedError(Exception):
 
 def test_a_stopped_run_on_a_stream_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path / "shards", [7, 9, 8, 8])
-    keys = ["data.length=32", f"data.dev={tmp_path / 'shards'}", "data.classes=[even,odd]"]
+    keys = ["data.length=32", f"data.val={tmp_path / 'shards'}", "data.classes=[even,odd]"]
     whole = stream_run(tmp_path / "whole", tmp_path / "shards", *keys)
     save = Checkpoints.save
 
@@ -331,13 +333,13 @@ def test_a_stopped_run_on_a_stream_continues_to_the_same_bits(tmp_path: Path, mo
     assert [line["pretrain/epoch"] for line in lines] == [step / 4 for step in range(1, 7)]
 
 
-def test_a_run_on_a_stream_survives_bad_images_in_training_and_in_dev(tmp_path: Path) -> None:
+def test_a_run_on_a_stream_survives_bad_images_in_training_and_in_val(tmp_path: Path) -> None:
     members: list[tuple[str, bytes]] = []
     for i in range(16):
         members += [(f"{i:02}.cls", str(i % 2).encode()), (f"{i:02}.png", b"no image" if i in (1, 6) else png(i))]
     write_tar(tmp_path / "shards" / "a.tar", members)
-    keys = [f"data.dev={tmp_path / 'shards'}", "data.classes=[even,odd]", "steps=1"]
-    run = stream_run(tmp_path / "run", tmp_path / "shards", *keys, "data.on_unreadable=skip")
+    keys = [f"data.val={tmp_path / 'shards'}", "data.classes=[even,odd]", "steps=1"]
+    run = stream_run(tmp_path / "run", tmp_path / "shards", *keys, "data.on_error=skip")
     assert "eval/knn" in figures(run)
     with pytest.raises(DecodeError, match=r"a\.tar/01 can't be read as an image"):
         stream_run(tmp_path / "other", tmp_path / "shards", *keys)

@@ -30,7 +30,7 @@ from ssl_pipeline.study.runner import CellRunner
 from ssl_pipeline.study.table import StudyTable
 from tests.report_page import Page, blind
 
-COMMON = ["data=embedded", "data.dev=300", "split=dev", "regime.least_steps=0"]
+COMMON = ["data=embedded", "data.val=300", "split=val", "regime.min_steps=0"]
 
 
 def artifact(folder: Path, seed: int) -> Path:
@@ -150,7 +150,7 @@ def test_a_study_that_was_stopped_does_what_is_missing(
 
 def test_more_seeds_complete_it_and_changed_settings_are_named(done: Path, runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`common` was .* and is now"):
-        study(words(runs, done, common=["views.flip=0.1"]))
+        study(words(runs, done, common=["transform.horizontal_flip=0.1"]))
     with pytest.raises(ConfigError, match=r"`overrides.lp_ft` was"):
         study(words(runs, done, "overrides.lp_ft=['regime.length=3 steps']"))
     renamed = tmp_path / "run1"
@@ -187,9 +187,9 @@ def test_weights_out_of_reach_leave_random_ones_of_what_is_left(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", _unreachable)
-    official = "initializations.imagenet='resnet18:IMAGENET1K_V1'"
+    official = "encoders.imagenet='resnet18:IMAGENET1K_V1'"
     small = ["labels=[1]", "seeds=1", "regimes=[frozen]"]
-    listed = load("study", StudyConfig, [official, f"initializations.own='{runs[0]}'", *small, "jobs=1",
+    listed = load("study", StudyConfig, [official, f"encoders.own='{runs[0]}'", *small, "jobs=1",
                                          f"output={tmp_path / 'out'}", "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"])  # fmt: skip
     record = json.loads((study(listed) / "study.json").read_text())
     assert list(record["left_out"]) == ["imagenet"]
@@ -214,7 +214,7 @@ def test_several_processes_find_the_same(done: Path, runs: list[Path], tmp_path:
 
 
 def test_a_run_for_each_seed(runs: list[Path], tmp_path: Path) -> None:
-    listed = f"initializations.own=['{runs[0]}','{runs[1]}']"
+    listed = f"encoders.own=['{runs[0]}','{runs[1]}']"
     grid = cells(words([], tmp_path, listed, "labels=[1]", "regimes=[frozen]"))
     assert [cell.config.encoder for cell in grid["own"]] == [str(run) for run in runs]
     with pytest.raises(ConfigError, match="lists 2 run\\(s\\) and `seeds` is 3"):
@@ -231,14 +231,14 @@ def test_official_weights_that_cannot_be_had_are_left_out_with_a_word(
         raise URLError("no network")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
-    own = ["initializations.imagenet='resnet18:IMAGENET1K_V1'", "labels=[1]", "regimes=[frozen]"]
+    own = ["encoders.imagenet='resnet18:IMAGENET1K_V1'", "labels=[1]", "regimes=[frozen]"]
     folder = study(words(runs[:1], tmp_path / "out", *own))
     record = json.loads((folder / "study.json").read_text())
     assert "can't be downloaded" in record["left_out"]["imagenet"]
     assert {row["init"] for row in record["rows"]} == {"random", "run0"}
     assert "imagenet is left out" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="there is no file"):
-        study(words([], tmp_path / "other", "initializations.file=resnet18:nowhere.pth"))
+        study(words([], tmp_path / "other", "encoders.file=resnet18:nowhere.pth"))
 
 
 def test_too_few_labels_and_unknown_counts_are_told_before_anything_is_written(

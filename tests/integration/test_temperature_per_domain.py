@@ -23,8 +23,8 @@ def test_the_domains_of_a_folder_reach_the_loss(tmp_path: Path) -> None:
     for name, words in (("one", []), ("same", ["0.5"]), ("two", ["2.0"])):
         overrides = [f"pretext.temperature.other_domain={value}" for value in words]
         config = tiny_pretrain(
-            tmp_path / name, "data=domain_folder", f"data.path={tmp_path / 'images'}", "data.dev=0.1", "batch.size=16",
-            "steps=1", "workers=0", *overrides,
+            tmp_path / name, "data=domain_folder", f"data.path={tmp_path / 'images'}", "data.val=0.1", "batch_size=16",
+            "steps=1", "num_workers=0", *overrides,
         )  # fmt: skip
         losses.append(read_metrics(pretrain(config))[-1]["pretrain/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # 0.5 within and across the domains is 0.5

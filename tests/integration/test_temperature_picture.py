@@ -1,4 +1,4 @@
-"""``ssl-pipeline temperature``: the example alone, and with a real run beside it."""
+"""``ssl-pipeline plot-temperature``: the example alone, and with a real run beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.pretrain import pretrain
-from ssl_pipeline.study.temperature import draw
+from ssl_pipeline.study.plot_temperature import draw
 from tests.runs import tiny_pretrain
 
 

@@ -55,17 +55,17 @@ def runs(nowhere: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     import wandb
 
     folder = tmp_path_factory.mktemp("runs")
-    tracked = ["tracking=tensorboard", "tracking.name=auto", "tracking.group=pair", "tracking.pictures=true"]
+    tracked = ["tracking=tensorboard", "tracking.name=auto", "tracking.group=pair", "tracking.log_images=true"]
     one = pretrain(tiny_pretrain(folder / "one", *tracked, "steps=4", "evaluate_every=2 steps"))
     short = [
         "regime=end_to_end",
         "regime.length=3 steps",
-        "regime.least_steps=0",
-        "regime.batch=20",
+        "regime.min_steps=0",
+        "regime.batch_size=20",
         "seeds=2",
         "labels.validation=0.2",
     ]
-    mirrored = ["tracking=auto", "tracking.mirrors=[tensorboard]", "tracking.pictures=true"]
+    mirrored = ["tracking=auto", "tracking.loggers=[tensorboard]", "tracking.log_images=true"]
     two = finetune(tiny_finetune(one, folder / "two", *mirrored, *short)).folder
     wandb.teardown()  # as at a process's end: its service writes the last lines a moment after `finish`
     return one, two
@@ -128,7 +128,7 @@ def test_config_is_kept_and_no_secret(runs: tuple[Path, Path]) -> None:
     (start,) = [r.run for r in records(wandb_file(runs[0])) if r.HasField("run")]
     assert start.run_group == "pair"
     config = {item.key: json.loads(item.value_json) for item in start.config.update}
-    assert config["batch"]["size"] == 32
+    assert config["batch_size"] == 32
     for run in runs:
         for file in run.rglob("*"):
             assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
@@ -144,7 +144,7 @@ def test_a_secret_in_the_config_reaches_no_file(nowhere: None, tmp_path: Path) -
     import wandb
 
     config = {"data": {"access_token": SECRET}, "seed": 1}
-    tracking = TrackingConfig(mirrors=("tensorboard",))
+    tracking = TrackingConfig(loggers=("tensorboard",))
     with open_run(str(tmp_path / "a"), "pretrain", "no", config) as run:
         with open_loggers(run, "pretrain", config, tracking, 0) as trackers:
             trackers.log(1, {"pretrain/loss": 1.0})
@@ -258,7 +258,7 @@ def test_neither_dead_mirrors_nor_pictures_move_a_weight(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("ssl_pipeline.logging.logger._open_wandb", lambda *_: 1 / 0)
-    words = ["tracking=auto", "tracking.pictures=false", "steps=4", "evaluate_every=2 steps"]
+    words = ["tracking=auto", "tracking.log_images=false", "steps=4", "evaluate_every=2 steps"]
     broken = pretrain(tiny_pretrain(tmp_path / "a", *words))
     first, second = load_encoder(runs[0])[0].state_dict(), load_encoder(broken)[0].state_dict()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
@@ -280,4 +280,4 @@ def test_a_picture_that_fails_harms_nothing(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("name", ["tensorbord", "wandb"])
 def test_a_mirror_that_nobody_knows_is_told(tmp_path: Path, name: str) -> None:
     with open_run(str(tmp_path / "a"), "pretrain", "no", {}) as run, pytest.raises(ConfigError, match="is none of"):
-        open_loggers(run, "pretrain", {}, TrackingConfig(name="off", mirrors=(name,)), 0)
+        open_loggers(run, "pretrain", {}, TrackingConfig(name="off", loggers=(name,)), 0)

@@ -225,7 +225,7 @@ def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, Array
 
 
 def tiny_batches(config: MethodConfig, target: ArrayDataset, total: int = 4) -> IndexedLoader:
-    policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
+    policy, _ = load("finetune", FinetuneConfig).transform.model_copy(update={"size": 12}).for_channels(1)
     views = [Views(policy, (0.5,), (0.3,), seed) for seed in (0, 1)]
     if config.phases[-1] == "joint":
         return PairedLoader(images(24, 0), target, views[0], views[1], 6, 0, SHARE, total, 0)
@@ -240,7 +240,7 @@ def prime(task: Task, target: ArrayDataset) -> None:
 
 
 def test_the_two_sides_are_not_cropped_alike() -> None:
-    policy, _ = load("finetune", FinetuneConfig).views.model_copy(update={"size": 12}).for_channels(1)
+    policy, _ = load("finetune", FinetuneConfig).transform.model_copy(update={"size": 12}).for_channels(1)
     task, config, target = tiny_method("dann")
     around = TrainContext(
         LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), 0
@@ -328,9 +328,9 @@ def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
     adaptation = ["domain.adaptation.length=2 steps"] if name == "shot_im" else []
     task, method, target = tiny_method(name, *adaptation)
     classifier = task.classifier
-    told = [*words, "regime.length=2 steps", "regime.least_steps=0", "regime.batch=6", "regime.optim.lr=0.01"]
+    told = [*words, "regime.length=2 steps", "regime.min_steps=0", "regime.batch_size=6", "regime.optim.lr=0.01"]
     config = load("finetune", FinetuneConfig, told)
-    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    policy, _ = config.transform.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
     around = TrainContext(
         LabeledSplit(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), 0
@@ -342,7 +342,7 @@ def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"adabn"}))
 def test_kept_statistics_are_stage_ones_to_the_end(name: str) -> None:
-    classifier, changed = trained_across(name, "regime=end_to_end", "regime.statistics=kept")
+    classifier, changed = trained_across(name, "regime=end_to_end", "regime.freeze_bn_stats=true")
     of_encoder = {f"encoder.{key}" for key, _ in classifier.encoder.named_buffers()}
     assert not changed & of_encoder
     assert any(key.startswith("encoder.") for key in changed)
@@ -361,7 +361,7 @@ def test_a_method_that_estimates_statistics_anew_keeps_none() -> None:
     assert not method.check_statistics(kept=False)
     (told,) = method.check_statistics(kept=True)
     assert told.startswith(
-        "`domain=adabn` estimates BatchNorm's statistics anew, and `regime.statistics=kept` keeps stage one's"
+        "`domain=adabn` estimates BatchNorm's statistics anew, and `regime.freeze_bn_stats=true` keeps stage one's"
     )
 
 

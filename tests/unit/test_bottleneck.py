@@ -76,14 +76,14 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch, scale: float, *words: str
     """The classifier as the loop over all layers gets it; its encoder's features are scaled, as other networks' are."""
     method = ["domain.source=[a]", "domain.target=[b]"] if any(word.startswith("domain=") for word in words) else []
     bottleneck = [] if method else ["downstream.bottleneck.width=256"]
-    told = ["tracking=off", "regime=lp_ft", "regime.statistics=kept", "regime.decays=[0.1]"]
+    told = ["tracking=off", "regime=lp_ft", "regime.freeze_bn_stats=true", "regime.weight_decays=[0.1]"]
     config = load("finetune", FinetuneConfig, [*told, *words, *method, *bottleneck])
     torch.manual_seed(0)
     task = config.downstream.build(BLUEPRINT.build()[0], 2)
     assert isinstance(task, Classification)
     features = task.encoder.features
     task.encoder.features = lambda images: scale * features(images)  # type: ignore[method-assign]
-    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    policy, _ = config.transform.model_copy(update={"size": 12}).for_channels(1)
     labeled, views = LabeledSplit(images(160), None), Views(policy, (0.5,), (0.3,), 0)
     around = TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), 0)
     for module in ("downstream.regime", "domain.plan"):

@@ -36,7 +36,7 @@ from tests.embedded_subset import make, write_idx
 
 GOLDEN_HELD_OUT = [1, 2, 12, 13, 22, 47, 53, 58]
 GOLDEN_EMUS = ["emu/002.png", "emu/007.png", "emu/009.png", "emu/015.png"]
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 EMBEDDED = Path(str(embedded_package.__file__)).parent
 LABELS = st.lists(st.integers(-1, 4), min_size=1, max_size=80).map(lambda values: torch.tensor(values))
 
@@ -190,7 +190,7 @@ def test_embedded_files_are_those_that_were_measured() -> None:
     fingerprints = {split: Embedded(name="embedded").open(split).fingerprint() for split in SPLITS}
     assert fingerprints == {
         "train": "f2b0dc3d9c8249467e2c50375b241fb4",
-        "dev": "81c5f07deb2a3bc56a86b26a37f64f59",
+        "val": "81c5f07deb2a3bc56a86b26a37f64f59",
         "test": "6932bdc4926d945d8ef44e1ce71c9c3c",
     }
     assert sum(path.stat().st_size for path in EMBEDDED.glob("*.gz")) < 5_000_000
@@ -220,23 +220,23 @@ def small_fashion_mnist(place: Path, ending: str = "", images: int = 40) -> Path
 @pytest.mark.parametrize(("below", "ending"), [("", ""), ("", ".gz"), ("FashionMNIST/raw", ""), ("raw", ".gz")])
 def test_a_folder_of_idx_files(tmp_path: Path, below: str, ending: str) -> None:
     small_fashion_mnist(tmp_path / below, ending)
-    config = FashionMNIST(name="fashion_mnist", path=str(tmp_path), dev=10)
+    config = FashionMNIST(name="fashion_mnist", path=str(tmp_path), val=10)
     assert [len(config.open(split)) for split in SPLITS] == [30, 10, 40]
-    train, dev = config.open("train"), config.open("dev")
-    assert dev.labels is not None
-    assert dev.labels.bincount().tolist() == [1] * 10
+    train, val = config.open("train"), config.open("val")
+    assert val.labels is not None
+    assert val.labels.bincount().tolist() == [1] * 10
     assert train.describe(3) == "image 3 of fashion_mnist"
-    assert np.asarray(dev.open_image(4))[0, 0] == dev.labels[4]
+    assert np.asarray(val.open_image(4))[0, 0] == val.labels[4]
 
 
 def test_wrong_folders_of_idx_files(tmp_path: Path) -> None:
-    def told(path: Path, dev: int = 10) -> str:
-        return message(FashionMNIST(name="fashion_mnist", path=str(path), dev=dev))
+    def told(path: Path, val: int = 10) -> str:
+        return message(FashionMNIST(name="fashion_mnist", path=str(path), val=val))
 
     assert f"`data.path`: {str(tmp_path / 'absent')!r} does not exist" in told(tmp_path / "absent")
     assert "is a file" in told(image(tmp_path / "a.png"))
     assert "holds no train-images-idx3-ubyte" in told(tmp_path)
-    assert "`data.dev` is 40" in told(small_fashion_mnist(tmp_path / "small"), 40)
+    assert "`data.val` is 40" in told(small_fashion_mnist(tmp_path / "small"), 40)
     mixed = small_fashion_mnist(tmp_path / "mixed")
     write_idx(mixed / "train-labels-idx1-ubyte", torch.zeros(39, dtype=torch.uint8))
     assert "they must be N images and N labels" in told(mixed)
@@ -314,7 +314,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert source.files == ["a.png", "b.JPG", "sub/deeper/c.webp"]
     assert source.labels is None
     assert source.classes is None
-    assert folder(tmp_path).open("dev") is None
+    assert folder(tmp_path).open("val") is None
     assert folder(tmp_path).open("test") is None
     assert source.describe(2) == str(tmp_path / "sub/deeper/c.webp")
 
@@ -341,7 +341,7 @@ def test_named_folders_are_the_splits(tmp_path: Path) -> None:
     class_folders(tmp_path / "test", cat=2, dog=2)
     both = {split: opened(folder(tmp_path), split) for split in SPLITS}
     assert [len(both[split]) for split in SPLITS] == [40, 3, 4]
-    assert both["dev"].root.name == "val"
+    assert both["val"].root.name == "val"
 
     elsewhere = class_folders(tmp_path.with_name(f"{tmp_path.name}-more"), cat=5)
     assert len(opened(folder(tmp_path, test_path=str(elsewhere)), "test")) == 5
@@ -376,7 +376,7 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert "… and 3 more" in text
     assert "bad11" not in text
     assert "13 of 21 files can't be read as images" in text
-    assert "data.bad_files=1%" in text
+    assert "data.max_bad_files=1%" in text
     source = opened(folder(tmp_path, bad_files="90%"), "train")
     assert source.bad_files is not None
     left_out = list(source.bad_files.faults)
@@ -402,7 +402,7 @@ def test_one_class_is_no_class(tmp_path: Path) -> None:
     class_folders(tmp_path, only=6)
     assert opened(folder(tmp_path), "train").labels is None
     assert len(opened(folder(tmp_path), "train")) == 6
-    assert folder(tmp_path).open("dev") is None
+    assert folder(tmp_path).open("val") is None
     assert folder(tmp_path).open("test") is None
     told = Classification(name="classification").check(opened(folder(tmp_path), "train"))
     assert "one folder per class" in told[0]

@@ -51,8 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage_one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [
-        "tracking=off", "workers=0", "data=coco", f"data.path={folder / 'annotations.json'}", "views=small", "backbone.width=8",
-        "backbone.stem=imagenet", "batch.size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16",
+        "tracking=off", "num_workers=0", "data=coco", f"data.path={folder / 'annotations.json'}", "transform=small", "backbone.width=8",
+        "backbone.stem=imagenet", "batch_size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16",
         "evaluate_every=0 steps",
     ]  # fmt: skip
     return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
@@ -61,13 +61,13 @@ def stage_one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, output: Path, *overrides: str) -> Result:
     words = [
         "tracking=off",
-        "workers=0",
+        "num_workers=0",
         "data=coco",
         f"data.path={folder / 'annotations.json'}",
         "downstream=detection",
     ]
     small = [f"downstream.{key}" for key in ("width=16", "hidden=32", "proposals=100", "sampled=32")]
-    short = ["size=48", "regime.least_steps=0", "regime.batch=8"]
+    short = ["size=48", "regime.min_steps=0", "regime.batch_size=8"]
     return finetune(load("finetune", FinetuneConfig, [*words, *small, *short, f"output={output}", *overrides]))
 
 
@@ -97,7 +97,7 @@ def test_the_one_stage_head_finds_them_too(folder: Path, stage_one: Path, tmp_pa
     assert (found["scores"].diff() <= 0).all()
 
 
-SHORT = ["regime.length=2 steps", "regime.probe.length=2 steps", "regime.probe.least_steps=0"]
+SHORT = ["regime.length=2 steps", "regime.probe.length=2 steps", "regime.probe.min_steps=0"]
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lp_ft", "scratch"])
@@ -120,7 +120,7 @@ def test_boxes_follow_their_images_through_the_views() -> None:
     source = AnnotatedDataset(
         ArrayDataset("x", pixels), Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
     )
-    config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.8]", "views.size=40"]).views
+    config = load("finetune", FinetuneConfig, ["transform.crop.scale=[0.2,0.8]", "transform.size=40"]).transform
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 3)
     kept = dropped = 0
     for batch in AnnotatedLoader(source, views, 4, 3, CPU, 12, workers=0, with_labels=True).from_step(0):
@@ -201,7 +201,10 @@ def test_what_is_wrong_with_boxes_is_told(tmp_path: Path) -> None:
         ),
         "list id": (first("annotations", image_id=[1]), r"annotation 0 has the image_id \[1\]"),
         "crowd": (first("annotations", iscrowd="maybe"), "annotation 0 has `iscrowd` 'maybe'"),
-        "too many": (first("annotations", bbox=[4, 3, 5, 0]), "1 of .* annotations .* `data.bad_files=1%` allows 0"),
+        "too many": (
+            first("annotations", bbox=[4, 3, 5, 0]),
+            "1 of .* annotations .* `data.max_bad_files=1%` allows 0",
+        ),
         "keys": (lambda record: record["annotations"][0].pop("bbox"), "entry 0 of `annotations` has no 'bbox'"),
         "list": (lambda record: record.pop("categories"), "has no list `categories`"),
     }
@@ -294,7 +297,7 @@ def test_annotations_that_can_not_be_used_are_left_out_within_the_limit(
 
     path = change(tmp_path / "flat", edit)
     with caplog.at_level(logging.WARNING):
-        source = coco.Config(name="coco", path=str(path), bad_files="40%").open_pool()
+        source = coco.Config(name="coco", path=str(path), max_bad_files="40%").open_pool()
     assert "left out 1 of 3 annotations, such as:" in caplog.text
     assert "annotation 0 on image 100: the box [29.65, 38.33, 1.03, 0.0] has no area" in caplog.text
     every = coco._read(path, path.parent / "images", None, 3, parse_limit("40%"))[1]
@@ -328,7 +331,7 @@ def test_boxes_at_the_edge_are_cut_off_and_nothing_is_learned_from_crowds(
     assert boxes.whole(0)["iscrowd"].tolist() == [0, 1]
     assert boxes.whole(0)["boxes"].tolist() == [[0, 20, 6, 32], [0, 0, 9, 9]]
     assert len(boxes.select(torch.tensor([1, 0])).crowds[1][0]) == 1
-    keys = {"size": 32, "flip": 0.0, "crop": {"scale": [1, 1], "ratio": [1, 1]}}
+    keys = {"size": 32, "horizontal_flip": 0.0, "crop": {"scale": [1, 1], "ratio": [1, 1]}}
     policy, _ = ViewsConfig.model_validate(keys).for_channels(3)
     (seen,) = boxes.of_views(torch.tensor([0]), Views(policy, (0.5,) * 3, (0.5,) * 3, 0), 0)
     assert len(seen["boxes"]) == 1

@@ -55,8 +55,8 @@ def encoder(name: str = "small_resnet", size: int = 16) -> Encoder:
 
 def run(output: Path, *overrides: str) -> Result:
     known = any(override.startswith("encoder=") for override in overrides)
-    fresh = [] if known else ["initialization=random", "backbone.width=8"]
-    common = ["tracking=off", "workers=0", f"output={output}", *fresh]
+    fresh = [] if known else ["init=random", "backbone.width=8"]
+    common = ["tracking=off", "num_workers=0", f"output={output}", *fresh]
     return finetune(load("finetune", FinetuneConfig, [*common, *overrides]))
 
 
@@ -69,7 +69,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage_one(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few steps, for BatchNorm's statistics: without them the features of a probe are not those of training."""
     words = [
-        "tracking=off", "workers=0", "data=table", f"data.path={table}", "views=small", "backbone.width=8", "batch.size=32",
+        "tracking=off", "num_workers=0", "data=table", f"data.path={table}", "transform=small", "backbone.width=8", "batch_size=32",
         "steps=20", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
     ]  # fmt: skip
     return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
@@ -84,10 +84,10 @@ VALUES = ["downstream=regression", "data.target_columns=[red]"]
 def test_numbers_are_learned_in_every_regime(
     table: Path, stage_one: Path, tmp_path: Path, task: list[str], figure: str, least: float, regime: str
 ) -> None:
-    lengths = [] if regime == "frozen" else ["regime.length=40 steps", "regime.least_steps=0", "regime.batch=32"]
+    lengths = [] if regime == "frozen" else ["regime.length=40 steps", "regime.min_steps=0", "regime.batch_size=32"]
     data = ["data=table", f"data.path={table}", f"regime={regime}", "labels.validation=0"]
     rate = [] if regime == "frozen" else ["regime.optim.lr=0.01"]
-    result = run(tmp_path / "run", *data, *task, *lengths, *rate, "regime.decays=[1.0]", f"encoder={stage_one}")
+    result = run(tmp_path / "run", *data, *task, *lengths, *rate, "regime.weight_decays=[1.0]", f"encoder={stage_one}")
     assert result.interval(figure).mean > least
     assert next(iter(result.figures[0])) == figure
     model = load_model(result.folder)
@@ -156,7 +156,7 @@ def test_labels_that_nothing_can_be_measured_of_are_left_out_and_counted() -> No
     assert "labels_measured" not in alone
 
 
-def test_values_without_spread_and_classes_without_images_are_left_out_and_counted() -> None:
+def test_devues_without_spread_and_classes_without_images_are_left_out_and_counted() -> None:
     torch.manual_seed(0)
     predictions, truth = torch.randn(30, 4), torch.randn(30, 4)
     truth[:, 1], truth[:, 2] = 3, torch.nan
@@ -269,7 +269,7 @@ def test_ranking_is_that_of_a_loop() -> None:
 
 
 def test_retrieval_trains_nothing_and_its_memory_travels(tmp_path: Path) -> None:
-    overrides = ["data.dev=4000", "labels.per_class=10", "split=dev", "downstream=retrieval", "views.size=12"]
+    overrides = ["data.val=4000", "labels.per_class=10", "split=val", "downstream=retrieval", "transform.size=12"]
     with pytest.raises(ConfigError, match=r"retrieval trains nothing.*regime=frozen"):
         run(tmp_path / "no", *overrides)
     result = run(tmp_path / "run", *overrides, "regime=frozen", "downstream.k=5")
@@ -290,7 +290,7 @@ def test_permuting_held_out_numbers_changes_no_weight(table: Path, tmp_path: Pat
     for name, rows in (("a", split), ("b", changed)):
         path = table.parent / f"{name}.csv"
         path.write_text("\n".join([lines[0] + ",split", *rows]))
-        overrides = ["data=table", f"data.path={path}", *LABELS, "regime.length=4 steps", "regime.least_steps=0"]
+        overrides = ["data=table", f"data.path={path}", *LABELS, "regime.length=4 steps", "regime.min_steps=0"]
         folders.append(run(tmp_path / name, *overrides, "labels.validation=0.3").folder)
     assert same_bytes(folders[0], folders[1], ["model.safetensors"])
     assert not same_bytes(folders[0], folders[1], ["results.json"])

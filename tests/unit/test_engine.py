@@ -40,7 +40,7 @@ def test_norms_and_biases_neither_decay_nor_are_scaled(task: Task, name: str) ->
 
 
 def test_lars_scales_by_the_trust_ratio(task: Task) -> None:
-    config = OptimConfig(name="lars", lr=1.0, scaling="none", weight_decay=1e-12, momentum=0.0, trust=0.001)
+    config = OptimConfig(name="lars", lr=1.0, scaling="none", weight_decay=1e-12, momentum=0.0, trust_coefficient=0.001)
     optimizer = build_optimizer(config, task, 256)
     before = {n: p.detach().clone() for n, p in task.named_parameters()}
     for parameter in task.parameters():
@@ -55,7 +55,7 @@ def test_lars_scales_by_the_trust_ratio(task: Task) -> None:
 
 
 def test_the_rate_scales_with_the_batch_and_follows_the_step(task: Task) -> None:
-    config = OptimConfig(lr=0.1, scaling="linear", warmup=parse_duration("10 steps"), start_factor=0.5)
+    config = OptimConfig(lr=0.1, scaling="linear", warmup=parse_duration("10 steps"), warmup_start_factor=0.5)
     optimizer = build_optimizer(config, task, 512)
     rates = [config.set_lr(optimizer.param_groups, TrainProgress(step, 100, 10)) for step in (0, 10, 99)]
     assert rates[0] == pytest.approx(0.1)
@@ -85,7 +85,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(
 
     monkeypatch.setattr(SimCLR, "objective", breaks)
     with pytest.raises(NonFiniteError, match="step 2"):
-        pretrain(tiny_pretrain(tmp_path / "run", "checkpoint_every=1 steps"))
+        pretrain(tiny_pretrain(tmp_path / "run", "save_every=1 steps"))
     assert all(torch.equal(value, seen[name]) for name, value in tasks[0].named_parameters())
     assert (tmp_path / "run" / "checkpoints" / "step-000000002.pt").is_file()
 
@@ -116,7 +116,7 @@ def test_mistakes_are_told_once_a_group_of_processes(
 def test_a_task_that_needs_other_views_is_told() -> None:
     assert SimCLRConfig.views_needed == 2
     with pytest.raises(ConfigError, match=r"views\.count"):
-        pretrain(tiny_pretrain(None, "views.count=3"))
+        pretrain(tiny_pretrain(None, "transform.num_views=3"))
 
 
 def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,10 +161,10 @@ def test_online_knn_asks_labeled_images_alone_and_is_absent_without_any() -> Non
         backbone=backbone, neck=neck, channels=3, size=12, mean=(0.5,) * 3, std=(0.25,) * 3
     ).build()
 
-    def knn(dev: ArrayDataset) -> float | None:
-        found = OnlineEvaluation(train, dev, views, preprocessing, DistInfo(0, 1, torch.device("cpu")))(encoder)
+    def knn(val: ArrayDataset) -> float | None:
+        found = OnlineEvaluation(train, val, views, preprocessing, DistInfo(0, 1, torch.device("cpu")))(encoder)
         return found.get("eval/knn")
 
-    whole = ArrayDataset("dev", pixels[16:], known, ("a", "b"))
+    whole = ArrayDataset("val", pixels[16:], known, ("a", "b"))
     assert knn(whole) == knn(whole.select(torch.arange(4)))
     assert knn(whole.select(torch.arange(4, 8))) is None

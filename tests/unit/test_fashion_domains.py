@@ -23,7 +23,7 @@ def of(source: ArrayDataset, domain: str) -> torch.Tensor:
     return source.pixels[source.domains == DOMAINS.index(domain)]
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 1750), ("dev", 250), ("test", 2000)])
+@pytest.mark.parametrize(("split", "count"), [("train", 1750), ("val", 250), ("test", 2000)])
 def test_a_domain_has_its_share_of_every_class(split: Split, count: int) -> None:
     source = opened(split)
     assert source.domains is not None

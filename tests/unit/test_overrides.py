@@ -72,13 +72,13 @@ def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"is now `data\.license`: type `data\.license=…`"):
         component("data.sources", "data", {"name": "folder", "path": "x", "licence": "mine"})
     # The same holds for YAML files, for keys below a renamed one, in steps, and where the values are others, too.
-    entries = {"sight": "views", "views.wide": "views.size", "optim.calm": "optim.warmup=0 steps"}
+    entries = {"sight": "transform", "transform.wide": "transform.size", "optim.calm": "optim.warmup=0 steps"}
     monkeypatch.setattr("ssl_pipeline.config.synonyms.RENAMED_KEYS", entries)
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nsight: {wide: 32}\n", encoding="utf-8")
     assert told("pretrain", "recipe=mine", "optim.calm=true", config_dir=tmp_path).splitlines() == [
         "`optim.calm` is now `optim.warmup`: type `'optim.warmup=0 steps'`.",
-        "`sight.wide` is now `views.size`: type `views.size=32`.",
+        "`sight.wide` is now `transform.size`: type `transform.size=32`.",
     ]
 
 
@@ -94,7 +94,7 @@ def test_what_a_study_hands_on_is_taken_as_it_is(tmp_path: Path, monkeypatch: py
     places = [name for name in ("a b", "lr=0.1", "it's", "日本", "{x}", "a,b") if not Path(name).mkdir()]  # type: ignore[func-returns-value]
     words = initializations_of([*places, "seeds=2", "--", "data=folder", "data.path=my, [own] {photos}=1's"])
     config = load("study", StudyConfig, words)
-    assert list(config.initializations.values())[1:] == places
+    assert list(config.encoders.values())[1:] == places
     assert config.common == ("data=folder", "data.path=my, [own] {photos}=1's")
     across = load(
         "study_domain", DomainStudyConfig, ["encoder=runs/a b={seed}'s", "source=日本, it's", "targets=[a b,'c,d']"]
@@ -114,7 +114,7 @@ def test_what_a_study_hands_on_is_taken_as_it_is(tmp_path: Path, monkeypatch: py
         ("1e5", str | int | None, "1e5"), ("[a b, c=d,'e,f',2024]", tuple[str, ...], ["a b", "c=d", "e,f", "2024"]), ("[]", tuple[str, ...], []),
         ("[1, 2]", tuple[float, float], [1, 2]), ("[1,10%,all]", tuple[int | str, ...], [1, "10%", "all"]), ("[a", str | tuple[str, ...], "[a"),
         ("[x{0..3}.tar,b]", str | tuple[str, ...], ["x{0..3}.tar", "b"]), ("{a: 1, b: [x]}", dict[str, Any], {"a": 1, "b": ["x"]}),
-        ("[views.crop.scale=[0.8,1.0],x]", tuple[str, ...], ["views.crop.scale=[0.8,1.0]", "x"]),
+        ("[transform.crop.scale=[0.8,1.0],x]", tuple[str, ...], ["transform.crop.scale=[0.8,1.0]", "x"]),
     ],
 )  # fmt: skip
 def test_a_value_is_read_by_the_type_of_its_key(text: str, kind: Any, value: Any) -> None:
@@ -140,28 +140,28 @@ def test_a_folder_of_own_yaml_may_have_any_name(tmp_path: Path) -> None:
         ("pretrain", "lr=0.1", "`optim.lr=0.1`"), ("finetune", "lr=0.1", "`regime.optim.lr=0.1`"), ("finetune", "optim.lr=0.1", "`regime.optim.lr=0.1`"),
         ("pretrain", "learning_rate=0.1", "`optim.lr=0.1`"), ("pretrain", "optim.learning_rate=0.1", "`optim.lr=0.1`"),
         ("pretrain", "pretext.lr=0.1", "`optim.lr=0.1`"), ("pretrain", "temperature=0.1", "`pretext.temperature=0.1`"),
-        ("pretrain", "tau=0.1", "`pretext.temperature.value=0.1`"), ("pretrain", "batch_size=64", "`batch.size=64`"),
-        ("finetune", "batch_size=64", "`regime.batch=64`"), ("finetune", "batch.size=64", "`regime.batch=64`"),
+        ("pretrain", "tau=0.1", "`pretext.temperature.value=0.1`"), ("pretrain", "batch_size=64", "`batch_size=64`"),
+        ("finetune", "batch_size=64", "`regime.batch_size=64`"),
         ("finetune", "epochs=5", "`'regime.length=5 epochs'`"), ("finetune", "steps=90", "`'regime.length=90 steps'`"),
-        ("pretrain", "num_workers=4", "`workers=4`"), ("pretrain", "workers", "`workers=4`"), ("pretrain", "epochs", "`epochs=20`"),
+        ("pretrain", "num_workers=4", "`num_workers=4`"), ("pretrain", "num_workers", "`num_workers=4`"), ("pretrain", "epochs", "`epochs=20`"),
         ("pretrain", "simclr", "`pretext=simclr`"), ("pretrain", "arch=resnet34", "`backbone.name=resnet34`"), ("pretrain", "model=resnet50", "`backbone=resnet50`"),
         ("pretrain", "backbone=resnet34", "`backbone.name=resnet34`"), ("pretrain", "backbone=timm/vit_tiny_patch16_224", "`backbone.name=timm/vit_tiny_patch16_224`"),
         ("pretrain", "method=byol", "`pretext=byol`"), ("pretrain", "queue=99", "`pretext=moco_v2 pretext.queue=99`"),
         ("pretrain", "pretext.queue=99", "`pretext=moco_v2 pretext.queue=99`"), ("pretrain", "dataset=CIFAR10", "`data=torchvision data.dataset=CIFAR10`"),
         ("pretrain", "warmup=5", "`'optim.warmup=5 epochs'`"), ("pretrain", "optim.warmup=5", "'5 epochs', '5 steps' or '5%'"),
-        ("pretrain", "img_size=64", "`views.size=64`"), ("finetune", "img_size=64", "`size=64`"), ("pretrain", "output_dir=a b", "`'output=a b'`"),
+        ("pretrain", "img_size=64", "`transform.size=64`"), ("finetune", "img_size=64", "`size=64`"), ("pretrain", "output_dir=a b", "`'output=a b'`"),
         ("pretrain", "device=cpu", "`ACCELERATE_USE_CPU=1 ssl-pipeline pretrain …`"), ("pretrain", "device=cuda:1", "`CUDA_VISIBLE_DEVICES=1 ssl-pipeline pretrain …`"),
         ("finetune", "precision=bf16", "`accelerate launch --mixed_precision bf16 -m ssl_pipeline.finetune …`"),
         ("pretrain", "fp16=true", "`accelerate launch --mixed_precision fp16 -m ssl_pipeline.pretrain …`"),
         ("pretrain", "gpus=4", "`accelerate launch --multi_gpu --num_processes 4 -m ssl_pipeline.pretrain …`"),
         ("pretrain", "tracking=false", "`tracking=off`"), ("pretrain", "tracking=1", "`tracking=auto`"), ("pretrain", "tracking=null", "`tracking=off`"),
         ("pretrain", "recipe=5", "no such choice"), ("pretrain", "optim=null", "adamw, lars, sgd"), ("pretrain", "~optim", "adamw, lars, sgd"),
-        ("pretrain", "data=", "An empty shell variable"), ("pretrain", "output=", "`output=null`"), ("pretrain", "views=", "no such choice"),
+        ("pretrain", "data=", "An empty shell variable"), ("pretrain", "output=", "`output=null`"), ("pretrain", "transform=", "no such choice"),
         ("pretrain", "pretext=simcrl", "`pretext=simclr`"), ("pretrain", "optim.lr=null", "got null"), ("pretrain", "optim.lr.x=3", "Known of `optim`"),
-        ("pretrain", "views.crop=3", "`views.crop.scale=3`"), ("finetune", "labels=10", "`labels.per_class=10`"), ("pretrain", "optim.betas=0.9", "`'optim.betas=[0.9]'`"),
+        ("pretrain", "transform.crop=3", "`transform.crop.scale=3`"), ("finetune", "labels=10", "`labels.per_class=10`"), ("pretrain", "optim.betas=0.9", "`'optim.betas=[0.9]'`"),
         ("finetune", "head=cosine", "`downstream.head=cosine`"), ("finetune", "momentum=0.8", "`regime.optim.momentum=0.8`"), ("pretrain", "=3", "`group=choice`"),
         ("pretrain", "data==3", "no such choice"), ("pretrain", "runs/x=1", "there is no 'runs/x=1'"), ("pretrain", "nonsense=1", "Known: backbone, batch"),
-        ("pretrain", "~nonsense", "is not a key"), ("pretrain", "views.crop.scale=[0.5", "can't be read"), ("study", "data=folder", "is not a key"),
+        ("pretrain", "~nonsense", "is not a key"), ("pretrain", "transform.crop.scale=[0.5", "can't be read"), ("study", "data=folder", "is not a key"),
     ],
 )  # fmt: skip
 def test_what_people_type_is_answered_by_the_line_to_type(stage: str, word: str, line: str) -> None:
@@ -193,7 +193,7 @@ def test_a_place_is_no_kind_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_all_mistakes_are_told_together() -> None:
-    text = told("pretrain", "pretext.temprature=1", "optim.lr=-1", "lr=3", "workers", "output=")
+    text = told("pretrain", "pretext.temprature=1", "optim.lr=-1", "lr=3", "num_workers", "output=")
     assert len(text.splitlines()) == 5
 
 
@@ -209,12 +209,12 @@ def test_a_plain_value_stands_for_a_models_main_key() -> None:
     config = load(
         "pretrain",
         PretrainConfig,
-        ["pretext.temperature=0.1", "pretext.temperature.start=0.9", "batch=64", "neck=gem", "optim.warmup=0"],
+        ["pretext.temperature=0.1", "pretext.temperature.start=0.9", "batch_size=64", "neck=gem", "optim.warmup=0"],
     )
     tree = dump(config)
     assert tree["pretext"]["temperature"]["value"] == 0.1
     assert tree["pretext"]["temperature"]["start"] == 0.9
-    assert (config.batch.size, config.neck.name, str(config.optim.warmup)) == (64, "gem", "0 steps")
+    assert (config.batch_size, config.neck.name, str(config.optim.warmup)) == (64, "gem", "0 steps")
     downstream = dump(load("finetune", FinetuneConfig, ["downstream.bottleneck=256"]))["downstream"]
     assert downstream["bottleneck"]["width"] == 256
     assert load("finetune", FinetuneConfig, ["domain=null", "unlabeled=null", "recipe=null"]).domain is None
@@ -226,10 +226,10 @@ def test_taking_a_key_back_gives_the_value_of_its_yaml() -> None:
     recipe = load(
         "pretrain",
         PretrainConfig,
-        ["recipe=quickstart_pretrain", "~epochs", "~pretext.temperature.value", "~views.crop"],
+        ["recipe=quickstart_pretrain", "~epochs", "~pretext.temperature.value", "~transform.crop"],
     )
     assert (recipe.epochs, dump(recipe)["pretext"]["temperature"]["value"]) == (20, 0.5)
-    assert recipe.views.crop == load("pretrain", PretrainConfig).views.crop
+    assert recipe.transform.crop == load("pretrain", PretrainConfig).transform.crop
     assert recipe.backbone.width == 32
 
 
@@ -238,7 +238,7 @@ def test_of_epochs_and_steps_the_one_that_was_given_counts(tmp_path: Path, caplo
     (tmp_path / "recipe" / "short.yaml").write_text("# @package _global_\nsteps: 7\n")
     assert load("pretrain", PretrainConfig, ["recipe=short"], tmp_path).total_steps(10_000) == 7
     assert (
-        load("pretrain", PretrainConfig, ["recipe=short", "epochs=2", "batch.size=100"], tmp_path).total_steps(10_000)
+        load("pretrain", PretrainConfig, ["recipe=short", "epochs=2", "batch_size=100"], tmp_path).total_steps(10_000)
         == 200
     )
     assert not caplog.messages

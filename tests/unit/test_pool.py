@@ -13,7 +13,7 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.source import SourceConfig, Split, describe_splits, open_training
 from ssl_pipeline.data.sources import domain_folder, embedded, fashion_domains, folder, mask_folder, table
 
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def pictures(*folders: Path, count: int = 20) -> None:
@@ -60,10 +60,10 @@ def masks(root: Path) -> SourceConfig:
 @pytest.mark.parametrize("make", [class_folders, own_val, domains, rows, masks])
 def test_stage_one_learns_from_all_that_is_not_test(tmp_path: Path, make: Any) -> None:
     config: SourceConfig = make(tmp_path)
-    train, dev, test = (names(config.open(split)) for split in SPLITS)
+    train, val, test = (names(config.open(split)) for split in SPLITS)
     pool = open_training(config)
     assert isinstance(pool, IndexedDataset)
-    assert names(pool) == (train if make is own_val else train | dev)
+    assert names(pool) == (train if make is own_val else train | val)
     assert not names(pool) & test
     assert len(pool) == len(names(pool))
 
@@ -71,13 +71,13 @@ def test_stage_one_learns_from_all_that_is_not_test(tmp_path: Path, make: Any) -
 @pytest.mark.parametrize("make", [class_folders, domains, rows])
 def test_labels_of_images_that_serve_choices_are_not_among_those_learned_from(tmp_path: Path, make: Any) -> None:
     config: SourceConfig = make(tmp_path)
-    pool, train, dev = open_training(config), config.open("train"), config.open("dev")
+    pool, train, val = open_training(config), config.open("train"), config.open("val")
     assert isinstance(pool, IndexedDataset)
     assert pool.labels is not None
     assert train is not None
     assert train.labels is not None
     labels = {pool.describe(i): label for i, label in enumerate(pool.labels.tolist())}
-    assert {labels[name] for name in names(dev)} == {-1}
+    assert {labels[name] for name in names(val)} == {-1}
     assert [labels[train.describe(i)] for i in range(len(train))] == train.labels.tolist()
 
 
@@ -90,12 +90,12 @@ def test_the_embedded_data_keeps_its_protocol(config: SourceConfig) -> None:
 
 @pytest.mark.parametrize(
     ("make", "told"),
-    [(class_folders, "learned from: 32 images; for choices (`dev`): 3 of these, by their labels; held out for `test`: 8"),
-     (own_val, "learned from: 40 images; for choices (`dev`): 40, held out; held out for `test`: 40")],
+    [(class_folders, "learned from: 32 images; for choices (`val`): 3 of these, by their labels; held out for `test`: 8"),
+     (own_val, "learned from: 40 images; for choices (`val`): 40, held out; held out for `test`: 40")],
 )  # fmt: skip
 def test_the_split_is_told_in_a_line(tmp_path: Path, make: Any, told: str) -> None:
     config: SourceConfig = make(tmp_path)
-    assert describe_splits(config, open_training(config), config.open("dev")) == told
+    assert describe_splits(config, open_training(config), config.open("val")) == told
 
 
 def test_a_flat_folder_is_learned_from_whole(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_flat_folder_is_learned_from_whole(tmp_path: Path) -> None:
     pool = open_training(config)
     assert isinstance(pool, IndexedDataset)
     assert len(pool) == 20
-    assert describe_splits(config, pool, None).startswith("learned from: 20 images; there is no `dev`")
+    assert describe_splits(config, pool, None).startswith("learned from: 20 images; there is no `val`")
 
 
 @pytest.mark.parametrize("split_column", [False, True])

@@ -172,7 +172,7 @@ def test_the_loop_in_bf16_keeps_weights_and_state_in_fp32() -> None:
     accelerator = start_accelerator()
     assert accelerator.mixed_precision == "bf16"
     task, _ = tiny_task("byol")
-    optim, recorder = OptimConfig(name="adamw", clip=1.0), Recorder()
+    optim, recorder = OptimConfig(name="adamw", grad_clip_norm=1.0), Recorder()
     optimizer = build_optimizer(optim, task, 8)
     fit(TrainState(task, optimizer, optim, accelerator), _Batches(task), [recorder])  # type: ignore[arg-type]
     losses = [metrics["train/loss"] for metrics in recorder.metrics.values()]

@@ -52,11 +52,11 @@ def domains(tmp_path: Path) -> Path:
 
 
 def of_domains(root: Path, split: Any = "train", **keys: Any) -> FileDataset:
-    return domain_folder.Config(name="domain_folder", path=str(root), bad_files="20%", **keys).open(split)
+    return domain_folder.Config(name="domain_folder", path=str(root), max_bad_files="20%", **keys).open(split)
 
 
 def of_table(path: Path, **keys: Any) -> FileDataset:
-    keys = {"bad_files": "20%", "label_column": None, **keys}
+    keys = {"max_bad_files": "20%", "label_column": None, **keys}
     source = table.Config(name="table", path=str(path), **keys).open("train")
     assert isinstance(source, FileDataset)
     return source
@@ -84,7 +84,7 @@ def test_a_domain_folder_is_looked_at_once(domains: Path, tmp_path: Path, monkey
     assert again.fingerprint() == first.fingerprint()
     assert torch.equal(again.sizes(torch.arange(len(again)))[0], torch.full((len(again),), 64))
     with pytest.raises(ConfigError, match=r"(?s)oil/dog/5\.jpg: it is no image.*1 of 24 files"):
-        domain_folder.Config(name="domain_folder", path=str(domains), bad_files="0", **keys).open("train")
+        domain_folder.Config(name="domain_folder", path=str(domains), max_bad_files="0", **keys).open("train")
 
 
 def test_a_prepared_domain_folder_trains_from_its_cache(
@@ -175,11 +175,11 @@ def test_a_table_leaves_out_a_broken_files_targets_with_it(domains: Path, tmp_pa
     rows = [f"{file},{number}" for number, file in enumerate(files_of(domains))]
     (tmp_path / "t.csv").write_text("\n".join(["path,value", *rows]))
     config = table.Config(
-        name="table", path=str(tmp_path / "t.csv"), root=str(domains), prepared=str(tmp_path / "out"), bad_files="2",
+        name="table", path=str(tmp_path / "t.csv"), root=str(domains), prepared=str(tmp_path / "out"), max_bad_files="2",
         target_columns=("value",),
     )  # fmt: skip
     seen = set[int]()
-    for split in ("train", "dev", "test"):
+    for split in ("train", "val", "test"):
         source = config.open(split)
         assert isinstance(source, AnnotatedDataset)
         assert isinstance(source.images, FileDataset)

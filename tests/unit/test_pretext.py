@@ -130,7 +130,7 @@ def test_frozen_prototypes_stay_and_thaw_as_if_the_optimizer_were_new(
     name: str, key: str, optim: Literal["adamw", "sgd", "lars"]
 ) -> None:
     """Gradients of zero would decay them, and AdamW's moments of zero make its first steps several times too large."""
-    config = OptimConfig(name=optim, lr=0.1, scaling="none", weight_decay=0.1, clip=0.5)
+    config = OptimConfig(name=optim, lr=0.1, scaling="none", weight_decay=0.1, grad_clip_norm=0.5)
     task, _ = tiny_task(name, ["pretext.freeze_prototypes=3 steps"])
 
     def training(task: Task) -> TrainState:
@@ -388,7 +388,7 @@ def test_a_temperature_per_domain_reaches_the_right_rows() -> None:
             "no gradient",
         ),
         ("nnclr", ["pretext.temperature.other_domain=0.2"], "no meaning"),
-        ("instance_discrimination", ["pretext.keep=1.0"], "less than 1"),
+        ("instance_discrimination", ["pretext.memory_momentum=1.0"], "less than 1"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(name: str, overrides: list[str], words: str) -> None:

@@ -77,7 +77,7 @@ def test_thinning_keeps_both_ends_and_the_order(count: int, most: int) -> None:
 def test_the_sentence_of_stage_one(tmp_path: Path) -> None:
     told = " ".join(summary(read_runs([write_pretrain(tmp_path / "run")])[0]))
     assert told.startswith("SimCLR trained small_resnet on embedded for 20 steps in 20 s.")
-    assert "kNN accuracy on dev rose from 50.0 % untrained to 70.0 %." in told
+    assert "kNN accuracy on val rose from 50.0 % untrained to 70.0 %." in told
     assert "did not collapse: std 0.80, effective rank 60" in told
 
 
@@ -91,7 +91,7 @@ def test_a_collapse_is_told(tmp_path: Path) -> None:
         file.write('{"step": 22, "eval/feature_std": 0.3, "eval/effective_rank": 1.2}\n')
     few = " ".join(summary(read_runs([folder])[0]))
     assert "onto few directions (effective rank 1.2)." in few  # of how many, the run's files do not say
-    assert "kNN accuracy on dev fell from 50.0 % untrained to 10.0 %" in told
+    assert "kNN accuracy on val fell from 50.0 % untrained to 10.0 %" in told
 
 
 def test_only_the_settings_that_differ(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path: Path) -> None:
 def test_the_key_figures_of_both_stages(tmp_path: Path) -> None:
     runs = read_runs([write_pretrain(tmp_path / "one"), write_finetune(tmp_path / "two", [0.7, 0.8, 0.9])])
     text = Page(page(runs, images=blind)).text
-    assert "kNN on dev 70.0 % +20.0 points over untrained" in text
+    assert "kNN on val 70.0 % +20.0 points over untrained" in text
     assert "Stage two 80.0 ± 24.8 % accuracy, LP-FT classification" in text
     assert "Effective rank 60 feature std 0.80" in text
     assert "Time 20 s 1,000 images/s" in text
@@ -293,7 +293,7 @@ def test_many_runs_have_their_folders_name_and_a_table(tmp_path: Path) -> None:
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', head)
     assert [name for name, _ in rows] == ["tau-0", "tau-1", "tau-2", "tau-3", "two"]
     cells = [re.findall("<td>(.*?)</td>", found) for _, found in rows]
-    assert cells[0] == ["pretrain", "finished", "20", "20 s", "kNN on dev, untrained → now", "50.0 → 70.0 %"]
+    assert cells[0] == ["pretrain", "finished", "20", "20 s", "kNN on val, untrained → now", "50.0 → 70.0 %"]
     assert cells[4][:3] == ["finetune", "finished", "—"]
     assert cells[4][4:] == ["accuracy", "60.0 ± 127.1 %"]
     assert head.count('class="sentence"') == 5  # what each found, in words, is there to be opened

@@ -194,7 +194,7 @@ def test_the_headline_is_the_claimed_condition_and_not_the_best_one(tmp_path: Pa
         {"init": "a", "regime": regime, "labels": 10, "seed": seed, "figures": {"accuracy": value + 0.01 * seed}}
         for regime, value in values.items() for seed in (0, 1)
     ]  # fmt: skip
-    record = {"rows": rows, "baseline": {"init": "a", "regime": "scratch"}, "claimed": "lp_ft"}
+    record = {"rows": rows, "baseline": {"init": "a", "regime": "scratch"}, "reported_regime": "lp_ft"}
     found = study_comparison(read_runs([write_study(tmp_path / "study", record)])[0])
     assert found
     told = found.headline()

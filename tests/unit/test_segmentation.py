@@ -46,15 +46,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage_one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [
-        "tracking=off", "workers=0", "data=mask_folder", f"data.path={folder}", "views=small", "backbone.width=8",
-        "batch.size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
+        "tracking=off", "num_workers=0", "data=mask_folder", f"data.path={folder}", "transform=small", "backbone.width=8",
+        "batch_size=32", "steps=15", "pretext.hidden_width=16", "pretext.projection_width=16", "evaluate_every=0 steps",
     ]  # fmt: skip
     return pretrain(load("pretrain", PretrainConfig, [*words, f"output={tmp_path_factory.mktemp('one') / 'run'}"]))
 
 
 def run(folder: Path, output: Path, *overrides: str) -> Result:
-    words = ["tracking=off", "workers=0", "data=mask_folder", f"data.path={folder}", "downstream=segmentation"]
-    short = [f"regime.{key}" for key in ("least_steps=0", "batch=16", "optim.lr=0.01")]
+    words = ["tracking=off", "num_workers=0", "data=mask_folder", f"data.path={folder}", "downstream=segmentation"]
+    short = [f"regime.{key}" for key in ("min_steps=0", "batch_size=16", "optim.lr=0.01")]
     return finetune(load("finetune", FinetuneConfig, [*words, *short, f"output={output}", *overrides]))
 
 
@@ -62,7 +62,7 @@ def run(folder: Path, output: Path, *overrides: str) -> Result:
 def test_squares_and_circles_are_told_apart_in_every_regime(
     folder: Path, stage_one: Path, tmp_path: Path, regime: str, least: float
 ) -> None:
-    probe = ["regime.probe.length=40 steps", "regime.probe.least_steps=0", "regime.probe.optim.lr=0.02"]
+    probe = ["regime.probe.length=40 steps", "regime.probe.min_steps=0", "regime.probe.optim.lr=0.02"]
     length = ["regime.length=40 steps"] if regime != "frozen" else []
     result = run(
         folder, tmp_path / "run", f"regime={regime}", f"encoder={stage_one}", "labels.validation=0", *probe, *length
@@ -85,7 +85,7 @@ def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
         Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
         Image.fromarray(mask * 100).convert("RGB").save(tmp_path / "images" / f"{i}.png")
     source = mask_folder.Config(name="mask_folder", path=str(tmp_path)).open("train")
-    config = load("finetune", FinetuneConfig, ["views.crop.scale=[0.2,0.6]", "views.size=24"]).views
+    config = load("finetune", FinetuneConfig, ["transform.crop.scale=[0.2,0.6]", "transform.size=24"]).transform
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 7)
     seen = 0
     for batch in AnnotatedLoader(source, views, 2, 7, CPU, 6, workers=0, with_labels=True).from_step(0):
@@ -152,7 +152,7 @@ def test_a_frozen_probe_leaves_the_encoder_as_it_was(folder: Path, stage_one: Pa
         "regime=frozen",
         f"encoder={stage_one}",
         "regime.probe.length=3 steps",
-        "regime.probe.least_steps=0",
+        "regime.probe.min_steps=0",
     )
     before = load_encoder(stage_one)[0].state_dict()
     after = load_model(result.folder).task.encoder.state_dict()
@@ -176,7 +176,7 @@ def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
                 annotated.open_image(i).save(root / part / "images" / f"{i}.png")
                 Image.fromarray(changed).save(root / part / "masks" / f"{i}.png")
             (root / "classes.txt").write_text("\n".join(NAMES))
-        short = ["regime=lp_ft", "regime.length=3 steps", "regime.probe.length=3 steps", "regime.probe.least_steps=0"]
+        short = ["regime=lp_ft", "regime.length=3 steps", "regime.probe.length=3 steps", "regime.probe.min_steps=0"]
         return run(root, tmp_path / name, f"encoder={stage_one}", *short, "labels.validation=0.3").folder
 
     first, again, other = whole("a", False), whole("b", False), whole("c", True)
@@ -186,7 +186,7 @@ def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
 
 
 def test_another_image_size_is_taken_or_refused(folder: Path, stage_one: Path, tmp_path: Path) -> None:
-    short = ["regime=frozen", "regime.probe.length=2 steps", "regime.probe.least_steps=0"]
+    short = ["regime=frozen", "regime.probe.length=2 steps", "regime.probe.min_steps=0"]
     result = run(folder, tmp_path / "run", f"encoder={stage_one}", "size=48", *short)
     assert load_model(result.folder).card.blueprint.size == 48
     with pytest.raises(ConfigError, match="no multiple of vit_b_32's patches"):
@@ -195,7 +195,7 @@ def test_another_image_size_is_taken_or_refused(folder: Path, stage_one: Path, t
 
 def test_views_that_masks_cannot_follow_are_refused(folder: Path, stage_one: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="turns images away from their masks"):
-        run(folder, tmp_path / "no", f"encoder={stage_one}", "views.rotation.probability=0.5")
+        run(folder, tmp_path / "no", f"encoder={stage_one}", "transform.rotation.probability=0.5")
 
 
 def save(path: Path, array: np.ndarray) -> None:

@@ -59,8 +59,8 @@ def classifier(classes: int = 2) -> Classification:
 
 
 def around(labeled: LabeledSplit, *words: str) -> tuple[FinetuneConfig, TrainContext]:
-    config = load("finetune", FinetuneConfig, ["tracking=off", "initialization=random", *words])
-    policy, _ = config.views.model_copy(update={"size": 12}).for_channels(1)
+    config = load("finetune", FinetuneConfig, ["tracking=off", "init=random", *words])
+    policy, _ = config.transform.model_copy(update={"size": 12}).for_channels(1)
     views = Views(policy, (0.5,), (0.3,), 0)
     return config, TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), 0)
 
@@ -166,7 +166,7 @@ def test_a_probe_is_fitted_again_to_the_labels_that_chose() -> None:
     pool, task = images(60), classifier()
     labeled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), pool, 0)
     assert labeled.validation is not None
-    config, surroundings = around(labeled, "regime=frozen", "regime.decays=[0.1]")
+    config, surroundings = around(labeled, "regime=frozen", "regime.weight_decays=[0.1]")
     train(config.regime, task, surroundings)
     features = torch.cat(
         [extract(task.encoder, part, PREPROCESSING, SHARE) for part in (labeled.train, labeled.validation)]
@@ -179,7 +179,7 @@ def test_a_probe_is_fitted_again_to_the_labels_that_chose() -> None:
 @pytest.mark.parametrize("harm", [True, False])
 def test_the_probe_is_a_candidate_of_the_training_that_follows(harm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     labeled = draw(LabelsConfig(validation=0.3), classification.Config(name="classification"), images(60), 0)
-    words = ["regime=lp_ft", "regime.length=2 steps", "regime.least_steps=0", "regime.decays=[0.1]"]
+    words = ["regime=lp_ft", "regime.length=2 steps", "regime.min_steps=0", "regime.weight_decays=[0.1]"]
     config, surroundings = around(labeled, *words)
     task, probe = classifier(), classifier()
     encoder = copy.deepcopy(task.encoder.state_dict())
@@ -259,8 +259,8 @@ def test_with_few_labels_a_run_is_one_that_selects_nothing_and_its_file_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
-        "tracking=off", "data.dev=4000", "split=dev", "labels.per_class=3", "regime=scratch", "backbone.width=4", "size=12",
-        "regime.length=2 steps", "regime.least_steps=0",
+        "tracking=off", "data.val=4000", "split=val", "labels.per_class=3", "regime=scratch", "backbone.width=4", "size=12",
+        "regime.length=2 steps", "regime.min_steps=0",
     ]  # fmt: skip
     for name in ("auto", "0"):
         finetune(load("finetune", FinetuneConfig, [*words, f"labels.validation={name}", f"output={tmp_path / name}"]))

@@ -82,7 +82,7 @@ def test_images_are_held_out_where_the_dataset_has_one_split(tmp_path: Path) -> 
     write_parquet(tmp_path / "d", table(40))
     table(40).save_to_disk(tmp_path / "saved")
     for place in ("d", "saved"):
-        parts = [opened(tmp_path / place, split) for split in ("train", "dev", "test")]
+        parts = [opened(tmp_path / place, split) for split in ("train", "val", "test")]
         assert [len(part) for part in parts] == [29, 3, 8]
         assert sorted(itertools.chain.from_iterable(grayscales(part) for part in parts)) == list(range(40))
         for part in parts:
@@ -101,8 +101,8 @@ def test_the_datasets_own_splits_are_taken(tmp_path: Path) -> None:
     for split, rows in splits.items():
         write_parquet(tmp_path / "d", rows, split=split)
     for place in ("d", "saved"):
-        assert [len(opened(tmp_path / place, split)) for split in ("train", "dev", "test")] == [20, 6, 4]
-        assert len(opened(tmp_path / place, test_split="validation", dev_split=None)) == 18
+        assert [len(opened(tmp_path / place, split)) for split in ("train", "val", "test")] == [20, 6, 4]
+        assert len(opened(tmp_path / place, test_split="validation", val_split=None)) == 18
     with pytest.raises(ConfigError, match="has no split 'extra'; it has train, validation, test"):
         opened(tmp_path / "saved", train_split="extra")
     with pytest.raises(ConfigError, match='Unknown split "extra"'):
@@ -121,7 +121,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     assert chosen.domains.tolist() == [1]
     assert grayscales(chosen)[0] % 3 == 1
     assert opened(tmp_path / "saved", label=None).labels is None
-    assert config(tmp_path / "saved", label=None).open("dev") is None
+    assert config(tmp_path / "saved", label=None).open("val") is None
     for key in ("label", "image", "domain"):
         with pytest.raises(
             ConfigError, match=rf"no column 'x'; it has 'image', 'label', 'origin', 'kind': mend `data\.{key}`"
@@ -237,7 +237,7 @@ def test_what_can_not_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         opened(tmp_path / "bad")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"\.\[hf\]"):
-        opened(tmp_path / "empty", "dev")
+        opened(tmp_path / "empty", "val")
 
 
 def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
@@ -254,12 +254,12 @@ def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
         assert list(stream.read(1, start)) == samples[1][start:]
     with pytest.raises(ConfigError, match="numbered images are needed"):
         config(tmp_path / "d", streaming=True).open("train")
-    assert config(tmp_path / "d", streaming=True).open("dev") is None
+    assert config(tmp_path / "d", streaming=True).open("val") is None
     write_parquet(tmp_path / "d", table(6), split="validation")
-    dev = config(tmp_path / "d", streaming=True, held_images=4).open("dev")
-    assert dev is not None
-    assert dev.labels is not None
-    assert dev.labels.tolist() == [0, 1, 0, 1]
+    val = config(tmp_path / "d", streaming=True, held_images=4).open("val")
+    assert val is not None
+    assert val.labels is not None
+    assert val.labels.tolist() == [0, 1, 0, 1]
 
 
 def test_a_stream_says_where_its_images_are_from(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def opened(path: Path, split: Any = "train", **keys: Any) -> FileDataset:
 def test_all_kinds_of_table_give_the_same_source(images: Path, kind: str) -> None:
     WRITERS[kind](images / f"t.{kind}", ROWS)
     write_csv(images / "other.csv", ROWS)
-    for split in ("train", "dev", "test"):
+    for split in ("train", "val", "test"):
         source, expected = opened(images / f"t.{kind}", split), opened(images / "other.csv", split)
         assert source.files == expected.files
         assert source.fingerprint() == expected.fingerprint()
@@ -80,7 +80,7 @@ def test_all_kinds_of_table_give_the_same_source(images: Path, kind: str) -> Non
             assert source.classes[source.labels[i]] == row["label"]
             assert source.domain_names[source.domains[i]] == row["domain"]
         assert source.open_image(0).size == (6, 5)
-    parts = [set(opened(images / "other.csv", split).files) for split in ("train", "dev", "test")]
+    parts = [set(opened(images / "other.csv", split).files) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [22, 2, 6]
     assert len(set.union(*parts)) == 30
 
@@ -88,7 +88,7 @@ def test_all_kinds_of_table_give_the_same_source(images: Path, kind: str) -> Non
 def test_the_tables_own_splits_are_taken(images: Path) -> None:
     rows = [{**row, "split": ("Training", "val", "test")[min(2, i // 10)]} for i, row in enumerate(ROWS)]
     write_csv(images / "t.csv", rows)
-    for split, start in (("train", 0), ("dev", 10), ("test", 20)):
+    for split, start in (("train", 0), ("val", 10), ("test", 20)):
         assert opened(images / "t.csv", split).files == [row["path"] for row in rows[start : start + 10]]
     write_csv(images / "two.csv", rows[:20])
     assert len(opened(images / "two.csv", "test")) == 2  # held out of the 10 of `train`
@@ -97,7 +97,7 @@ def test_the_tables_own_splits_are_taken(images: Path) -> None:
 
 def test_domains_are_chosen_and_no_image_changes_its_split(images: Path) -> None:
     write_csv(images / "t.csv", ROWS)
-    for split in ("train", "dev", "test"):
+    for split in ("train", "val", "test"):
         every = opened(images / "t.csv", split)
         assert every.domains is not None
         expected = [file for file, domain in zip(every.files, every.domains.tolist(), strict=True) if domain != 1]
@@ -117,7 +117,7 @@ def test_whole_numbers_are_in_their_order_and_may_be_missing(images: Path, caplo
     rows = [{"path": row["path"], "label": None if i < 4 else float(i % 12)} for i, row in enumerate(ROWS)]
     write_parquet(images / "t.parquet", rows)
     with caplog.at_level(logging.WARNING):
-        source = opened(images / "t.parquet", test=0.1, dev=0.01)
+        source = opened(images / "t.parquet", test=0.1, val=0.01)
     assert source.classes == tuple(str(i) for i in range(12))
     assert source.labels is not None
     assert source.labels[:4].tolist() == [-1] * 4
@@ -133,7 +133,7 @@ def test_without_labels_there_is_nothing_to_measure_on(images: Path) -> None:
     train = config.open("train")
     assert train is not None
     assert len(train) == 30
-    assert config.open("dev") is config.open("test") is None
+    assert config.open("val") is config.open("test") is None
 
 
 def test_paths_may_be_absolute_or_start_from_a_root(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -289,10 +289,10 @@ def test_domains_and_classes_are_numbered_over_the_whole_folder(domains: Path) -
 
 def test_a_domain_may_be_kept_for_the_test(domains: Path) -> None:
     keys = {"test_domains": ("ink",)}
-    train, dev, test = (of_domains(domains, split, **keys) for split in ("train", "dev", "test"))
-    assert [len(train), len(dev), len(test)] == [36, 4, 20]
+    train, val, test = (of_domains(domains, split, **keys) for split in ("train", "val", "test"))
+    assert [len(train), len(val), len(test)] == [36, 4, 20]
     assert all(file.startswith("ink/") for file in test.files)
-    assert not any(file.startswith("ink/") for file in [*train.files, *dev.files])
+    assert not any(file.startswith("ink/") for file in [*train.files, *val.files])
 
 
 def test_what_is_no_folder_of_domains_is_told(domains: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def labels(source: IndexedDataset) -> list[int]:
 
 def test_fake_data_is_held_out_and_labeled() -> None:
     options = {"size": 50, "image_size": (3, 9, 8), "num_classes": 3}
-    parts = [opened("FakeData", split, options=options) for split in ("train", "dev", "test")]
+    parts = [opened("FakeData", split, options=options) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [36, 4, 10]
     made = datasets.FakeData(size=50, image_size=(3, 9, 8), num_classes=3)
     pictures = {np.asarray(image).tobytes(): label for image, label in (made[i] for i in range(50))}
@@ -52,11 +52,11 @@ def test_images_in_memory_are_taken_as_they_are(tmp_path: Path) -> None:
     for part in ("train", "t10k"):
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", (torch.arange(60) % 10).to(torch.uint8))
-    train, dev, test = (
-        opened("KMNIST", split, path=str(tmp_path), license="free") for split in ("train", "dev", "test")
+    train, val, test = (
+        opened("KMNIST", split, path=str(tmp_path), license="free") for split in ("train", "val", "test")
     )
     assert isinstance(train, ArrayDataset)
-    assert [len(train), len(dev), len(test)] == [54, 6, 60]
+    assert [len(train), len(val), len(test)] == [54, 6, 60]
     assert train.license == "free"
     assert test.pixels is not None
     assert torch.equal(test.pixels[:, 0], images)
@@ -111,7 +111,7 @@ def test_parts_have_torchvisions_names(tmp_path: Path) -> None:
             path = tmp_path / "imagenette2" / split / ("n01440764", "n02102040")[i % 2] / f"{i}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (i, i, i)).save(path)
-    parts = [opened("Imagenette", split, path=str(tmp_path)) for split in ("train", "dev", "test")]
+    parts = [opened("Imagenette", split, path=str(tmp_path)) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [27, 3, 10]
     assert parts[0].classes is not None
     assert parts[0].classes[0] == "tench / Tinca tinca"

@@ -140,20 +140,20 @@ def test_labels(tmp_path: Path) -> None:
 
 def test_held_splits_are_labeled_and_in_memory(tmp_path: Path) -> None:
     write_shards(tmp_path, [6])
-    keys: dict[str, Any] = {"name": "webdataset", "path": str(tmp_path), "dev": str(tmp_path)}
-    dev = webdataset.Config(**keys, classes=("even", "odd"), held_images=4).open("dev")
-    assert dev is not None
-    assert dev.labels is not None
-    assert dev.labels.tolist() == [0, 1, 0, 1]
-    assert dev.open_image(3).getpixel((0, 0)) == 3
-    assert "0003" in dev.describe(3)
-    chosen = dev.select(dev.labels.argsort())
+    keys: dict[str, Any] = {"name": "webdataset", "path": str(tmp_path), "val": str(tmp_path)}
+    val = webdataset.Config(**keys, classes=("even", "odd"), max_val_images=4).open("val")
+    assert val is not None
+    assert val.labels is not None
+    assert val.labels.tolist() == [0, 1, 0, 1]
+    assert val.open_image(3).getpixel((0, 0)) == 3
+    assert "0003" in val.describe(3)
+    chosen = val.select(val.labels.argsort())
     assert chosen.labels is not None
     assert chosen.labels.tolist() == [0, 0, 1, 1]
-    assert chosen.fingerprint() != dev.fingerprint()
+    assert chosen.fingerprint() != val.fingerprint()
     assert webdataset.Config(**keys).open("test") is None
     with pytest.raises(ConfigError, match="need labels"):
-        webdataset.Config(**keys).open("dev")
+        webdataset.Config(**keys).open("val")
     with pytest.raises(ConfigError, match="numbered images are needed"):
         webdataset.Config(**keys).open("train")
 
@@ -349,15 +349,15 @@ def test_a_grayscale_first_image_makes_no_stream_grayscale(tmp_path: Path) -> No
     color = io.BytesIO()
     Image.new("RGB", (12, 10), "red").save(color, "png")
     write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", color.getvalue()), ("1.cls", b"0")])
-    write_tar(tmp_path / "dev" / "b.tar", [("0.png", png(1)), ("0.cls", b"0")])
-    stream = opened(tmp_path, dev=str(tmp_path / "dev"), classes=("a",))
+    write_tar(tmp_path / "val" / "b.tar", [("0.png", png(1)), ("0.cls", b"0")])
+    stream = opened(tmp_path, val=str(tmp_path / "val"), classes=("a",))
     assert stream.channels == 3
-    dev = webdataset.Config(
-        name="webdataset", path=str(tmp_path / "a.tar"), dev=str(tmp_path / "dev"), classes=("a",)
-    ).open("dev")
-    assert dev is not None
-    assert dev.channels == 3  # what the network reads, though all of these are grayscale
-    assert opened(tmp_path / "dev").channels == 1
+    val = webdataset.Config(
+        name="webdataset", path=str(tmp_path / "a.tar"), val=str(tmp_path / "val"), classes=("a",)
+    ).open("val")
+    assert val is not None
+    assert val.channels == 3  # what the network reads, though all of these are grayscale
+    assert opened(tmp_path / "val").channels == 1
 
 
 def test_a_label_that_says_there_is_none_is_none(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def picture(path: Path, size: tuple[int, int] = (12, 9), color: str = "red") -> 
 
 
 def test_the_embedded_images_are_those_that_were_drawn() -> None:
-    opened = {split: embedded.Config(name="embedded").open(split) for split in ("train", "dev", "test")}
-    assert {split: len(source) for split, source in opened.items()} == {"train": 7000, "dev": 1000, "test": 2000}
+    opened = {split: embedded.Config(name="embedded").open(split) for split in ("train", "val", "test")}
+    assert {split: len(source) for split, source in opened.items()} == {"train": 7000, "val": 1000, "test": 2000}
     for source in opened.values():
         assert source.labels is not None
         assert source.labels.bincount().unique().numel() == 1
@@ -46,7 +46,7 @@ def test_the_embedded_images_are_those_that_were_drawn() -> None:
 
 def test_no_image_stands_in_two_splits() -> None:
     digests = []
-    for split in ("train", "dev", "test"):
+    for split in ("train", "val", "test"):
         source = embedded.Config(name="embedded").open(split)
         assert source.pixels is not None
         digests.append({image.numpy().tobytes() for image in source.pixels})
@@ -58,8 +58,8 @@ def test_fashion_mnist_reads_a_folder_and_says_what_is_missing(tmp_path: Path) -
     for part, count in (("train", 40), ("t10k", 20)):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte", torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8))
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", (torch.arange(count) % 10).to(torch.uint8))
-    config = fashion_mnist.Config(name="fashion_mnist", path=str(tmp_path), dev=10)
-    assert [len(config.open(s)) for s in ("train", "dev", "test")] == [30, 10, 20]
+    config = fashion_mnist.Config(name="fashion_mnist", path=str(tmp_path), val=10)
+    assert [len(config.open(s)) for s in ("train", "val", "test")] == [30, 10, 20]
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="four idx files"):
         fashion_mnist.Config(name="fashion_mnist", path=str(tmp_path / "other")).open("train")
@@ -124,7 +124,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert source is not None
     assert source.files == ["0.png", "1.png", "2.png", "3.png", "deeper/ünïcode 世界.JPG"]
     assert source.labels is None
-    assert config.open("dev") is config.open("test") is None
+    assert config.open("val") is config.open("test") is None
 
 
 def test_class_folders_are_split_the_same_way_every_time(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_class_folders_are_split_the_same_way_every_time(tmp_path: Path) -> None
         for i in range(20):
             picture(tmp_path / name / f"{i}.png", color="blue")
     config = folder.Config(name="folder", path=str(tmp_path))
-    parts = [config.open(split) for split in ("train", "dev", "test")]
+    parts = [config.open(split) for split in ("train", "val", "test")]
     files = [set(part.files) for part in parts if part]
     assert [len(part) for part in files] == [29, 3, 8]
     assert len(set.union(*files)) == 40
@@ -148,7 +148,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
             for i in range(count):
                 picture(tmp_path / part / name / f"{i}.png", color="green")
     config = folder.Config(name="folder", path=str(tmp_path))
-    assert [len(config.open(s) or []) for s in ("train", "dev", "test")] == [18, 2, 8]
+    assert [len(config.open(s) or []) for s in ("train", "val", "test")] == [18, 2, 8]
     picture(tmp_path / "test" / "fox" / "0.png")
     folder._scan.cache_clear()
     scan_folder.cache_clear()
@@ -164,7 +164,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     assert source is not None
     assert sorted(source.files)[0] == "a/0.png"
     assert (
-        len(source) + sum(len(folder.Config(name="folder", path=str(tmp_path)).open(s) or []) for s in ("dev", "test"))
+        len(source) + sum(len(folder.Config(name="folder", path=str(tmp_path)).open(s) or []) for s in ("val", "test"))
         == 3
     )
 
@@ -184,10 +184,10 @@ def test_files_that_are_no_images_stop_with_a_list_or_are_left_out(
         "empty.png: it is empty",
         "gone.png: it is not there",
         "3 of 7",
-        "bad_files",
+        "max_bad_files",
     ):
         assert text in str(told.value)
-    source = folder.Config(name="folder", path=str(tmp_path), bad_files="90%").open("train")
+    source = folder.Config(name="folder", path=str(tmp_path), max_bad_files="90%").open("train")
     assert source is not None
     assert len(source) == 4
     assert "left out 3 files" in caplog.text

@@ -38,8 +38,8 @@ def _said_again() -> None:
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("train", "train"), ("Training", "train"), (" TRAIN ", "train"), ("training_set", "train"), ("valid", "dev"),
-     ("Validation", "dev"), ("VAL", "dev"), ("eval", "dev"), ("dev", "dev"), ("Testing", "test"), ("Test Set", "test"),
+    [("train", "train"), ("Training", "train"), (" TRAIN ", "train"), ("training_set", "train"), ("valid", "val"),
+     ("Validation", "val"), ("VAL", "val"), ("eval", "val"), ("val", "val"), ("Testing", "test"), ("Test Set", "test"),
      ("cat", None), ("trainer", None), ("extra_test", None), ("set", None)],
 )  # fmt: skip
 def test_a_split_is_known_by_its_usual_names(name: str, split: str | None) -> None:
@@ -86,9 +86,9 @@ def test_a_tables_columns_are_found_whatever_their_capitals_and_blanks(tmp_path:
     rows = [f"{i}.png,{'abc'[i % 3]},{words[i % 4]}" for i in range(12)]
     (tmp_path / "t.csv").write_text("\n".join([head, *rows]) + "\n")
     config = table.Config(name="table", path=str(tmp_path / "t.csv"))
-    opened = {split: config.open(split) for split in ("train", "dev", "test")}
+    opened = {split: config.open(split) for split in ("train", "val", "test")}
     assert files(opened["train"]) == {f"{i}.png" for i in range(12) if i % 4 in (0, 3)}
-    assert files(opened["dev"]) == {f"{i}.png" for i in range(12) if i % 4 == 1}
+    assert files(opened["val"]) == {f"{i}.png" for i in range(12) if i % 4 == 1}
     assert files(opened["test"]) == {f"{i}.png" for i in range(12) if i % 4 == 2}
     assert opened["test"] is not None
     assert opened["test"].classes == ("a", "b", "c")
@@ -118,10 +118,10 @@ def test_domain_folders_have_splits_above_or_below_the_domains(
     def opened(split: Any, **keys: Any) -> FileDataset:
         return domain_folder.Config(name="domain_folder", path=str(tmp_path), **keys).open(split)
 
-    train, dev, test = (opened(split) for split in ("train", "dev", "test"))
+    train, val, test = (opened(split) for split in ("train", "val", "test"))
     assert (train.domain_names, train.classes) == (("ink", "oil"), ("cat", "dog"))
-    assert len(train) + len(dev) == len(test) == 20
-    assert all(names[0] in file for file in files(train) | files(dev))
+    assert len(train) + len(val) == len(test) == 20
+    assert all(names[0] in file for file in files(train) | files(val))
     assert all(names[1] in file for file in files(test))
     assert test.labels is not None
     assert test.domains is not None
@@ -131,7 +131,7 @@ def test_domain_folders_have_splits_above_or_below_the_domains(
     assert len(whole) == 20
     assert all("oil" in file for file in files(whole))
     if names[1] == "valid":  # it is no longer needed as the test
-        assert files(opened("dev", test_domains=("oil",))) == {file for file in files(test) if "ink" in file.split("/")}
+        assert files(opened("val", test_domains=("oil",))) == {file for file in files(test) if "ink" in file.split("/")}
 
 
 @pytest.mark.parametrize("form", ["{split}/{kind}", "{kind}/{split}"])
@@ -143,7 +143,7 @@ def test_mask_folders_have_splits_above_or_below_images(tmp_path: Path, form: st
         for i in range(10):
             Image.fromarray(np.full((5, 6), i % 2, np.uint8)).save(place / f"{i}.png")
     config = mask_folder.Config(name="mask_folder", path=str(tmp_path))
-    opened = {split: config.open(split) for split in ("train", "dev", "test")}
+    opened = {split: config.open(split) for split in ("train", "val", "test")}
     assert [len(source) for source in opened.values()] == [9, 1, 10]
     for split, source in opened.items():
         assert isinstance(source, AnnotatedDataset)
@@ -155,7 +155,7 @@ def test_archives_of_another_split_are_not_trained_on(tmp_path: Path, caplog: py
         write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", png(i)) for i in range(3)])
     stream = webdataset.Config(name="webdataset", path=str(tmp_path)).open_stream()
     assert stream.shards == ("train-0.tar",)
-    assert "data.dev=PATTERN" in caplog.text
+    assert "data.val=PATTERN" in caplog.text
 
 
 @pytest.mark.parametrize(

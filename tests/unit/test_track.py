@@ -73,7 +73,7 @@ def test_a_folder_of_other_things_is_left_as_it_was(tmp_path: Path, resume: str)
 def test_resume_continues_the_same_run(tmp_path: Path) -> None:
     with run_in(tmp_path / "a", "auto") as run:
         assert not run.resumed
-    moved = CONFIG | {"output": "elsewhere", "resume": "auto", "tracking": {"name": "wandb"}, "workers": 3}
+    moved = CONFIG | {"output": "elsewhere", "resume": "auto", "tracking": {"name": "wandb"}, "num_workers": 3}
     with run_in(tmp_path / "a", "auto", moved) as run:
         assert run.resumed
     starts = json.loads((run.path / "run.json").read_text())["starts"]
@@ -89,7 +89,7 @@ def test_resume_of_another_run_names_what_differs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         run_in(tmp_path / "a", "auto", other)
     assert error.value.problems[:2] == [
-        "`optim.clip` was 'not there' and is now 1.0.",
+        "`optim.grad_clip_norm` was 'not there' and is now 1.0.",
         "`optim.rate` was 1e-05 and is now 0.5.",
     ]
     assert (tmp_path / "a/config.yaml").read_text() == before
@@ -668,9 +668,9 @@ def test_the_end_counts_all_starts_of_a_run(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_no_tracking_draws_no_pictures() -> None:
-    assert not load("pretrain", PretrainConfig, ["tracking=off"]).tracking.pictures
-    assert load("pretrain", PretrainConfig, ["tracking=off", "tracking.pictures=true"]).tracking.pictures
-    assert load("pretrain", PretrainConfig, ["tracking=tensorboard"]).tracking.pictures
+    assert not load("pretrain", PretrainConfig, ["tracking=off"]).tracking.log_images
+    assert load("pretrain", PretrainConfig, ["tracking=off", "tracking.log_images=true"]).tracking.log_images
+    assert load("pretrain", PretrainConfig, ["tracking=tensorboard"]).tracking.log_images
 
 
 def test_each_step_is_heard_of_whatever_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

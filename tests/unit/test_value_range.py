@@ -109,13 +109,13 @@ def test_no_bit_of_16_is_lost_between_file_and_batch(tmp_path: Path) -> None:
     root = images(tmp_path / "ramp", lambda i: ramp, "png", 2)
     expected = torch.from_numpy(ramp.astype(np.float64) / 65535).float()
     for channels in (1, 3):
-        source = opened(root, channels=channels, test=0.25, dev=0.25)
+        source = opened(root, channels=channels, test=0.25, val=0.25)
         (read,) = read_in_order(
             source, Preprocessing(256, (0.0,) * channels, (1.0,) * channels), CPU, torch.tensor([0])
         )
         assert read.shape == (1, channels, 256, 256)
         assert all(torch.equal(plane, expected) for plane in read[0])
-        whole = ViewsConfig(size=256, count=1, crop={"scale": (1, 1), "ratio": (1, 1)}, flip=0.0)
+        whole = ViewsConfig(size=256, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
         views = Views(whole.for_channels(channels)[0], (0.0,) * channels, (1.0,) * channels, 0)
         (crops,) = read_crops(source, views, torch.tensor([0]), 0).views
         assert all(torch.equal(plane, expected) for plane in crops[0])
@@ -128,7 +128,7 @@ def test_images_of_8_bits_are_bytes_and_may_stand_beside_others(tmp_path: Path) 
     )
     source = opened(root)
     assert source.value_range == (0, 2047)
-    whole = ViewsConfig(size=8, count=1, crop={"scale": (1, 1), "ratio": (1, 1)}, flip=0.0)
+    whole = ViewsConfig(size=8, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
     views = Views(whole.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 0)
     bright = [i for i in range(len(source)) if int(Path(source.describe(i)).stem) % 2]
     (crops,) = read_crops(source, views, torch.arange(len(source)), 0).views
@@ -153,7 +153,7 @@ def in_archives(root: Path, files: list[Path], **keys: Any) -> SourceConfig:
         members = [(f"{i}{file.suffix}", file.read_bytes()) for i, file in enumerate(files)]
         classes = [(f"{i}.cls", str(i % 2).encode()) for i in range(len(files))]
         write_tar(root / f"{name}.tar", [member for pair in zip(members, classes, strict=True) for member in pair])
-    given = {"path": str(root / "train.tar"), "dev": str(root / "val.tar"), "classes": ("a", "b")}
+    given = {"path": str(root / "train.tar"), "val": str(root / "val.tar"), "classes": ("a", "b")}
     return webdataset.Config(name="webdataset", **given, **keys)
 
 
@@ -204,11 +204,11 @@ KINDS = [in_archives, in_rows, in_streamed_rows, with_boxes, with_masks, of_torc
 
 
 def all_parts(config: SourceConfig) -> Iterable[list[IndexedDataset]]:
-    """Sources that hold all images together; of a stream its first images, and again those of `dev`."""
+    """Sources that hold all images together; of a stream its first images, and again those of `val`."""
     if isinstance(config, StreamConfig) and (stream := config.stream()) is not None:
-        dev = config.open("dev")
-        assert dev is not None
-        return [[stream.preview(100)], [dev]]
+        val = config.open("val")
+        assert val is not None
+        return [[stream.preview(100)], [val]]
     return [list(config.open_every().values())]
 
 
@@ -267,7 +267,7 @@ def test_the_views_of_a_stream_are_at_its_range(tmp_path: Path) -> None:
     assert isinstance(config, StreamConfig)
     stream = config.stream()
     assert stream is not None
-    whole = ViewsConfig(size=8, count=1, crop={"scale": (1, 1), "ratio": (1, 1)}, flip=0.0)
+    whole = ViewsConfig(size=8, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
     views = Views(whole.for_channels(1)[0], (0.0,), (1.0,), 0)
     (crops,) = read_stream_crops(stream, views, list(enumerate(stream.read(0))), 0, with_labels=False).views
     np.testing.assert_allclose(crops[:, 0], np.stack(stored) / 4095, atol=1e-6)
@@ -286,8 +286,8 @@ def test_what_an_encoder_was_pretrained_at_holds_for_every_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     in_archives(tmp_path, in_files(tmp_path / "files", SETS[0][0], "png"))
-    words = ["tracking=off", "workers=0", "data=webdataset", f"data.path={tmp_path / 'train.tar'}", "steps=2"]
-    tiny = ["views=small", "views.size=8", "backbone.width=4", "batch.size=4", "evaluate_every=0 steps"]
+    words = ["tracking=off", "num_workers=0", "data=webdataset", f"data.path={tmp_path / 'train.tar'}", "steps=2"]
+    tiny = ["transform=small", "transform.size=8", "backbone.width=4", "batch_size=4", "evaluate_every=0 steps"]
     run = pretrain(load("pretrain", PretrainConfig, [*words, *tiny, f"output={tmp_path / 'run'}"]))
     assert "0 is black and 4095 white (`data.range`), by the first 64 images of the stream" in " ".join(
         capsys.readouterr().out.split()
@@ -354,8 +354,15 @@ def test_what_an_encoder_was_pretrained_at_holds_in_stage_two_and_after(tmp_path
     root = images(tmp_path / "data", twelve_bits, "png", 20)
     dark = images(tmp_path / "dark", lambda i: twelve_bits(0) // 8, "png", 20)
     assert opened(dark).value_range == (0, 255)
-    words = ["tracking=off", "workers=0", "data=folder"]
-    tiny = ["views=small", "views.size=8", "backbone.width=4", "batch.size=8", "steps=2", "evaluate_every=0 steps"]
+    words = ["tracking=off", "num_workers=0", "data=folder"]
+    tiny = [
+        "transform=small",
+        "transform.size=8",
+        "backbone.width=4",
+        "batch_size=8",
+        "steps=2",
+        "evaluate_every=0 steps",
+    ]
     run = pretrain(load("pretrain", PretrainConfig, [*words, *tiny, f"data.path={root}", f"output={tmp_path / 'one'}"]))
     assert load_encoder(run)[1].blueprint.range == (0, 4095)
     embed = load("embed", EmbedConfig, [f"encoder={run}", "data=folder", f"data.path={dark}"])

@@ -81,7 +81,7 @@ def test_rotation_is_torchvisions_inside(angle: float) -> None:
 def test_erasing_takes_boxes_of_the_asked_share_and_leaves_the_mean() -> None:
     size, count = 24, 2000
     config = ViewConfig(
-        size=size, flip=0, jitter=JitterConfig(probability=0), grayscale=0,
+        size=size, horizontal_flip=0, color_jitter=JitterConfig(probability=0), grayscale=0,
         erasing=ErasingConfig(probability=0.5, scale=(0.1, 0.3)),
     )  # fmt: skip
     look = Augmentation(config.settled(3, "views")[0], (0.2,) * 3, (0.5,) * 3)
@@ -196,7 +196,7 @@ def test_a_shape_that_never_fits_falls_back_to_the_center() -> None:
 def test_a_view_is_its_samples_own() -> None:
     pixels = (PHOTOS * 255).to(torch.uint8)
     index = torch.tensor([7, 3, 9, 1, 5])
-    config = full(ViewsConfig(size=12, blur=BlurConfig(probability=0.5), solarize=0.3))
+    config = full(ViewsConfig(size=12, gaussian_blur=BlurConfig(probability=0.5), solarize=0.3))
     views = Views(config, (0.5,) * 3, (0.2,) * 3, seed=1)
     whole = views.finish(views.of_pixels(pixels, index, 4), index, 4)
     alone = views.finish(views.of_pixels(pixels[2:3], index[2:3], 4), index[2:3], 4)
@@ -209,8 +209,8 @@ def test_a_view_is_its_samples_own() -> None:
 
 def test_grayscale_images_lose_color_operations_under_auto_and_refuse_them_by_name() -> None:
     settled, notes = ViewsConfig().for_channels(1)
-    assert (settled.jitter.saturation, settled.jitter.hue, settled.grayscale) == (0, 0, 0)
+    assert (settled.color_jitter.saturation, settled.color_jitter.hue, settled.grayscale) == (0, 0, 0)
     assert "saturation, hue, grayscale dropped" in notes[0]
-    assert full(ViewsConfig()).jitter.hue == pytest.approx(0.1)
+    assert full(ViewsConfig()).color_jitter.hue == pytest.approx(0.1)
     with pytest.raises(ConfigError, match=r"views\.jitter\.hue"):
-        ViewsConfig(jitter=JitterConfig(hue=0.1)).for_channels(1)
+        ViewsConfig(color_jitter=JitterConfig(hue=0.1)).for_channels(1)

@@ -29,33 +29,37 @@ def full(config: ViewsConfig, channels: int = 3) -> ViewsConfig:
 def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
     config = ViewsConfig.model_validate(
         {
-            "count": 3,
-            "blur": {"probability": 1.0, "sigma": [0.5, 1.5]},
-            "second": {"blur": {"probability": 0.1}, "solarize": 0.2, "jitter": {"brightness": 0.2}},
-            "local": {"count": 2, "size": 16},
+            "num_views": 3,
+            "gaussian_blur": {"probability": 1.0, "sigma": [0.5, 1.5]},
+            "second_view": {
+                "gaussian_blur": {"probability": 0.1},
+                "solarize": 0.2,
+                "color_jitter": {"brightness": 0.2},
+            },
+            "local_views": {"count": 2, "size": 16},
         }
     )
     first, second, third, local, last = full(config).each()
     assert config.total == 5
-    assert (first.blur.probability, first.solarize, first.size) == (1.0, 0.0, 32)
-    assert (second.blur, second.solarize) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
-    assert second.jitter.hue == pytest.approx(0.05)  # settled from its own brightness
+    assert (first.gaussian_blur.probability, first.solarize, first.size) == (1.0, 0.0, 32)
+    assert (second.gaussian_blur, second.solarize) == (BlurConfig(probability=0.1, sigma=(0.5, 1.5)), 0.2)
+    assert second.color_jitter.hue == pytest.approx(0.05)  # settled from its own brightness
     assert second == third
     assert (local.size, local.crop.scale, local.crop.ratio) == (16, (0.05, 0.14), first.crop.ratio)
     assert local == last
-    assert local.blur == first.blur
+    assert local.gaussian_blur == first.gaussian_blur
     assert ViewsConfig.model_validate(dump(config)) == config
     assert full(ViewsConfig.model_validate(dump(config))).each() == full(config).each()
 
 
 def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="second=null"):
-        ViewsConfig.model_validate({"count": 1, "second": {"solarize": 0.2}})
+        ViewsConfig.model_validate({"num_views": 1, "second_view": {"solarize": 0.2}})
 
 
 def test_changed_views_obey_the_channels_by_name() -> None:
-    for key, count in (("second", {}), ("local", {"count": 1})):
-        config = ViewsConfig.model_validate({key: {"jitter": {"hue": 0.1}, **count}})
+    for key, count in (("second_view", {}), ("local_views", {"count": 1})):
+        config = ViewsConfig.model_validate({key: {"color_jitter": {"hue": 0.1}, **count}})
         with pytest.raises(ConfigError, match=rf"views\.{key}\.jitter\.hue"):
             config.for_channels(1)
 
@@ -65,7 +69,7 @@ def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
     pixels = (torch.rand(4, 3, 40, 40, generator=SEED) * 255).to(torch.uint8)
     index = torch.arange(4)
     plain = Views(full(ViewsConfig(size=24)), (0.0,) * 3, (1.0,) * 3, seed=3)
-    config = ViewsConfig.model_validate({"size": 24, "local": {"count": 3, "size": 12}})
+    config = ViewsConfig.model_validate({"size": 24, "local_views": {"num_views": 3, "size": 12}})
     multi = Views(full(config), (0.0,) * 3, (1.0,) * 3, seed=3)
     expected = plain.finish(plain.of_pixels(pixels, index, 0), index, 0)
     found = multi.finish(multi.of_pixels(pixels, index, 0), index, 0)
@@ -78,7 +82,7 @@ def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
 
 
 def test_local_views_are_refused_where_they_do_not_go() -> None:
-    local = ["views.local.count=2", "views.local.size=8"]
+    local = ["transform.local_views.count=2", "transform.local_views.size=8"]
     with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
         pretrain(tiny_pretrain(None, *local))
     for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
@@ -92,37 +96,45 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
 
 
 def test_second_view_by_override() -> None:
-    views = tiny_pretrain(None, "views.second.blur.probability=0.1", "views.second.solarize=0.2").views
-    assert views.each()[1].blur.probability == 0.1
+    views = tiny_pretrain(
+        None, "transform.second_view.gaussian_blur.probability=0.1", "transform.second_view.solarize=0.2"
+    ).transform
+    assert views.each()[1].gaussian_blur.probability == 0.1
 
 
 def test_policies_are_the_papers() -> None:
     def policy(name: str) -> list[ViewConfig]:
-        return full(load("pretrain", PretrainConfig, [f"views={name}"]).views).each()
+        return full(load("pretrain", PretrainConfig, [f"transform={name}"]).transform).each()
 
-    assert [view.jitter.hue for view in policy("simclr")] == [0.2, 0.2]
-    assert [(view.blur.probability, view.solarize) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [view.color_jitter.hue for view in policy("simclr")] == [0.2, 0.2]
+    assert [(view.gaussian_blur.probability, view.solarize) for view in policy("byol")] == [(1.0, 0.0), (0.1, 0.2)]
     assert [view.crop.scale[0] for view in policy("moco")] == [0.2, 0.2]
     assert [(view.size, *view.crop.scale) for view in policy("swav")] == [(224, 0.14, 1.0)] * 2 + [(96, 0.05, 0.14)] * 6
-    dino = [(view.size, view.blur.probability, view.solarize) for view in policy("dino")]
+    dino = [(view.size, view.gaussian_blur.probability, view.solarize) for view in policy("dino")]
     assert dino == [(224, 1.0, 0.0), (224, 0.1, 0.2)] + [(96, 0.5, 0.0)] * 8
 
 
 def test_the_picture_shows_all_views(tmp_path: Path) -> None:
-    words = ["views.size=28", "views.local.count=3", "views.local.size=12", "rows=2", "epochs=1"]
-    config = load("views", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
+    words = [
+        "transform.size=28",
+        "transform.local_views.count=3",
+        "transform.local_views.size=12",
+        "rows=2",
+        "epochs=1",
+    ]
+    config = load("plot_views", PictureConfig, [*words, f"output={tmp_path / 'views.png'}"])
     with Image.open(draw(config)) as picture:
         size = picture.size
     assert size == (4 + 3 * (28 * 3 + 4) + 3 * (12 * 3 + 4), 4 + 2 * (28 * 3 + 4))
     with pytest.raises(ConfigError, match="no picture's name"):
-        draw(config.model_copy(update={"output": "views.txt"}))
+        draw(config.model_copy(update={"output": "transform.txt"}))
 
 
 def test_the_picture_is_a_few_epochs_of_images_from_all_over_the_data(tmp_path: Path) -> None:
-    words = ["data=fashion_domains", "views.size=16", f"output={tmp_path / 'views.png'}"]
-    with Image.open(draw(load("views", PictureConfig, words))) as picture:
+    words = ["data=fashion_domains", "transform.size=16", f"output={tmp_path / 'views.png'}"]
+    with Image.open(draw(load("plot_views", PictureConfig, words))) as picture:
         assert picture.size == (4 + (1 + 4 * 2) * (6 * 16 + 4), 4 + 8 * (6 * 16 + 4))
-    source = load("views", PictureConfig, words).data.open("train")
+    source = load("plot_views", PictureConfig, words).data.open("train")
     assert source is not None
     plain = columns_of(source, ViewsConfig(size=28), 0, 8, 1)[0]
     assert torch.equal(plain, columns_of(source, ViewsConfig(size=28), 0, 8, 1)[0])
@@ -138,10 +150,10 @@ def test_the_picture_is_a_few_epochs_of_images_from_all_over_the_data(tmp_path: 
 
 
 def test_the_picture_takes_data_and_views_of_a_recipe_and_its_own_length(tmp_path: Path) -> None:
-    config = load("views", PictureConfig, ["recipe=cifar10_byol_pretrain", f"output={tmp_path / 'views.png'}"])
-    assert (config.data.name, config.views.size, config.epochs, config.rows) == ("torchvision", 32, 4, 8)
-    for word in ("row=3", "batch.size=3", "epochs=100", "lr=1"):
+    config = load("plot_views", PictureConfig, ["recipe=cifar10_byol_pretrain", f"output={tmp_path / 'views.png'}"])
+    assert (config.data.name, config.transform.size, config.epochs, config.rows) == ("torchvision", 32, 4, 8)
+    for word in ("row=3", "batch_size=3", "epochs=100", "lr=1"):
         with pytest.raises(ConfigError, match=word.split("=")[0]):
-            load("views", PictureConfig, [word])
+            load("plot_views", PictureConfig, [word])
     with pytest.raises(ConfigError, match="no folder"):
         draw(config.model_copy(update={"output": str(tmp_path / "nowhere" / "views.png")}))

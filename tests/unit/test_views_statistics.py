@@ -30,8 +30,8 @@ from ssl_pipeline.transforms.multi_view import Views
 SIMCLR = ViewsConfig(
     size=16,
     crop=CropConfig(scale=(0.08, 1.0)),
-    jitter=JitterConfig(brightness=0.8, contrast=0.8),
-    blur=BlurConfig(probability=0.5, sigma=(0.1, 1.0)),
+    color_jitter=JitterConfig(brightness=0.8, contrast=0.8),
+    gaussian_blur=BlurConfig(probability=0.5, sigma=(0.1, 1.0)),
     solarize=0.2,
 )
 STRENGTHS = st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4).map(torch.tensor)
@@ -114,8 +114,8 @@ EVERYTHING = ViewsConfig.model_validate(
         **SIMCLR.model_dump(),
         "rotation": RotationConfig(probability=0.5, degrees=30).model_dump(),
         "erasing": ErasingConfig(probability=0.5).model_dump(),
-        "second": {"blur": {"probability": 0.1}, "solarize": 0.5},
-        "local": {"count": 1, "size": 8},
+        "second_view": {"gaussian_blur": {"probability": 0.1}, "solarize": 0.5},
+        "local_views": {"count": 1, "size": 8},
     }
 )
 

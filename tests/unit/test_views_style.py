@@ -30,7 +30,7 @@ def photos(count: int, channels: int = 3, side: int = 24) -> ArrayDataset:
 
 
 def policy(channels: int = 3, **restyled: float) -> ViewsConfig:
-    config = ViewsConfig(size=16, restyle=RestyleConfig(**restyled), local=LocalConfig(count=1, size=9))
+    config = ViewsConfig(size=16, amplitude_mix=RestyleConfig(**restyled), local_views=LocalConfig(count=1, size=9))
     return config.for_channels(channels)[0]
 
 
@@ -107,7 +107,7 @@ def test_stage_two_has_no_styles(tmp_path: Path) -> None:
         "regime=scratch",
         "tracking=off",
         f"output={tmp_path / 'run'}",
-        "views.restyle.probability=0.5",
+        "transform.amplitude_mix.probability=0.5",
     ]
     with pytest.raises(ConfigError, match=r"`views\.restyle` is for stage one"):
         finetune(load("finetune", FinetuneConfig, words))

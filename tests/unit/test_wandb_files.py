@@ -25,7 +25,7 @@ SWEEPS = sorted((ROOT / "launch" / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_a_sweep_turns_real_keys_and_looks_at_dev(path: Path) -> None:
+def test_a_sweep_turns_real_keys_and_looks_at_val(path: Path) -> None:
     sweep: Any = OmegaConf.to_container(OmegaConf.create(path.read_text().replace("${args_no_hyphens}", "ARGUMENTS")))
     program, stage, arguments = sweep["command"]
     assert (program, arguments) == ("ssl-pipeline", "ARGUMENTS")
@@ -64,9 +64,9 @@ def test_the_dashboard_shows_what_runs_log() -> None:
         "system",
         "media",
         "finetune on test",
-        "finetune on dev",
+        "finetune on val",
     ]
-    shown = set(re.findall(r"\b(?:pretrain|eval|temperature|finetune|system|media|test|dev)/\w+", text))
+    shown = set(re.findall(r"\b(?:pretrain|eval|temperature|finetune|system|media|test|val)/\w+", text))
     assert shown <= DOCUMENTED
     of_no_curve = {
         "system/bad_files", "pretrain/queue", "pretrain/prototypes_used", "pretrain/nonfinite_steps", "pretrain/skipped_steps",

@@ -37,24 +37,24 @@ class Config(DecodedConfig[AnnotatedDataset]):
     Attributes:
         path: the JSON file of the training images.
         images: the folder that ``file_name`` starts from; null for the file's own, or ``images`` beside it.
-        dev_path: another JSON file, for choices; null holds images out.
+        val_path: another JSON file, for choices; null holds images out.
         test_path: another, for the final figures; likewise.
         channels: 3 for RGB, 1 for grayscale.
-        dev: the share of training images that is held out for choices where there is no ``dev_path``.
+        val: the share of training images that is held out for choices where there is no ``val_path``.
         test: the share held out for the final figures, likewise.
-        bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
+        max_bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
             can't be read are left out, ``20`` or ``1%`` of all. More stop the run, with a list.
         license: of the images, where you know it.
     """
 
     path: str
     images: str | None = None
-    dev_path: str | None = None
+    val_path: str | None = None
     test_path: str | None = None
     channels: Literal[1, 3] = 3
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
-    bad_files: Limit = parse_limit("1%")
+    max_bad_files: Limit = parse_limit("1%")
     license: str | None = None
 
     def open_part(self, part: Part) -> AnnotatedDataset:
@@ -63,15 +63,15 @@ class Config(DecodedConfig[AnnotatedDataset]):
         Raises:
             ConfigError: a file is missing or damaged, or an annotation fits no image or class.
         """
-        paths: dict[Part, str | None] = {"dev": self.dev_path, "test": self.test_path}
+        paths: dict[Part, str | None] = {"val": self.val_path, "test": self.test_path}
         categories, source = self._read(self.path, None)
         own = paths.get(part)
         if own is not None:
             _, source = self._read(own, categories)
         else:
             strata = torch.zeros(len(source), dtype=torch.int64)
-            test, dev = None if self.test_path else self.test, None if self.dev_path else self.dev
-            source = part_of(source, split_three(strata, test, dev, "coco"), part)
+            test, val = None if self.test_path else self.test, None if self.val_path else self.val
+            source = part_of(source, split_three(strata, test, val, "coco"), part)
         source.license = self.license
         return source
 
@@ -80,7 +80,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
         root = folder / "images" if (folder / "images").is_dir() else folder
         if self.images is not None:
             root = Path(self.images).expanduser().resolve()
-        return _read(Path(path).expanduser(), root, known, self.channels, self.bad_files)
+        return _read(Path(path).expanduser(), root, known, self.channels, self.max_bad_files)
 
 
 @lru_cache(maxsize=8)
@@ -230,7 +230,7 @@ def _boxes_of(
             problems.append(f"{what} on image {one['image_id']!r}: {fault}. Mend the box, or take it out.")
     if len(problems) > limit.of(len(annotations)):
         end = (
-            f"{len(problems)} of {len(annotations)} annotations in {path} can't be used, and `data.bad_files={limit}` allows "
+            f"{len(problems)} of {len(annotations)} annotations in {path} can't be used, and `data.max_bad_files={limit}` allows "
             f"{limit.of(len(annotations))}: mend them, or raise the limit to leave them out."
         )
         raise ConfigError([*shorten(problems), end])

@@ -33,7 +33,7 @@ class Config(PreparedConfig[FileDataset]):
         path: the folder. Nothing in it is changed.
         domains: those to train on; null takes all that are not in ``test_domains``.
         test_domains: domains that are for the final figures alone, whole; null holds images of ``domains`` out.
-        dev: the share of the training domains' images that is held out for choices, evenly over domains and classes.
+        val: the share of the training domains' images that is held out for choices, evenly over domains and classes.
         test: the share that is held out for the final figures where there are no ``test_domains``.
         license: of the images, where you know it.
     """
@@ -41,7 +41,7 @@ class Config(PreparedConfig[FileDataset]):
     path: str
     domains: tuple[str, ...] | None = None
     test_domains: tuple[str, ...] | None = None
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
@@ -52,7 +52,7 @@ class Config(PreparedConfig[FileDataset]):
             ConfigError: the folder is missing or is not ``domain/class/image``, holds too many bad files, or a domain is not
                 in it.
         """
-        tree = _scan(existing_folder(self.path, "data.path", "the domains"), self.bad_files, self.base)
+        tree = _scan(existing_folder(self.path, "data.path", "the domains"), self.max_bad_files, self.base)
         test = tree.numbers(self.test_domains or (), "test_domains")
         train = tree.numbers(self.domains or tree.names, "domains")
         if self.domains is None:
@@ -79,8 +79,8 @@ class Config(PreparedConfig[FileDataset]):
             pool = pool[folders["train"][pool]]
         # Numbered by domain and class, so that each of both is held out in proportion.
         cells = tree.domains[pool] * len(tree.classes) + tree.labels[pool]
-        test_share, dev_share = None if test or "test" in folders else self.test, None if "dev" in folders else self.dev
-        return part_of(self._dataset(tree, pool), split_three(cells, test_share, dev_share, "domain folder"), part)
+        test_share, val_share = None if test or "test" in folders else self.test, None if "val" in folders else self.val
+        return part_of(self._dataset(tree, pool), split_three(cells, test_share, val_share, "domain folder"), part)
 
     def _dataset(self, tree: _DomainTree, index: Tensor) -> FileDataset:
         source = tree.images.dataset(
@@ -110,8 +110,8 @@ class _DomainTree:
         """
         found = {split: torch.tensor([own == split for own in self.splits or ()]) for split in SPLIT_NAMES}
         present = {split: files for split, files in found.items() if bool(files.any())}
-        if not with_test and "test" not in present and "dev" in present:
-            present["test"] = present.pop("dev")
+        if not with_test and "test" not in present and "val" in present:
+            present["test"] = present.pop("val")
         return present
 
     def numbers(self, names: tuple[str, ...], key: str) -> list[int]:

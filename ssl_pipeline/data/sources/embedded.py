@@ -13,15 +13,15 @@ from ssl_pipeline.data.sources.fashion_mnist import read_splits
 
 
 class Config(SourceConfig):
-    """A subset of Fashion-MNIST: 8,000 training images, of which ``dev`` are held out, and 2,000 test images.
+    """A subset of Fashion-MNIST: 8,000 training images, of which ``val`` are held out, and 2,000 test images.
 
     Attributes:
-        dev: training images held out for choices, outside of pretraining and of label draws.
+        val: training images held out for choices, outside of pretraining and of label draws.
     """
 
-    dev: int = Field(1000, ge=1, le=4000)
+    val: int = Field(1000, ge=1, le=4000)
 
     def open(self, split: Split) -> ArrayDataset:
-        """A split; ``dev`` is the same for every seed."""
+        """A split; ``val`` is the same for every seed."""
         assert embedded.__file__ is not None
-        return read_splits("embedded", Path(embedded.__file__).parent, self.dev)[split]
+        return read_splits("embedded", Path(embedded.__file__).parent, self.val)[split]

@@ -78,13 +78,13 @@ class Config(SourceConfig):
 
     Attributes:
         domains: those to take.
-        dev: training images of all four domains that are held out for choices, a quarter of each.
+        val: training images of all four domains that are held out for choices, a quarter of each.
         imbalance: per domain how many times fewer images its last class has than its first one, in every split (the classes
             between in equal ratios): a shift of the labels. Domains that are not named keep all their images.
     """
 
     domains: tuple[str, ...] = Field(DOMAINS, min_length=1)
-    dev: int = Field(1000, ge=4, le=4000, multiple_of=4)
+    val: int = Field(1000, ge=4, le=4000, multiple_of=4)
     imbalance: dict[str, float] = Field(default_factory=dict)
 
     @field_validator("domains", "imbalance")
@@ -99,7 +99,7 @@ class Config(SourceConfig):
 
     def open(self, split: Split) -> ArrayDataset:
         """A split; the same for every seed."""
-        every = _every_split(self.dev)[split]
+        every = _every_split(self.val)[split]
         assert every.domains is not None
         wanted = torch.isin(every.domains, torch.tensor([DOMAINS.index(name) for name in self.domains]))
         for name, ratio in self.imbalance.items():
@@ -113,8 +113,8 @@ class Config(SourceConfig):
         if "inverted" not in hidden or not any(view.solarize for view in views):
             return []
         return [
-            "`views.solarize` inverts images, and that is what the domain inverted is: training would be shown it, and a gain there "
-            "would mean nothing. Set it to 0 (also in `views.second` and `views.local`)."
+            "`transform.solarize` inverts images, and that is what the domain inverted is: training would be shown it, and a gain there "
+            "would mean nothing. Set it to 0 (also in `transform.second_view` and `transform.local_views`)."
         ]
 
 
@@ -132,12 +132,12 @@ def _thinned(source: ArrayDataset, domain: int, ratio: float) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _every_split(dev: int) -> dict[Split, ArrayDataset]:
+def _every_split(val: int) -> dict[Split, ArrayDataset]:
     """All domains of all splits, each with the mean and standard deviation of the original training images."""
     assert embedded.__file__ is not None
-    splits = read_splits("embedded", Path(embedded.__file__).parent, dev)
+    splits = read_splits("embedded", Path(embedded.__file__).parent, val)
     made: dict[Split, ArrayDataset] = {}
-    for split in ("train", "dev"):
+    for split in ("train", "val"):
         parts = _parts(splits[split], len(DOMAINS))
         made[split] = _dress(splits[split], parts, split)
     made["test"] = _dress(splits["test"], [torch.arange(len(splits["test"]))] * len(DOMAINS), "test")

@@ -32,15 +32,15 @@ class Config(SourceConfig):
     Attributes:
         path: a folder with the four idx files, gzipped or not; null downloads them by torchvision.
         download_to: where a download is kept.
-        dev: training images held out for choices.
+        val: training images held out for choices.
     """
 
     path: str | None = None
     download_to: str = "~/.cache/ssl_pipeline"
-    dev: int = Field(5000, ge=1, le=30_000)
+    val: int = Field(5000, ge=1, le=30_000)
 
     def open(self, split: Split) -> ArrayDataset:
-        """A split; ``dev`` is the same for every seed.
+        """A split; ``val`` is the same for every seed.
 
         Raises:
             ConfigError: the files are missing, damaged or can't be downloaded.
@@ -49,7 +49,7 @@ class Config(SourceConfig):
             folder = _download(Path(self.download_to).expanduser())
         else:
             folder = existing_folder(self.path, "data.path", "the four idx files")
-        return read_splits("fashion_mnist", folder, self.dev)[split]
+        return read_splits("fashion_mnist", folder, self.val)[split]
 
 
 def _download(root: Path) -> Path:
@@ -66,26 +66,26 @@ def _download(root: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def read_splits(name: str, folder: Path, dev: int) -> dict[Split, ArrayDataset]:
+def read_splits(name: str, folder: Path, val: int) -> dict[Split, ArrayDataset]:
     """All splits of a folder of idx files.
 
     Args:
-        name: of the source; it names the draw of ``dev`` too.
+        name: of the source; it names the draw of ``val`` too.
         folder: the four files, gzipped or not.
-        dev: training images held out, evenly over the classes.
+        val: training images held out, evenly over the classes.
 
     Returns:
-        ``train``, ``dev`` and ``test``, each with the mean and standard deviation of ``train``.
+        ``train``, ``val`` and ``test``, each with the mean and standard deviation of ``train``.
 
     Raises:
         ConfigError: a file is missing, damaged or not what its name says.
     """
     every, test = (_read_part(name, folder, part) for part in ("train", "t10k"))
     assert every.labels is not None
-    if dev >= len(every):
-        raise ConfigError(f"`data.dev` is {dev}, and {str(folder)!r} holds {len(every)} training images: give fewer.")
-    rest, held_out = stratified_split(every.labels, dev, name, "dev")
-    splits: dict[Split, ArrayDataset] = {"train": every.select(rest), "dev": every.select(held_out), "test": test}
+    if val >= len(every):
+        raise ConfigError(f"`data.val` is {val}, and {str(folder)!r} holds {len(every)} training images: give fewer.")
+    rest, held_out = stratified_split(every.labels, val, name, "val")
+    splits: dict[Split, ArrayDataset] = {"train": every.select(rest), "val": every.select(held_out), "test": test}
     mean, std = splits["train"].statistics()
     for source in splits.values():
         source.mean, source.std = mean, std

@@ -28,23 +28,23 @@ class Config(PreparedConfig[FileDataset | None]):
 
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
     subfolders, each of them is a class; a single one is no class, and its images are taken without labels. If the folder
-    holds ``train`` and ``test``, these are the splits, and so is ``val``, as ``dev``; without ``test``, ``val`` is the test.
+    holds ``train`` and ``test``, these are the splits, and so is ``val``, as ``val``; without ``test``, ``val`` is the test.
     Splits may have any of their usual names (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`), capitals aside.
 
     Attributes:
         path: the folder. Nothing in it is changed.
         test_path: another folder, of the same classes, to measure on.
-        dev: the share of labeled training images that is held out for choices.
+        val: the share of labeled training images that is held out for choices.
         test: the share that is held out for the final figures where there is no test folder.
     """
 
     path: str
     test_path: str | None = None
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
 
     def open_part(self, part: Part) -> FileDataset | None:
-        """A split, or all images but those of the test, be it a folder or a share; ``dev`` and ``test`` need labels.
+        """A split, or all images but those of the test, be it a folder or a share; ``val`` and ``test`` need labels.
 
         Raises:
             ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
@@ -56,8 +56,8 @@ class Config(PreparedConfig[FileDataset | None]):
         assert train.labels is not None
         if part != "train" and part != "pool" and part in folders:
             return self._scan(part, folders[part]).relabeled(train.classes).dataset(self)
-        test, dev = (None if name in folders else share for name, share in (("test", self.test), ("dev", self.dev)))
-        return part_of(train.dataset(self), split_three(train.labels, test, dev, "folder"), part)
+        test, val = (None if name in folders else share for name, share in (("test", self.test), ("val", self.val)))
+        return part_of(train.dataset(self), split_three(train.labels, test, val, "folder"), part)
 
     def open_parts(self) -> dict[Split, IndexedDataset]:
         """All images by their splits; without classes only folders are splits."""
@@ -68,14 +68,14 @@ class Config(PreparedConfig[FileDataset | None]):
 
     def _scan(self, split: Split, place: Path) -> _ClassFolders:
         key = "data.test_path" if split == "test" and self.test_path else "data.path"
-        return _scan(place, key, self.bad_files, self.base)
+        return _scan(place, key, self.max_bad_files, self.base)
 
     def folders(self) -> dict[Split, Path]:
         """The splits that have folders of their own."""
         root = existing_folder(self.path, "data.path")
         folders = {split: root / name for split, name in splits_in(root).items()} or {"train": root}
-        if "test" not in folders and "dev" in folders:
-            folders["test"] = folders.pop("dev")
+        if "test" not in folders and "val" in folders:
+            folders["test"] = folders.pop("val")
         if self.test_path is not None:
             folders["test"] = existing_folder(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):

@@ -35,20 +35,20 @@ class Config(StreamConfig):
         streaming: read it from front to back instead of storing it whole; shuffled and resumed by position.
         train_split: what is trained on, such as ``train+unsupervised``. Where there is no ``train``, the one of a like name is
             (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`).
-        dev_split: labeled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
-            or none: images of ``train_split`` are held out, or of a stream there is no dev.
+        val_split: labeled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
+            or none: images of ``train_split`` are held out, or of a stream there is no val.
         test_split: for the final figures; ``auto``: the split ``test``; otherwise likewise.
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
         domain: the column that says where an image is from; null: none.
         channels: 3 for RGB, 1 for grayscale; null: 1 where images all over the split are all grayscale.
-        dev: the share of labeled training images that is held out for choices where there is no ``dev_split``.
+        val: the share of labeled training images that is held out for choices where there is no ``val_split``.
         test: the share held out for the final figures, likewise.
         length: images of a stream, where the dataset does not declare it.
-        shuffle: images of a stream that a process holds to deal them out in a random order.
-        held_images: most images of a stream's ``dev`` and ``test`` that are read, into memory.
-        on_unreadable: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
-        bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbor
+        shuffle_buffer: images of a stream that a process holds to deal them out in a random order.
+        max_val_images: most images of a stream's ``val`` and ``test`` that are read, into memory.
+        on_error: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
+        max_bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbor
             takes the place of each. More stop the run, with a list.
     """
 
@@ -58,26 +58,26 @@ class Config(StreamConfig):
     revision: str | None = None
     streaming: bool = False
     train_split: str = "train"
-    dev_split: str | None = "auto"
+    val_split: str | None = "auto"
     test_split: str | None = "auto"
     image: str = "auto"
     label: str | None = "auto"
     domain: str | None = None
     channels: Literal[1, 3] | None = None
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     length: int | None = Field(None, ge=2)
-    shuffle: int = Field(4096, ge=1)
-    held_images: int = Field(5000, ge=1)
-    on_unreadable: Literal["stop", "skip"] = "stop"
-    bad_files: Limit = parse_limit("1%")
+    shuffle_buffer: int = Field(4096, ge=1)
+    max_val_images: int = Field(5000, ge=1)
+    on_error: Literal["stop", "skip"] = "stop"
+    max_bad_files: Limit = parse_limit("1%")
 
     def open_stream(self) -> HFIterableDataset | None:
         """The training images, if they are streamed."""
         return _stream(self, _train_split(self)) if self.streaming else None
 
     def open_part(self, part: Part) -> IndexedDataset | None:
-        """All rows of ``train_split`` but those of the test, or a split of them; ``dev`` and ``test`` need labels.
+        """All rows of ``train_split`` but those of the test, or a split of them; ``val`` and ``test`` need labels.
 
         Raises:
             ConfigError: the dataset can't be loaded, has no such split or column, or is streamed and its training images
@@ -98,7 +98,7 @@ class Config(StreamConfig):
         if self.streaming:
             raise self.refuse_numbers()
         train = _rows(self, _train_split(self))
-        splits: tuple[Split, ...] = ("train", "dev", "test")
+        splits: tuple[Split, ...] = ("train", "val", "test")
         own: dict[Split, str] = {
             split: name for split in splits if split != "train" and (name := self._named(split)) is not None
         }
@@ -113,14 +113,14 @@ class Config(StreamConfig):
         """A share of the training rows."""
         if train.labels is None:
             return self._bearing(train.select(torch.arange(len(train))))
-        test, dev = (None if self._named("test") else self.test), (None if self._named("dev") else self.dev)
-        shares = split_three(train.labels, test, dev, "huggingface")
+        test, val = (None if self._named("test") else self.test), (None if self._named("val") else self.val)
+        shares = split_three(train.labels, test, val, "huggingface")
         return self._bearing(part_of(train, shares, split))
 
     def _bearing(self, rows: HFDataset) -> HFDataset:
         """Rows with a count of their own: the split itself is opened once for all runs of a process."""
         rows = rows.select(torch.arange(len(rows)))
-        rows.bad_files = BadFiles(self.bad_files, len(rows))
+        rows.bad_files = BadFiles(self.max_bad_files, len(rows))
         return rows
 
     def _named(self, split: Split) -> str | None:
@@ -191,7 +191,7 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
     stream = HFIterableDataset(name, rows, columns, tuple(classes) if classes else None)
     declared = (rows.info.splits or {}).get(split)
     stream.length = config.length or (declared.num_examples if declared else None) or None
-    stream.block, stream.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
+    stream.block, stream.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
     first = list(itertools.islice(stream.read(0), LOOKED_AT))
     if not first:
         raise ConfigError(f"{name} has no rows in its first shard.")
@@ -202,7 +202,7 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
 @lru_cache(maxsize=4)
 def _held(config: Config, split: str) -> InMemoryDataset:
     channels = config.channels or _stream(config, _train_split(config)).channels  # of the images that the network reads
-    held = _stream(config.model_copy(update={"channels": channels}), split).preview(config.held_images)
+    held = _stream(config.model_copy(update={"channels": channels}), split).preview(config.max_val_images)
     if held.labels is None:
         raise ConfigError(
             f"{held.name} has images without a label, and nothing can be measured on them: name another split."
@@ -242,13 +242,13 @@ def _meant_splits(config: Config) -> dict[Split, str]:
         split = split_named(name)
         if split is not None:
             meant.setdefault(split, name)
-    given = (config.train_split, config.dev_split, config.test_split)
+    given = (config.train_split, config.val_split, config.test_split)
     read = set(meant.values()).union(*(str(name).split("+") for name in given))
     others = [name for name in there if name not in read]
     if others:
         warn_once(
             f"{config.path}: {joined(others)} of its splits {joined(there)} are not used: see `data.train_split`, "
-            "`data.dev_split` and `data.test_split`."
+            "`data.val_split` and `data.test_split`."
         )
     return meant
 

@@ -26,7 +26,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
     """Images in ``images`` and masks in ``masks``, in pairs by the name before the ending.
 
     Splits are folders with ``images`` and ``masks`` in them (``train/images``), or folders in both of these
-    (``images/train``): ``train``, and ``val`` (as ``dev``) or ``test`` or both; without ``test``, ``val`` is the test. Splits
+    (``images/train``): ``train``, and ``val`` (as ``val``) or ``test`` or both; without ``test``, ``val`` is the test. Splits
     that have no folder are held out of the training images.
 
     Attributes:
@@ -36,7 +36,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
         values: the numbers in the masks that stand for the classes, in their order, such as ``[0, 255]``; null takes 0, 1, 2, ….
             255 is no class unless it is named here: nothing is learned from such pixels, and nothing is measured on them.
         channels: 3 for RGB, 1 for grayscale.
-        dev: the share of training images that is held out for choices where there is no folder of them.
+        val: the share of training images that is held out for choices where there is no folder of them.
         test: the share held out for the final figures, likewise.
         license: of the images, where you know it.
     """
@@ -45,7 +45,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
     classes: tuple[str, ...] | None = None
     values: tuple[Annotated[int, Field(ge=0, le=255)], ...] | None = Field(None, min_length=2)
     channels: Literal[1, 3] = 3
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
@@ -67,9 +67,9 @@ class Config(DecodedConfig[AnnotatedDataset]):
         source.license = self.license
         if own is not read["train"]:
             return source
-        shares = {own: None if own in read else share for own, share in (("test", self.test), ("dev", self.dev))}
+        shares = {own: None if own in read else share for own, share in (("test", self.test), ("val", self.val))}
         strata = torch.zeros(len(source), dtype=torch.int64)
-        return part_of(source, split_three(strata, shares["test"], shares["dev"], "mask folder"), part)
+        return part_of(source, split_three(strata, shares["test"], shares["val"], "mask folder"), part)
 
 
 class _Pairs(NamedTuple):
@@ -98,7 +98,7 @@ def _folders(root: Path) -> dict[Split, tuple[str, str]]:
     else:
         return {"train": ("images", "masks")}
     if "test" not in found:
-        found["test"] = found.pop("dev")
+        found["test"] = found.pop("val")
     return found
 
 

@@ -23,7 +23,7 @@ from ssl_pipeline.data.columns import alike, class_names, number_names, numbers_
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
 from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_dev_labels
+from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_val_labels
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
@@ -46,8 +46,8 @@ class Config(PreparedConfig[IndexedDataset | None]):
             known. With them no label is read.
         domain_column: holds the domains' names; likewise.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
-        split_column: holds train, dev (or val) and test; likewise. Without it, images are held out.
-        dev: the share of labeled training images that is held out for choices where the table names no such split.
+        split_column: holds train, val (or val) and test; likewise. Without it, images are held out.
+        val: the share of labeled training images that is held out for choices where the table names no such split.
         test: the share held out for the final figures, likewise.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
         license: of the images, where you know it.
@@ -61,7 +61,7 @@ class Config(PreparedConfig[IndexedDataset | None]):
     domain_column: str | None = "auto"
     domains: tuple[str, ...] | None = Field(None, min_length=1)
     split_column: str | None = "auto"
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     on_missing: Literal["stop", "skip"] = "stop"
     license: str | None = None
@@ -73,7 +73,7 @@ class Config(PreparedConfig[IndexedDataset | None]):
         return self
 
     def open_part(self, part: Part) -> IndexedDataset | None:
-        """A split, or all rows of ``train`` but those of the test; ``dev`` and ``test`` need labels or targets.
+        """A split, or all rows of ``train`` but those of the test; ``val`` and ``test`` need labels or targets.
 
         Raises:
             ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
@@ -84,15 +84,15 @@ class Config(PreparedConfig[IndexedDataset | None]):
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
         if rows.strata is None:
             return self._source(rows, rows.of_domains(every, self)) if part in ("train", "pool") else None
-        named: dict[Part, Tensor] = {"test": rows.of("test"), "dev": rows.of("dev")}
-        test, dev = None if len(named["test"]) else self.test, None if len(named["dev"]) else self.dev
-        index = {part: every[own] for part, own in split_three(rows.strata[every], test, dev, "table").items()}
+        named: dict[Part, Tensor] = {"test": rows.of("test"), "val": rows.of("val")}
+        test, val = None if len(named["test"]) else self.test, None if len(named["val"]) else self.val
+        index = {part: every[own] for part, own in split_three(rows.strata[every], test, val, "table").items()}
         index |= {part: own for part, own in named.items() if len(own)}
         index = {part: rows.of_domains(own, self) for part, own in index.items()}
         if len(index[part]) == 0:
             return None
         source = self._source(rows, index[part])
-        return without_dev_labels(source, index) if part == "pool" else source
+        return without_val_labels(source, index) if part == "pool" else source
 
     def open_parts(self) -> dict[Split, IndexedDataset]:
         """All rows of the chosen domains by their splits."""
@@ -192,7 +192,7 @@ def _read(config: Config) -> _Rows:
     there = np.array(_existing(images, by_kind["path"], config), np.int64)
     images = replace(images, files=images.files.select(there))
     there = there[images.files.column("fault") == 0]
-    images = images.without_bad(config.bad_files)
+    images = images.without_bad(config.max_bad_files)
     kept = {kind: [values[i] for i in there] for kind, values in by_kind.items()}
     every: list[Split] = ["train"] * len(there)
     splits = _splits(kept["split"], names["split"], path) if "split" in kept else every
@@ -283,7 +283,7 @@ def _refuse_twice(paths: Sequence[str | None], root: Path, splits: list[Split], 
 def _check_labels(labels: Tensor, classes: tuple[str, ...], splits: list[Split], column: str, path: Path) -> None:
     training = torch.tensor([split == "train" for split in splits])
     known = set(labels[training].tolist())
-    for split in ("dev", "test"):
+    for split in ("val", "test"):
         own = labels[torch.tensor([other == split for other in splits])]
         unseen = [classes[label] for label in own.unique().tolist() if label >= 0 and label not in known]
         if unseen:

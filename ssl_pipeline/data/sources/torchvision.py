@@ -30,7 +30,7 @@ from ssl_pipeline.data.splits import part_of, split_three
 # not published, the validation part is the test.
 _FLAG: dict[Split, Any] = {"train": True, "test": False}
 _TWO: dict[Split, Any] = {"train": "train", "test": "test"}
-_THREE: dict[Split, Any] = {"train": "train", "dev": "val", "test": "test"}
+_THREE: dict[Split, Any] = {"train": "train", "val": "val", "test": "test"}
 _VALIDATED: dict[Split, Any] = {"train": "train", "test": "val"}
 _WHOLE: dict[Split, Any] = {}
 _NO_PARTS = ("Caltech101", "Caltech256", "EuroSAT", "FakeData", "ImageFolder", "INaturalist", "SEMEION", "SUN397")
@@ -40,7 +40,7 @@ DATASETS: dict[str, dict[Split, Any]] = {
     **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2"), _THREE),
     **dict.fromkeys(("ImageNet", "Imagenette"), _VALIDATED),
     **dict.fromkeys(_NO_PARTS, _WHOLE),
-    "Country211": {"train": "train", "dev": "valid", "test": "test"},
+    "Country211": {"train": "train", "val": "valid", "test": "test"},
     "OxfordIIITPet": {"train": "trainval", "test": "test"},
     "Places365": {"train": "train-standard", "test": "val"},
     "STL10": {"train": "train+unlabeled", "test": "test"},
@@ -59,7 +59,7 @@ class Config(DecodedConfig[IndexedDataset]):
         download: whether torchvision may fetch what is missing.
         options: further arguments of its class, such as ``{split: letters}`` for EMNIST.
         channels: 3 for RGB, 1 for grayscale; null: as of the first image.
-        dev: the share of labeled training images that is held out for choices where the dataset has no such part.
+        val: the share of labeled training images that is held out for choices where the dataset has no such part.
         test: the share held out for the final figures, likewise.
         license: of the images, where you know it.
     """
@@ -69,7 +69,7 @@ class Config(DecodedConfig[IndexedDataset]):
     download: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     channels: Literal[1, 3] | None = None
-    dev: float = Field(0.1, gt=0, lt=0.5)
+    val: float = Field(0.1, gt=0, lt=0.5)
     test: float = Field(0.2, gt=0, lt=0.5)
     license: str | None = None
 
@@ -86,8 +86,8 @@ class Config(DecodedConfig[IndexedDataset]):
             own.mean, own.std = train.mean, train.std
             return own
         assert train.labels is not None
-        test, dev = (None if "test" in named else self.test), (None if "dev" in named else self.dev)
-        source = part_of(train, split_three(train.labels, test, dev, "torchvision"), part)
+        test, val = (None if "test" in named else self.test), (None if "val" in named else self.val)
+        source = part_of(train, split_three(train.labels, test, val, "torchvision"), part)
         source.license = self.license
         return source
 

@@ -35,9 +35,9 @@ class Config(StreamConfig):
     Attributes:
         path: an archive, a folder of them, or a pattern such as ``train-{0000..0099}.tar`` or ``train-*.tar``; several of
             them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
-        dev: likewise, labeled images for choices; null: there are none, and no kNN accuracy is told.
+        val: likewise, labeled images for choices; null: there are none, and no kNN accuracy is told.
         test: likewise.
-        held_images: most images of ``dev`` and of ``test`` that are read, into memory.
+        max_val_images: most images of ``val`` and of ``test`` that are read, into memory.
         length: samples in all of ``path``; null: unknown, then the run's length is given as ``steps``.
         image: the ending of the image's member; ``auto``: that of any image file.
         label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
@@ -45,23 +45,23 @@ class Config(StreamConfig):
         domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
         channels: 3 for RGB, 1 for grayscale; null: 1 where the first images are all grayscale.
-        shuffle: samples that a process holds to deal them out in a random order.
-        on_unreadable: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
+        shuffle_buffer: samples that a process holds to deal them out in a random order.
+        on_error: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
         license: of the images, where you know it.
     """
 
     path: str | tuple[str, ...]
-    dev: str | tuple[str, ...] | None = None
+    val: str | tuple[str, ...] | None = None
     test: str | tuple[str, ...] | None = None
-    held_images: int = Field(5000, ge=1)
+    max_val_images: int = Field(5000, ge=1)
     length: int | None = Field(None, ge=2)
     image: str = "auto"
     label: str | None = "cls"
     domain: str | None = None
     classes: tuple[str, ...] | None = None
     channels: Literal[1, 3] | None = None
-    shuffle: int = Field(4096, ge=1)
-    on_unreadable: Literal["stop", "skip"] = "stop"
+    shuffle_buffer: int = Field(4096, ge=1)
+    on_error: Literal["stop", "skip"] = "stop"
     license: str | None = None
 
     def open_stream(self) -> TarStream:
@@ -73,7 +73,7 @@ class Config(StreamConfig):
         return TarStream(self, "path", self.path)
 
     def open_part(self, part: Part) -> IndexedDataset | None:
-        """``dev`` and ``test``, labeled and held in memory.
+        """``val`` and ``test``, labeled and held in memory.
 
         Raises:
             ConfigError: it is the training images that are asked for, or the images have no labels.
@@ -88,7 +88,7 @@ class Config(StreamConfig):
 def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> InMemoryDataset:
     channels = config.channels or config.open_stream().channels  # of the images that the network reads
     stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
-    held = stream.preview(config.held_images)
+    held = stream.preview(config.max_val_images)
     if held.labels is None:
         raise ConfigError(
             f"`data.{split}`: its images need labels (`data.label`) and `data.classes` their names, as nothing can be measured "
@@ -112,7 +112,7 @@ class TarStream(StreamDataset):
         self.shards = _names(self._urls)
         self.classes, self.length, self.license = config.classes, config.length, config.license
         self.has_domains = config.domain is not None
-        self.block, self.skip_unreadable = config.shuffle, config.on_unreadable == "skip"
+        self.block, self.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
         self._sizes: dict[int, int] = {}
         self.channels = config.channels or self._channels()
 
@@ -279,11 +279,11 @@ def _training_archives(folder: Path, key: str) -> list[str]:
     """A folder's archives; for training without those that are named for another split, which is said."""
     found = sorted(file for file in folder.iterdir() if file.name.lower().endswith(_ARCHIVES) and file.name[0] != ".")
     splits = [split_named(re.split(r"[^a-z]", file.name.lower())[0]) for file in found]
-    others = [file.name for file, split in zip(found, splits, strict=True) if split in ("dev", "test")]
+    others = [file.name for file, split in zip(found, splits, strict=True) if split in ("val", "test")]
     if key == "path" and "train" in splits and others:
         warn_once(
             f"{folder}: {joined(others)} are named for another split and not trained on: measure on them by "
-            "`data.dev=PATTERN` and `data.test=PATTERN`."
+            "`data.val=PATTERN` and `data.test=PATTERN`."
         )
         found = [file for file in found if file.name not in others]
     return [str(file.resolve()) for file in found]

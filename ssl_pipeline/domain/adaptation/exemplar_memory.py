@@ -31,7 +31,7 @@ class Config(JointConfig):
         neighbors: k.
         neighbors_from: the share of the training after which neighbors count: before, they are of no class.
         restyled: how often a target image comes in a source image's style.
-        keep_end: what is kept of a memory row at the end of training; rises linearly from 0.
+        memory_momentum_end: what is kept of a memory row at the end of training; rises linearly from 0.
     """
 
     weight: float = Field(0.3, ge=0)
@@ -39,7 +39,7 @@ class Config(JointConfig):
     neighbors: int = Field(6, ge=1)
     neighbors_from: float = Field(0.1, ge=0, le=1)
     restyled: float = Field(0.5, ge=0, le=1)
-    keep_end: float = Field(0.6, ge=0, lt=1)
+    memory_momentum_end: float = Field(0.6, ge=0, lt=1)
 
     def build(self, classifier: Classification, target: IndexedDataset) -> ExemplarMemory:
         return ExemplarMemory(self, classifier, len(target))
@@ -77,4 +77,4 @@ class ExemplarMemory(MemoryTask):
         return memory_loss(target["features"], self.bank.rows, index, config.temperature, count)
 
     def momentum(self, clock: TrainProgress) -> float:
-        return self.config.keep_end * clock.step / clock.total
+        return self.config.memory_momentum_end * clock.step / clock.total

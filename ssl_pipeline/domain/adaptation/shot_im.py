@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
     def check(self, downstream: str, regime: str) -> list[str]:
         problems = super().check(downstream, regime)
-        given = [key for key in ("source", "control", "known", "target_labels") if getattr(self, key)]
+        given = [key for key in ("source", "negative_control", "known", "target_labels") if getattr(self, key)]
         if self.model is not None and given:
             problems.append(
                 f"`domain.model` starts from a finished model, without its source's images: {', '.join(f'`domain.{k}`' for k in given)} "

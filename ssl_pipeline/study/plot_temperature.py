@@ -1,4 +1,4 @@
-"""``ssl-pipeline temperature [RUN]``: a picture of what the temperature does, from the glossary's example to a real run."""
+"""``ssl-pipeline plot-temperature [RUN]``: a picture of what the temperature does, from the glossary's example to a real run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def _two_views(run: Path) -> tuple[Tensor, Tensor, str]:
     encoder, card = load_encoder(run)
     config = resolve(PretrainConfig, card.config)
     train, blueprint = open_training(at_range_of(config.data, str(run))), card.blueprint
-    views = config.views.model_copy(update={"count": 2, "local": config.views.local.model_copy(update={"count": 0})})
+    views = config.transform.model_copy(
+        update={"num_views": 2, "local_views": config.transform.local_views.model_copy(update={"count": 0})}
+    )
     settled = build_views(train, views.for_channels(train.channels)[0], blueprint.mean, blueprint.std, config.seed)
     length = train.length
     count = 256 if length is None else min(256, length)
