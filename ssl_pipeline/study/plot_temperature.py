@@ -123,7 +123,7 @@ def _course(axes: Axes, run: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    options = parsers.parser("temperature").parse_args()
+    options = parsers.parser("plot-temperature").parse_args()
     output = options.output or (options.run or Path()) / "temperature.svg"
     try:
         path: Any = draw(options.run, output)
