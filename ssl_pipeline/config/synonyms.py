@@ -74,7 +74,7 @@ _FOREIGN = {
     "warmup_epochs": ("optim.warmup={} epochs", "regime.optim.warmup={} epochs"),
     "warmup_steps": ("optim.warmup={} steps", "regime.optim.warmup={} steps"),
     "tau": ("pretext.temperature.value={}",),
-    "n_workers": ("num_workers={}",),
+    "num_workers n_workers": ("num_workers={}",),
     "arch architecture model network net": ("backbone.name={}",),
     "pretrained": ("backbone.weights={}",),
     "checkpoint ckpt checkpoint_path ckpt_path": ("encoder={}", "backbone.weights={}"),

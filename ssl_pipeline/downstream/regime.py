@@ -65,9 +65,8 @@ class RegimeConfig(TrainingConfig):
         batch_size: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
-        statistics: ``batch``: the encoder's BatchNorms go by each batch, and their running statistics follow; ``kept``: they go by
-            stage one's, which stay. Where stage one saw more domains than there are labels of, the labeled ones' would replace
-            those of all.
+        freeze_bn_stats: whether the encoder's BatchNorms use stage one's running statistics, and keep them, rather than each batch's.
+            For encoders that saw more domains than there are labels of: the labeled domains' statistics would replace those of all.
     """
 
     name: Literal["frozen", "lp_ft", "end_to_end", "scratch"] = "lp_ft"

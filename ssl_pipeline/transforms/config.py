@@ -144,7 +144,11 @@ class ViewConfig(FrozenModel):
             ConfigError: a color operation was asked for by name on images that have no colors.
         """
         jitter, rgb = self.color_jitter, channels == 3
-        asked = {"jitter.saturation": jitter.saturation, "jitter.hue": jitter.hue, "grayscale": self.grayscale}
+        asked = {
+            "color_jitter.saturation": jitter.saturation,
+            "color_jitter.hue": jitter.hue,
+            "grayscale": self.grayscale,
+        }
         refused = [name for name, value in asked.items() if not rgb and value not in ("auto", 0)]
         if refused:
             raise ConfigError(
@@ -153,10 +157,14 @@ class ViewConfig(FrozenModel):
                     for name in refused
                 ]
             )
-        defaults = {"jitter.saturation": jitter.brightness, "jitter.hue": jitter.brightness / 4, "grayscale": 0.2}
+        defaults = {
+            "color_jitter.saturation": jitter.brightness,
+            "color_jitter.hue": jitter.brightness / 4,
+            "grayscale": 0.2,
+        }
         value = {name: (defaults[name] if rgb else 0.0) if asked[name] == "auto" else asked[name] for name in asked}
-        dropped = [name.removeprefix("jitter.") for name in asked if not rgb and asked[name] == "auto"]
-        colors = {"saturation": value["jitter.saturation"], "hue": value["jitter.hue"]}
+        dropped = [name.removeprefix("color_jitter.") for name in asked if not rgb and asked[name] == "auto"]
+        colors = {"saturation": value["color_jitter.saturation"], "hue": value["color_jitter.hue"]}
         settled = self.model_copy(
             update={"color_jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]}
         )
@@ -275,12 +283,12 @@ class ViewsConfig(ViewConfig):
         base, dropped = views[0].settled(channels, key)
         update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
         if self.second_view and self.num_views > 1:
-            second, _ = views[1].settled(channels, f"{key}.second")
+            second, _ = views[1].settled(channels, f"{key}.second_view")
             update["second_view"] = self.second_view.model_copy(
                 update={"color_jitter": second.color_jitter, "grayscale": second.grayscale}
             )
         if self.local_views.count:
-            local, _ = views[-1].settled(channels, f"{key}.local")
+            local, _ = views[-1].settled(channels, f"{key}.local_views")
             update["local_views"] = self.local_views.model_copy(
                 update={"color_jitter": local.color_jitter, "grayscale": local.grayscale}
             )

@@ -91,9 +91,11 @@ def test_stage_two_without_the_memory_for_a_step_is_refused_before_its_folder(
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: memory.Memory(1.0, 1.0))
     words = ["tracking=off", "regime=scratch", "size=12", "backbone.width=4", "split=val", "data.val=4000"]
-    with pytest.raises(ConfigError, match=r"needs about .* lower `regime\.batch` \(it is 64 a process\) or `size`"):
+    with pytest.raises(
+        ConfigError, match=r"needs about .* lower `regime\.batch_size` \(it is 64 a process\) or `size`"
+    ):
         finetune(load("finetune", FinetuneConfig, [*words, f"output={tmp_path / 'two'}"]))
-    with pytest.raises(ConfigError, match=r"needs about .* lower `batch\.size`"):
+    with pytest.raises(ConfigError, match=r"needs about .* lower `batch_size`"):
         pretrain(tiny_pretrain(tmp_path / "one"))
     assert not list(tmp_path.iterdir())
 

@@ -71,5 +71,5 @@ def test_too_little_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytes
         return torch.empty(1 << 50, device="cuda")
 
     monkeypatch.setattr(SimCLR, "embed", too_much)
-    with pytest.raises(ConfigError, match=r"lower `batch\.size`"):
+    with pytest.raises(ConfigError, match=r"lower `batch_size`"):
         pretrain(tiny_pretrain(tmp_path / "run"))

@@ -89,7 +89,7 @@ def test_every_regime_gives_a_model_that_predicts_files(stage_one: Path, tmp_pat
 
 @pytest.mark.parametrize("fresh", ["regime=scratch", "init=random"])
 def test_fresh_weights_have_no_statistics_to_keep(stage_one: Path, tmp_path: Path, fresh: str) -> None:
-    with pytest.raises(ConfigError, match=r"`regime\.statistics` keeps what stage one has estimated"):
+    with pytest.raises(ConfigError, match=r"`regime\.freeze_bn_stats` keeps what stage one has estimated"):
         finetune(tiny_finetune(stage_one, tmp_path / "run", fresh, "regime.freeze_bn_stats=true"))
     assert not (tmp_path / "run").exists()
 

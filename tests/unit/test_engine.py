@@ -115,7 +115,7 @@ def test_mistakes_are_told_once_a_group_of_processes(
 
 def test_a_task_that_needs_other_views_is_told() -> None:
     assert SimCLRConfig.views_needed == 2
-    with pytest.raises(ConfigError, match=r"views\.count"):
+    with pytest.raises(ConfigError, match=r"transform\.num_views"):
         pretrain(tiny_pretrain(None, "transform.num_views=3"))
 
 
@@ -124,7 +124,7 @@ def test_too_little_gpu_memory_says_what_to_lower(tmp_path: Path, monkeypatch: p
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SimCLR, "embed", too_much)
-    with pytest.raises(ConfigError, match=r"32 samples a process: lower `batch\.micro`"):
+    with pytest.raises(ConfigError, match=r"32 samples a process: lower `micro_batch_size`"):
         pretrain(tiny_pretrain(tmp_path / "run"))
 
 

@@ -112,5 +112,5 @@ def test_running_statistics_move_once_a_micro_batch() -> None:
 def test_a_run_with_micro_batches_and_one_that_does_not_divide(tmp_path: object) -> None:
     folder = pretrain(tiny_pretrain(None, f"output={tmp_path}/run", "micro_batch_size=8", "steps=2"))
     assert (folder / "encoder.safetensors").is_file()
-    with pytest.raises(ConfigError, match=r"`batch\.micro` of 12 does not divide the 32 images"):
+    with pytest.raises(ConfigError, match=r"`micro_batch_size` of 12 does not divide the 32 images"):
         pretrain(tiny_pretrain(None, f"output={tmp_path}/other", "micro_batch_size=12", "steps=2"))

@@ -220,11 +220,7 @@ def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as told:
         list(IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, CPU), 8, 1).from_step(0))
     assert all(names[bad] in str(told.value) for bad in (2, 3, 7))
-<<<<<<< HEAD
-    assert "3 of 8 files can't be read as images, and `data.max_bad_files=25%` bears 2" in str(told.value)
-=======
-    assert "3 of 8 files can't be read as images, and `data.bad_files=25%` allows 2" in str(told.value)
->>>>>>> 46100fd (A limit of bad files allows, also in the loader's test)
+    assert "3 of 8 files can't be read as images, and `data.max_bad_files=25%` allows 2" in str(told.value)
 
 
 def test_a_neighbor_is_of_the_same_class(tmp_path: Path) -> None:

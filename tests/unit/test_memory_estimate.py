@@ -88,11 +88,11 @@ def test_too_large_a_step_is_refused_with_what_fits(
         check_memory(task, shapes, 64, None, "sgd", 3)  # of the total there would be enough
     assert "are free" in caplog.text
     machine(0.9, 0.6)
-    with pytest.raises(ConfigError, match=r"needs about .* GiB of memory, .*: batch\.micro=16\."):
+    with pytest.raises(ConfigError, match=r"needs about .* GiB of memory, .*: micro_batch_size=16\."):
         check_memory(task, shapes, 64, None, "sgd", 1)
     check_memory(task, shapes, 64, 16, "sgd", 1)
     machine(0.01, 0.01)
-    with pytest.raises(ConfigError, match=r"lower `batch\.size`"):
+    with pytest.raises(ConfigError, match=r"lower `batch_size`"):
         check_memory(task, shapes, 64, None, "sgd", 1)
 
 

@@ -212,5 +212,5 @@ def test_grayscale_images_lose_color_operations_under_auto_and_refuse_them_by_na
     assert (settled.color_jitter.saturation, settled.color_jitter.hue, settled.grayscale) == (0, 0, 0)
     assert "saturation, hue, grayscale dropped" in notes[0]
     assert full(ViewsConfig()).color_jitter.hue == pytest.approx(0.1)
-    with pytest.raises(ConfigError, match=r"views\.jitter\.hue"):
+    with pytest.raises(ConfigError, match=r"transform\.color_jitter\.hue"):
         ViewsConfig(color_jitter=JitterConfig(hue=0.1)).for_channels(1)

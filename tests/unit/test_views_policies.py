@@ -60,7 +60,7 @@ def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
 def test_changed_views_obey_the_channels_by_name() -> None:
     for key, count in (("second_view", {}), ("local_views", {"count": 1})):
         config = ViewsConfig.model_validate({key: {"color_jitter": {"hue": 0.1}, **count}})
-        with pytest.raises(ConfigError, match=rf"views\.{key}\.jitter\.hue"):
+        with pytest.raises(ConfigError, match=rf"transform\.{key}\.color_jitter\.hue"):
             config.for_channels(1)
 
 
@@ -69,7 +69,7 @@ def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
     pixels = (torch.rand(4, 3, 40, 40, generator=SEED) * 255).to(torch.uint8)
     index = torch.arange(4)
     plain = Views(full(ViewsConfig(size=24)), (0.0,) * 3, (1.0,) * 3, seed=3)
-    config = ViewsConfig.model_validate({"size": 24, "local_views": {"num_views": 3, "size": 12}})
+    config = ViewsConfig.model_validate({"size": 24, "local_views": {"count": 3, "size": 12}})
     multi = Views(full(config), (0.0,) * 3, (1.0,) * 3, seed=3)
     expected = plain.finish(plain.of_pixels(pixels, index, 0), index, 0)
     found = multi.finish(multi.of_pixels(pixels, index, 0), index, 0)
@@ -83,7 +83,7 @@ def test_multi_crop_leaves_the_global_views_as_they_were() -> None:
 
 def test_local_views_are_refused_where_they_do_not_go() -> None:
     local = ["transform.local_views.count=2", "transform.local_views.size=8"]
-    with pytest.raises(ConfigError, match=r"`views\.local\.count` is 2, and simclr takes no local views"):
+    with pytest.raises(ConfigError, match=r"`transform\.local_views\.count` is 2, and simclr takes no local views"):
         pretrain(tiny_pretrain(None, *local))
     for name, size in (("vit_b_32", 32), ("small_resnet", 12)):
         config = tiny_pretrain(None, *local, f"backbone.name={name}")
@@ -91,7 +91,9 @@ def test_local_views_are_refused_where_they_do_not_go() -> None:
         if name == "small_resnet":
             config.check_local_views(backbone)
         else:
-            with pytest.raises(ConfigError, match=r"`views\.local` needs a backbone that takes images of any size"):
+            with pytest.raises(
+                ConfigError, match=r"`transform\.local_views` needs a backbone that takes images of any size"
+            ):
                 config.check_local_views(backbone)
 
 

@@ -109,6 +109,6 @@ def test_stage_two_has_no_styles(tmp_path: Path) -> None:
         f"output={tmp_path / 'run'}",
         "transform.amplitude_mix.probability=0.5",
     ]
-    with pytest.raises(ConfigError, match=r"`views\.restyle` is for stage one"):
+    with pytest.raises(ConfigError, match=r"`transform\.amplitude_mix` is for stage one"):
         finetune(load("finetune", FinetuneConfig, words))
     assert not (tmp_path / "run").exists()
