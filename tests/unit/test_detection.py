@@ -87,7 +87,7 @@ def test_squares_and_circles_are_found(folder: Path, stage_one: Path, tmp_path: 
 
 
 def test_the_one_stage_head_finds_them_too(folder: Path, stage_one: Path, tmp_path: Path) -> None:
-    length = ["regime.length=100 steps", "regime.optim.lr=0.005", "regime.backbone_lr_factor=1", "labels.validation=0"]
+    length = ["regime.length=140 steps", "regime.optim.lr=0.005", "regime.backbone_lr_factor=1", "labels.validation=0"]
     own = ["regime=end_to_end", f"encoder={stage_one}", "downstream.head=retinanet"]
     own += ["downstream.batch_norm=trained"]  # fifteen steps of pretraining leave no statistics worth keeping
     result = run(folder, tmp_path / "run", *own, *length)
