@@ -88,7 +88,7 @@ class ConsistencyConfig(FrozenModel):
                 "the teacher's."
             )
         if any(view.amplitude_mix.probability for view in self.transform.each()):
-            problems.append("`unlabeled.transform.restyle` is for stage one: set its probability to 0.")
+            problems.append("`unlabeled.transform.amplitude_mix` is for stage one: set its probability to 0.")
         try:
             self.transform.for_channels(data.channels, "unlabeled.transform")
             images = self.open(data.channels) or data

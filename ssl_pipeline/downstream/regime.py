@@ -54,7 +54,7 @@ class TrainingConfig(FrozenModel):
 
 
 class RegimeConfig(TrainingConfig):
-    """A regime. ``length``, ``least_steps`` and ``optim`` are for the training of all layers.
+    """A regime. ``length``, ``min_steps`` and ``optim`` are for the training of all layers.
 
     Attributes:
         name: ``frozen``: the probe alone. ``lp_ft``: the probe, then all layers. ``end_to_end``: all layers from a

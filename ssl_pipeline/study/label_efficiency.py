@@ -40,7 +40,7 @@ def study(config: StudyConfig) -> Path:
     if left_out:  # fresh weights are of an architecture that is compared
         known = {name: what for name, what in config.encoders.items() if name not in left_out}
         if not set(known.values()) - {"random"}:
-            raise ConfigError("none of the pretrained `initializations` can be had: give a run of stage one.")
+            raise ConfigError("none of the pretrained `encoders` can be had: give a run of stage one.")
         grid = cells(config.model_copy(update={"encoders": known}))
     settings = {"common": list(config.common), "overrides": dump(config)["overrides"]}
     with open_run(config.output, "study", "auto" if config.output else "no", settings) as run:

@@ -32,8 +32,8 @@ Case = tuple[Task, list[Batch]]
 IN_USE = {
     "swav": ["pretext.queue=16", "pretext.queue_start=0 steps", "pretext.freeze_prototypes=0 steps"],
     "dino": ["pretext.freeze_prototypes=0 steps"],
-    "simclr": ["pretext.temperature.learned.least=0.05"],
-    "moco_v3": ["pretext.temperature.learned.least=0.05"],
+    "simclr": ["pretext.temperature.learned.min=0.05"],
+    "moco_v3": ["pretext.temperature.learned.min=0.05"],
 }
 
 

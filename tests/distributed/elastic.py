@@ -34,7 +34,7 @@ DTYPES = {"double": torch.float64, "single": torch.float32}
 WORDS = [
     *TINY,
     *small_pretext("moco_v2"),
-    "pretext.temperature.learned.least=0.05",
+    "pretext.temperature.learned.min=0.05",
     "optim=sgd",
     "optim.warmup=0 steps",
 ]

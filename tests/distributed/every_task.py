@@ -24,7 +24,7 @@ from tests.tasks import tiny_batch, tiny_task
 
 SAMPLES, STEPS, RATE = 8, 2, 0.05
 OPTIONS = {
-    "simclr": ["pretext.temperature.learned.least=0.05"],
+    "simclr": ["pretext.temperature.learned.min=0.05"],
     "moco_v2": ["pretext.symmetric=true", "pretext.queue=20"],
     "swav": ["pretext.queue=16", "pretext.queue_start=1 steps", "pretext.freeze_prototypes=0 steps"],
     "dino": ["pretext.freeze_prototypes=1 steps"],

@@ -146,7 +146,7 @@ def test_a_sharded_run_is_handed_over_and_continues_on_one_process(tmp_path: Pat
 
 
 def test_what_cannot_be_shared_out_is_told() -> None:
-    task, _ = tiny_task("simclr", ["pretext.temperature.learned.least=0.05"])
+    task, _ = tiny_task("simclr", ["pretext.temperature.learned.min=0.05"])
     with pytest.raises(ConfigError) as caught:
         check_shardable(task, 16)
     micro, scalar, blocks = caught.value.problems

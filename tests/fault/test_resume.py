@@ -32,7 +32,7 @@ class StoppedError(Exception):
 OF_TIME = ("time", "system/images_per_s", "system/data_wait")  # what no two runs have in common
 OPTIONS = {
     "instance_discrimination": ["micro_batch_size=16"],
-    "moco_v2": ["pretext.temperature.learned.least=0.05"],
+    "moco_v2": ["pretext.temperature.learned.min=0.05"],
     "swav": ["transform.local_views.count=2", "transform.local_views.size=8", "pretext.queue_start=3 steps"],
     "barlow_twins": ["optim=lars", "optim.warmup=1 steps"],
     "rotation": ["optim=sgd", "optim.warmup=1 steps"],

@@ -100,7 +100,7 @@ TRACES: dict[str, list[str]] = {
     **{f"pretext/{name}": ["pretrain", *TEN, f"pretext={name}", *words] for name, words in PRETEXT.items()},
     # Stage one's other ways.
     "pretrain/micro_batches": ["pretrain", *SIMCLR, "micro_batch_size=8"],
-    "pretrain/learned_temperature": ["pretrain", *SIMCLR, "pretext.temperature.learned.least=0.05"],
+    "pretrain/learned_temperature": ["pretrain", *SIMCLR, "pretext.temperature.learned.min=0.05"],
     "pretrain/domain_temperature": [
         "pretrain", *SIMCLR, "data=fashion_domains", "pretext.temperature.other_domain=1.0",
     ],

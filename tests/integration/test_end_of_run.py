@@ -57,7 +57,7 @@ def test_a_folder_of_few_images_ends_with_an_encoder_and_final_figures(
     size = load("pretrain", PretrainConfig, [*words, "resume=auto"]).data.open_pool()
     assert size is not None
     assert f"batch_size={len(size)} instead of 256" in " ".join(said.split())
-    assert OmegaConf.load(run / "config.yaml").batch.size == len(size)
+    assert OmegaConf.load(run / "config.yaml").batch_size == len(size)
     pretrain(load("pretrain", PretrainConfig, [*words, "resume=auto"]))  # the same words are the same run
     assert "untrained" in said
     assert "Pretraining moved nothing" in said  # of one image nothing can be told

@@ -233,7 +233,7 @@ def test_it_helps_where_labels_are_few() -> None:
     (["domain=mcc", "domain.target=[a]"], "`domain` and `unlabeled` both bring images without labels"),
     (["unlabeled.transform.count=1", "unlabeled.transform.second=null"], "`unlabeled.transform` makes 1 view\\(s\\) of an image, and 2 are needed"),
     (["unlabeled.transform.local.count=2"], "`unlabeled.transform` makes 4 view\\(s\\)"),
-    (["unlabeled.transform.restyle.probability=0.5"], "`unlabeled.transform.restyle` is for stage one"),
+    (["unlabeled.transform.amplitude_mix.probability=0.5"], "`unlabeled.transform.amplitude_mix` is for stage one"),
     (["unlabeled.transform.grayscale=0.2"], "`unlabeled.transform.grayscale` needs RGB images"),
     (["unlabeled.transform.second.grayscale=0.2"], "`unlabeled.transform.second.grayscale` needs RGB images"),
     (["unlabeled.path=nowhere"], "`unlabeled.path`: 'nowhere' does not exist"),

@@ -36,7 +36,7 @@ def gradients(task: Task, micro: int | None) -> tuple[StepOutput, dict[str, Tens
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("simclr", ["pretext.temperature.learned.least=0.05"]),
+        ("simclr", ["pretext.temperature.learned.min=0.05"]),
         ("moco_v2", ["pretext.symmetric=true"]),
         ("nnclr", []),
         ("swav", ["pretext.freeze_prototypes=0 steps"]),

@@ -242,7 +242,7 @@ def test_moco_v2_without_groups_goes_by_the_whole_batch() -> None:
 
 def test_a_learned_temperature_pays_for_nothing_but_its_softmax() -> None:
     """MoCo v3's factor of 2τ would be lowered by lowering τ, whatever the rows are."""
-    task, batch = tiny_task("moco_v3", ["pretext.temperature.learned.least=0.05"])
+    task, batch = tiny_task("moco_v3", ["pretext.temperature.learned.min=0.05"])
     e = {key: rows.detach() for key, rows in task.embed(batch).items()}
     task.objective(e, batch).loss.backward()
     log_scale = torch.tensor(-math.log(0.2), requires_grad=True)
@@ -384,7 +384,7 @@ def test_a_temperature_per_domain_reaches_the_right_rows() -> None:
         ("swav", ["pretext.temperature=-0.1"], "greater than 0"),
         (
             "dino",
-            ["pretext.teacher_temperature.learned.least=0.1", "pretext.teacher_temperature.value=0.2"],
+            ["pretext.teacher_temperature.learned.min=0.1", "pretext.teacher_temperature.value=0.2"],
             "no gradient",
         ),
         ("nnclr", ["pretext.temperature.other_domain=0.2"], "no meaning"),

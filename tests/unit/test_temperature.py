@@ -60,7 +60,7 @@ def test_what_contradicts_itself_is_refused(keys: dict[str, object], words: str)
 
 
 def test_a_learned_temperature_moves_within_its_bounds_and_does_not_decay() -> None:
-    task, batch = tiny_task("simclr", ["pretext.temperature.learned.least=0.05", "pretext.temperature.value=0.06"])
+    task, batch = tiny_task("simclr", ["pretext.temperature.learned.min=0.05", "pretext.temperature.value=0.06"])
     optimizer = build_optimizer(OptimConfig(name="sgd", lr=50.0, weight_decay=0.1, scaling="none"), task, 8)
     scale = dict(task.named_parameters())["temperature.log_scale"]
     (group,) = (g for g in optimizer.param_groups if any(p is scale for p in g["params"]))
@@ -77,7 +77,7 @@ def test_a_learned_temperature_moves_within_its_bounds_and_does_not_decay() -> N
 
 
 def test_the_gradient_of_a_learned_temperature_is_the_difference_quotient() -> None:
-    task, batch = tiny_task("simclr", ["pretext.temperature.learned.least=0.05", "pretext.temperature.value=0.3"])
+    task, batch = tiny_task("simclr", ["pretext.temperature.learned.min=0.05", "pretext.temperature.value=0.3"])
     task = task.double().eval()
     batch.views = [view.double() for view in batch.views]
     scale = dict(task.named_parameters())["temperature.log_scale"]
