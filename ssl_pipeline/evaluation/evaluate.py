@@ -185,7 +185,7 @@ def _groups(
         return (_UNLABELED,), [f"{lack}; only what needs none is measured"]
     wanted = [name for name in config.metrics if name != _UNLABELED]
     if wanted:
-        raise ConfigError(f"`what` asks for {', '.join(wanted)}, and {lack}. metrics=[{_UNLABELED}] needs none.")
+        raise ConfigError(f"`metrics` asks for {', '.join(wanted)}, and {lack}. metrics=[{_UNLABELED}] needs none.")
     return config.metrics, []
 
 

@@ -247,7 +247,7 @@ class ViewsConfig(ViewConfig):
     @model_validator(mode="after")
     def _second_is_there(self) -> ViewsConfig:
         if self.second_view and self.num_views == 1:
-            raise ValueError("`second` changes the second view, and `count` is 1: set second=null.")
+            raise ValueError("`second_view` changes the second view, and `num_views` is 1: set second_view=null.")
         return self
 
     @property

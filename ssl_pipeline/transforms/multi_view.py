@@ -1,4 +1,4 @@
-"""The random views of a batch of images: ``count`` global ones, then the ``local`` ones of multi-crop.
+"""The random views of a batch of images: ``num_views`` global ones, then the ``local_views`` of multi-crop.
 
 Every choice is a named draw (``ssl_pipeline.rng``), so a view depends on the seed, the epoch, the sample and the view's number
 alone. Crop and mirror come first, in the workers where files differ in size; all else follows on the device.

@@ -194,7 +194,7 @@ def test_weights_out_of_reach_leave_random_ones_of_what_is_left(
     record = json.loads((study(listed) / "study.json").read_text())
     assert list(record["left_out"]) == ["imagenet"]
     assert {row["init"] for row in record["rows"]} == {"random", "own"}
-    with pytest.raises(ConfigError, match="none of the pretrained `initializations` can be had"):
+    with pytest.raises(ConfigError, match="none of the pretrained `encoders` can be had"):
         study(load("study", StudyConfig, [official, *small, "jobs=1", f"output={tmp_path / 'none'}",
                                           "common=[" + ",".join(f"'{text}'" for text in COMMON) + "]"]))  # fmt: skip
     assert not (tmp_path / "none").exists()
