@@ -12,8 +12,7 @@ from ssl_pipeline.config.base import dump
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.data.build import build_loader, build_views
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
-from ssl_pipeline.data.source import describe_splits, open_training
-from ssl_pipeline.data.value_range import describe_range
+from ssl_pipeline.data.source import describe_range_of, describe_splits, open_training
 from ssl_pipeline.engine.checkpoint import describe_resume
 from ssl_pipeline.engine.distributed import (
     batchnorm_notes,
@@ -80,7 +79,7 @@ def pretrain(config: PretrainConfig) -> Path:
         run.say(
             f"pretrain: {config.pretext.name} with {config.backbone.name} on {train.describe_size()} of {train.name}"
         )
-        notes += [] if train.value_range is None else [f"of more than 8 bits {describe_range(train.value_range)}"]
+        notes += describe_range_of(config.data, train)
         notes += [describe_splits(config.data, train, val), *more_notes]
         notes += [f"{share.processes} process(es) on {share.device}", f"run folder {run.folder}"]
         if run.changes and resume is not None:

@@ -19,7 +19,7 @@ from ssl_pipeline.rng import Name, permutation
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "val", "eval"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test", "testing"),
 }
 _SPLIT_OF: dict[str, Split] = {name: split for split, names in SPLIT_NAMES.items() for name in names}
@@ -145,6 +145,11 @@ def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
     return part
 
 
+def draw_name(split: Part) -> str:
+    """A split in the name of a draw: hashed, so that another name would share the images out anew."""
+    return "dev" if split == "val" else split
+
+
 def split_three(labels: Tensor, test: float | None, val: float | None, *name: Name) -> dict[Part, Tensor]:
     """Shares the samples of one pool out among the splits, the same way for every seed.
 
@@ -166,7 +171,7 @@ def split_three(labels: Tensor, test: float | None, val: float | None, *name: Na
         if share is not None:
             pool = index["train"]
             count = max(1, round(share * int((labels[pool] >= 0).sum())))
-            rest, held_out = stratified_split(labels[pool], count, *name, split)
+            rest, held_out = stratified_split(labels[pool], count, *name, draw_name(split))
             index["train"], index[split] = pool[rest], pool[held_out]
     return index
 

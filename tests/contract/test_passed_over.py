@@ -48,13 +48,13 @@ class Steps:
     def new_errors(self) -> dict[str, Any]:
         return {}
 
-    def learn(self, found: Sequence[Any]) -> None:
+    def merge_errors(self, found: Sequence[Any]) -> None:
         del found
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    load_state_dict = learn
+    load_state_dict = merge_errors
 
 
 def pretext_case(name: str) -> Case:

@@ -104,7 +104,7 @@ def test_help_lists_what_the_verb_takes(verb: str, there: list[str], absent: lis
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if has_yaml(verb)])
 def test_help_has_a_word_for_every_key(verb: str) -> None:
-    path = config_root() / f"{verb.replace(' ', '_')}.yaml"
+    path = config_root() / f"{re.sub('[ -]', '_', verb)}.yaml"
     lines = list(lines_of(path.read_text()))
     said = {line.key for line in lines if line.said}
     silent = [
@@ -225,7 +225,7 @@ def test_the_wheel_carries_the_configs_and_users_bring_their_own(tmp_path: Path)
 
 def test_readme_names_no_command_that_is_not_there() -> None:
     text = (ROOT / "README.md").read_text()
-    verbs = set(re.findall(r"^ssl-pipeline ([a-z]+)", text, flags=re.MULTILINE))
+    verbs = set(re.findall(r"^ssl-pipeline ([a-z-]+)", text, flags=re.MULTILINE))
     from ssl_pipeline.cli import VERBS
 
     assert verbs

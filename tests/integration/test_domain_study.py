@@ -94,7 +94,7 @@ def test_a_choice_follows_its_figure_and_a_bound_is_no_candidate(tmp_path: Path)
         chosen({"a": {}}, "source_validation")
 
 
-@pytest.mark.parametrize("comparison", choices("comparison"))
+@pytest.mark.parametrize("compared", choices("comparison"))
 def test_the_configurations_that_come_along_are_whole(compared: str) -> None:
     config = load("study_domain", DomainStudyConfig, [f"comparison={compared}", 'encoder="runs/union-{seed}"'])
     assert config.baseline in config.methods

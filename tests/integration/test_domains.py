@@ -187,7 +187,7 @@ def test_unknown_classes_are_out_of_the_source_and_apart_in_the_target() -> None
 
 
 def test_without_a_shift_the_target_is_the_sources_other_half() -> None:
-    across = split_domains(method(control="no_shift"), few(), few())
+    across = split_domains(method(negative_control="no_shift"), few(), few())
     assert across.targets == ("photo",)
     assert list(across.measured) == ["photo"]
     assert across.target.labels is None
@@ -212,7 +212,7 @@ def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_fi
         files.domains, files.domain_names = pool.domains, pool.domain_names
     images: IndexedDataset = files if in_files else pool
     plain = split_domains(method(), images, images).target
-    across = split_domains(method(control=control), images, images)
+    across = split_domains(method(negative_control=control), images, images)
 
     def values(source: IndexedDataset, number: int) -> Tensor:
         found: Tensor = pil_to_tensor(source.open_image(number))
@@ -224,7 +224,7 @@ def test_a_control_takes_the_targets_place_in_training_alone(control: str, in_fi
         assert not torch.equal(real, found)
         same_colors = torch.equal(real.flatten().sort().values, found.flatten().sort().values)
         assert same_colors == (control == "shuffled")
-    again = split_domains(method(control=control), images, images).target
+    again = split_domains(method(negative_control=control), images, images).target
     assert torch.equal(values(again, 3), values(across.target, 3))
     assert torch.equal(values(across.target.select(torch.tensor([3])), 0), values(across.target, 3))
     assert torch.equal(values(across.measured["sketch"], 1), values(plain, 1))

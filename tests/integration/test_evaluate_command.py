@@ -89,7 +89,7 @@ def test_images_without_labels_are_looked_at_as_far_as_can_be(run: Path, images:
     found = evaluate(config(run, images / "red"))
     assert set(values(found)) == {"effective_rank", "feature_std", "uniformity", "alignment"}
     assert any("has no labels" in note for note in found.notes)
-    with pytest.raises(ConfigError, match=r"`what` asks for knn, probe, and .* has no labels"):
+    with pytest.raises(ConfigError, match=r"`metrics` asks for knn, probe, and .* has no labels"):
         evaluate(config(run, images / "red", "metrics=[knn,probe]"))
 
 

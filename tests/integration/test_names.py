@@ -80,7 +80,7 @@ def test_all_verbs_in_folders_of_any_name(shell: Shell) -> None:
     shell("export", model, "--to", "safetensors", f"--output=~/out {NAME}")
     assert (Path.home() / f"out {NAME}" / "card.json").is_file()
     shell("report", run, model, f"--output={NAME}.html")
-    assert f"wrote {run}/temperature.svg" in shell("temperature", run)
+    assert f"wrote {run}/temperature.svg" in shell("plot-temperature", run)
     shell(
         "study",
         run,

@@ -212,9 +212,7 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(
     keys: dict[str, Any] = {"channels": 1}
     with pytest.raises(DecodeError, match=r"a\.tar/[12] can't be read as an image"):
         list(batches_of(stream_of(tmp_path / "shards", [8], **keys), workers=workers).from_step(0))
-    batches = batches_of(
-        stream_of(tmp_path / "shards", [8], on_unreadable="skip", **keys), workers=workers, total_steps=2
-    )
+    batches = batches_of(stream_of(tmp_path / "shards", [8], on_error="skip", **keys), workers=workers, total_steps=2)
     with caplog.at_level(logging.WARNING):
         found = torch.cat([batch.index for batch in batches.from_step(0)]).tolist()
     assert set(found) == {sample_id("a.tar", i) for i in range(8) if i not in (1, 2)}
@@ -223,7 +221,7 @@ def test_a_bad_image_stops_the_run_or_gives_its_place_to_the_next(
     assert caplog.text.count("left out") == 1
     write_tar(tmp_path / "bad" / "a.tar", [(f"{i}.png", b"no image") for i in range(8)])
     with pytest.raises(DecodeError):
-        list(batches_of(stream_of(tmp_path / "bad", [8], on_unreadable="skip", **keys), workers=workers).from_step(0))
+        list(batches_of(stream_of(tmp_path / "bad", [8], on_error="skip", **keys), workers=workers).from_step(0))
 
 
 def with_domains(folder: Path, domains: list[str]) -> Path:

@@ -377,7 +377,7 @@ def test_unreadable_files_stop_the_run_with_a_list(tmp_path: Path, caplog: pytes
     assert "bad11" not in text
     assert "13 of 21 files can't be read as images" in text
     assert "data.max_bad_files=1%" in text
-    source = opened(folder(tmp_path, bad_files="90%"), "train")
+    source = opened(folder(tmp_path, max_bad_files="90%"), "train")
     assert source.bad_files is not None
     left_out = list(source.bad_files.faults)
     assert len(left_out) == 13

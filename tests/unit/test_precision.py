@@ -151,7 +151,7 @@ def bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class _Batches:
     """Three steps over one batch."""
 
-    total_steps, seed, unreadable, workers, offset = 3, 0, 0, 0, 0
+    total_steps, seed, unreadable, num_workers, offset = 3, 0, 0, 0, 0
 
     def __init__(self, task: nn.Module) -> None:
         self._task = task
@@ -163,7 +163,7 @@ class _Batches:
     def new_errors(self) -> dict[str, str]:
         return {}
 
-    def bear(self, bad_files: int) -> None:
+    def check_bad_files(self, bad_files: int) -> None:
         assert bad_files == 0
 
 

@@ -336,16 +336,16 @@ def test_shards_and_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_prepared_zoo_trains_and_a_raw_one_does_as_told(zoo: Path, tmp_path: Path) -> None:
-    source = opened(zoo, bad_files="20%", prepared=str(tmp_path / "raw"))
+    source = opened(zoo, max_bad_files="20%", prepared=str(tmp_path / "raw"))
     assert source.bad_files is not None
     assert len(source.bad_files.faults) == 4  # the truncated one has a good header
     made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, torch.device("cpu")), 16, 0)
     assert len(list(made.from_step(0))) == 16
     with pytest.raises(ConfigError) as told:
-        opened(zoo, bad_files="3", prepared=str(tmp_path / "raw"))
+        opened(zoo, max_bad_files="3", prepared=str(tmp_path / "raw"))
     assert all(Path(file).name in str(told.value) for file in FAULTS if file != "cat/cut.jpg")
     prepare(str(zoo), str(tmp_path / "ready"))
-    ready = opened(zoo, bad_files="20%", prepared=str(tmp_path / "ready"))
+    ready = opened(zoo, max_bad_files="20%", prepared=str(tmp_path / "ready"))
     assert ready.bad_files is not None
     assert {Path(file).name for file in ready.bad_files.faults} == {Path(file).name for file in FAULTS}
 

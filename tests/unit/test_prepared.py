@@ -167,7 +167,7 @@ def test_a_table_honors_what_prepare_has_found(domains: Path, tmp_path: Path, mo
     monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)
     assert [ready.open_image(i).size for i in (0, 1, 21)] == [(72, 48)] * 3
     with pytest.raises(ConfigError, match=r"(?s)ink/cat/0\.jpg: image file is truncated.*2 of 24"):
-        of_table(tmp_path / "t.csv", bad_files="1", **keys)
+        of_table(tmp_path / "t.csv", max_bad_files="1", **keys)
 
 
 def test_a_table_leaves_out_a_broken_files_targets_with_it(domains: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_bad_image_is_replaced_by_its_neighbor_or_stops_the_run(tmp_path: Path
     views = Views(ViewsConfig(size=8).for_channels(1)[0], (0.5,), (0.5,), 0)
 
     def run(bad_files: str) -> IndexedLoader:
-        source = opened(tmp_path / "saved", label=None, bad_files=bad_files)
+        source = opened(tmp_path / "saved", label=None, max_bad_files=bad_files)
         made = IndexedLoader(source, views, 4, 0, DistInfo(0, 1, torch.device("cpu")), 3, workers)
         seen = torch.cat([batch.index for batch in made.from_step(0)]).tolist()
         assert sorted(seen) == [0, 1, 2, 4, 4, 6, 6, 7, 9, 9, 10, 11]
@@ -256,7 +256,7 @@ def test_a_stream_reads_shards_from_any_place(tmp_path: Path) -> None:
         config(tmp_path / "d", streaming=True).open("train")
     assert config(tmp_path / "d", streaming=True).open("val") is None
     write_parquet(tmp_path / "d", table(6), split="validation")
-    val = config(tmp_path / "d", streaming=True, held_images=4).open("val")
+    val = config(tmp_path / "d", streaming=True, max_val_images=4).open("val")
     assert val is not None
     assert val.labels is not None
     assert val.labels.tolist() == [0, 1, 0, 1]

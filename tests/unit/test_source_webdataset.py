@@ -240,7 +240,7 @@ def test_a_cut_is_told_wherever_it_is(tmp_path: Path, gzipped: bool, caplog: pyt
         (tmp_path / "cut" / name).write_bytes(whole[:cut])
         with pytest.raises(ShardError, match=r"a\.tar.* can't be read as a whole tar archive .*"):
             everything(opened(tmp_path / "cut", channels=1))
-        stream = opened(tmp_path / "cut", channels=1, on_unreadable="skip")
+        stream = opened(tmp_path / "cut", channels=1, on_error="skip")
         with caplog.at_level(logging.WARNING):
             samples = everything(stream)
         assert "The rest of it is left out" in caplog.text

@@ -30,14 +30,14 @@ def test_fixed_and_warmed() -> None:
 
 def test_a_cosine_starts_high_and_returns_after_its_period() -> None:
     """Kukleva et al. 2023: between 0.1 and 1.0, starting high."""
-    config = TemperatureConfig.model_validate({"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps"}})
+    config = TemperatureConfig.model_validate({"value": 0.1, "cosine": {"max": 1.0, "period": "20 steps"}})
     assert [at(config, step) for step in (0, 5, 10, 15, 20)] == pytest.approx([1.0, 0.55, 0.1, 0.55, 1.0])
     falling = TemperatureConfig.model_validate(
-        {"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps", "phase": 0.25}}
+        {"value": 0.1, "cosine": {"max": 1.0, "period": "20 steps", "phase": 0.25}}
     )
     assert [at(falling, step) for step in (0, 5)] == pytest.approx([0.55, 0.1])
     low_first = TemperatureConfig.model_validate(
-        {"value": 0.1, "cosine": {"high": 1.0, "period": "20 steps", "phase": 0.5}}
+        {"value": 0.1, "cosine": {"max": 1.0, "period": "20 steps", "phase": 0.5}}
     )
     assert [at(low_first, step) for step in (0, 10)] == pytest.approx([0.1, 1.0])
 
@@ -47,8 +47,8 @@ def test_a_cosine_starts_high_and_returns_after_its_period() -> None:
     [
         ({"learned": {}, "cosine": {}}, "no schedule"),
         ({"learned": {}, "warmup": "5 steps"}, "no schedule"),
-        ({"value": 3.0, "learned": {"least": 0.01, "most": 1.0}}, "between 0.01 and 1.0"),
-        ({"value": 0.5, "cosine": {"high": 0.2}}, "below"),
+        ({"value": 3.0, "learned": {"min": 0.01, "max": 1.0}}, "between 0.01 and 1.0"),
+        ({"value": 0.5, "cosine": {"max": 0.2}}, "below"),
         ({"cosine": {"period": "0 steps"}}, "period"),
         ({"value": 0.0}, "greater than 0"),
         ({"value": -1.0}, "greater than 0"),

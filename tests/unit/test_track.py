@@ -85,7 +85,7 @@ def test_resume_continues_the_same_run(tmp_path: Path) -> None:
 def test_resume_of_another_run_names_what_differs(tmp_path: Path) -> None:
     run_in(tmp_path / "a").close()
     before = (tmp_path / "a/config.yaml").read_text()
-    other = CONFIG | {"optim": {"rate": 0.5, "betas": [0.9, 0.999], "clip": 1.0}}
+    other = CONFIG | {"optim": {"rate": 0.5, "betas": [0.9, 0.999], "grad_clip_norm": 1.0}}
     with pytest.raises(ConfigError) as error:
         run_in(tmp_path / "a", "auto", other)
     assert error.value.problems[:2] == [

@@ -53,7 +53,7 @@ def test_views_differ_as_they_are_told_and_inherit_the_rest() -> None:
 
 
 def test_changes_of_a_second_view_that_is_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match="second=null"):
+    with pytest.raises(ValueError, match="second_view=null"):
         ViewsConfig.model_validate({"num_views": 1, "second_view": {"solarize": 0.2}})
 
 

@@ -91,7 +91,7 @@ def test_a_class_that_loses_all_its_files_is_an_error_with_the_cause(
         picture(above / "fox" / f"{i}.png")
     module: Any = {"folder": folder, "domain_folder": domain_folder}[source]
     with pytest.raises(ConfigError) as error:
-        module.Config(name=source, path=str(tmp_path), bad_files="50%").open("train")
+        module.Config(name=source, path=str(tmp_path), max_bad_files="50%").open("train")
     assert told in str(error.value)
     assert "dog" in str(error.value)
 

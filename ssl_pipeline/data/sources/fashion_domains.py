@@ -20,7 +20,7 @@ from ssl_pipeline.data import embedded
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import SourceConfig, Split
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
-from ssl_pipeline.data.splits import stratified_split
+from ssl_pipeline.data.splits import draw_name, stratified_split
 from ssl_pipeline.rng import NamedRNG, permutation
 from ssl_pipeline.transforms.config import ViewConfig
 
@@ -160,12 +160,12 @@ def _dress(source: ArrayDataset, parts: list[Tensor], split: Split) -> ArrayData
     assert source.pixels is not None
     assert source.labels is not None
     pixels = [
-        make(source.pixels[part], NamedRNG(part, 0, f"fashion domains {split}"))
+        make(source.pixels[part], NamedRNG(part, 0, f"fashion domains {draw_name(split)}"))
         for make, part in zip(_APPEARANCES.values(), parts, strict=True)
     ]
     domains = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
     # In no order of domains, as if found so: what reads only some of the images reads some of each domain.
-    order = permutation(len(domains), "fashion domains", split)
+    order = permutation(len(domains), "fashion domains", draw_name(split))
     return ArrayDataset(
         "fashion_domains", torch.cat(pixels)[order], source.labels[torch.cat(parts)][order], source.classes, _LICENSE,
         source.mean, source.std, domains[order], DOMAINS,

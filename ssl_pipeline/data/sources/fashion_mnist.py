@@ -18,7 +18,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.data.source import SourceConfig, Split
-from ssl_pipeline.data.splits import stratified_split
+from ssl_pipeline.data.splits import draw_name, stratified_split
 
 _IDX_BYTES = bytes([0, 0, 8])  # how an IDX file of bytes begins
 CLASSES = (
@@ -84,7 +84,7 @@ def read_splits(name: str, folder: Path, val: int) -> dict[Split, ArrayDataset]:
     assert every.labels is not None
     if val >= len(every):
         raise ConfigError(f"`data.val` is {val}, and {str(folder)!r} holds {len(every)} training images: give fewer.")
-    rest, held_out = stratified_split(every.labels, val, name, "val")
+    rest, held_out = stratified_split(every.labels, val, name, draw_name("val"))
     splits: dict[Split, ArrayDataset] = {"train": every.select(rest), "val": every.select(held_out), "test": test}
     mean, std = splits["train"].statistics()
     for source in splits.values():
