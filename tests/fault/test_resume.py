@@ -128,7 +128,7 @@ def test_a_changed_config_is_named(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["pretrain/lr"] > 20 * lines[2]["pretrain/lr"]  # the optimizer obeys the new rate, too
     noted = json.loads((changed / "run.json").read_text())["starts"][-1]["changed"]
-    assert [sentence.split()[0] for sentence in noted] == ["`data.val`", "`optim.lr`", "`steps`", "`val`", "`train`"]
+    assert [sentence.split()[0] for sentence in noted] == ["`data.val`", "`optim.lr`", "`steps`", "`train`", "`val`"]
 
 
 def test_a_change_that_leaves_no_step_is_refused_and_writes_nothing(tmp_path: Path) -> None:

@@ -368,7 +368,9 @@ def test_the_page_has_every_method() -> None:
 
 def test_stage_one_takes_the_domains_that_it_is_given(tmp_path: Path) -> None:
     for domains, count in (("[original]", 1000), ("[original,edges]", 2000)):
-        config = tiny_pretrain(tmp_path / str(count), "data=fashion_domains", f"data.domains={domains}", "steps=1")
+        config = tiny_pretrain(
+            tmp_path / str(count), "data=fashion_domains", f"data.domains={domains}", "data.val=4000", "steps=1"
+        )
         source = config.data.open("train")
         assert source is not None
         assert len(source) == count
