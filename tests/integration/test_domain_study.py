@@ -162,7 +162,7 @@ def test_a_wrong_row_is_told_before_anything_trains(tmp_path: Path) -> None:
 
 
 def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path) -> None:
-    config = tiny(tmp_path, controls=True, seeds=2)
+    config = tiny(tmp_path, negative_controls=True, seeds=2)
     names = ["edges", "no shift", "edges as noise", "edges as shuffled"]
     assert [shift.name for shift in config.shifts()] == names
     assert config.shifts()[2].methods == ["source only", "AdaBN"]
@@ -183,7 +183,7 @@ def test_controls_are_rows_of_the_study_and_a_gain_there_is_told(tmp_path: Path)
 
 def test_a_study_with_controls_runs(tmp_path: Path) -> None:
     rows = {"source only": ["domain=source_only"]}
-    folder = study(tiny(tmp_path / "study", controls=True, methods=rows))
+    folder = study(tiny(tmp_path / "study", negative_controls=True, methods=rows))
     figures = json.loads((folder / "study.json").read_text())["figures"]
     assert list(figures) == ["edges", "no shift", "edges as noise", "edges as shuffled"]
     noise, real = figures["edges as noise"]["source only"][0], figures["edges"]["source only"][0]
