@@ -41,7 +41,14 @@ def interrupted(words: list[str], ready: Path, cwd: Path, lines: int = 0) -> tup
         words, cwd=cwd, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     until = time.monotonic() + 120
-    while not ready.exists() or (lines and len(ready.read_bytes().splitlines()) < lines):
+
+    def begun() -> bool:
+        """A folder counts once something is in it, so that the signal does not come while a library's C code loads the encoder."""
+        if ready.is_dir():
+            return any(ready.glob("*.safetensors"))
+        return ready.exists() and len(ready.read_bytes().splitlines()) >= lines
+
+    while not begun():
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
