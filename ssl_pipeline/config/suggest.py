@@ -71,7 +71,7 @@ def about_choice(stage: Stage, group: str, choice: str | None) -> str | None:
 def about_key(stage: Stage, key: str, text: str | None) -> str:
     """An unknown key, and what it may mean; ``text`` is the value as it was typed, None for none."""
     value = "…" if text is None else text
-    if line := renamed(key, value):
+    if line := renamed(key, value, stage.schema.model_fields):
         return line
     answer = (
         (f"If a file or folder is meant, there is no {f'{key}={value}'!r}." if "/" in key else None)
@@ -86,7 +86,7 @@ def about_key(stage: Stage, key: str, text: str | None) -> str:
 
 def about_word(stage: Stage, word: str) -> str:
     """A word without a value, such as ``num_workers`` or ``photos``."""
-    if line := renamed(word, "…"):
+    if line := renamed(word, "…", stage.schema.model_fields):
         return line
     known, name = stage.keys(), word.strip("+~=")
     answer = None

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
-# An entry also holds for the keys below it (`unlabelled.weight`), and entries may follow one another. Where the new key takes
-# other values, an entry has one as an example: `new.key=value`.
+_VIEWS = {
+    "jitter": "color_jitter", "grey": "grayscale", "solarise": "solarize", "blur": "gaussian_blur", "flip": "horizontal_flip",
+    "restyle": "amplitude_mix",
+}  # fmt: skip
+# An entry also holds for the keys below it (`unlabelled.weight`) and, with two parts, wherever the model stands (`regime.optim.clip`).
+# Entries may follow one another. Where the new key takes other values, an entry has one as an example: `new.key=value`.
 RENAMED_KEYS: dict[str, str] = {
+    **{f"{at}.{old}": f"{at}.{new}" for at in ("transform", "second_view", "local_views") for old, new in _VIEWS.items()},
     "data.licence": "data.license",
     "unlabelled": "unlabeled",
     "views": "transform",
     "transform.count": "transform.num_views",
     "transform.second": "transform.second_view",
     "transform.local": "transform.local_views",
-    "transform.jitter": "transform.color_jitter",
-    "transform.grey": "transform.grayscale",
-    "transform.solarise": "transform.solarize",
-    "transform.blur": "transform.gaussian_blur",
-    "transform.flip": "transform.horizontal_flip",
-    "transform.restyle": "transform.amplitude_mix",
     "unlabeled.views": "unlabeled.transform",
     "batch.size": "batch_size",
     "batch.micro": "micro_batch_size",
@@ -43,7 +42,7 @@ RENAMED_KEYS: dict[str, str] = {
     "regime.decays": "regime.weight_decays",
     "regime.batch": "regime.batch_size",
     "regime.least_steps": "regime.min_steps",
-    "regime.probe.least_steps": "regime.probe.min_steps",
+    "probe.least_steps": "probe.min_steps",
     "optim.clip": "optim.grad_clip_norm",
     "optim.trust": "optim.trust_coefficient",
     "optim.start_factor": "optim.warmup_start_factor",
@@ -65,7 +64,7 @@ RENAMED_KEYS: dict[str, str] = {
 }
 # What other programs call a thing, and how it is written here: the first line whose key the stage has.
 _FOREIGN = {
-    "batch_size batchsize bs": ("batch_size={}", "regime.batch_size={}"),
+    "batch batch_size batchsize bs": ("batch_size={}", "regime.batch_size={}"),
     "micro_batch_size accumulate_grad_batches grad_accum gradient_accumulation_steps": ("micro_batch_size={}",),
     "learning_rate base_lr": ("optim.lr={}", "regime.optim.lr={}"),
     "wd": ("optim.weight_decay={}", "regime.optim.weight_decay={}"),
@@ -74,7 +73,7 @@ _FOREIGN = {
     "warmup_epochs": ("optim.warmup={} epochs", "regime.optim.warmup={} epochs"),
     "warmup_steps": ("optim.warmup={} steps", "regime.optim.warmup={} steps"),
     "tau": ("pretext.temperature.value={}",),
-    "num_workers n_workers": ("num_workers={}",),
+    "workers num_workers n_workers": ("num_workers={}",),
     "arch architecture model network net": ("backbone.name={}",),
     "pretrained": ("backbone.weights={}",),
     "checkpoint ckpt checkpoint_path ckpt_path": ("encoder={}", "backbone.weights={}"),
@@ -109,10 +108,16 @@ _PROCESSES = [
 _DEVICE = ("device", "gpu", "cuda", "accelerator", *_PROCESSES)
 
 
-def renamed(key: str, value: str) -> str | None:
-    """The sentence about a key that has a new name; None for any other key."""
+def renamed(key: str, value: str, roots: Container[str] | None = None) -> str | None:
+    """The sentence about a key that has a new name; None for any other key.
+
+    Args:
+        key: as it was typed.
+        value: likewise; ``…`` where there is none.
+        roots: the first parts of the verb's keys: a new name that it lacks is no answer. None takes any.
+    """
     moved = _moved(key)
-    if moved is None:
+    if moved is None or (roots is not None and moved.partition("=")[0].partition(".")[0] not in roots):
         return None
     new, equals, example = moved.partition("=")
     line = f"{new}={example if equals else value}"
@@ -121,10 +126,11 @@ def renamed(key: str, value: str) -> str | None:
 
 def _moved(key: str) -> str | None:
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        new = RENAMED_KEYS.get(".".join(parts[:length]))
-        if new is not None:
-            moved = ".".join([new, *parts[length:]])
+    spans = ((start, end) for start in range(len(parts)) for end in range(len(parts), start, -1))
+    for start, end in spans:
+        new = RENAMED_KEYS.get(".".join(parts[start:end]))
+        if new is not None and (start == 0 or end - start > 1):  # a name of one part is that of a verb's own key
+            moved = ".".join([*parts[:start], new, *parts[end:]])
             return _moved(moved) or moved
     return None
 

@@ -71,6 +71,13 @@ def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(ConfigError, match=r"is now `data\.license`: type `data\.license=…`"):
         component("data.sources", "data", {"name": "folder", "path": "x", "licence": "mine"})
+    # A model has its new names wherever it stands, and a name that the verb lacks is no answer.
+    assert "`regime.optim.clip` is now `regime.optim.grad_clip_norm`" in told("finetune", "regime.optim.clip=1")
+    assert "`unlabeled.transform.second_view.color_jitter.hue=0`" in told(
+        "finetune", "unlabeled=consistency", "unlabeled.views.second.jitter.hue=0"
+    )
+    assert "`regime.batch_size=64`" in told("finetune", "batch=64")
+    assert "`batch_size=64`" in told("pretrain", "batch=64")
     # The same holds for YAML files, for keys below a renamed one, in steps, and where the values are others, too.
     entries = {"sight": "transform", "transform.wide": "transform.size", "optim.calm": "optim.warmup=0 steps"}
     monkeypatch.setattr("ssl_pipeline.config.synonyms.RENAMED_KEYS", entries)
