@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -67,7 +70,7 @@ def run_command(
         if options.cfg:
             sys.stdout.write(as_yaml(dump(config)))
             return
-        with typed_as(["ssl-pipeline", *verb.split(), *sys.argv[1:]]):
+        with typed_as(["ssl-pipeline", *verb.split(), *sys.argv[1:]]), _interrupts_not_lost():
             run(config)
     except UserError as error:
         exit_with_error(error, f"ssl-pipeline {verb} --help")
@@ -81,6 +84,31 @@ def run_command(
                 "a path starts with `~` and no user's name: write `~/NAME` below the home folder, and `./~NAME` for a file of that name."
             )
         )
+
+
+@contextmanager
+def _interrupts_not_lost() -> Iterator[None]:
+    """Inside, an error after Ctrl-C is Ctrl-C: C++ of torch turns a KeyboardInterrupt in its callbacks into a ValueError."""
+    before, came = signal.getsignal(signal.SIGINT), list[int]()
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

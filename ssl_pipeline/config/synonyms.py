@@ -12,7 +12,11 @@ _VIEWS = {
 # An entry also holds for the keys below it (`unlabelled.weight`) and, with two parts, wherever the model stands (`regime.optim.clip`).
 # Entries may follow one another. Where the new key takes other values, an entry has one as an example: `new.key=value`.
 RENAMED_KEYS: dict[str, str] = {
-    **{f"{at}.{old}": f"{at}.{new}" for at in ("transform", "second_view", "local_views") for old, new in _VIEWS.items()},
+    **{
+        f"{at}.{old}": f"{at}.{new}"
+        for at in ("transform", "second_view", "local_views")
+        for old, new in _VIEWS.items()
+    },
     "data.licence": "data.license",
     "unlabelled": "unlabeled",
     "views": "transform",

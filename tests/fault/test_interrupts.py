@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config.base import StoppedByHand
-from ssl_pipeline.config.command import stopped_by_hand
+from ssl_pipeline.config.command import run_command, stopped_by_hand
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine import signals
+from ssl_pipeline.evaluation.plot_views import PictureConfig
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
@@ -42,13 +43,7 @@ def interrupted(words: list[str], ready: Path, cwd: Path, lines: int = 0) -> tup
     )
     until = time.monotonic() + 120
 
-    def begun() -> bool:
-        """A folder counts once something is in it, so that the signal does not come while a library's C code loads the encoder."""
-        if ready.is_dir():
-            return any(ready.glob("*.safetensors"))
-        return ready.exists() and len(ready.read_bytes().splitlines()) >= lines
-
-    while not begun():
+    while not ready.exists() or (lines and len(ready.read_bytes().splitlines()) < lines):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -163,6 +158,21 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path, monkeypa
     assert str(stopped_by_hand(stop.value, "pretrain", True)) == "stopped by Ctrl-C."
     assert stopped_by_hand(stop.value, "pretrain", True).exit_code == 130
     assert not (tmp_path / "other").exists()
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(_: PictureConfig) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    with pytest.raises(SystemExit) as left:
+        run_command("plot_views", PictureConfig, draw, [])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_one_leaves_a_command_at_once_and_a_notebook_by_an_exception(
