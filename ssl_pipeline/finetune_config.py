@@ -23,7 +23,7 @@ from ssl_pipeline.transforms.config import ViewsConfig
 
 
 class FinetuneConfig(FrozenModel):
-    """Everything that stage two is told; each field's model says what its keys mean.
+    """The configuration of stage two; each field's model says what its keys mean.
 
     Attributes:
         encoder: a stage-one run's folder, or its ``encoder.safetensors``.
@@ -38,7 +38,7 @@ class FinetuneConfig(FrozenModel):
         domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
         unlabeled: how the other training images are learned from, without labels; null leaves them alone.
-        tracking: who hears of the run beside ``metrics.jsonl``.
+        tracking: loggers beside ``metrics.jsonl``.
         seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
         split: what the figure is of; ``val`` to tune a recipe.
@@ -46,7 +46,7 @@ class FinetuneConfig(FrozenModel):
         resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
         save_every: how often the state of a training is kept to resume from, of its length.
         save_total_limit: how many of a training are kept; a seed that is done keeps none.
-        num_workers: processes that decode files; null settles it by the machine.
+        num_workers: processes that decode files; null chooses by the machine's cores.
     """
 
     encoder: str | None = None

@@ -22,16 +22,16 @@ from ssl_pipeline.transforms.config import ViewsConfig
 
 
 class PretrainConfig(FrozenModel):
-    """Everything that stage one is told; each field's model says what its keys mean.
+    """The configuration of stage one; each field's model says what its keys mean.
 
     Attributes:
         data: what to learn from.
         transform: how an image becomes its random views.
         backbone: the network that learns.
         neck: what makes one row of features of the backbone's maps.
-        pretext: what the network is asked.
-        optim: how it is moved.
-        tracking: who hears of the run beside ``metrics.jsonl``.
+        pretext: the pretext task.
+        optim: optimizer and schedule.
+        tracking: loggers beside ``metrics.jsonl``.
         batch_size: images of a step over all processes; where there are fewer, the largest batch that they make, which is logged.
         micro_batch_size: images that a process embeds at once: GradCache (``engine/grad_cache.py``) gives the gradient of the whole
             batch at the memory of a small one. By default a process's whole share.
@@ -44,7 +44,7 @@ class PretrainConfig(FrozenModel):
         save_every: how often a state to resume from is kept; ``0 steps`` at the end only.
         save_total_limit: how many of them.
         log_every: optimizer steps from one line of metrics to the next.
-        num_workers: processes that decode files; null settles it by the machine.
+        num_workers: processes that decode files; null chooses by the machine's cores.
     """
 
     wins_over: ClassVar[Mapping[str, str]] = {"steps": "epochs"}
@@ -100,9 +100,7 @@ class PretrainConfig(FrozenModel):
         size, samples = self.batch_size, train.length
         total = self.total_steps(samples)
         if samples is None and self.steps is None:
-            problems.append(
-                f"how long {train.name} is nobody knows: give the run's length by `steps`, or `data.length`."
-            )
+            problems.append(f"{train.name} has no known length: give the run's length by `steps`, or `data.length`.")
         elif samples is not None and size > samples:
             problems.append(
                 f"{train.name} has only {samples} images to train on, and each of {processes} process(es) needs 2 in a step: give more."

@@ -1,1 +1,1 @@
-"""Configuration: Hydra composes, pydantic checks, mistakes are told in sentences."""
+"""Configuration: Hydra composes, pydantic checks, mistakes are reported in sentences."""

@@ -34,7 +34,7 @@ def timeout_seconds() -> float:
 class Patience:
     """A timeout that leaves out the time in which this process itself was stopped.
 
-    After Ctrl-Z, SIGSTOP or a paused container the clock has gone on, although nobody could have answered. Call :meth:`tick` at
+    After Ctrl-Z, SIGSTOP or a paused container the clock has gone on, although no process could answer. Call :meth:`tick` at
     every ``interval`` seconds: a tick that comes much too late shows that the process was stopped.
 
     Args:

@@ -2,7 +2,7 @@
 
 An image's row in the index has its place (``shard``, ``offset``), its size and channels, and the CRC-32 of its bytes, which
 every reading checks. A shard is written once: changed images go to new ones. :func:`sweep` deletes those that no row names any
-more, while nobody reads the cache: whoever reads it holds a shared lock on it.
+more, while no process reads the cache: readers hold a shared lock on it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
     """Deletes shards that hold nothing of use, of this cache and of those with other sides, unless somebody reads them.
 
     Args:
-        place: of the index, which nobody else may be writing.
+        place: of the index, which no other process may be writing.
         side: what the shorter sides are limited to.
         used: the shards that its rows name.
     """
@@ -78,7 +78,7 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
         with (folder / LOCK).open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # a run reads it; or the file system has no locks, and nobody can tell
+            except OSError:  # a run reads it, or the file system has no locks
                 _log.warning(
                     "%s: %d old shards may be in use and stay; a later `prepare` deletes them.", folder, len(old)
                 )

@@ -220,9 +220,9 @@ def class_names(values: Sequence[Any], column: str, where: str) -> list[str | No
     names = [class_name(value) for value in values]
     lost = Counter(str(value) for value, name in zip(values, names, strict=True) if value is not None and name is None)
     if lost:
-        told = joined([f"{text!r} ({count})" for text, count in lost.most_common()])
+        shown = joined([f"{text!r} ({count})" for text, count in lost.most_common()])
         warn_once(
-            f"{where}: these values of {column!r} are read as no label: {told}. Rename the class if one is meant."
+            f"{where}: these values of {column!r} are read as no label: {shown}. Rename the class if one is meant."
         )
     whole = {name: match[1] for name in set(names) if name is not None and (match := _INTEGRAL.fullmatch(name))}
     if any("." in name for name in whole) and len(whole) == len(set(names) - {None}):

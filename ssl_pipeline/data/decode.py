@@ -207,8 +207,8 @@ def _refuse_other_bands(file: Image.Image) -> None:
 
 def _orientation(file: Image.Image) -> int:
     # A PNG without EXIF before its pixels would be decoded in search of it.
-    told = file.format != "PNG" or "exif" in file.info
-    return int(file.getexif().get(_ORIENTATION, 1)) if told else 1
+    may_have_exif = file.format != "PNG" or "exif" in file.info
+    return int(file.getexif().get(_ORIENTATION, 1)) if may_have_exif else 1
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:

@@ -43,13 +43,13 @@ class TrainLoader(ABC):
     """The training batches of a run; what the loop and checkpoints know of its data.
 
     Attributes:
-        source: the dataset. If nobody knows its length, the whole run is one epoch.
+        source: the dataset. Without a known length, the whole run is one epoch.
         views: the random views.
         batch_size: samples of a step over all processes.
         seed: the run's seed.
         share: this process's share.
         total_steps: the run's length.
-        workers: processes that were asked for to read and decode; None chooses by the machine's cores.
+        workers: requested processes that read and decode; None chooses by the machine's cores.
         with_labels: whether batches carry labels; stage one's don't, except for tasks that ask for them.
         num_workers: processes that do.
         offset: optimizer steps that were taken beyond those of the clock; see :class:`ssl_pipeline.schedules.TrainProgress`.

@@ -84,7 +84,7 @@ class DecodedConfig(SourceConfig, ABC, Generic[Opened]):
         return pool.stored_values()
 
     def value_range(self) -> Range | None:
-        """The values that are black and white; None where no image that was looked at has more than 8 bits."""
+        """The values that are black and white; None where no inspected image has more than 8 bits."""
         key = repr(self)
         if key not in _SETTLED:
             _SETTLED[key] = self.range if isinstance(self.range, tuple) else settle(self.range, self.stored_values())
@@ -146,19 +146,19 @@ def open_training(config: SourceConfig) -> ImageDataset:
 
 def describe_splits(config: SourceConfig, learned: ImageDataset, val: IndexedDataset | None) -> str:
     """How many images stage one learns from and which are kept from it, in a line."""
-    told = f"learned from: {learned.describe_size()}"
+    text = f"learned from: {learned.describe_size()}"
     if val is None:
-        return f"{told}; there is no `val`, so choices rest on no labels"
+        return f"{text}; there is no `val`, so choices rest on no labels"
     train = config.open("train") if isinstance(learned, IndexedDataset) else None
     shared = train is not None and isinstance(learned, IndexedDataset) and len(train) < len(learned)
-    told += f"; for choices (`val`): {len(val)}" + (" of these, by their labels" if shared else ", held out")
+    text += f"; for choices (`val`): {len(val)}" + (" of these, by their labels" if shared else ", held out")
     if isinstance(learned, StreamDataset):
-        return told
+        return text
     try:
         test = config.open("test")
     except ConfigError as error:  # stage two tells it; stage one needs no test
-        return f"{told}; held out for `test`: not known ({error.problems[0]})"
-    return f"{told}; held out for `test`: {'none' if test is None else len(test)}"
+        return f"{text}; held out for `test`: not known ({error.problems[0]})"
+    return f"{text}; held out for `test`: {'none' if test is None else len(test)}"
 
 
 def describe_range_of(config: SourceConfig, learned: ImageDataset) -> list[str]:
@@ -183,6 +183,6 @@ def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
     try:
         card = json.loads(((place if place.is_dir() else place.parent) / "card.json").read_text(encoding="utf-8"))
         found = card["blueprint"].get("range")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # told where the encoder is opened
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported where the encoder is opened
         return data
     return data if found is None else data.model_copy(update={"range": (float(found[0]), float(found[1]))})

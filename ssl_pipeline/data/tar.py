@@ -117,7 +117,7 @@ def _bundles(url: str, refused: dict[str, str], reads: Callable[[_Entry, int], b
                 content = archive.extractfile(member)
                 assert content is not None  # a regular file, see _fault
                 entry.content = content.read()
-    if bundle:  # of an archive that is cut off nobody knows whether the last one is all there
+    if bundle:  # an archive that is cut off may lack a part of its last sample
         yield bundle
 
 

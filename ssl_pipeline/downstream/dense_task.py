@@ -81,7 +81,7 @@ class DenseTask(DownstreamTask):
 
     @abstractmethod
     def score(self, compared: list[Any]) -> dict[str, float]:
-        """Named figures of what was compared; the first one is what selection looks at, and larger is better."""
+        """Named figures of what was compared; the first one decides selection, and larger is better."""
 
     @torch.no_grad()
     def evaluate(self, source: IndexedDataset, preprocessing: Preprocessing, share: DistInfo) -> dict[str, float]:

@@ -61,7 +61,7 @@ class Plan:
         pool: the images with labels.
         held_out: the images to measure on.
         start: what each seed starts from.
-        workers: processes that decode files; None lets the machine decide.
+        workers: processes that decode files; None chooses by the machine's cores.
     """
 
     downstream: DownstreamConfig

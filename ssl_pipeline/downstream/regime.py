@@ -61,7 +61,7 @@ class RegimeConfig(TrainingConfig):
             random head. ``scratch``: all layers, the encoder random too.
         weight_decays: the probe's weight decays to choose from, on held-out labels or by cross-validation; the first one where ``labels.validation``
             is 0.
-        probe: how a head that can't be solved is trained on the encoder as it is.
+        probe: how a head that can't be solved is trained on the frozen encoder.
         batch_size: samples of a step, or a little fewer so that an epoch leaves few labels out.
         backbone_lr_factor: the encoder's share of the learning rate.
         layer_decay: what a layer's rate is of that of the layer after it; below 1, deeper layers learn faster.
@@ -112,7 +112,7 @@ class TrainContext:
         preprocessing: what is done to an image without randomness.
         seed: of this training.
         accelerator: gives precision and processes.
-        workers: processes that decode files; None lets the machine decide.
+        workers: processes that decode files; None chooses by the machine's cores.
         run: keeps checkpoints and logs; None does neither.
         features: of the encoder, where they were extracted before.
         unlabeled: images that are learned from without labels while all layers are trained; None takes the labeled ones alone.

@@ -109,7 +109,7 @@ def _parts(task: Task, views: Sequence[tuple[int, int, int]], optimizer: str) ->
             few, more = (kept_bytes(task, views, samples, whole) for samples in (_FEW, _MORE))
             of_image = (more - few) / (_MORE - _FEW)
             return fixed + few - _FEW * of_image, of_image, of_views
-        except Exception as error:  # some networks look at values, of which there are none
+        except Exception as error:  # some networks read values, and fake tensors have none
             _log.debug("no memory is counted (%s)", error)
     return fixed, None, of_views
 
@@ -159,13 +159,13 @@ def check_memory(
         if fitting
         else f"lower `{batch_key}` (it is {images} a process) or `{size_key}`, take a smaller backbone, or use a GPU"
     )
-    told = (
+    text = (
         f"a step of {images} images a process, {micro or images} of them embedded at once, needs about {needed / _GIB:.1f} GiB of memory"
         f"{f' in {processes} processes' if processes > 1 else ''}"
     )
     if needed > memory.total:
-        raise ConfigError(f"{told}, and this machine has {memory.total / _GIB:.1f} GiB: {advice}.")
-    _log.warning("%s, and %.1f GiB are free: if the system ends the run, %s.", told, memory.free / _GIB, advice)
+        raise ConfigError(f"{text}, and this machine has {memory.total / _GIB:.1f} GiB: {advice}.")
+    _log.warning("%s, and %.1f GiB are free: if the system ends the run, %s.", text, memory.free / _GIB, advice)
 
 
 def machine_memory() -> Memory:

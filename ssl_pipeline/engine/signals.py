@@ -47,8 +47,8 @@ class StoppedError(UserError):
     def __init__(self, number: int, done: int, total: int, saved: bool) -> None:
         self.number, self.saved = number, saved
         self.after = after = f"stopped by {_name(number)} after step {done} of {total}"
-        told = "its state is saved, `resume=auto` continues from it." if saved else "this run keeps no checkpoints."
-        super().__init__(f"{after}: {told}")
+        state = "its state is saved, `resume=auto` continues from it." if saved else "this run keeps no checkpoints."
+        super().__init__(f"{after}: {state}")
         if not saved or number == signal.SIGINT:
             self.exit_code = 128 + number
 

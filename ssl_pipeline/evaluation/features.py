@@ -33,7 +33,7 @@ def gather_parts(parts: Iterable[T], share: DistInfo) -> list[T]:
         All parts, by rank, the same on every process.
 
     Raises:
-        CutShortError: on every process, when one of them was told to stop.
+        CutShortError: on every process, when one of them got a signal.
     """
     mine, signal = list[T](), 0
     for part in parts:

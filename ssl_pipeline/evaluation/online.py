@@ -248,7 +248,7 @@ def untrained_metrics(folder: Path) -> dict[str, float]:
 
 
 def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], images: int) -> str | None:
-    """A sentence where pretraining has not raised the kNN accuracy beyond chance; None where it has, or nobody knows.
+    """A sentence where pretraining has not raised the kNN accuracy beyond chance; None where it has, or where there is no kNN accuracy.
 
     Chance is two standard errors of the difference of two shares, each of ``images`` images: sqrt((p(1 - p) + q(1 - q)) / n), with one
     success and one failure added to each share (Agresti and Caffo 2000), so that 100 % of a few images is not certain. Both are

@@ -1,4 +1,4 @@
-"""``ssl-pipeline plot-views``: a picture of the random views, to look at before a night is spent on them."""
+"""``ssl-pipeline plot-views``: a picture of the random views, to check before a long run."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def load_torch_export(path: Path) -> ExportedModel:
     extra = {_METADATA: ""}
     torch_log = logging.getLogger("torch.export.pt2_archive._package")
     level = torch_log.level
-    torch_log.setLevel(logging.ERROR)  # it warns of a file without our metadata, which is told below
+    torch_log.setLevel(logging.ERROR)  # it warns of a file without our metadata, which is reported below
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # the archive's readers raise nearly anything

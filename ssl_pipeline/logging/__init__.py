@@ -1,1 +1,1 @@
-"""Who hears of a run: its folder, metrics.jsonl, W&B, the terminal."""
+"""Run folder and loggers: metrics.jsonl, W&B and others, the terminal."""

@@ -87,7 +87,7 @@ def resolve_cfg(
 
 
 def published_cfg(config: BackboneConfig) -> PretrainedCfg | None:
-    """What the publisher of weights says of their images; None where nobody does, as for most files.
+    """What the publisher of weights says of their images; None for most files.
 
     Of a file it is known where a card of ours or a ``config.json`` of the Hugging Face Hub lies in its folder, where it has the name that
     torchvision publishes it under, where ``backbone.name`` has a pretrained tag of timm's (``timm/NAME.TAG``), or where timm has

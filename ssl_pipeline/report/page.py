@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from ssl_pipeline.config.compose import as_yaml
 from ssl_pipeline.logging.run import versions
-from ssl_pipeline.report import summary as told
-from ssl_pipeline.report import tables
+from ssl_pipeline.report import summary, tables
 from ssl_pipeline.report.charts import Chart, label_efficiency, logged, spectra
 from ssl_pipeline.report.images import RunImages, run_images
 from ssl_pipeline.report.read import RunRecord
@@ -49,9 +48,9 @@ def page(runs: Sequence[RunRecord], refresh: int = 0, images: Callable[[RunRecor
     # The environment escapes whatever the names and settings of a run hold, so that no cell can forget it.
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html.j2"))
     return template.render(
-        title=told.title(runs), overview=told.overview(runs), version=versions()["ssl-pipeline"], refresh=refresh,
+        title=summary.title(runs), overview=summary.overview(runs), version=versions()["ssl-pipeline"], refresh=refresh,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), style=Markup(_asset("page.css")),
-        charts=drawn, runs=[_run(run, of_run) for run, of_run in zip(runs, found, strict=True)], glance=told.glance(runs),
+        charts=drawn, runs=[_run(run, of_run) for run, of_run in zip(runs, found, strict=True)], glance=summary.glance(runs),
         curve_runs=sorted({number for chart in drawn for number in chart["runs"]}), looks=seen, stage_two=stage_two,
         panels=[(key, name) for key, name in _PANELS.items() if key in shown], confusions=confusions, domains=domains,
         difference=tables.difference(runs), system=tables.system(runs), alike=len(set(stages)) < len(stages),
@@ -84,7 +83,7 @@ def _chart(chart: Chart, runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 def _run(run: RunRecord, images: RunImages) -> dict[str, Any]:
     return {
-        "name": run.name, "state": run.state, "summary": told.summary(run), "notes": [*run.notes, *images.notes],
+        "name": run.name, "state": run.state, "summary": summary.summary(run), "notes": [*run.notes, *images.notes],
         "config": as_yaml(run.config) if run.config else "config.yaml can't be read.",
     }  # fmt: skip
 
@@ -105,7 +104,7 @@ def _seen(runs: Sequence[RunRecord], images: Sequence[RunImages]) -> list[dict[s
 
 def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The tables of stage two, those of comparisons first."""
-    compared = [*(told.study_comparison(run) for run in runs if run.stage == "study"), told.runs_comparison(runs)]
+    compared = [*(summary.study_comparison(run) for run in runs if run.stage == "study"), summary.runs_comparison(runs)]
     measured = [tables.results_table(run) for run in runs if run.stage == "finetune"]
     return [
         *(_with_bars(found) for found in compared if found is not None),
@@ -113,7 +112,7 @@ def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_bars(found: told.Comparison) -> dict[str, Any]:
+def _with_bars(found: summary.Comparison) -> dict[str, Any]:
     """A comparison's table for the page, with each condition's interval as a mark on one scale."""
     means = map(found.mean, found.values)
     ends = [(one.low, one.mean, one.high) if math.isfinite(one.half) else (one.mean,) * 3 for one in means]

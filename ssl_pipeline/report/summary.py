@@ -152,16 +152,16 @@ def _pretext(run: RunRecord) -> str:
     """The pretext task as the field writes it: its module's first words."""
     name = run.named("pretext")
     try:
-        told = importlib.import_module(name if "." in name else f"ssl_pipeline.pretext.{name or '_'}").__doc__ or ""
+        doc = importlib.import_module(name if "." in name else f"ssl_pipeline.pretext.{name or '_'}").__doc__ or ""
     except ImportError:
-        told = ""
-    return told.partition(":")[0] if ":" in told else name or "Pretraining"
+        doc = ""
+    return doc.partition(":")[0] if ":" in doc else name or "Pretraining"
 
 
 def _knn(run: RunRecord) -> str:
     measured = first_and_last(run, "knn")
     if measured is None:
-        return "Without labels nobody knows its kNN accuracy." if last(run, "feature_std") is not None else ""
+        return "Without labels there is no kNN accuracy." if last(run, "feature_std") is not None else ""
     before, after = measured
     points = 100 * (after - before)
     if abs(points) <= 0.05:
@@ -174,8 +174,8 @@ def _collapse(run: RunRecord) -> str:
     std, rank = last(run, "feature_std"), last(run, "effective_rank")
     if std is None or rank is None:
         return ""
-    told = collapse.verdict({"feature_std": std, "effective_rank": rank}, width=None)
-    return told or f"The features did not collapse: std {std:.2f}, effective rank {rank:.0f}."
+    problem = collapse.verdict({"feature_std": std, "effective_rank": rank}, width=None)
+    return problem or f"The features did not collapse: std {std:.2f}, effective rank {rank:.0f}."
 
 
 def _finetune(run: RunRecord) -> list[str]:
@@ -201,11 +201,11 @@ def first_metric(run: RunRecord) -> tuple[str, str] | None:
 
 def _study(run: RunRecord) -> list[str]:
     found = study_comparison(run)
-    told = run.study.get("conclusion")
+    written = run.study.get("conclusion")
     left_out = run.study.get("left_out")
     missing = [f"{name} was left out: {why}" for name, why in left_out.items()] if isinstance(left_out, dict) else []
-    if isinstance(told, list) and told:
-        return [*map(str, told), *missing]
+    if isinstance(written, list) and written:
+        return [*map(str, written), *missing]
     if found is None:
         return ["Its figures are in its own table, study.json." if run.study else "The study has measured nothing yet."]
     return [*conclusion(found), *missing]
@@ -213,10 +213,10 @@ def _study(run: RunRecord) -> list[str]:
 
 def conclusion(found: Comparison) -> list[str]:
     """The claimed condition against the baseline, in words; no gain means that the interval contains 0."""
-    told = found.headline()
-    if told is None:
+    headline = found.headline()
+    if headline is None:
         return [f"{len(found.values)} condition(s) are measured so far."]
-    return [f"{told[0]} against {found.baseline}: {verdict(told[1], found.percent)}"]
+    return [f"{headline[0]} against {found.baseline}: {verdict(headline[1], found.percent)}"]
 
 
 def verdict(difference: Interval, percent: bool = True) -> str:
@@ -225,8 +225,8 @@ def verdict(difference: Interval, percent: bool = True) -> str:
     found = difference.verdict()
     if found == "one seed":
         return f"{points} with one seed, which says nothing of chance."
-    told = "no gain beyond chance" if found == "no difference" else f"a {found}"
-    return f"{points} (95 % interval, paired by seed): {told}."
+    word = "no gain beyond chance" if found == "no difference" else f"a {found}"
+    return f"{points} (95 % interval, paired by seed): {word}."
 
 
 def title(runs: Sequence[RunRecord]) -> str:
@@ -257,9 +257,9 @@ def _figure(run: RunRecord) -> tuple[str, str]:
         return "kNN on val, untrained → now", f"{100 * knn[0]:.1f} → {100 * knn[1]:.1f} %"
     if run.stage == "finetune" and (first := first_metric(run)):
         return first
-    if run.stage == "study" and (found := study_comparison(run)) and (told := found.headline()):
-        gain = shown(told[1], found.percent, signed=True) + (" points" if found.percent else "")
-        return f"{told[0]} against {found.baseline}", gain
+    if run.stage == "study" and (found := study_comparison(run)) and (headline := found.headline()):
+        gain = shown(headline[1], found.percent, signed=True) + (" points" if found.percent else "")
+        return f"{headline[0]} against {found.baseline}", gain
     return ABSENT, ABSENT
 
 
@@ -273,10 +273,10 @@ def glance(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         items.append(("kNN on val", f"{100 * knn[1]:.1f} %", f"{100 * (knn[1] - knn[0]):+.1f} points over untrained"))
     for other in runs:
         found = study_comparison(other) if other.stage == "study" else None
-        if found and (told := found.headline()):
-            gain = shown(told[1], found.percent, signed=True)
-            value = shown(found.mean(told[0]), found.percent) + (" %" if found.percent else "")
-            items.append(("Stage two", value, f"{told[0]}: {gain} against {found.baseline}"))
+        if found and (headline := found.headline()):
+            gain = shown(headline[1], found.percent, signed=True)
+            value = shown(found.mean(headline[0]), found.percent) + (" %" if found.percent else "")
+            items.append(("Stage two", value, f"{headline[0]}: {gain} against {found.baseline}"))
         elif other.stage == "finetune" and (first := first_metric(other)):
             items.append(("Stage two", first[1], f"{first[0]}, {title_of(other)}"))
     if rank := last(run, "effective_rank"):

@@ -147,14 +147,14 @@ def check_starts(cells: Sequence[Cell], opener: Opener, look: Callable[[Plan], N
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What differs between two trees of settings, as sentences."""
-    told = []
+    sentences = []
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key, "not there"), now.get(key, "not there")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            told += changes(old, new, f"{prefix}{key}.")
+            sentences += changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            told.append(f"`{prefix}{key}` was {old!r} and is now {new!r}.")
-    return told
+            sentences.append(f"`{prefix}{key}` was {old!r} and is now {new!r}.")
+    return sentences
 
 
 def digest_of_weights(config: FinetuneConfig) -> str:

@@ -117,12 +117,12 @@ def study(config: DomainStudyConfig) -> Path:
             print_table(title, *tabulate(found[shift.name], config))
             if shift.control is None:
                 _draw_map(config, run.path, shift, first, found[shift.name], opener)
-        told = sentences(found, config)
-        console().print("\n".join(told))
+        lines = sentences(found, config)
+        console().print("\n".join(lines))
         write_domain_json(
             run.path, [(m, config.source, name, seeds) for name, rows in found.items() for m, seeds in rows.items()]
         )
-        write_json(run.path / "study.json", {"select": config.select, "figures": found, "conclusion": told})
+        write_json(run.path / "study.json", {"select": config.select, "figures": found, "conclusion": lines})
         console().print(
             f"wrote {run.path / 'study.json'}, with all figures per domain and class; domain.json; and a map of each shift"
         )
@@ -131,7 +131,7 @@ def study(config: DomainStudyConfig) -> Path:
 
 def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyConfig) -> list[str]:
     """On each shift which methods helped, hurt, or neither; of a control also whether it came out as it must."""
-    told = []
+    lines = []
     for shift in config.shifts():
         rows = cells[shift.name]
         _, found_of = _compared(rows, config)
@@ -141,8 +141,8 @@ def sentences(cells: dict[str, dict[str, list[Figures]]], config: DomainStudyCon
         alarm = ""
         if shift.control is not None and groups["helps"]:
             alarm = ". No gain was to be had from the target there: this one is chance, or has another cause"
-        told.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
-    return told
+        lines.append(f"{kind}{config.source} → {shift.name}: {found or 'nothing was compared'}{alarm}.")
+    return lines
 
 
 def _compared(rows: dict[str, list[Figures]], config: DomainStudyConfig) -> tuple[dict[str, Interval], dict[str, str]]:

@@ -37,7 +37,7 @@ class StudyConfig(FrozenModel):
         knn: whether kNN of each encoder's features is measured beside the grid, which reads all training images.
         models: whether the first seed's models are kept.
         jobs: processes at a time; null takes one for each GPU, or one of one thread for each core.
-        tracking: who hears of the whole study, beside ``study.json``; its cells are told to nobody.
+        tracking: loggers of the whole study, beside ``study.json``; its cells are not logged.
         output: the study's folder; one that holds a part of this study is completed.
     """
 
@@ -115,7 +115,7 @@ def _of_initialization(
             settled = load("finetune", FinetuneConfig, words)
         except ConfigError as error:
             raise ConfigError([
-                f"{line} (In {name}'s cells, {regime}; `ssl-pipeline finetune --help` lists what these are told.)"
+                f"{line} (In {name}'s cells, {regime}; `ssl-pipeline finetune --help` lists their keys.)"
                 for line in str(error).splitlines()
             ]) from error  # fmt: skip
         if settled.domain is not None:

@@ -149,7 +149,7 @@ def num_jobs(asked: int | None, pieces: int) -> int:
 
 
 def run_jobs(work: Sequence[FeatureJob | TrainJob], processes: int) -> Iterator[str]:
-    """Does all of it, and says of each piece what it was as soon as it is done.
+    """Runs all jobs, and yields a line about each as soon as it is done.
 
     Raises:
         ConfigError: a piece of work can't be done, or a process was killed.

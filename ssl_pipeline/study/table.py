@@ -51,7 +51,7 @@ class StudyTable:
             return None
         return paired_difference(self.values(condition, labels), self.values(self.baseline, labels))
 
-    def told(self, value: Interval, signed: bool = False) -> str:
+    def format(self, value: Interval, signed: bool = False) -> str:
         """A value with its interval, in % where it is a share."""
         if self.in_percent:
             return value.percent(signed)
@@ -61,16 +61,19 @@ class StudyTable:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows: a condition each, with all label counts, and below them the differences from the baseline."""
         rows = [
-            [f"{init}, {regime}", *(self.told(interval(self.values((init, regime), labels))) for labels in self.labels)]
+            [
+                f"{init}, {regime}",
+                *(self.format(interval(self.values((init, regime), labels))) for labels in self.labels),
+            ]
             for init, regime in self.conditions
         ]
         if self.baseline is not None:
             against = f" − {self.baseline[0]}, {self.baseline[1]}"
             for condition in self.conditions:
                 found = [self.against(condition, labels) for labels in self.labels]
-                told = [self.told(one, signed=True) for one in found if one is not None]
-                if told:
-                    rows.append([f"{condition[0]}, {condition[1]}{against}", *told])
+                differences = [self.format(one, signed=True) for one in found if one is not None]
+                if differences:
+                    rows.append([f"{condition[0]}, {condition[1]}{against}", *differences])
         return ["", *map(named, self.labels)], rows
 
     def sentences(self) -> list[str]:
@@ -78,7 +81,7 @@ class StudyTable:
         base, regime = self.baseline, self.config.trained_regime
         if base is None:
             return ["There is no random initialization among them, so nothing is said of what pretraining brought."]
-        told, gains, losses, open_ones = list[str](), list[str](), list[str](), list[str]()
+        lines, gains, losses, open_ones = list[str](), list[str](), list[str](), list[str]()
         claimed = [c for c in self.conditions if c[1] == regime and self.config.encoders[c[0]] != "random"]
         unit = " points" if self.in_percent else ""
         found = {(c, labels): self.against(c, labels) for c in claimed for labels in self.labels}
@@ -88,12 +91,12 @@ class StudyTable:
         how += f"; verdict corrected for {len(found_of)} comparisons by Holm" if len(found_of) > 1 else ""
         for ((condition, labels), difference), verdict in zip(differences.items(), found_of, strict=True):
             place = f"{condition[0]} with {named(labels)}"
-            told.append(
-                f"{place}: {regime} against {base[0]} {base[1]} {self.told(difference, signed=True)}{unit} in {self.figure}"
+            lines.append(
+                f"{place}: {regime} against {base[0]} {base[1]} {self.format(difference, signed=True)}{unit} in {self.figure}"
                 f" ({how}): {_WORDS[verdict]}."
             )
             {"gain": gains, "loss": losses}.get(verdict, open_ones).append(place)
-        return [*told, self._summary(gains, losses, open_ones)] if told else ["Nothing pretrained was compared."]
+        return [*lines, self._summary(gains, losses, open_ones)] if lines else ["Nothing pretrained was compared."]
 
     def _summary(self, gains: list[str], losses: list[str], open_ones: list[str]) -> str:
         if self.config.seeds < 2:

@@ -48,7 +48,7 @@ def test_a_run_without_labels_shows_all_that_needs_none(unlabeled: tuple[Path, P
     assert seen.neighbors
     assert seen.neighbors[0]["query"]["label"] is None
     path, _ = report([folder], tmp_path / "page.html")
-    assert "Without labels nobody knows its kNN accuracy." in path.read_text()
+    assert "Without labels there is no kNN accuracy." in path.read_text()
 
 
 def test_the_images_are_of_val_and_no_test_image_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class Config(StreamConfig):
         shuffle_buffer: images of a stream that a process holds to deal them out in a random order.
         max_val_images: most images of a stream's ``val`` and ``test`` that are read, into memory.
         on_error: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
-        max_bad_files: how many images that can't be decoded are borne where it is no stream, ``20`` or ``1%`` of all: a neighbor
+        max_bad_files: how many undecodable images a run goes on with (not in streams), ``20`` or ``1%`` of all: a neighbor
             takes the place of each. More stop the run, with a list.
     """
 
@@ -179,7 +179,7 @@ def _channels(rows: Dataset, image: str, name: str) -> int:
         row = f"{name}/row {place}"
         try:
             looked_at.append(Sample(place, encoded(cell, row), None, row))
-        except DecodeError:  # told when its turn comes
+        except DecodeError:  # reported when its turn comes
             continue
     return channels_of(looked_at or [Sample(0, b"", None, f"{name}/row 0")])
 

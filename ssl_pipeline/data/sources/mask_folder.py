@@ -187,9 +187,9 @@ def _checked(
     _refuse_other_numbers(names, values, read)
     used = [name for name, value in zip(names, values, strict=True) if value in inside]
     if len(used) < len(names):
-        told = f" ({IGNORE}, which is there, is no class)" if IGNORE in present and IGNORE not in values else ""
+        note = f" ({IGNORE}, which is there, is no class)" if IGNORE in present and IGNORE not in values else ""
         warn_once(
-            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {joined(used)}{told}. If their numbers stand for "
+            f"{root}: {len(used)} of {len(names)} classes occur in the masks: {joined(used)}{note}. If their numbers stand for "
             f"classes without gaps, say so by `data.values={present}`."
         )
     return names, values

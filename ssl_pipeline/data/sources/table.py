@@ -258,10 +258,10 @@ def _splits(values: list[str | None], column: str, path: Path) -> list[Split]:
     named = {name: split_named(name) for name in found}
     unknown = [name for name, split in named.items() if split is None]
     if unknown:
-        told = joined([f"{name!r} ({found[name]} rows)" for name in unknown])
+        listed = joined([f"{name!r} ({found[name]} rows)" for name in unknown])
         known = ", ".join(itertools.chain.from_iterable(SPLIT_NAMES.values()))
         raise ConfigError(
-            f"{path}: these splits in {column!r} are not known: {told}. Known: {known}; or set `data.split_column=null`."
+            f"{path}: these splits in {column!r} are not known: {listed}. Known: {known}; or set `data.split_column=null`."
         )
     splits = [named["" if value is None else value] for value in values]
     return [split for split in splits if split is not None]

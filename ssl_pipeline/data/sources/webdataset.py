@@ -35,7 +35,7 @@ class Config(StreamConfig):
     Attributes:
         path: an archive, a folder of them, or a pattern such as ``train-{0000..0099}.tar`` or ``train-*.tar``; several of
             them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
-        val: likewise, labeled images for choices; null: there are none, and no kNN accuracy is told.
+        val: likewise, labeled images for choices; null: there are none, and no kNN accuracy is measured.
         test: likewise.
         max_val_images: most images of ``val`` and of ``test`` that are read, into memory.
         length: samples in all of ``path``; null: unknown, then the run's length is given as ``steps``.
