@@ -23,14 +23,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     with suppress(OSError):  # some file systems can't flush a folder
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -52,7 +52,8 @@ def existing_folder(given: str, key: str, holds: str = "the images") -> Path:
     return path.resolve()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder with the names in it, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

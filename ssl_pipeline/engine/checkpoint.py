@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
+from ssl_pipeline.config.files import flush
 from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.optim import OptimConfig
 
@@ -137,7 +138,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(final)
-            _flush_folder(self.folder)
+            flush(self.folder)
             self._remove_others(final)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -251,13 +252,4 @@ def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """A name is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path.parent)

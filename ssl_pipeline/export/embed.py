@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
+from ssl_pipeline.config.files import atomic_write
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.source import Split
@@ -149,7 +150,8 @@ def write_npz(embedded: Embeddings, path: Path) -> None:
             arrays[name] = numbers.numpy()
         if names is not None:
             arrays["classes" if name == "label" else "domain_names"] = np.array(names)
-    np.savez(path, about=np.array(json.dumps(embedded.about, ensure_ascii=False)), **arrays)
+    with path.open("wb") as file:  # numpy adds an ending to a path
+        np.savez(file, about=np.array(json.dumps(embedded.about, ensure_ascii=False)), **arrays)
 
 
 def check_output(text: str) -> Path:
@@ -175,9 +177,8 @@ def embed_and_tell(config: EmbedConfig) -> None:
     """Writes the features of a data set, one row an image."""
     path = check_output(config.output)
     embedded = embed(config)
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
-    (write_parquet if path.suffix == ".parquet" else write_npz)(embedded, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        (write_parquet if path.suffix == ".parquet" else write_npz)(embedded, temporary)
     count, width = embedded.features.shape
     parts = ", ".join(f"{len(source)} {split}" for split, source in embedded.sources.items())
     text = f"wrote {path}: {count} images of {embedded.first.name} ({parts}), {width} features each"

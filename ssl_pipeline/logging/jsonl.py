@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssl_pipeline.logging.run import earlier_starts, write_text_atomic
+from ssl_pipeline.config.files import atomic_write_text
+from ssl_pipeline.logging.run import earlier_starts
 
 FILE_NAME = "metrics.jsonl"
 GROUPS = {
@@ -67,7 +68,7 @@ class JsonlLogger:
         self._file.close()
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if (read := _read(line)) is not None and wanted(read)]
-        write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
+        atomic_write_text(self.path, "".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def finish(self) -> None:

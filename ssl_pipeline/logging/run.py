@@ -6,7 +6,6 @@ import datetime
 import json
 import logging
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from ssl_pipeline.config.base import ConfigError, StoppedByHand, flatten
 from ssl_pipeline.config.command import command_words
 from ssl_pipeline.config.compose import as_yaml, read_yaml
+from ssl_pipeline.config.files import atomic_write_text
 from ssl_pipeline.logging.lock import FolderLock
 from ssl_pipeline.logging.redaction import redact, redact_command
 
@@ -113,19 +113,9 @@ def open_run(
     return run
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one, also when the power goes."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_json(path: Path, tree: Any) -> None:
     """Writes JSON that every reader takes: a number that is not finite becomes the text ``nan``, ``inf`` or ``-inf``."""
-    write_text_atomic(path, json.dumps(without_nan(tree), indent=1, ensure_ascii=False, allow_nan=False))
+    atomic_write_text(path, json.dumps(without_nan(tree), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def without_nan(tree: Any) -> Any:
@@ -215,7 +205,7 @@ def _settle(
     }
     # Killed between the two, a new run is one that can be continued, and a change is noted before it is forgotten.
     for name in reversed(files) if run.resumed else files:
-        write_text_atomic(run.path / name, files[name])
+        atomic_write_text(run.path / name, files[name])
 
 
 def _changed_config(path: Path, config: dict[str, Any]) -> list[str]:

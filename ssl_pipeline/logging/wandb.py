@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_pipeline.config.base import first_line
+from ssl_pipeline.config.files import atomic_write_text
 from ssl_pipeline.logging.jsonl import GROUPS, TRAINING_STEP
 from ssl_pipeline.logging.logger import Logger, TrackingConfig
-from ssl_pipeline.logging.run import write_text_atomic
 
 if TYPE_CHECKING:
     import wandb
@@ -135,7 +135,7 @@ def _identity(folder: Path) -> str:
     wanted = os.environ.get("WANDB_RUN_ID", "").strip()
     identity = wanted if wanted and wanted not in _TAKEN else uuid.uuid4().hex[:12]
     _TAKEN.add(identity)
-    write_text_atomic(file, identity)
+    atomic_write_text(file, identity)
     return identity
 
 
@@ -160,7 +160,7 @@ def _start(
     run = wandb.init(**arguments, mode=mode, reinit="create_new", settings=_settings(tracking))  # type: ignore[arg-type]
     # The agent of a sweep chooses its runs' identities itself: what it chose is what is continued.
     if mode != "disabled" and run.id != arguments["id"]:
-        write_text_atomic(folder / _IDENTITY, run.id)
+        atomic_write_text(folder / _IDENTITY, run.id)
     return WandbLogger(run, stage, run.id if mode != "disabled" else arguments["id"])
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import check_folder_of, exit_with_error
+from ssl_pipeline.config.files import atomic_write_text
 from ssl_pipeline.logging.progress import console
-from ssl_pipeline.logging.run import write_text_atomic
 from ssl_pipeline.report.images import RunImages, run_images
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import RunRecord, read_runs
@@ -43,7 +43,7 @@ def report(
     going = any(run.state == "running" for run in runs)
     text = page(runs, refresh if going else 0, images)
     try:
-        write_text_atomic(path, text)
+        atomic_write_text(path, text)
     except OSError as error:
         raise ConfigError(
             f"{str(path)!r} can't be written ({error.strerror}): name another file by --output."

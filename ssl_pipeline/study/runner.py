@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssl_pipeline.config.files import atomic_write
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.labels import draw_index
 from ssl_pipeline.downstream.plan import Plan
@@ -100,9 +101,8 @@ class CellRunner:
             accuracy = knn_accuracy(found["held_out"], wanted, found["train"], bank, len(pool.classes or ()))
             if math.isfinite(accuracy):
                 write_json(job.file.with_suffix(".json"), {"knn": accuracy})
-        partial = job.file.with_suffix(".partial")
-        save_file(found, partial)
-        partial.replace(job.file)
+        with atomic_write(job.file) as temporary:
+            save_file(found, temporary)
 
     def train(self, job: TrainJob) -> dict[str, float]:
         """Trains and measures a cell as ``finetune`` does, and writes its metrics, the model first."""

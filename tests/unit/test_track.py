@@ -21,11 +21,12 @@ import pytest
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
+from ssl_pipeline.config.files import atomic_write_text
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics, seconds_before
 from ssl_pipeline.logging.logger import Logger, LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress, print_table
 from ssl_pipeline.logging.redaction import redact, redact_command
-from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json, write_text_atomic
+from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json
 from ssl_pipeline.logging.wandb import open_wandb
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
@@ -118,11 +119,11 @@ def test_a_kill_between_the_two_files_of_a_start(tmp_path: Path, monkeypatch: py
 
     def killed(seed: int, resume: Any = "auto") -> None:
         def dies(path: Path, text: str) -> None:
-            write_text_atomic(path, text)
+            atomic_write_text(path, text)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("ssl_pipeline.logging.run.write_text_atomic", dies)
+            patched.setattr("ssl_pipeline.logging.run.atomic_write_text", dies)
             with pytest.raises(KeyboardInterrupt):
                 opened(seed, resume)
 
