@@ -199,7 +199,7 @@ def finetune_and_tell(config: FinetuneConfig) -> None:
     if start_accelerator().is_main_process and config.tracking.progress != "quiet":
         unit = ", in %" if config.downstream.in_percent else ""
         title = f"{config.regime.name} on {config.split}, {config.seeds} seed(s){unit}"
-        print_table(title, ["figure", "mean ± 95 %"], result.rows(config.downstream.in_percent))
+        print_table(title, ["metric", "mean ± 95 %"], result.rows(config.downstream.in_percent))
         seconds = seconds_before(result.folder) + time.monotonic() - began
         console().print(f"{duration(seconds)}; wrote", end=" ")
         console().print(f"{result.folder / 'model.safetensors'}, card.json and results.json")

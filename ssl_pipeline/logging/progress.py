@@ -130,7 +130,7 @@ class Progress:
         for name, value in figures.items():
             untrained = f"{before[name]:.4g}" if name in before else ""
             rows.append([name.rpartition("/")[2].replace("_", " "), untrained, f"{value:.4g}"])
-        print_table("pretrained", ["figure", "untrained", "now"], rows)
+        print_table("pretrained", ["metric", "untrained", "now"], rows)
 
     def announcing(self, what: str, work: Callable[P, T]) -> Callable[P, T]:
         """Work that prints what it is before it starts, unless it took only a few seconds the last time."""

@@ -242,7 +242,7 @@ def overview(runs: Sequence[RunRecord]) -> Table | None:
     if len(runs) <= _MOST_NAMES:
         return None
     rows = [[run.name, run.stage, run.state, _steps(run), duration(run.seconds), *_figure(run)] for run in runs]
-    return Table(f"{len(runs)} runs", ["run", "stage", "state", "steps", "time", "figure", "value"], rows)
+    return Table(f"{len(runs)} runs", ["run", "stage", "state", "steps", "time", "metric", "value"], rows)
 
 
 def _steps(run: RunRecord) -> str:

@@ -82,7 +82,7 @@ def results_table(run: RunRecord) -> Table | None:
         share, values = is_share(name, percent), [row[name] for row in rows]
         cells.append([spoken(name), *(shown(interval(part), share) for part in (values, *([v] for v in values)))])
     unit = " (%)" if percent else ""
-    columns = ["figure", "mean ± 95 %", *(f"seed {seed + place}" for place in range(len(rows)))]
+    columns = ["metric", "mean ± 95 %", *(f"seed {seed + place}" for place in range(len(rows)))]
     return Table(f"{run.name}: {title_of(run)} on {run.results.get('split', '?')}{unit}", columns, cells)
 
 

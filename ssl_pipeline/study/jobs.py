@@ -60,6 +60,22 @@ def train_cells(
     """
     for name in ("cells", "features", "models"):
         (folder / name).mkdir(exist_ok=True)
+    readings, trainings, measured = _plan(cells, folder, opener, models, knn)
+    console().print(f"{len(cells)} cells, {len(cells) - len(trainings)} of them done before", markup=False)
+    _run_all(readings, jobs, len(readings))
+    trainings.sort(key=_rank)  # the longest first, so that at the end no process waits long for another
+    _run_all(trainings, jobs, len(cells))
+    rows = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+    found = {
+        name: json.loads(file.read_text(encoding="utf-8"))["knn"] for name, file in measured.items() if file.exists()
+    }
+    return rows, found
+
+
+def _plan(
+    cells: Sequence[Cell], folder: Path, opener: Opener, models: Collection[str], knn: Collection[str]
+) -> tuple[list[FeatureJob], list[TrainJob], dict[str, Path]]:
+    """What is missing: features to extract, cells to train; and where each kNN accuracy will be, by cell."""
     wanted, trainings, measured = dict[Path, FeatureJob](), list[TrainJob](), dict[str, Path]()
     problems = list[str]()
     for cell in cells:
@@ -88,16 +104,7 @@ def train_cells(
         raise ConfigError([
             *problems, f"{str(folder)!r} can only be completed as it was started: undo these, or choose another `output=FOLDER`.",
         ])  # fmt: skip
-    readings = [job for job in wanted.values() if job.knn or not _holds(job.file, job.index)]
-    console().print(f"{len(cells)} cells, {len(cells) - len(trainings)} of them done before", markup=False)
-    _run_all(readings, jobs, len(readings))
-    trainings.sort(key=_rank)  # the longest first, so that at the end no process waits long for another
-    _run_all(trainings, jobs, len(cells))
-    rows = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
-    found = {
-        name: json.loads(file.read_text(encoding="utf-8"))["knn"] for name, file in measured.items() if file.exists()
-    }
-    return rows, found
+    return [job for job in wanted.values() if job.knn or not _holds(job.file, job.index)], trainings, measured
 
 
 def _rank(job: TrainJob) -> tuple[bool, bool, float]:
