@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.rng import Name, permutation
 
+Split = Literal["train", "val", "test"]
+Part = Literal["train", "val", "test", "pool"]  # pool: what stage one learns from
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev", "eval"),
@@ -66,7 +66,8 @@ def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
 def splits_in(root: Path) -> dict[Split, str]:
     """The names of the splits' folders directly in a folder; empty where it has none, or is not there.
 
-    A warning names the folders beside them, which are not read, and what looks like a split without being one.
+    Without ``test``, ``val`` is the test. A warning names the folders beside them, which are not read, and what looks like a split
+    without being one.
 
     Raises:
         ConfigError: two folders mean the same split.
@@ -84,6 +85,8 @@ def splits_in(root: Path) -> dict[Split, str]:
             f"{root}: {joined(similar)} look like splits and are not used as such: splits are `train` with `val` or "
             "`test` beside it. Rename the folders if they are."
         )
+    if named and "test" not in named:
+        named["test"] = named.pop("val")
     return named
 
 
@@ -174,29 +177,6 @@ def split_three(labels: Tensor, test: float | None, val: float | None, *name: Na
             rest, held_out = stratified_split(labels[pool], count, *name, draw_name(split))
             index["train"], index[split] = pool[rest], pool[held_out]
     return index
-
-
-Source = TypeVar("Source", bound=IndexedDataset)
-
-
-def without_val_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
-    """What stage one learns from, all labels of ``val`` taken away.
-
-    Stage one may learn from these images, because it reads no labels. A task that does, and kNN's bank, must not have theirs.
-
-    Args:
-        pool: the samples of ``shares["pool"]``, changed in place.
-        shares: as :func:`split_three` gives them.
-    """
-    if pool.labels is not None:
-        pool.labels = pool.labels.masked_fill(~torch.isin(shares["pool"], shares["train"]), -1)
-    return pool
-
-
-def part_of(every: Source, shares: Mapping[Part, Tensor], part: Part) -> Source:
-    """A part of a source that was shared out; in the ``pool`` ``val`` has no labels."""
-    chosen = every.select(shares[part])
-    return without_val_labels(chosen, shares) if part == "pool" else chosen
 
 
 def draw_labels(

@@ -304,6 +304,7 @@ def test_annotations_that_can_not_be_used_are_left_out_within_the_limit(
     boxes = annotations_of(every, Boxes)
     assert boxes is not None
     assert [len(one) for one in boxes.boxes][:2] == [1, 0]  # the text "0" is no crowd, and "1" is one
+    assert source is not None
     assert source.bad_files is not None
     assert str(source.bad_files.limit) == "40%"
 
@@ -342,6 +343,7 @@ def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
     none = ArrayDataset("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert "take data=coco" in config.check(none)[0]
     source = coco.Config(name="coco", path=str(folder / "annotations.json")).open("train")
+    assert source is not None
     boxes = annotations_of(source, Boxes)
     assert boxes is not None
     squares = torch.tensor([i for i, labels in enumerate(boxes.labels) if 1 not in labels])

@@ -52,7 +52,9 @@ def domains(tmp_path: Path) -> Path:
 
 
 def of_domains(root: Path, split: Any = "train", **keys: Any) -> FileDataset:
-    return domain_folder.Config(name="domain_folder", path=str(root), max_bad_files="20%", **keys).open(split)
+    source = domain_folder.Config(name="domain_folder", path=str(root), max_bad_files="20%", **keys).open(split)
+    assert isinstance(source, FileDataset)
+    return source
 
 
 def of_table(path: Path, **keys: Any) -> FileDataset:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import SourceConfig, Split
-from ssl_pipeline.data.splits import draw_name, stratified_split
+from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.splits import Split, draw_name, stratified_split
 
 _IDX_BYTES = bytes([0, 0, 8])  # how an IDX file of bytes begins
 CLASSES = (

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import BadFilesLimit, causes
-from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
-from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import part_of, split_three, splits_in
+from ssl_pipeline.data.source import Images
+from ssl_pipeline.data.splits import Split, splits_in
 
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig[FileDataset | None]):
+class Config(PreparedConfig):
     """A folder of your own.
 
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
@@ -34,37 +32,20 @@ class Config(PreparedConfig[FileDataset | None]):
     Attributes:
         path: the folder. Nothing in it is changed.
         test_path: another folder, of the same classes, to measure on.
-        val: the share of labeled training images that is held out for choices.
-        test: the share that is held out for the final figures where there is no test folder.
     """
 
     path: str
     test_path: str | None = None
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
 
-    def open_part(self, part: Part) -> FileDataset | None:
-        """A split, or all images but those of the test, be it a folder or a share; ``val`` and ``test`` need labels.
-
-        Raises:
-            ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
-        """
+    def read_images(self) -> Images:
         folders = self.folders()
-        train = self._scan("train", folders["train"])
-        if train.classes is None:
-            return train.dataset(self) if part in ("train", "pool") else None
-        assert train.labels is not None
-        if part != "train" and part != "pool" and part in folders:
-            return self._scan(part, folders[part]).relabeled(train.classes).dataset(self)
-        test, val = (None if name in folders else share for name, share in (("test", self.test), ("val", self.val)))
-        return part_of(train.dataset(self), split_three(train.labels, test, val, "folder"), part)
+        train = self._scan("train", folders.pop("train"))
+        own = {split: partial(self._open_own, split, place, train.classes) for split, place in folders.items()}
+        return Images(train.dataset(self), train.labels, own)
 
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All images by their splits; without classes only folders are splits."""
-        folders = self.folders()
-        if self._scan("train", folders["train"]).classes is not None:
-            return super().open_parts()
-        return {split: self._scan(split, place).dataset(self) for split, place in folders.items()}
+    def _open_own(self, split: Split, place: Path, classes: tuple[str, ...] | None) -> FileDataset:
+        found = self._scan(split, place)
+        return (found if classes is None else found.relabeled(classes)).dataset(self)
 
     def _scan(self, split: Split, place: Path) -> _ClassFolders:
         key = "data.test_path" if split == "test" and self.test_path else "data.path"
@@ -74,8 +55,6 @@ class Config(PreparedConfig[FileDataset | None]):
         """The splits that have folders of their own."""
         root = existing_folder(self.path, "data.path")
         folders = {split: root / name for split, name in splits_in(root).items()} or {"train": root}
-        if "test" not in folders and "val" in folders:
-            folders["test"] = folders.pop("val")
         if self.test_path is not None:
             folders["test"] = existing_folder(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):

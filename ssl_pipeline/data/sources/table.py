@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +22,15 @@ from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.columns import alike, class_names, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
-from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_val_labels
+from ssl_pipeline.data.source import Images
+from ssl_pipeline.data.splits import SPLIT_NAMES, Split, split_named
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
 
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig[IndexedDataset | None]):
+class Config(PreparedConfig):
     """A table of image files.
 
     Where ``ssl-pipeline prepare ROOT --data table`` has indexed the folder that the paths start from, its index is used.
@@ -46,11 +46,8 @@ class Config(PreparedConfig[IndexedDataset | None]):
             known. With them no label is read.
         domain_column: holds the domains' names; likewise.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
-        split_column: holds train, val (or val) and test; likewise. Without it, images are held out.
-        val: the share of labeled training images that is held out for choices where the table names no such split.
-        test: the share held out for the final figures, likewise.
+        split_column: holds train, val and test; likewise. Without it, images are held out.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
-        license: of the images, where you know it.
     """
 
     path: str
@@ -61,10 +58,7 @@ class Config(PreparedConfig[IndexedDataset | None]):
     domain_column: str | None = "auto"
     domains: tuple[str, ...] | None = Field(None, min_length=1)
     split_column: str | None = "auto"
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
     on_missing: Literal["stop", "skip"] = "stop"
-    license: str | None = None
 
     @model_validator(mode="after")
     def _labels_or_targets(self) -> Config:
@@ -72,43 +66,45 @@ class Config(PreparedConfig[IndexedDataset | None]):
             raise ValueError("give `label_column` or `target_columns`, not both.")
         return self
 
-    def open_part(self, part: Part) -> IndexedDataset | None:
-        """A split, or all rows of ``train`` but those of the test; ``val`` and ``test`` need labels or targets.
-
-        Raises:
-            ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
-        """
+    def read_images(self) -> Images:
         rows = _read(self)
-        every = rows.of("train")
-        if len(every) == 0:
-            raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
-        if rows.strata is None:
-            return self._source(rows, rows.of_domains(every, self)) if part in ("train", "pool") else None
-        named: dict[Part, Tensor] = {"test": rows.of("test"), "val": rows.of("val")}
-        test, val = None if len(named["test"]) else self.test, None if len(named["val"]) else self.val
-        index = {part: every[own] for part, own in split_three(rows.strata[every], test, val, "table").items()}
-        index |= {part: own for part, own in named.items() if len(own)}
-        index = {part: rows.of_domains(own, self) for part, own in index.items()}
-        if len(index[part]) == 0:
-            return None
-        source = self._source(rows, index[part])
-        return without_val_labels(source, index) if part == "pool" else source
-
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All rows of the chosen domains by their splits."""
-        rows = _read(self)
-        if rows.strata is not None:
-            return super().open_parts()
-        by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
-        return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
-
-    def _source(self, rows: _Rows, index: Tensor) -> IndexedDataset:
-        source = rows.images.dataset(
+        images: IndexedDataset = rows.images.dataset(
             self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
             domain_names=rows.domain_names,
-        ).select(index)  # fmt: skip
-        source.license, source.unlabeled_because = self.license, rows.unlabeled_because
-        return source if rows.targets is None else AnnotatedDataset(source, rows.targets.select(index))
+        )  # fmt: skip
+        images.unlabeled_because = rows.unlabeled_because
+        if rows.targets is not None:
+            images = AnnotatedDataset(images, rows.targets)
+        of_split = {split: torch.tensor([own == split for own in rows.splits]).nonzero()[:, 0] for split in SPLIT_NAMES}
+        train = of_split.pop("train")
+        if len(train) == 0:
+            raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
+        chosen = self._chosen(rows, train)
+
+        def rows_of(index: Tensor) -> IndexedDataset | None:
+            index = index if chosen is None else index[chosen[index]]
+            return images.select(index) if len(index) else None
+
+        own = {split: partial(rows_of, index) for split, index in of_split.items() if len(index)}
+        strata = None if rows.strata is None else rows.strata[train]
+        return Images(images.select(train), strata, own, None if chosen is None else chosen[train])
+
+    def _chosen(self, rows: _Rows, train: Tensor) -> Tensor | None:
+        """Which rows are of the chosen domains; None where all are."""
+        if self.domains is None:
+            return None
+        if rows.domains is None or rows.domain_names is None:
+            raise ConfigError(
+                f"`data.domains` is given, and {self.path!r} has no column of domains: set `data.domain_column`."
+            )
+        known = [rows.domain_names[number] for number in rows.domains[train].unique().tolist()]
+        absent = [name for name in self.domains if name not in known]
+        if absent:
+            raise ConfigError(
+                f"`data.domains`: {self.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
+                f"{', '.join(known)}."
+            )
+        return torch.isin(rows.domains, torch.tensor([rows.domain_names.index(name) for name in self.domains]))
 
 
 @dataclass(frozen=True)
@@ -135,33 +131,6 @@ class _Rows:
         if self.targets is None:
             return self.labels
         return torch.where(self.targets.values.isnan().all(1), -1, 0)
-
-    def of(self, split: Split) -> Tensor:
-        """The rows of a split, a sorted int64 index."""
-        return torch.tensor([i for i, own in enumerate(self.splits) if own == split], dtype=torch.int64)
-
-    def of_domains(self, index: Tensor, config: Config) -> Tensor:
-        """Of some rows those of the chosen domains.
-
-        Raises:
-            ConfigError: a domain is in no training row, or there are none.
-        """
-        if config.domains is None:
-            return index
-        if self.domains is None or self.domain_names is None:
-            raise ConfigError(
-                f"`data.domains` is given, and {config.path!r} has no column of domains: set `data.domain_column`."
-            )
-        training = set(self.domains[self.of("train")].tolist())
-        known = [name for number, name in enumerate(self.domain_names) if number in training]
-        absent = [name for name in config.domains if name not in known]
-        if absent:
-            raise ConfigError(
-                f"`data.domains`: {config.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
-                f"{', '.join(known)}."
-            )
-        wanted = torch.tensor([self.domain_names.index(name) for name in config.domains])
-        return index[torch.isin(self.domains[index], wanted)]
 
 
 @lru_cache(maxsize=4)
