@@ -209,6 +209,35 @@ def class_name(value: Any) -> str | None:
     return None if text.casefold() in _NONE else text
 
 
+def class_number(value: Any, classes: Sequence[str] | None, column: str, where: str) -> int | None:
+    """The number of a sample's class, of a stream that nobody has read whole: a number, or the name of a declared class.
+
+    Args:
+        value: the cell; None, and a negative number, say that there is no label.
+        classes: their names in the order of the numbers; None where they are not declared.
+        column: for messages.
+        where: the sample, for messages.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    refuse_several(value, column, where)
+    if isinstance(value, int):
+        return None if value < 0 else value
+    text = class_name(text_of(value))
+    if text is None:
+        return None
+    if classes is not None and text in classes:
+        return classes.index(text)
+    whole = _INTEGRAL.fullmatch(text)
+    if whole and 0 <= int(whole[1]) < (math.inf if classes is None else len(classes)):
+        return int(whole[1])
+    known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or names of classes that are declared)"
+    raise ConfigError(
+        f"{where}: its label is {text[:40]!r}, and {known} was expected: see `data.label` (null reads none)."
+    )
+
+
 def class_names(values: Sequence[Any], column: str, where: str) -> list[str | None]:
     """A column's names; ``1.0`` is ``1`` where all of them are whole numbers. What is taken for no name is said.
 

@@ -266,6 +266,10 @@ class StreamDataset(ImageDataset):
             UserError: the shard is missing or damaged.
         """
 
+    def samples(self) -> Iterator[Sample]:
+        """All samples, a shard after the other."""
+        return itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
+
     @abstractmethod
     def size(self, shard: int) -> int:
         """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
@@ -278,8 +282,7 @@ class StreamDataset(ImageDataset):
 
         Where training leaves out what can't be decoded, a neighbor takes its place here.
         """
-        every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held = InMemoryDataset(self.name, list(itertools.islice(self.samples(), count)), self.channels, self.classes)
         held.value_range = self.value_range
         if self.skip_unreadable:
             held.bad_files = BadFiles(parse_limit("100%"), len(held))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
+from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.splits import SPLIT_NAMES, Part, Split, split_three
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle
 from ssl_pipeline.transforms.config import ViewConfig
 
 LOOKED_AT = 64  # images of a stream that settle what is not given: their channels, their range of values
+Streamed = TypeVar("Streamed", bound=StreamDataset)
 _SETTLED: dict[str, Range | None] = {}  # once in the process's life, as data are read
 
 
@@ -190,6 +193,25 @@ class StreamConfig(DecodedConfig, ABC):
     @abstractmethod
     def open_stream(self, split: Split = "train") -> StreamDataset | None:
         """The images of a split that the data has; None where they are numbered, and ``open_part`` gives them."""
+
+    def configured(self, stream: Streamed) -> Streamed:
+        """A stream with what the keys say of it; where they do not say its channels, its first images do.
+
+        Raises:
+            ConfigError: there is no image.
+        """
+        stream.length = self.length or stream.length
+        stream.block, stream.skip_unreadable = self.shuffle_buffer, self.on_error == "skip"
+        if self.channels is not None:
+            stream.channels = self.channels
+            return stream
+        first = list(itertools.islice(stream.samples(), LOOKED_AT))
+        if not first:
+            raise ConfigError(
+                f"{stream.name} holds no image: see `data.image` (in archives images are named KEY.jpg, KEY.png, …)."
+            )
+        stream.channels = channels_of(first)
+        return stream
 
     def stream(self) -> StreamDataset | None:
         """The training images, at the data's range of values; None where they are numbered."""

@@ -90,12 +90,11 @@ def splits_in(root: Path) -> dict[Split, str]:
     return named
 
 
-def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:
-    """Per class its samples in a random order; label −1 means that there is none."""
+def _class_by_class(labels: Tensor, *name: Name) -> Tensor:
+    """The labeled samples, those of one class after those of another, in a random order within each."""
     order = permutation(len(labels), *name)
-    by_class = order[labels[order].argsort(stable=True)]
-    classes, sizes = labels.unique(return_counts=True)
-    return {int(c): part for c, part in zip(classes, by_class.split(sizes.tolist()), strict=True) if c >= 0}
+    order = order[labels[order] >= 0]
+    return order[labels[order].argsort(stable=True)]
 
 
 def stratified_split(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
@@ -111,9 +110,7 @@ def stratified_split(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, T
     Returns:
         The rest and the held-out ones, each a sorted int64 index.
     """
-    order = permutation(len(labels), *name)
-    order = order[labels[order] >= 0]
-    order = order[labels[order].argsort(stable=True)]  # class by class
+    order = _class_by_class(labels, *name)
     classes = labels[order]
     sizes = classes.bincount()
     rank = torch.arange(len(order), dtype=torch.float64) - (sizes.cumsum(0) - sizes)[classes]
@@ -140,8 +137,7 @@ def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
     count = min(most, int(sizes.max())) if len(labels) else 0
     if count < 2:
         return None
-    order = permutation(len(labels), *name)
-    order = order[labels[order].argsort(stable=True)]  # class by class
+    order = _class_by_class(labels, *name)
     order = order[sizes[labels[order]] > 1]
     part = torch.full((len(labels),), -1)
     part[order] = torch.arange(len(order)) % count  # neighbors are in different parts, so no part has all of a class
@@ -194,9 +190,11 @@ def draw_labels(
     Raises:
         ConfigError: a class has fewer than asked for, or nothing has a label.
     """
-    drawn = []
-    for c, of_class in _shuffled_classes(labels, seed, "labels").items():
+    order, drawn = _class_by_class(labels, seed, "labels"), []
+    for c, of_class in enumerate(order.split(labels[order].bincount().tolist())):
         count = len(of_class)
+        if not count:
+            continue
         if per_class is not None:
             if per_class > count:
                 name = repr(classes[c]) if classes is not None else str(c)

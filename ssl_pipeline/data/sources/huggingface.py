@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -148,13 +147,8 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
     classes = None if columns.label is None else getattr(features[columns.label], "names", None)
     stream = HFIterableDataset(name, rows, columns, tuple(classes) if classes else None)
     declared = (rows.info.splits or {}).get(split)
-    stream.length = config.length or (declared.num_examples if declared else None) or None
-    stream.block, stream.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
-    first = list(itertools.islice(stream.read(0), LOOKED_AT))
-    if not first:
-        raise ConfigError(f"{name} has no rows in its first shard.")
-    stream.channels = config.channels or channels_of(first)
-    return stream
+    stream.length = (declared.num_examples or None) if declared else None
+    return config.configured(stream)
 
 
 def import_datasets() -> Any:

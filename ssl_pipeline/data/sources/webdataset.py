@@ -14,11 +14,10 @@ import fsspec
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.columns import class_name, refuse_several, text_of
+from ssl_pipeline.data.columns import class_name, class_number, refuse_several, text_of
 from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.reading import channels_of
-from ssl_pipeline.data.source import LOOKED_AT, StreamConfig
+from ssl_pipeline.data.source import StreamConfig
 from ssl_pipeline.data.splits import Split, split_named
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.walk import ENDINGS
@@ -51,7 +50,7 @@ class Config(StreamConfig):
 
     def open_stream(self, split: Split = "train") -> TarStream:
         key = "path" if split == "train" else split
-        return TarStream(self, key, getattr(self, key))
+        return self.configured(TarStream(self, key, getattr(self, key)))
 
     def has_split(self, split: Split) -> bool:
         return getattr(self, split) is not None
@@ -70,25 +69,13 @@ class TarStream(StreamDataset):
         self._config, self._urls = config, _expand(key, given)
         self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
-        self.classes, self.length, self.license = config.classes, config.length, config.license
-        self.has_domains = config.domain is not None
-        self.block, self.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
+        self.classes, self.license, self.has_domains = config.classes, config.license, config.domain is not None
         self._sizes: dict[int, int] = {}
-        self.channels = config.channels or self._channels()
 
     @property
     def folder(self) -> Path:
         """Where the first archive lies."""
         return Path(shown(self._urls[0])).parent
-
-    def _channels(self) -> int:
-        every = itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls)))
-        first = list(itertools.islice(every, LOOKED_AT))
-        if not first:
-            raise ConfigError(
-                f"{self.name} holds no image: members must be named KEY.jpg, KEY.png, … (see `data.image`)."
-            )
-        return channels_of(first)
 
     def _is_image(self, ending: str) -> bool:
         return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
@@ -105,8 +92,7 @@ class TarStream(StreamDataset):
                 name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
                 label, domain = _text(group, config.label, "label", name), _text(group, config.domain, "domain", name)
-                number = None if label is None else _number(label, self.classes, name)
-                yield Sample(position, data, number, name, domain)
+                yield Sample(position, data, class_number(label, self.classes, "label", name), name, domain)
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
@@ -157,14 +143,7 @@ class TarStream(StreamDataset):
 
 
 def _text(group: Group, wanted: str | None, key: str, name: str) -> str | None:
-    """The text of a member, or the value of a JSON key; None where there is none.
-
-    Args:
-        group: a sample's members.
-        wanted: the member's ending, or ``json:KEY``; None reads none.
-        key: the configuration's key that says so.
-        name: the sample's, for messages.
-    """
+    """The text of a member, or the value of a JSON key; None where there is none, or ``wanted`` names none."""
     if wanted is None:
         return None
     ending, _, field = wanted.partition(":")
@@ -178,17 +157,6 @@ def _text(group: Group, wanted: str | None, key: str, name: str) -> str | None:
         raise ConfigError(f"{name}.json has no key {field!r}: see `data.{key}`.") from error
     refuse_several(value, wanted, f"{name}.json")
     return class_name(text_of(value))
-
-
-def _number(text: str, classes: tuple[str, ...] | None, name: str) -> int:
-    """A label's number: a class's name, or a whole number below the number of classes."""
-    if classes is not None and text in classes:
-        return classes.index(text)
-    whole = re.fullmatch(r"(\d+)(?:\.0*)?", text)
-    if whole and (classes is None or int(whole[1]) < len(classes)):
-        return int(whole[1])
-    known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or declare `data.classes`)"
-    raise ConfigError(f"{name}: its label is {text[:40]!r}, and {known} was expected.")
 
 
 def _expand(key: str, given: str | tuple[str, ...]) -> list[str]:
