@@ -27,7 +27,7 @@ def read_columns(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -
 
     Args:
         path: a .csv, .tsv, .jsonl or .parquet file.
-        choose: from the names of the file's columns to those that are wanted; it raises where one is missing.
+        choose: from the names of the file's columns to those that are wanted.
 
     Returns:
         Per wanted column its values as text, whole numbers without a decimal point; None where a value is missing or empty.
@@ -210,16 +210,10 @@ def class_name(value: Any) -> str | None:
 
 
 def class_number(value: Any, classes: Sequence[str] | None, column: str, where: str) -> int | None:
-    """The number of a sample's class, of a stream that nobody has read whole: a number, or the name of a declared class.
-
-    Args:
-        value: the cell; None, and a negative number, say that there is no label.
-        classes: their names in the order of the numbers; None where they are not declared.
-        column: for messages.
-        where: the sample, for messages.
+    """The number of a sample's class, given by it or by a declared name; None where the cell says that there is no label.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither; ``column`` and ``where`` name the cell.
     """
     refuse_several(value, column, where)
     if isinstance(value, int):
@@ -239,13 +233,7 @@ def class_number(value: Any, classes: Sequence[str] | None, column: str, where: 
 
 
 def class_names(values: Sequence[Any], column: str, where: str) -> list[str | None]:
-    """A column's names; ``1.0`` is ``1`` where all of them are whole numbers. What is taken for no name is said.
-
-    Args:
-        values: the cells.
-        column: their column, for messages.
-        where: the table, for messages.
-    """
+    """A column's names; ``1.0`` is ``1`` where all of them are whole numbers. What is taken for no name is said."""
     names = [class_name(value) for value in values]
     lost = Counter(str(value) for value, name in zip(values, names, strict=True) if value is not None and name is None)
     if lost:

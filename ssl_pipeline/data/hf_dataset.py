@@ -82,8 +82,7 @@ class HFDataset(EncodedReader, IndexedDataset):
     def fingerprint(self) -> str:
         """Of the images' sizes in bytes, or their paths, and of labels; contents are not read."""
         digest = hashlib.blake2b(_marks(self._rows, self._image)[self._index].numpy().tobytes(), digest_size=16)
-        self.add_labels(digest)
-        return digest.hexdigest()
+        return self.finish_fingerprint(digest)
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
@@ -153,12 +152,7 @@ def _reworded(name: str, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def numbers(rows: Dataset, column: str, known: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """A column's values as numbers, and their names.
-
-    Args:
-        rows: the dataset.
-        column: of class labels, numbers or texts.
-        known: the names of the training rows; None for those that the column declares, or has.
+    """A column's values as numbers, and their names; ``known`` are those of the training rows.
 
     Raises:
         ConfigError: a value is not among the known names.

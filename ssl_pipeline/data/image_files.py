@@ -150,8 +150,7 @@ class FileDataset(IndexedDataset):
         digest = hashlib.blake2b(digest_size=16)
         for name, size in zip(self.files.column("name").tolist(), self.files.column("bytes").tolist(), strict=True):
             digest.update(b"%b\0%d\0" % (name, self._stored_size(os.fsdecode(name)) if size < 0 else size))
-        self.add_labels(digest)
-        return digest.hexdigest()
+        return self.finish_fingerprint(digest)
 
     def _stored_size(self, file: str) -> int:
         try:

@@ -50,12 +50,7 @@ class SourceConfig(ComponentConfig, ABC):
         return {split: source for split in SPLIT_NAMES if (source := self.open(split)) is not None}
 
     def shown_by_views(self, views: Sequence[ViewConfig], hidden: Collection[str]) -> list[str]:
-        """Views that show domains which are not to be seen, as sentences that say so; by default none is known to.
-
-        Args:
-            views: the policy of every view.
-            hidden: the domains' names.
-        """
+        """Views that show domains which are not to be seen, as sentences that say so; by default none is known to."""
         del views, hidden
         return []
 
@@ -295,9 +290,7 @@ def describe_range_of(config: SourceConfig, learned: ImageDataset) -> list[str]:
 def at_range_of(data: SourceConfig, path: str | None) -> SourceConfig:
     """The data at the range that an encoder or model was trained at, where the user gives none: what was white must stay white.
 
-    Args:
-        data: the configuration of a source.
-        path: a run's folder or a file in it; None, and what is no run of ours, changes nothing.
+    ``path`` is a run's folder or a file in it; None, and what is no run of ours, changes nothing.
     """
     if path is None or not isinstance(data, DecodedConfig) or data.range != "auto":
         return data

@@ -41,11 +41,7 @@ def resembles_split(name: str) -> bool:
 
 
 def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
-    """The splits that some of the names stand for; empty unless there is ``train`` and another one.
-
-    Args:
-        names: of folders beside each other, or of a dataset's own splits.
-        where: what a message calls the place they are in.
+    """The splits that some names of folders stand for; empty unless there is ``train`` and another one.
 
     Raises:
         ConfigError: two names mean the same split.

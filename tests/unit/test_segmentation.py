@@ -15,11 +15,12 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader
+from ssl_pipeline.data.build import AnnotatedLoader
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.sources import mask_folder
-from ssl_pipeline.data.targets import AnnotatedDataset, Masks
+from ssl_pipeline.data.targets import Masks
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result
@@ -168,7 +169,8 @@ def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
         source = mask_folder.Config(name="mask_folder", path=str(folder))
         for split, part in (("train", "train"), ("test", "test")):
             annotated = source.open(split)  # type: ignore[arg-type]
-            assert isinstance(annotated, AnnotatedDataset)
+            assert annotated is not None
+            assert annotated.annotations is not None
             for kind in ("images", "masks"):
                 (root / part / kind).mkdir(parents=True)
             for i in range(len(annotated)):
@@ -204,9 +206,10 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
-    def opened(root: Path) -> AnnotatedDataset:
+    def opened(root: Path) -> IndexedDataset:
         source = mask_folder.Config(name="mask_folder", path=str(root)).open("train")
-        assert isinstance(source, AnnotatedDataset)
+        assert source is not None
+        assert source.annotations is not None
         return source
 
     blank = np.zeros((32, 32), np.uint8)
@@ -252,9 +255,10 @@ def numbered_masks(root: Path, *numbers: int) -> Path:
 def test_255_is_no_class_unless_it_is_said_to_be_one(tmp_path: Path) -> None:
     root = numbered_masks(tmp_path / "white", 255)
 
-    def opened(**keys: Any) -> AnnotatedDataset:
+    def opened(**keys: Any) -> IndexedDataset:
         source = mask_folder.Config(name="mask_folder", path=str(root), **keys).open("train")
-        assert isinstance(source, AnnotatedDataset)
+        assert source is not None
+        assert source.annotations is not None
         return source
 
     for keys in ({"classes": ("background", "lesion")}, {}):
@@ -281,7 +285,8 @@ def test_numbers_with_gaps_are_counted_and_may_be_mapped(tmp_path: Path, caplog:
     assert "4 of 114 classes occur in the masks: 0, 38, 75, 113 (255, which is there, is no class)" in caplog.text
     assert "`data.values=[0, 38, 75, 113, 255]`" in caplog.text
     mapped = mask_folder.Config(name="mask_folder", path=str(root), values=(0, 38, 75, 113)).open("train")
-    assert isinstance(mapped, AnnotatedDataset)
+    assert mapped is not None
+    assert mapped.annotations is not None
     assert mapped.classes == ("0", "38", "75", "113")
     assert isinstance(mapped.annotations, Masks)
     found = {int(n) for i in range(len(mapped)) for n in mapped.annotations.whole(i).unique()}

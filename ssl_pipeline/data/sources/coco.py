@@ -19,7 +19,7 @@ from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import HoldOutConfig, Images
 from ssl_pipeline.data.splits import Split
-from ssl_pipeline.data.targets import AnnotatedDataset, Boxes
+from ssl_pipeline.data.targets import Boxes
 
 Row = dict[str, Any]
 Categories = tuple[tuple[int, str], ...]  # ids, which may have gaps, and names; their order is that of the classes
@@ -56,10 +56,10 @@ class Config(HoldOutConfig):
         own = {split: partial(self._open_own, path, categories) for split, path in paths.items() if path is not None}
         return Images(train, torch.zeros(len(train), dtype=torch.int64), own)
 
-    def _open_own(self, path: str, categories: Categories) -> AnnotatedDataset:
+    def _open_own(self, path: str, categories: Categories) -> FileDataset:
         return self._read(path, categories)[1]
 
-    def _read(self, path: str, known: Categories | None) -> tuple[Categories, AnnotatedDataset]:
+    def _read(self, path: str, known: Categories | None) -> tuple[Categories, FileDataset]:
         folder = Path(path).expanduser().resolve().parent
         root = folder / "images" if (folder / "images").is_dir() else folder
         if self.images is not None:
@@ -70,7 +70,7 @@ class Config(HoldOutConfig):
 @lru_cache(maxsize=8)
 def _read(
     path: Path, root: Path, known: Categories | None, channels: int, limit: BadFilesLimit
-) -> tuple[Categories, AnnotatedDataset]:
+) -> tuple[Categories, FileDataset]:
     """Reads a file once in the process's life; another split has the training file's categories."""
     record = _load(path)
     categories = _categories(_rows(record, "categories", path, ("id", "name")), path)
@@ -101,7 +101,7 @@ def _read(
         tuple(name for _, name in categories), crowds,
     )  # fmt: skip
     source = FileDataset(str(path), root, names, channels, bad_files=BadFiles(limit, len(names)))
-    return categories, AnnotatedDataset(source, annotations)
+    return categories, source.with_annotations(annotations)
 
 
 def _load(path: Path) -> Row:

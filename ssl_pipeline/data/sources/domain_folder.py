@@ -5,10 +5,11 @@ Splits may be folders, too: ``train/domain/class/image`` or ``domain/train/class
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,76 +41,65 @@ class Config(PreparedConfig):
     test_domains: tuple[str, ...] | None = None
 
     def read_images(self) -> Images:
-        tree = _scan(existing_folder(self.path, "data.path", "the domains"), self.max_bad_files, self.base)
-        test = tree.numbers(self.test_domains or (), "test_domains")
-        train = tree.numbers(self.domains or tree.names, "domains")
-        if self.domains is None:
-            train = [number for number in train if number not in test]
-        both = [tree.names[number] for number in train if number in test]
+        images, known, splits = _scan(
+            existing_folder(self.path, "data.path", "the domains"), self.max_bad_files, self.base
+        )
+        every = images.dataset(self, str(images.root), **known)
+        names, classes, domains, labels = (known[key] for key in ("domain_names", "classes", "domains", "labels"))
+
+        def files_of(wanted: Sequence[str], key: str) -> Tensor:
+            """The files of some domains, a sorted int64 index."""
+            unknown = [name for name in wanted if name not in names]
+            if unknown:
+                raise ConfigError(
+                    f"`data.{key}`: {str(images.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
+                    f"{', '.join(names)}."
+                )
+            numbers = torch.tensor([names.index(name) for name in wanted], dtype=torch.int64)
+            return torch.isin(domains, numbers).nonzero()[:, 0]
+
+        test = self.test_domains or ()
+        of_test = files_of(test, "test_domains")
+        train = self.domains or tuple(name for name in names if name not in test)
+        pool = files_of(train, "domains")
+        both = [name for name in train if name in test]
         if both or not train:
             raise ConfigError(
                 f"`data.test_domains`: {', '.join(both) or 'every domain'} would be trained on and tested on: name it in one "
-                f"place. The folder's domains: {', '.join(tree.names)}."
+                f"place. The folder's domains: {', '.join(names)}."
             )
-        every = tree.images.dataset(
-            self, str(tree.images.root), labels=tree.labels, classes=tree.classes, domains=tree.domains,
-            domain_names=tree.names,
-        )  # fmt: skip
-        pool, of_test = tree.files_of(train), tree.files_of(test)
-        of_split = {split: pool[files[pool]] for split, files in tree.splits.items()}
+        of_split = {split: pool[files[pool]] for split, files in splits.items()}
         if not test and "test" not in of_split and "val" in of_split:
             of_split["test"] = of_split.pop("val")
         learned = of_split.pop("train", pool)
 
         def open_test_domains() -> FileDataset:
-            unseen = set(tree.labels[of_test].tolist()) - set(tree.labels[pool].tolist())
+            unseen = set(labels[of_test].tolist()) - set(labels[pool].tolist())
             if unseen:
                 raise ConfigError(
-                    f"`data.test_domains`: the classes {joined([tree.classes[label] for label in sorted(unseen)])} are "
-                    "in no training domain, so nothing could learn them: leave their folders out, or train on another domain."
+                    f"`data.test_domains`: the classes {joined([classes[label] for label in sorted(unseen)])} are in no "
+                    "training domain, so nothing could learn them: leave their folders out, or train on another domain."
                 )
             return every.select(of_test)
 
-        own: dict[Split, Callable[[], FileDataset]] = {part: partial(every.select, of) for part, of in of_split.items()}
+        own: dict[Split, Callable[[], FileDataset]] = {
+            split: partial(every.select, of) for split, of in of_split.items()
+        }
         own |= {"test": open_test_domains} if test else {}
         # Numbered by domain and class, so that each of both is held out in proportion.
-        cells = tree.domains[learned] * len(tree.classes) + tree.labels[learned]
-        return Images(every.select(learned), cells, own)
-
-
-@dataclass(frozen=True)
-class _DomainTree:
-    """A folder of domains: their names, all their classes, per file its domain and class, and per split that has folders its files.
-
-    Attributes:
-        splits: bool of shape (N,) for each; empty without folders of splits.
-    """
-
-    images: ImageFiles
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
-    domains: Tensor
-    labels: Tensor
-    splits: dict[Split, Tensor]
-
-    def numbers(self, names: tuple[str, ...], key: str) -> list[int]:
-        """The numbers of domains."""
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise ConfigError(
-                f"`data.{key}`: {str(self.images.root)!r} has no domain {', '.join(map(repr, unknown))}. Its domains: "
-                f"{', '.join(self.names)}."
-            )
-        return [self.names.index(name) for name in names]
-
-    def files_of(self, domains: list[int]) -> Tensor:
-        """The files of some domains, a sorted int64 index."""
-        return torch.isin(self.domains, torch.tensor(domains, dtype=torch.int64)).nonzero()[:, 0]
+        return Images(every.select(learned), domains[learned] * len(classes) + labels[learned], own)
 
 
 @lru_cache(maxsize=4)
-def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _DomainTree:
-    """Reads a folder once in the process's life."""
+def _scan(
+    root: Path, limit: BadFilesLimit, base: Path | None
+) -> tuple[ImageFiles, dict[str, Any], dict[Split, Tensor]]:
+    """Reads a folder once in the process's life.
+
+    Returns:
+        Its images, their classes and domains as a dataset takes them, and per split that has folders which files lie in them,
+        bool of shape (N,).
+    """
     images = scan_folder(root, base, limit, depth=2)
     if not images.files:
         raise ConfigError(
@@ -139,7 +129,7 @@ def _scan(root: Path, limit: BadFilesLimit, base: Path | None) -> _DomainTree:
         return (path if level is None else path[:level] + path[level + 1 :])[depth]
 
     (names, domains), (classes, labels) = (images.by_folder(partial(name, depth)) for depth in (0, 1))
-    return _DomainTree(images, names, classes, domains, labels, splits)
+    return images, {"labels": labels, "classes": classes, "domains": domains, "domain_names": names}, splits
 
 
 def _level_of_splits(paths: list[list[str]], root: Path) -> int | None:

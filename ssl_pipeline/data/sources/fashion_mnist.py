@@ -67,15 +67,9 @@ def _download(root: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def read_splits(name: str, folder: Path, val: int) -> dict[Split, ArrayDataset]:
-    """All splits of a folder of idx files.
+    """All splits of a folder of idx files, each with the mean and standard deviation of ``train``.
 
-    Args:
-        name: of the source; it names the draw of ``val`` too.
-        folder: the four files, gzipped or not.
-        val: training images held out, evenly over the classes.
-
-    Returns:
-        ``train``, ``val`` and ``test``, each with the mean and standard deviation of ``train``.
+    ``val`` training images are held out, evenly over the classes; the source's name names their draw too.
 
     Raises:
         ConfigError: a file is missing, damaged or not what its name says.

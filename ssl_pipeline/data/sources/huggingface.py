@@ -84,10 +84,8 @@ class Config(StreamConfig, HoldOutConfig):
                     f"{rows.name} keeps its labels to itself, so nothing can be measured on it: name another by "
                     f"`data.{part}_split`, or null to hold images out."
                 )
-        rows = rows.select(index)
-        rows.bad_files = BadFiles(
-            self.max_bad_files, len(rows)
-        )  # of its own: a split is opened once for all runs of a process
+        rows = rows.select(index)  # a copy with a count of its own: a split is opened once for all runs of a process
+        rows.bad_files = BadFiles(self.max_bad_files, len(rows))
         return rows
 
     def _named(self, split: Split) -> str | None:

@@ -18,7 +18,7 @@ from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.source import HoldOutConfig, Images
 from ssl_pipeline.data.splits import Split, splits_in
-from ssl_pipeline.data.targets import IGNORE, AnnotatedDataset, Masks, read_mask
+from ssl_pipeline.data.targets import IGNORE, Masks, read_mask
 from ssl_pipeline.data.walk import images_in
 
 
@@ -49,11 +49,9 @@ class Config(HoldOutConfig):
         read = {split: _read(root, *parts) for split, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
 
-        def source(own: _Pairs) -> AnnotatedDataset:
-            return AnnotatedDataset(
-                FileDataset(str(own.folder), own.folder, own.images, self.channels),
-                Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
-            )
+        def source(own: _Pairs) -> FileDataset:
+            masks = Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values)
+            return FileDataset(str(own.folder), own.folder, own.images, self.channels).with_annotations(masks)
 
         train = source(read.pop("train"))
         own = {split: partial(source, pairs) for split, pairs in read.items()}

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
 from ssl_pipeline.data.source import Images
 from ssl_pipeline.data.splits import SPLIT_NAMES, Split, split_named
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.targets import NumericTargets
 
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
@@ -68,69 +68,60 @@ class Config(PreparedConfig):
 
     def read_images(self) -> Images:
         rows = _read(self)
-        images: IndexedDataset = rows.images.dataset(
-            self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
-            domain_names=rows.domain_names,
-        )  # fmt: skip
+        of_split = dict(rows.of_split)
+        images = rows.images.dataset(self, self.path, **rows.known)
         images.unlabeled_because = rows.unlabeled_because
-        if rows.targets is not None:
-            images = AnnotatedDataset(images, rows.targets)
-        of_split = {split: torch.tensor([own == split for own in rows.splits]).nonzero()[:, 0] for split in SPLIT_NAMES}
-        train = of_split.pop("train")
-        if len(train) == 0:
+        train = of_split.pop("train", None)
+        if train is None:
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
-        chosen = self._chosen(rows, train)
+        chosen, strata = self._chosen(images, train), images.labels
+        if rows.targets is not None:
+            images, strata = (
+                images.with_annotations(rows.targets),
+                torch.where(rows.targets.values.isnan().all(1), -1, 0),
+            )
 
         def rows_of(index: Tensor) -> IndexedDataset | None:
-            index = index if chosen is None else index[chosen[index]]
+            index = index[chosen[index]]
             return images.select(index) if len(index) else None
 
-        own = {split: partial(rows_of, index) for split, index in of_split.items() if len(index)}
-        strata = None if rows.strata is None else rows.strata[train]
-        return Images(images.select(train), strata, own, None if chosen is None else chosen[train])
+        own = {split: partial(rows_of, index) for split, index in of_split.items()}
+        return Images(images.select(train), None if strata is None else strata[train], own, chosen[train])
 
-    def _chosen(self, rows: _Rows, train: Tensor) -> Tensor | None:
-        """Which rows are of the chosen domains; None where all are."""
+    def _chosen(self, images: IndexedDataset, train: Tensor) -> Tensor:
+        """Which rows are of the chosen domains, bool of shape (N,)."""
         if self.domains is None:
-            return None
-        if rows.domains is None or rows.domain_names is None:
+            return torch.ones(len(images), dtype=torch.bool)
+        if images.domains is None or images.domain_names is None:
             raise ConfigError(
                 f"`data.domains` is given, and {self.path!r} has no column of domains: set `data.domain_column`."
             )
-        known = [rows.domain_names[number] for number in rows.domains[train].unique().tolist()]
+        known = [images.domain_names[number] for number in images.domains[train].unique().tolist()]
         absent = [name for name in self.domains if name not in known]
         if absent:
             raise ConfigError(
                 f"`data.domains`: {self.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
                 f"{', '.join(known)}."
             )
-        return torch.isin(rows.domains, torch.tensor([rows.domain_names.index(name) for name in self.domains]))
+        return torch.isin(images.domains, torch.tensor([images.domain_names.index(name) for name in self.domains]))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A table's rows: per row its file, its split (``train`` without such a column), and what else its columns hold.
+    """A table's rows.
 
     Attributes:
-        labels: the number of its class, int64, −1 where there is none.
-        classes: their names: by number where all are numbers, by name otherwise.
+        images: their files.
+        of_split: the rows of each split that has some; all are of ``train`` without such a column.
+        known: labels, domains and their names, as a dataset takes them; a class that is a number has its place by it.
+        targets: the numbers beside them, where such columns are named.
     """
 
     images: ImageFiles
-    splits: list[Split]
-    labels: Tensor | None
-    classes: tuple[str, ...] | None
+    of_split: dict[Split, Tensor]
+    known: dict[str, Any]
     targets: NumericTargets | None
-    domains: Tensor | None
-    domain_names: tuple[str, ...] | None
     unlabeled_because: str | None
-
-    @property
-    def strata(self) -> Tensor | None:
-        """What held-out rows are even over; those of −1 are not held out. None where nothing could be measured on them."""
-        if self.targets is None:
-            return self.labels
-        return torch.where(self.targets.values.isnan().all(1), -1, 0)
 
 
 @lru_cache(maxsize=4)
@@ -182,7 +173,11 @@ def _read(config: Config) -> _Rows:
     because = None
     if labels is None and not config.target_columns:
         because = f"its columns are {joined(columns_found)}: name the one of classes by `data.label_column=COLUMN`."
-    return _Rows(images, splits, labels, classes, targets, domains, domain_names, because)
+    of_split = {
+        own: torch.tensor([split == own for split in splits]).nonzero()[:, 0] for own in SPLIT_NAMES if own in splits
+    }
+    known = {"labels": labels, "classes": classes, "domains": domains, "domain_names": domain_names}
+    return _Rows(images, of_split, known, targets, because)
 
 
 def _say_what_is_not_read(columns: Sequence[str], config: Config, has_splits: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -19,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision import datasets
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, closest
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, at_range, is_grayscale
 from ssl_pipeline.data.image_files import FileDataset
@@ -83,23 +82,17 @@ def _parts(config: Config) -> dict[Split, dict[str, Any]]:
     """Per split that the dataset has of its own, the arguments that choose it; given ones choose one part alone."""
     parts = DATASETS.get(config.dataset)
     if parts is None:
-        folded = {name.lower(): name for name in DATASETS}
-        close = difflib.get_close_matches(config.dataset.lower().replace("-", ""), folded, n=1, cutoff=0.6)
-        hint = (
-            f"Did you mean `data.dataset={folded[close[0]]}`? "
-            if close and not hasattr(datasets, config.dataset)
-            else ""
-        )
+        names = {name.lower(): name for name in DATASETS}
+        close = None if hasattr(datasets, config.dataset) else closest(config.dataset.lower().replace("-", ""), names)
+        hint = f"Did you mean `data.dataset={names[close]}`? " if close else ""
         raise ConfigError(
             f"`data.dataset`: {config.dataset!r} is no dataset of torchvision with one class per image. {hint}Known: "
             f"{', '.join(sorted(DATASETS))}."
         )
     key = "train" if parts == _FLAG else "split"
-    return (
-        {split: {key: value} for split, value in parts.items()}
-        if parts and key not in config.options
-        else {"train": {}}
-    )
+    if not parts or key in config.options:
+        return {"train": {}}
+    return {split: {key: value} for split, value in parts.items()}
 
 
 @lru_cache(maxsize=4)
