@@ -165,17 +165,12 @@ def import_datasets() -> Any:
 
 
 @lru_cache(maxsize=8)
-def _split_names(config: Config) -> tuple[str, ...]:
-    datasets = import_datasets()
-    if _saved(config):
-        return tuple(path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir())
-    return tuple(_asked(config, datasets.get_dataset_split_names))
-
-
-@lru_cache(maxsize=8)
 def _meant_splits(config: Config) -> dict[Split, str]:
     """The dataset's own splits by what their names say; those that nothing reads are said."""
-    there = _split_names(config)
+    if _saved(config):
+        there = [path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir()]
+    else:
+        there = list(_asked(config, import_datasets().get_dataset_split_names))
     meant: dict[Split, str] = {}
     for name in sorted(there, key=lambda name: name != "validation"):
         split = split_named(name)
@@ -230,13 +225,7 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
             "`data.path`: pickles can run code, so none is read (the library's `pandas` files are): convert them to Parquet."
         )
     try:
-        return function(
-            name,
-            config.subset,
-            data_files=files,
-            revision=config.revision,
-            **keys,
-        )
+        return function(name, config.subset, data_files=files, revision=config.revision, **keys)
     except Exception as error:  # its own, pyarrow's, the network's
         raise ConfigError(
             f"`data.path`: the dataset {config.path!r} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
