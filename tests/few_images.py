@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import embedded
+from ssl_pipeline.data.splits import Split
 
 COUNT = {"train": 640, "val": 200, "test": 200}
 

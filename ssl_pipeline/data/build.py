@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, TrainLoader
 from ssl_pipeline.data.reading import read_in_order
@@ -21,14 +30,9 @@ def build_views(
     std: tuple[float, ...],
     seed: int,
 ) -> Views:
-    """The views of a dataset's images; restyled views take the amplitude of images of the same dataset, drawn by the seed.
+    """The views of a dataset's images, by a policy without ``auto``, at the mean and standard deviation that the encoder expects.
 
-    Args:
-        source: the dataset; of a stream the first images lend their amplitude.
-        config: a policy without ``auto``.
-        mean: per-channel mean that the encoder expects.
-        std: per-channel standard deviation that the encoder expects.
-        seed: the run's.
+    Restyled views take the amplitude of images of the same dataset, drawn by the seed; of a stream, of its first ones.
     """
     count = max((view.amplitude_mix.styles for view in config.each() if view.amplitude_mix.probability > 0), default=0)
     if not count:
@@ -56,3 +60,36 @@ def build_loader(
         return StreamLoader(source, *settings)
     assert isinstance(source, IndexedDataset)
     return IndexedLoader(source, *settings)
+
+
+class AnnotatedLoader(IndexedLoader):
+    """The training batches of an annotated source; see :class:`IndexedLoader`."""
+
+    def from_step(self, start: int) -> Iterator[Batch]:
+        """The batches from a step to the run's end, each with its ``target``; masks are read a few steps ahead."""
+        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+            coming = iter(range(start, self.total_steps))
+            ahead = deque(pool.submit(self._target, step) for step in islice(coming, 4))
+            for step, batch in enumerate(super().from_step(start), start):
+                target = ahead.popleft().result()
+                if self.replaced is not None:
+                    target = self._target(step, self.replaced)
+                batch.target = to_device(target, self.share.device)
+                ahead.extend(pool.submit(self._target, step) for step in islice(coming, 1))
+                yield batch
+
+    def _target(self, step: int, index: Tensor | None = None) -> Any:
+        """The annotations of a step's samples, or of those that have taken the place of some."""
+        annotations = self.source.annotations
+        assert annotations is not None
+        index = self.samples(step) if index is None else index
+        return annotations.of_views(index, self.views, self.clock(step).epoch)
+
+
+def to_device(target: Any, device: torch.device) -> Any:
+    """A target on another device: a tensor, or lists and dictionaries of them."""
+    if isinstance(target, Tensor):
+        return target.to(device, non_blocking=True)
+    if isinstance(target, dict):
+        return {key: to_device(value, device) for key, value in target.items()}
+    return [to_device(entry, device) for entry in target]

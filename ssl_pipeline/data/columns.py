@@ -27,7 +27,7 @@ def read_columns(path: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -
 
     Args:
         path: a .csv, .tsv, .jsonl or .parquet file.
-        choose: from the names of the file's columns to those that are wanted; it raises where one is missing.
+        choose: from the names of the file's columns to those that are wanted.
 
     Returns:
         Per wanted column its values as text, whole numbers without a decimal point; None where a value is missing or empty.
@@ -209,14 +209,31 @@ def class_name(value: Any) -> str | None:
     return None if text.casefold() in _NONE else text
 
 
-def class_names(values: Sequence[Any], column: str, where: str) -> list[str | None]:
-    """A column's names; ``1.0`` is ``1`` where all of them are whole numbers. What is taken for no name is said.
+def class_number(value: Any, classes: Sequence[str] | None, column: str, where: str) -> int | None:
+    """The number of a sample's class, given by it or by a declared name; None where the cell says that there is no label.
 
-    Args:
-        values: the cells.
-        column: their column, for messages.
-        where: the table, for messages.
+    Raises:
+        ConfigError: it is neither; ``column`` and ``where`` name the cell.
     """
+    refuse_several(value, column, where)
+    if isinstance(value, int):
+        return None if value < 0 else value
+    text = class_name(text_of(value))
+    if text is None:
+        return None
+    if classes is not None and text in classes:
+        return classes.index(text)
+    whole = _INTEGRAL.fullmatch(text)
+    if whole and 0 <= int(whole[1]) < (math.inf if classes is None else len(classes)):
+        return int(whole[1])
+    known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or names of classes that are declared)"
+    raise ConfigError(
+        f"{where}: its label is {text[:40]!r}, and {known} was expected: see `data.label` (null reads none)."
+    )
+
+
+def class_names(values: Sequence[Any], column: str, where: str) -> list[str | None]:
+    """A column's names; ``1.0`` is ``1`` where all of them are whole numbers. What is taken for no name is said."""
     names = [class_name(value) for value in values]
     lost = Counter(str(value) for value, name in zip(values, names, strict=True) if value is not None and name is None)
     if lost:

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.decode import EncodedImage
+from ssl_pipeline.data.targets import Annotations
 from ssl_pipeline.data.value_range import Range, measured
 
 
@@ -76,6 +77,7 @@ class IndexedDataset(ImageDataset):
         domains: int64 of shape (N,), on the CPU: where each image is from; None where that is not known.
         domain_names: in the order of the domains' numbers; None without domains.
         pixels: uint8 of shape (N, C, H, W) where all images have one size and are in memory; None where files are decoded.
+        annotations: numbers, a mask or boxes beside each image; None without. With them there are no labels and no domains.
         bad_files: counts images that can't be decoded, which neighbors then replace; None where the first one is an error.
     """
 
@@ -84,6 +86,7 @@ class IndexedDataset(ImageDataset):
     domains: Tensor | None = None
     domain_names: tuple[str, ...] | None = None
     pixels: Tensor | None = None
+    annotations: Annotations | None = None
     bad_files: BadFiles | None = None
 
     @abstractmethod
@@ -149,21 +152,41 @@ class IndexedDataset(ImageDataset):
         """What a message calls one sample."""
         return f"image {index} of {self.name}"
 
-    def add_labels(self, digest: hashlib.blake2b) -> None:
-        """Adds labels and domains to a fingerprint."""
+    def with_annotations(self, annotations: Annotations) -> Self:
+        """The same images with annotations beside them, and without labels, so that stage one reads them like any images."""
+        assert len(annotations) == len(self)
+        source = copy(self)
+        source.labels = source.domains = source.domain_names = None
+        source.annotations, source.classes = annotations, annotations.names
+        return source
+
+    def finish_fingerprint(self, digest: hashlib.blake2b) -> str:
+        """A fingerprint of images to which labels, domains and annotations are added."""
         for numbers in (self.labels, self.domains):
             digest.update(b"" if numbers is None else numbers.numpy().tobytes())
+        if self.annotations is not None:
+            digest = hashlib.blake2b(digest.hexdigest().encode() + self.annotations.digest(), digest_size=16)
+        return digest.hexdigest()
 
     @abstractmethod
     def select(self, index: Tensor) -> Self:
         """The samples of an int64 index, numbered anew from 0.
 
-        This selects labels and domains, and keeps all that is known of the whole; a subclass adds what else it holds per sample.
+        This selects labels, domains and annotations, and keeps all that is known of the whole; a subclass adds what else it holds per sample.
         """
         chosen = copy(self)
         chosen.labels = None if self.labels is None else self.labels[index]
         chosen.domains = None if self.domains is None else self.domains[index]
+        chosen.annotations = None if self.annotations is None else self.annotations.select(index)
         return chosen
+
+
+Kind = TypeVar("Kind", bound=Annotations)
+
+
+def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:
+    """A source's annotations of a kind; None if it has none of that kind."""
+    return source.annotations if isinstance(source.annotations, kind) else None
 
 
 class ArrayDataset(IndexedDataset):
@@ -197,8 +220,7 @@ class ArrayDataset(IndexedDataset):
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(self._pixels.numpy().tobytes(), digest_size=16)
-        self.add_labels(digest)
-        return digest.hexdigest()
+        return self.finish_fingerprint(digest)
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
@@ -239,9 +261,7 @@ class Sample:
 
 
 class StreamDataset(ImageDataset):
-    """Shards of samples, read from front to back.
-
-    There is no ``len``: a task that keeps a row per image can't take it.
+    """Shards of samples, read from front to back. There is no ``len``: a task that keeps a row per image can't take it.
 
     Attributes:
         shards: their names, each once and without their folder: ids are made of them.
@@ -266,6 +286,10 @@ class StreamDataset(ImageDataset):
             UserError: the shard is missing or damaged.
         """
 
+    def samples(self) -> Iterator[Sample]:
+        """All samples, a shard after the other."""
+        return itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
+
     @abstractmethod
     def size(self, shard: int) -> int:
         """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
@@ -278,8 +302,7 @@ class StreamDataset(ImageDataset):
 
         Where training leaves out what can't be decoded, a neighbor takes its place here.
         """
-        every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
+        held = InMemoryDataset(self.name, list(itertools.islice(self.samples(), count)), self.channels, self.classes)
         held.value_range = self.value_range
         if self.skip_unreadable:
             held.bad_files = BadFiles(parse_limit("100%"), len(held))
@@ -287,13 +310,7 @@ class StreamDataset(ImageDataset):
 
 
 class InMemoryDataset(IndexedDataset):
-    """A few encoded images in memory.
-
-    Args:
-        name: for messages.
-        samples: the images; labels are known if all of them have one.
-        channels: 1 or 3.
-        classes: names, in the order of the labels.
+    """A few encoded images in memory; labels are known if all of them have one, and ``classes`` their names.
 
     Raises:
         ConfigError: there are none.

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.columns import class_name, class_names, number_names, numbers_of, refuse_several, text_of
+from ssl_pipeline.data.columns import (
+    class_name,
+    class_names,
+    class_number,
+    number_names,
+    numbers_of,
+    refuse_several,
+    text_of,
+)
 from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.encoded import EncodedReader
@@ -55,14 +63,7 @@ class ColumnNames:
 
 
 class HFDataset(EncodedReader, IndexedDataset):
-    """Numbered rows, whose images are decoded when they are wanted.
-
-    Args:
-        name: for messages.
-        rows: the dataset, its images not decoded.
-        image: their column.
-        channels: 1 or 3.
-    """
+    """Numbered rows, whose images in the column ``image`` are decoded when they are wanted."""
 
     def __init__(self, name: str, rows: Dataset, image: str, channels: int) -> None:
         self.name, self.channels, self._rows, self._image = name, channels, rows, image
@@ -81,9 +82,7 @@ class HFDataset(EncodedReader, IndexedDataset):
     def fingerprint(self) -> str:
         """Of the images' sizes in bytes, or their paths, and of labels; contents are not read."""
         digest = hashlib.blake2b(_marks(self._rows, self._image)[self._index].numpy().tobytes(), digest_size=16)
-        for numbers in (self.labels, self.domains):
-            digest.update(b"" if numbers is None else numbers.numpy().tobytes())
-        return digest.hexdigest()
+        return self.finish_fingerprint(digest)
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
@@ -106,14 +105,7 @@ def _marks(rows: Dataset, image: str) -> Tensor:
 
 
 class HFIterableDataset(StreamDataset):
-    """Rows of shards, read from front to back.
-
-    Args:
-        name: for messages.
-        rows: the dataset, its images not decoded.
-        columns: the rows' columns.
-        classes: names of the labels' numbers, where declared.
-    """
+    """Rows of shards, read from front to back; ``classes`` are the names of the labels' numbers, where declared."""
 
     def __init__(self, name: str, rows: IterableDataset, columns: ColumnNames, classes: tuple[str, ...] | None) -> None:
         self.name, self.classes, self.license = name, classes, rows.info.license or None
@@ -133,22 +125,9 @@ class HFIterableDataset(StreamDataset):
             labels, domains = (batch.get(column, none) for column in (self._columns.label, self._columns.domain))
             for cell, label, domain in zip(cells, labels, domains, strict=True):
                 name = f"{self.name}/shard {shard}/row {position}"
-                number, domain_name = self._number(label, name), class_name(text_of(domain))
-                yield Sample(position, encoded(cell, name), number, name, domain_name)
+                number = class_number(label, self.classes, str(self._columns.label), name)
+                yield Sample(position, encoded(cell, name), number, name, class_name(text_of(domain)))
                 position += 1
-
-    def _number(self, value: Any, name: str) -> int | None:
-        refuse_several(value, str(self._columns.label), name)
-        text = class_name(text_of(value))
-        if text is None or (isinstance(value, int) and value < 0):
-            return None
-        if isinstance(value, int):
-            return value
-        if self.classes is None or text not in self.classes:
-            raise ConfigError(
-                f"{name}: its label {text[:40]!r} is no number: name another column, or set `data.label=null`."
-            )
-        return self.classes.index(text)
 
     def size(self, shard: int) -> int:
         """Counted by the rows of one column, once."""
@@ -173,12 +152,7 @@ def _reworded(name: str, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def numbers(rows: Dataset, column: str, known: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """A column's values as numbers, and their names.
-
-    Args:
-        rows: the dataset.
-        column: of class labels, numbers or texts.
-        known: the names of the training rows; None for those that the column declares, or has.
+    """A column's values as numbers, and their names; ``known`` are those of the training rows.
 
     Raises:
         ConfigError: a value is not among the known names.

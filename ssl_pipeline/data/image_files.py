@@ -31,7 +31,7 @@ from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, check_header, decode
 from ssl_pipeline.data.file_table import UNCHECKED, FileTable
 from ssl_pipeline.data.image_index import ImageIndex, index_folder, index_images
-from ssl_pipeline.data.source import DecodedConfig, Opened
+from ssl_pipeline.data.source import HoldOutConfig
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import measured
 
@@ -150,8 +150,7 @@ class FileDataset(IndexedDataset):
         digest = hashlib.blake2b(digest_size=16)
         for name, size in zip(self.files.column("name").tolist(), self.files.column("bytes").tolist(), strict=True):
             digest.update(b"%b\0%d\0" % (name, self._stored_size(os.fsdecode(name)) if size < 0 else size))
-        self.add_labels(digest)
-        return digest.hexdigest()
+        return self.finish_fingerprint(digest)
 
     def _stored_size(self, file: str) -> int:
         try:
@@ -167,7 +166,7 @@ class FileDataset(IndexedDataset):
         return chosen
 
 
-class PreparedConfig(DecodedConfig[Opened], ABC):
+class PreparedConfig(HoldOutConfig, ABC):
     """The keys of a source of files.
 
     Attributes:
@@ -259,7 +258,7 @@ class ImageFiles:
         if empty and kept - {""}:
             warn_once(f"{self.root}: {joined(empty)} hold no image and are no classes.")
 
-    def dataset(self, config: PreparedConfig[Opened], name: str, **known: Any) -> FileDataset:
+    def dataset(self, config: PreparedConfig, name: str, **known: Any) -> FileDataset:
         """The files as a dataset, with ``known`` labels, domains and their names.
 
         Raises:
@@ -269,7 +268,7 @@ class ImageFiles:
         cache = self._cache(config) if config.cache else None
         return FileDataset(name, self.root, self.files, config.channels, cache=cache, bad_files=bad_files, **known)
 
-    def _cache(self, config: PreparedConfig[Opened]) -> Cache:
+    def _cache(self, config: PreparedConfig) -> Cache:
         side = 0 if self.index is None else self.index.cache_side
         kind = [] if config.name == "folder" else ["--data", config.name]
         place = ["--output", config.prepared] if config.prepared else []

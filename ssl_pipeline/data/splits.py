@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.source import Part, Split
 from ssl_pipeline.rng import Name, permutation
 
+Split = Literal["train", "val", "test"]
+Part = Literal["train", "val", "test", "pool"]  # pool: what stage one learns from
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev", "eval"),
@@ -41,11 +41,7 @@ def resembles_split(name: str) -> bool:
 
 
 def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
-    """The splits that some of the names stand for; empty unless there is ``train`` and another one.
-
-    Args:
-        names: of folders beside each other, or of a dataset's own splits.
-        where: what a message calls the place they are in.
+    """The splits that some names of folders stand for; empty unless there is ``train`` and another one.
 
     Raises:
         ConfigError: two names mean the same split.
@@ -66,7 +62,8 @@ def splits_among(names: Iterable[str], where: str) -> dict[Split, str]:
 def splits_in(root: Path) -> dict[Split, str]:
     """The names of the splits' folders directly in a folder; empty where it has none, or is not there.
 
-    A warning names the folders beside them, which are not read, and what looks like a split without being one.
+    Without ``test``, ``val`` is the test. A warning names the folders beside them, which are not read, and what looks like a split
+    without being one.
 
     Raises:
         ConfigError: two folders mean the same split.
@@ -84,15 +81,16 @@ def splits_in(root: Path) -> dict[Split, str]:
             f"{root}: {joined(similar)} look like splits and are not used as such: splits are `train` with `val` or "
             "`test` beside it. Rename the folders if they are."
         )
+    if named and "test" not in named:
+        named["test"] = named.pop("val")
     return named
 
 
-def _shuffled_classes(labels: Tensor, *name: Name) -> dict[int, Tensor]:
-    """Per class its samples in a random order; label −1 means that there is none."""
+def _class_by_class(labels: Tensor, *name: Name) -> Tensor:
+    """The labeled samples, those of one class after those of another, in a random order within each."""
     order = permutation(len(labels), *name)
-    by_class = order[labels[order].argsort(stable=True)]
-    classes, sizes = labels.unique(return_counts=True)
-    return {int(c): part for c, part in zip(classes, by_class.split(sizes.tolist()), strict=True) if c >= 0}
+    order = order[labels[order] >= 0]
+    return order[labels[order].argsort(stable=True)]
 
 
 def stratified_split(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, Tensor]:
@@ -108,9 +106,7 @@ def stratified_split(labels: Tensor, count: int, *name: Name) -> tuple[Tensor, T
     Returns:
         The rest and the held-out ones, each a sorted int64 index.
     """
-    order = permutation(len(labels), *name)
-    order = order[labels[order] >= 0]
-    order = order[labels[order].argsort(stable=True)]  # class by class
+    order = _class_by_class(labels, *name)
     classes = labels[order]
     sizes = classes.bincount()
     rank = torch.arange(len(order), dtype=torch.float64) - (sizes.cumsum(0) - sizes)[classes]
@@ -137,8 +133,7 @@ def folds(labels: Tensor, most: int, *name: Name) -> Tensor | None:
     count = min(most, int(sizes.max())) if len(labels) else 0
     if count < 2:
         return None
-    order = permutation(len(labels), *name)
-    order = order[labels[order].argsort(stable=True)]  # class by class
+    order = _class_by_class(labels, *name)
     order = order[sizes[labels[order]] > 1]
     part = torch.full((len(labels),), -1)
     part[order] = torch.arange(len(order)) % count  # neighbors are in different parts, so no part has all of a class
@@ -176,29 +171,6 @@ def split_three(labels: Tensor, test: float | None, val: float | None, *name: Na
     return index
 
 
-Source = TypeVar("Source", bound=IndexedDataset)
-
-
-def without_val_labels(pool: Source, shares: Mapping[Part, Tensor]) -> Source:
-    """What stage one learns from, all labels of ``val`` taken away.
-
-    Stage one may learn from these images, because it reads no labels. A task that does, and kNN's bank, must not have theirs.
-
-    Args:
-        pool: the samples of ``shares["pool"]``, changed in place.
-        shares: as :func:`split_three` gives them.
-    """
-    if pool.labels is not None:
-        pool.labels = pool.labels.masked_fill(~torch.isin(shares["pool"], shares["train"]), -1)
-    return pool
-
-
-def part_of(every: Source, shares: Mapping[Part, Tensor], part: Part) -> Source:
-    """A part of a source that was shared out; in the ``pool`` ``val`` has no labels."""
-    chosen = every.select(shares[part])
-    return without_val_labels(chosen, shares) if part == "pool" else chosen
-
-
 def draw_labels(
     labels: Tensor, per_class: int | None, fraction: float | None, seed: int, classes: Sequence[str] | None = None
 ) -> Tensor:
@@ -214,9 +186,11 @@ def draw_labels(
     Raises:
         ConfigError: a class has fewer than asked for, or nothing has a label.
     """
-    drawn = []
-    for c, of_class in _shuffled_classes(labels, seed, "labels").items():
+    order, drawn = _class_by_class(labels, seed, "labels"), []
+    for c, of_class in enumerate(order.split(labels[order].bincount().tolist())):
         count = len(of_class)
+        if not count:
+            continue
         if per_class is not None:
             if per_class > count:
                 name = repr(classes[c]) if classes is not None else str(c)

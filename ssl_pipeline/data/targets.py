@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.value_range import Range
 from ssl_pipeline.transforms.multi_view import Views
 
 IGNORE = 255  # a pixel that belongs to no class: nothing is learned from it, and nothing is measured on it
-Kind = TypeVar("Kind", bound="Annotations")
 
 
 class Annotations(ABC):
@@ -62,22 +60,23 @@ class Annotations(ABC):
         """One sample's annotation in its image's own pixels."""
 
 
+@dataclass(eq=False)
 class NumericTargets(Annotations):
     """Numbers beside every image: several labels of 0 and 1, or values to predict.
 
-    Args:
+    Attributes:
         values: float32 of shape (N, K); NaN where a value is not known.
         names: of the K columns.
     """
 
-    def __init__(self, values: Tensor, names: tuple[str, ...]) -> None:
-        self.values, self.names = values, names
+    values: Tensor
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def select(self, index: Tensor) -> NumericTargets:
-        return NumericTargets(self.values[index], self.names)
+        return replace(self, values=self.values[index])
 
     def digest(self) -> bytes:
         return hashlib.blake2b(self.values.numpy().tobytes(), digest_size=16).digest()
@@ -91,10 +90,11 @@ class NumericTargets(Annotations):
         return self.values[index]
 
 
+@dataclass(eq=False)
 class Masks(Annotations):
     """A mask per image, read when it is wanted.
 
-    Args:
+    Attributes:
         files: the masks' paths.
         sizes: heights and widths of the images, int64 of shape (N, 2).
         counts: pixels of each class, int64 of shape (N, K).
@@ -102,25 +102,23 @@ class Masks(Annotations):
         values: the numbers that stand for the classes in the files, in the order of the names; None for 0, 1, 2, ….
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        sizes: Tensor,
-        counts: Tensor,
-        names: tuple[str, ...],
-        values: tuple[int, ...] | None = None,
-    ) -> None:
-        self.files, self.sizes, self.counts, self.names, self.values = list(files), sizes, counts, names, values
-        self._classes = None if values is None else np.full(256, IGNORE, np.uint8)
+    files: Sequence[Path]
+    sizes: Tensor
+    counts: Tensor
+    names: tuple[str, ...]
+    values: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._classes = None if self.values is None else np.full(256, IGNORE, np.uint8)
         if self._classes is not None:
-            self._classes[list(values or ())] = range(len(values or ()))
+            self._classes[list(self.values or ())] = range(len(self.values or ()))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def select(self, index: Tensor) -> Masks:
         files = [self.files[i] for i in index.tolist()]
-        return Masks(files, self.sizes[index], self.counts[index], self.names, self.values)
+        return replace(self, files=files, sizes=self.sizes[index], counts=self.counts[index])
 
     def digest(self) -> bytes:
         """Of names, sizes, and how many pixels each class has in each mask."""
@@ -251,54 +249,3 @@ class Boxes(Annotations):
             "iscrowd": torch.arange(len(self.boxes[index]) + len(crowd_boxes)).ge(len(self.boxes[index])).long(),
             "size": self.sizes[index],
         }
-
-
-class AnnotatedDataset(IndexedDataset):
-    """A source's images with annotations beside them. It has no labels, so stage one reads it like any images."""
-
-    def __init__(self, images: IndexedDataset, annotations: Annotations) -> None:
-        assert len(images) == len(annotations)
-        self.images, self.annotations, self.classes = images, annotations, annotations.names
-        for name in ("name", "channels", "pixels", "license", "mean", "std", "bad_files", "value_range"):
-            setattr(self, name, getattr(images, name))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open_image(self, index: int) -> Image.Image:
-        return self.images.open_image(index)
-
-    def stored_values(self) -> Mapping[str, np.ndarray]:
-        return self.images.stored_values()
-
-    def at_range(self, value_range: Range | None) -> Self:
-        source = super().at_range(value_range)
-        source.images = self.images.at_range(value_range)
-        return source
-
-    def sizes(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.images.sizes(index)
-
-    def open_reduced(self, index: int, factor: int) -> Image.Image:
-        return self.images.open_reduced(index, factor)
-
-    def describe(self, index: int) -> str:
-        return self.images.describe(index)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(self.images.fingerprint().encode(), digest_size=16)
-        digest.update(self.annotations.digest())
-        return digest.hexdigest()
-
-    def select(self, index: Tensor) -> Self:
-        chosen = super().select(index)
-        chosen.images, chosen.annotations = self.images.select(index), self.annotations.select(index)
-        chosen.pixels = chosen.images.pixels
-        return chosen
-
-
-def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:
-    """A source's annotations of a kind; None if it has none of that kind."""
-    if isinstance(source, AnnotatedDataset) and isinstance(source.annotations, kind):
-        return source.annotations
-    return None

@@ -65,21 +65,14 @@ def settle(key: RangeKey, columns: Mapping[str, np.ndarray]) -> Range | None:
 
     ``auto`` takes for whole numbers from 0 on the least number of bits that holds them all, ``[0, 4095]`` for 12 bits in 16; for floats
     in [0, 1] that; and otherwise the least and the greatest value of all.
-
-    Args:
-        key: as the user gives it.
-        columns: :data:`COLUMNS` of the images.
     """
     deep = columns["kind"] > SHALLOW
     if not deep.any():
         return None
     if isinstance(key, tuple):
         return key
-    kind, least, greatest = (
-        int(columns["kind"].max()),
-        float(columns["low"][deep].min()),
-        float(columns["high"][deep].max()),
-    )
+    kind = int(columns["kind"].max())
+    least, greatest = float(columns["low"][deep].min()), float(columns["high"][deep].max())
     if key == "dtype":
         return _OF_DTYPE[kind]
     if key == "percentiles":
@@ -91,13 +84,7 @@ def settle(key: RangeKey, columns: Mapping[str, np.ndarray]) -> Range | None:
 
 
 def measured(open_image: Callable[[int], Image.Image], count: int, name: str) -> dict[str, np.ndarray]:
-    """The values of a few images spread over many, for sources that were not indexed.
-
-    Args:
-        open_image: opens an image by its number, as it is stored.
-        count: how many images there are.
-        name: of all of them, for messages.
-    """
+    """The values of a few images spread over many, each opened as it is stored, for sources that were not indexed."""
     places = sorted({i * count // _MEASURED for i in range(_MEASURED)}) if count else []
     found, cut = [], 0
     for place in places:
@@ -115,5 +102,5 @@ def measured(open_image: Callable[[int], Image.Image], count: int, name: str) ->
 
 
 def describe_range(value_range: Range) -> str:
-    """In words."""
+    """The values in words."""
     return f"{value_range[0]:g} is black and {value_range[1]:g} white (`data.range`)"

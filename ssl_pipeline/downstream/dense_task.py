@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated_loader import to_device
+from ssl_pipeline.data.build import to_device
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_readable
-from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.features import evaluating, gather_parts
 from ssl_pipeline.models.encoder import Encoder
@@ -90,13 +89,14 @@ class DenseTask(DownstreamTask):
         Raises:
             ConfigError: no image can be read.
         """
-        assert isinstance(source, AnnotatedDataset)
+        annotations = source.annotations
+        assert annotations is not None
         whole = replace(preprocessing, whole=True)
         own = torch.arange(len(source)).tensor_split(share.processes)[share.rank]
         with evaluating(self):
             compared = gather_parts(
                 (
-                    self.compare(prediction, to_device(source.annotations.whole(i), share.device))
+                    self.compare(prediction, to_device(annotations.whole(i), share.device))
                     for index, images in read_readable(source, whole, share.device, own, chunk=16)
                     for i, prediction in zip(index.tolist(), self.predict(images), strict=True)
                 ),

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.targets import NumericTargets, annotations_of
+from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, check_numbers
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.data.dataset import IndexedDataset
+from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.targets import NumericTargets, annotations_of
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.downstream.task import DownstreamConfig, DownstreamTask
 from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck

@@ -17,11 +17,10 @@ from accelerate import Accelerator
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader
+from ssl_pipeline.data.build import AnnotatedLoader
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
-from ssl_pipeline.data.targets import AnnotatedDataset
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.consistency import Consistency, UnlabeledImages
 from ssl_pipeline.downstream.labels import LabeledSplit
@@ -207,7 +206,7 @@ def _run_supervised(
 ) -> None:
     labeled, share = context.labeled, context.share
     size, total = _steps(training, batch, context)
-    make = AnnotatedLoader if isinstance(labeled.train, AnnotatedDataset) else IndexedLoader
+    make = IndexedLoader if labeled.train.annotations is None else AnnotatedLoader
     loader = make(labeled.train, context.views, size, context.seed, share, total, context.workers, with_labels=True)
     _run(training, task, loader, context, name, best)
 

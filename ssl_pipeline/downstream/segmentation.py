@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.targets import IGNORE, Masks, annotations_of
+from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
+from ssl_pipeline.data.targets import IGNORE, Masks
 from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_classes
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput

@@ -14,7 +14,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, decode
-from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.evaluation.features import class_name, extract
 from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.plots import nearest_images

@@ -201,7 +201,7 @@ def _age(root: Path, names: list[str]) -> None:
 
 def _open_million(root: Path, prepared: Path) -> tuple[FileDataset, IndexedLoader]:
     source = Config(name="folder", path=str(root), prepared=str(prepared)).open("train")
-    assert source is not None
+    assert isinstance(source, FileDataset)
     share = DistInfo(0, 1, torch.device("cpu"))
     return source, IndexedLoader(source, _views(32), _START_BATCH, 0, share, 1, workers=1, with_labels=True)
 

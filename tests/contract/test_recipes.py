@@ -17,10 +17,11 @@ from torchvision import datasets
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.sources.torchvision import DATASETS
 from ssl_pipeline.data.sources.torchvision import Config as Torchvision
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.evaluation.online import OnlineEvaluation

@@ -15,7 +15,7 @@ from ssl_pipeline.config.compose import choices, config_root
 from ssl_pipeline.config.schema import names, resolve
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import Split
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig

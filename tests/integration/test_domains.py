@@ -16,8 +16,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.config.compose import choices
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources.fashion_domains import Config
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.domain.adaptation.shot_im import Config as ShotIM
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.domain.domain_split import split_domains

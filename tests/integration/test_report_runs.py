@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ssl_pipeline.config.base import dump
-from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import embedded
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.report.command import report
 from ssl_pipeline.report.images import run_images

@@ -14,7 +14,7 @@ from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.downstream import classification, multi_label, regression
@@ -60,9 +60,9 @@ def labeled(kind: str, folder: Path) -> tuple[IndexedDataset, PooledConfig]:
     if kind == "regression":
         values = torch.linspace(0, 1, COUNT)[:, None]
         values[BAD[0]] = 1e4
-        return AnnotatedDataset(files(folder), NumericTargets(values, ("age",))), regression.Config(name=kind)
+        return files(folder).with_annotations(NumericTargets(values, ("age",))), regression.Config(name=kind)
     flags = torch.stack([torch.arange(COUNT) % 2, torch.arange(COUNT) // 6], 1).float()
-    return AnnotatedDataset(files(folder), NumericTargets(flags, ("odd", "late"))), multi_label.Config(name=kind)
+    return files(folder).with_annotations(NumericTargets(flags, ("odd", "late"))), multi_label.Config(name=kind)
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "multi_label"])
@@ -120,7 +120,7 @@ class Numbered(DenseTask):
 
 
 def test_a_task_on_maps_goes_on_without_the_damaged_images(tmp_path: Path) -> None:
-    source = AnnotatedDataset(files(tmp_path), NumericTargets(torch.arange(COUNT)[:, None].float(), ("number",)))
+    source = files(tmp_path).with_annotations(NumericTargets(torch.arange(COUNT)[:, None].float(), ("number",)))
     task = Numbered()
     assert task.evaluate(source, PREPROCESSING, CPU) == {"images": len(GOOD)}
     found = task.compared

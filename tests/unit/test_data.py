@@ -24,13 +24,12 @@ from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.data import embedded as embedded_package
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset, scan_folder
-from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.embedded import Config as Embedded
 from ssl_pipeline.data.sources.fashion_mnist import CLASSES, find_idx, read_idx
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
 from ssl_pipeline.data.sources.folder import Config as Folder
-from ssl_pipeline.data.splits import draw_labels, stratified_split
+from ssl_pipeline.data.splits import Split, draw_labels, stratified_split
 from ssl_pipeline.downstream.classification import Config as Classification
 from tests.embedded_subset import make, write_idx
 

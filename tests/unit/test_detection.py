@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ArrayDataset
+from ssl_pipeline.data.build import AnnotatedLoader
+from ssl_pipeline.data.dataset import ArrayDataset, annotations_of
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import coco
-from ssl_pipeline.data.targets import AnnotatedDataset, Boxes, annotations_of
+from ssl_pipeline.data.targets import Boxes
 from ssl_pipeline.downstream.detection import Config
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.evaluation.result import Result
@@ -117,9 +117,8 @@ def test_boxes_follow_their_images_through_the_views() -> None:
         pixels[i, :, top:bottom, left:right] = 255
         boxes.append(torch.tensor([[left, top, right, bottom]], dtype=torch.float32))
     sizes = torch.tensor([[40, 50]]).expand(12, -1)
-    source = AnnotatedDataset(
-        ArrayDataset("x", pixels), Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
-    )
+    annotations = Boxes(boxes, [torch.zeros(1, dtype=torch.int64)] * 12, sizes, ("box",))
+    source = ArrayDataset("x", pixels).with_annotations(annotations)
     config = load("finetune", FinetuneConfig, ["transform.crop.scale=[0.2,0.8]", "transform.size=40"]).transform
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 3)
     kept = dropped = 0
@@ -304,6 +303,7 @@ def test_annotations_that_can_not_be_used_are_left_out_within_the_limit(
     boxes = annotations_of(every, Boxes)
     assert boxes is not None
     assert [len(one) for one in boxes.boxes][:2] == [1, 0]  # the text "0" is no crowd, and "1" is one
+    assert source is not None
     assert source.bad_files is not None
     assert str(source.bad_files.limit) == "40%"
 
@@ -342,6 +342,7 @@ def test_what_detection_lacks_is_told(folder: Path, monkeypatch: pytest.MonkeyPa
     none = ArrayDataset("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert "take data=coco" in config.check(none)[0]
     source = coco.Config(name="coco", path=str(folder / "annotations.json")).open("train")
+    assert source is not None
     boxes = annotations_of(source, Boxes)
     assert boxes is not None
     squares = torch.tensor([i for i, labels in enumerate(boxes.labels) if 1 not in labels])

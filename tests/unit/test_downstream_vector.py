@@ -21,7 +21,7 @@ from timm.optim._param_groups import param_groups_layer_decay
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.downstream import classification, multi_label, regression, retrieval
 from ssl_pipeline.downstream.labels import LabelsConfig, draw
 from ssl_pipeline.downstream.load_model import load_model
@@ -181,7 +181,7 @@ def test_devues_without_spread_and_classes_without_images_are_left_out_and_count
 def test_held_out_images_that_nothing_can_be_measured_on_are_refused() -> None:
     images = ArrayDataset("x", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     train, held_out = torch.tensor([[0.0], [1], [0], [1]]), torch.full((4, 1), 1.0)
-    sides = [AnnotatedDataset(images, NumericTargets(values, ("day",))) for values in (train, held_out)]
+    sides = [images.with_annotations(NumericTargets(values, ("day",))) for values in (train, held_out)]
     assert "each label is the same in all images to measure on" in multi_label.Config(name="m").check(*sides)[0]
     assert "each value is the same in all images to measure on" in regression.Config(name="r").check(*sides)[0]
     assert not multi_label.Config(name="m").check(sides[0], sides[0])
@@ -217,7 +217,7 @@ def test_a_value_that_is_not_known_teaches_nothing() -> None:
     task = regression.Config(name="regression", loss="huber").build(encoder(), 2)
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     values = torch.tensor([[1.0, torch.nan], [3.0, 5.0], [5.0, torch.nan], [7.0, 9.0]])
-    task.look_at(AnnotatedDataset(ArrayDataset("x", pixels), NumericTargets(values, ("a", "b"))))
+    task.look_at(ArrayDataset("x", pixels).with_annotations(NumericTargets(values, ("a", "b"))))
     torch.testing.assert_close(task.mean, torch.tensor([4.0, 7.0]))
     torch.testing.assert_close(task.std, torch.tensor([5**0.5, 2.0]))
     from ssl_pipeline.data.batch import Batch
@@ -384,7 +384,8 @@ def test_a_class_that_only_the_test_has_is_told() -> None:
 def test_numbers_are_drawn_by_share(table: Path) -> None:
     config = load("finetune", FinetuneConfig, ["data=table", f"data.path={table}", *VALUES])
     pool = config.data.open("train")
-    assert isinstance(pool, AnnotatedDataset)
+    assert pool is not None
+    assert pool.annotations is not None
     half = draw(LabelsConfig(fraction=0.5, validation=0.5), config.downstream, pool, 3)
     assert half.validation is not None
     assert len(half.train) == len(half.validation)

@@ -8,8 +8,8 @@ import torch
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import Split
 from ssl_pipeline.data.sources.fashion_domains import DOMAINS, Config
+from ssl_pipeline.data.splits import Split
 from ssl_pipeline.finetune_config import FinetuneConfig
 
 

@@ -54,7 +54,9 @@ def test_class_names_are_text_and_files_are_found(images: Path) -> None:
     (images / "ink").mkdir()
     for kind in (b"c\xe9t", b"dog"):
         (images / os.fsdecode(kind)).rename(images / "ink" / os.fsdecode(kind))
-    assert above.open("train").classes == ("c\\udce9t", "dog")
+    opened = above.open("train")
+    assert opened is not None
+    assert opened.classes == ("c\\udce9t", "dog")
 
 
 @pytest.mark.parametrize("form", ["text", "csv", "jsonl"])

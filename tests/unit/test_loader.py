@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader
 from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.build import AnnotatedLoader
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.reading import read_crops, read_in_order
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.crop import reductions
@@ -167,7 +167,7 @@ def test_an_annotated_photo_is_decoded_small_and_a_neighbor_brings_its_own_annot
     broken = tmp_path / names[5]
     broken.write_bytes(broken.read_bytes()[:900])  # its header is whole, so that no start finds it
     images = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 12))
-    source = AnnotatedDataset(images, NumericTargets(torch.arange(12.0)[:, None], ("value",)))
+    source = images.with_annotations(NumericTargets(torch.arange(12.0)[:, None], ("value",)))
     factors = list[int]()
     whole = FileDataset.open_reduced
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.source import SourceConfig, Split, describe_splits, open_training
+from ssl_pipeline.data.source import SourceConfig, describe_splits, open_training
 from ssl_pipeline.data.sources import domain_folder, embedded, fashion_domains, folder, mask_folder, table
+from ssl_pipeline.data.splits import Split
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 

@@ -265,7 +265,7 @@ def opened(root: Path, **keys: Any) -> FileDataset:
     for looked in (image_files.scan_folder, sources_folder._scan):
         looked.cache_clear()
     source = Config(name="folder", path=str(root), **keys).open("train")
-    assert source is not None
+    assert isinstance(source, FileDataset)
     return source
 
 

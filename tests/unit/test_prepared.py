@@ -19,7 +19,7 @@ from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.prepare import Report, prepare
 from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import domain_folder, table
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.targets import NumericTargets
 from tests.runs import ssl_pipeline
 from tests.unit.test_loader import photos, views
 from tests.unit.test_prepare import OLD, aged, counted
@@ -52,7 +52,9 @@ def domains(tmp_path: Path) -> Path:
 
 
 def of_domains(root: Path, split: Any = "train", **keys: Any) -> FileDataset:
-    return domain_folder.Config(name="domain_folder", path=str(root), max_bad_files="20%", **keys).open(split)
+    source = domain_folder.Config(name="domain_folder", path=str(root), max_bad_files="20%", **keys).open(split)
+    assert isinstance(source, FileDataset)
+    return source
 
 
 def of_table(path: Path, **keys: Any) -> FileDataset:
@@ -181,11 +183,10 @@ def test_a_table_leaves_out_a_broken_files_targets_with_it(domains: Path, tmp_pa
     seen = set[int]()
     for split in ("train", "val", "test"):
         source = config.open(split)
-        assert isinstance(source, AnnotatedDataset)
-        assert isinstance(source.images, FileDataset)
+        assert isinstance(source, FileDataset)
         assert isinstance(source.annotations, NumericTargets)
         values = [int(value) for value in source.annotations.values[:, 0]]
-        assert [files_of(domains)[value] for value in values] == source.images.files
+        assert [files_of(domains)[value] for value in values] == source.files
         seen |= set(values)
     assert len(seen) == 22
 

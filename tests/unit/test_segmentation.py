@@ -15,11 +15,12 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
-from ssl_pipeline.data.annotated_loader import AnnotatedLoader
+from ssl_pipeline.data.build import AnnotatedLoader
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.sources import mask_folder
-from ssl_pipeline.data.targets import AnnotatedDataset, Masks
+from ssl_pipeline.data.targets import Masks
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result
@@ -85,6 +86,7 @@ def test_a_mask_follows_its_image_through_the_views(tmp_path: Path) -> None:
         Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
         Image.fromarray(mask * 100).convert("RGB").save(tmp_path / "images" / f"{i}.png")
     source = mask_folder.Config(name="mask_folder", path=str(tmp_path)).open("train")
+    assert source is not None
     config = load("finetune", FinetuneConfig, ["transform.crop.scale=[0.2,0.6]", "transform.size=24"]).transform
     views = Views(config.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 7)
     seen = 0
@@ -167,7 +169,8 @@ def test_permuting_test_masks_changes_no_weight_and_runs_reproduce(
         source = mask_folder.Config(name="mask_folder", path=str(folder))
         for split, part in (("train", "train"), ("test", "test")):
             annotated = source.open(split)  # type: ignore[arg-type]
-            assert isinstance(annotated, AnnotatedDataset)
+            assert annotated is not None
+            assert annotated.annotations is not None
             for kind in ("images", "masks"):
                 (root / part / kind).mkdir(parents=True)
             for i in range(len(annotated)):
@@ -203,8 +206,11 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def test_what_is_wrong_with_masks_is_told(tmp_path: Path) -> None:
-    def opened(root: Path) -> AnnotatedDataset:
-        return mask_folder.Config(name="mask_folder", path=str(root)).open("train")
+    def opened(root: Path) -> IndexedDataset:
+        source = mask_folder.Config(name="mask_folder", path=str(root)).open("train")
+        assert source is not None
+        assert source.annotations is not None
+        return source
 
     blank = np.zeros((32, 32), np.uint8)
     changes: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -249,8 +255,11 @@ def numbered_masks(root: Path, *numbers: int) -> Path:
 def test_255_is_no_class_unless_it_is_said_to_be_one(tmp_path: Path) -> None:
     root = numbered_masks(tmp_path / "white", 255)
 
-    def opened(**keys: Any) -> AnnotatedDataset:
-        return mask_folder.Config(name="mask_folder", path=str(root), **keys).open("train")
+    def opened(**keys: Any) -> IndexedDataset:
+        source = mask_folder.Config(name="mask_folder", path=str(root), **keys).open("train")
+        assert source is not None
+        assert source.annotations is not None
+        return source
 
     for keys in ({"classes": ("background", "lesion")}, {}):
         with pytest.raises(ConfigError, match=r"hold 0, 255 alone, and 255 means .* `data.values=\[0, 255\]`"):
@@ -270,11 +279,14 @@ def test_255_is_no_class_unless_it_is_said_to_be_one(tmp_path: Path) -> None:
 def test_numbers_with_gaps_are_counted_and_may_be_mapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = numbered_masks(tmp_path / "coded", 38, 75, 113, 255)
     source = mask_folder.Config(name="mask_folder", path=str(root)).open("train")
+    assert source is not None
     assert source.classes is not None
     assert len(source.classes) == 114
     assert "4 of 114 classes occur in the masks: 0, 38, 75, 113 (255, which is there, is no class)" in caplog.text
     assert "`data.values=[0, 38, 75, 113, 255]`" in caplog.text
     mapped = mask_folder.Config(name="mask_folder", path=str(root), values=(0, 38, 75, 113)).open("train")
+    assert mapped is not None
+    assert mapped.annotations is not None
     assert mapped.classes == ("0", "38", "75", "113")
     assert isinstance(mapped.annotations, Masks)
     found = {int(n) for i in range(len(mapped)) for n in mapped.annotations.whole(i).unique()}
@@ -296,6 +308,7 @@ def test_a_class_that_only_the_test_has_is_told_and_balanced_weights_are_even(tm
             save(tmp_path / part / "masks" / f"{i}.png", mask)
     source = mask_folder.Config(name="mask_folder", path=str(tmp_path))
     train, test = source.open("train"), source.open("test")
+    assert train is not None
     problems = Config(name="segmentation").check(train, test)
     assert "classes that no training mask has: '2'" in problems[0]
     task = Config(name="segmentation", class_weights="balanced").build(encoder(), 3)

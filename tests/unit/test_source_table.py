@@ -268,7 +268,9 @@ def domains(tmp_path: Path) -> Path:
 
 
 def of_domains(path: Path, split: Any = "train", **keys: Any) -> FileDataset:
-    return domain_folder.Config(name="domain_folder", path=str(path), **keys).open(split)
+    source = domain_folder.Config(name="domain_folder", path=str(path), **keys).open(split)
+    assert isinstance(source, FileDataset)
+    return source
 
 
 def test_domains_and_classes_are_numbered_over_the_whole_folder(domains: Path) -> None:

@@ -23,7 +23,9 @@ from tests.shards import png
 
 
 def opened(dataset: str, split: Any = "train", **keys: Any) -> IndexedDataset:
-    return torchvision.Config(name="torchvision", dataset=dataset, **keys).open(split)
+    source = torchvision.Config(name="torchvision", dataset=dataset, **keys).open(split)
+    assert source is not None
+    return source
 
 
 def labels(source: IndexedDataset) -> list[int]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.decode import DecodeError, decode
-from ssl_pipeline.data.image_files import scan_folder
+from ssl_pipeline.data.image_files import FileDataset, scan_folder
 from ssl_pipeline.data.sources import embedded, fashion_mnist, folder
 from ssl_pipeline.data.sources.fashion_mnist import read_idx
 from ssl_pipeline.data.splits import draw_labels, stratified_split
@@ -121,7 +121,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     picture(tmp_path / ".hidden.png")
     config = folder.Config(name="folder", path=str(tmp_path))
     source = config.open("train")
-    assert source is not None
+    assert isinstance(source, FileDataset)
     assert source.files == ["0.png", "1.png", "2.png", "3.png", "deeper/ünïcode 世界.JPG"]
     assert source.labels is None
     assert config.open("val") is config.open("test") is None
@@ -133,10 +133,10 @@ def test_class_folders_are_split_the_same_way_every_time(tmp_path: Path) -> None
             picture(tmp_path / name / f"{i}.png", color="blue")
     config = folder.Config(name="folder", path=str(tmp_path))
     parts = [config.open(split) for split in ("train", "val", "test")]
-    files = [set(part.files) for part in parts if part]
+    files = [set(part.files) for part in parts if isinstance(part, FileDataset)]
     assert [len(part) for part in files] == [29, 3, 8]
     assert len(set.union(*files)) == 40
-    assert parts[0] is not None
+    assert isinstance(parts[0], FileDataset)
     assert parts[0].classes == ("cat", "dog")
     assert parts[0].labels is not None
     assert all((f.split("/")[0] == "dog") == bool(y) for f, y in zip(parts[0].files, parts[0].labels, strict=True))
@@ -161,7 +161,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
         picture(tmp_path / "a" / f"{i}.png", color="white")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     source = folder.Config(name="folder", path=str(tmp_path)).open("train")
-    assert source is not None
+    assert isinstance(source, FileDataset)
     assert sorted(source.files)[0] == "a/0.png"
     assert (
         len(source) + sum(len(folder.Config(name="folder", path=str(tmp_path)).open(s) or []) for s in ("val", "test"))

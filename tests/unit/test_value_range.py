@@ -54,7 +54,7 @@ def images(root: Path, make: Callable[[int], np.ndarray], ending: str = "tif", c
 
 def opened(root: Path, **keys: Any) -> FileDataset:
     source = folder.Config(name="folder", path=str(root), **keys).open_pool()
-    assert source is not None
+    assert isinstance(source, FileDataset)
     return source
 
 

@@ -6,21 +6,20 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined, shorten
 from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, for_all, parse_limit, raise_all
 from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.source import DecodedConfig, Part
-from ssl_pipeline.data.splits import part_of, split_three
-from ssl_pipeline.data.targets import AnnotatedDataset, Boxes
+from ssl_pipeline.data.source import HoldOutConfig, Images
+from ssl_pipeline.data.splits import Split
+from ssl_pipeline.data.targets import Boxes
 
 Row = dict[str, Any]
 Categories = tuple[tuple[int, str], ...]  # ids, which may have gaps, and names; their order is that of the classes
@@ -28,7 +27,7 @@ _CROWD: dict[Any, int] = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(DecodedConfig[AnnotatedDataset]):
+class Config(HoldOutConfig):
     """A JSON file with ``images``, ``annotations`` and ``categories``, and the folder of its images.
 
     Boxes that reach out of their image are cut off at its edge; from regions marked ``iscrowd`` nothing is learned, and what is found
@@ -40,11 +39,8 @@ class Config(DecodedConfig[AnnotatedDataset]):
         val_path: another JSON file, for choices; null holds images out.
         test_path: another, for the final figures; likewise.
         channels: 3 for RGB, 1 for grayscale.
-        val: the share of training images that is held out for choices where there is no ``val_path``.
-        test: the share held out for the final figures, likewise.
         max_bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
             can't be read are left out, ``20`` or ``1%`` of all. More stop the run, with a list.
-        license: of the images, where you know it.
     """
 
     path: str
@@ -52,30 +48,18 @@ class Config(DecodedConfig[AnnotatedDataset]):
     val_path: str | None = None
     test_path: str | None = None
     channels: Literal[1, 3] = 3
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
     max_bad_files: Limit = parse_limit("1%")
-    license: str | None = None
 
-    def open_part(self, part: Part) -> AnnotatedDataset:
-        """A split, or all images but those of the test.
+    def read_images(self) -> Images:
+        categories, train = self._read(self.path, None)
+        paths: dict[Split, str | None] = {"val": self.val_path, "test": self.test_path}
+        own = {split: partial(self._open_own, path, categories) for split, path in paths.items() if path is not None}
+        return Images(train, torch.zeros(len(train), dtype=torch.int64), own)
 
-        Raises:
-            ConfigError: a file is missing or damaged, or an annotation fits no image or class.
-        """
-        paths: dict[Part, str | None] = {"val": self.val_path, "test": self.test_path}
-        categories, source = self._read(self.path, None)
-        own = paths.get(part)
-        if own is not None:
-            _, source = self._read(own, categories)
-        else:
-            strata = torch.zeros(len(source), dtype=torch.int64)
-            test, val = None if self.test_path else self.test, None if self.val_path else self.val
-            source = part_of(source, split_three(strata, test, val, "coco"), part)
-        source.license = self.license
-        return source
+    def _open_own(self, path: str, categories: Categories) -> FileDataset:
+        return self._read(path, categories)[1]
 
-    def _read(self, path: str, known: Categories | None) -> tuple[Categories, AnnotatedDataset]:
+    def _read(self, path: str, known: Categories | None) -> tuple[Categories, FileDataset]:
         folder = Path(path).expanduser().resolve().parent
         root = folder / "images" if (folder / "images").is_dir() else folder
         if self.images is not None:
@@ -86,7 +70,7 @@ class Config(DecodedConfig[AnnotatedDataset]):
 @lru_cache(maxsize=8)
 def _read(
     path: Path, root: Path, known: Categories | None, channels: int, limit: BadFilesLimit
-) -> tuple[Categories, AnnotatedDataset]:
+) -> tuple[Categories, FileDataset]:
     """Reads a file once in the process's life; another split has the training file's categories."""
     record = _load(path)
     categories = _categories(_rows(record, "categories", path, ("id", "name")), path)
@@ -117,7 +101,7 @@ def _read(
         tuple(name for _, name in categories), crowds,
     )  # fmt: skip
     source = FileDataset(str(path), root, names, channels, bad_files=BadFiles(limit, len(names)))
-    return categories, AnnotatedDataset(source, annotations)
+    return categories, source.with_annotations(annotations)
 
 
 def _load(path: Path) -> Row:

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from ssl_pipeline.data import embedded
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
+from ssl_pipeline.data.splits import Split
 
 
 class Config(SourceConfig):

@@ -18,9 +18,9 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import embedded
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import SourceConfig, Split
+from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.data.sources.fashion_mnist import read_splits
-from ssl_pipeline.data.splits import draw_name, stratified_split
+from ssl_pipeline.data.splits import Split, draw_name, stratified_split
 from ssl_pipeline.rng import NamedRNG, permutation
 from ssl_pipeline.transforms.config import ViewConfig
 

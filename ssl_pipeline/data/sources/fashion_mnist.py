@@ -17,8 +17,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.dataset import ArrayDataset
-from ssl_pipeline.data.source import SourceConfig, Split
-from ssl_pipeline.data.splits import draw_name, stratified_split
+from ssl_pipeline.data.source import SourceConfig
+from ssl_pipeline.data.splits import Split, draw_name, stratified_split
 
 _IDX_BYTES = bytes([0, 0, 8])  # how an IDX file of bytes begins
 CLASSES = (
@@ -67,15 +67,9 @@ def _download(root: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def read_splits(name: str, folder: Path, val: int) -> dict[Split, ArrayDataset]:
-    """All splits of a folder of idx files.
+    """All splits of a folder of idx files, each with the mean and standard deviation of ``train``.
 
-    Args:
-        name: of the source; it names the draw of ``val`` too.
-        folder: the four files, gzipped or not.
-        val: training images held out, evenly over the classes.
-
-    Returns:
-        ``train``, ``val`` and ``test``, each with the mean and standard deviation of ``train``.
+    ``val`` training images are held out, evenly over the classes; the source's name names their draw too.
 
     Raises:
         ConfigError: a file is missing, damaged or not what its name says.

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import BadFilesLimit, causes
-from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
-from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import part_of, split_three, splits_in
+from ssl_pipeline.data.source import Images
+from ssl_pipeline.data.splits import Split, splits_in
 
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig[FileDataset | None]):
+class Config(PreparedConfig):
     """A folder of your own.
 
     If images lie in the folder itself, it is flat: all images in it and below are taken, without labels. If they all lie in
@@ -34,37 +32,21 @@ class Config(PreparedConfig[FileDataset | None]):
     Attributes:
         path: the folder. Nothing in it is changed.
         test_path: another folder, of the same classes, to measure on.
-        val: the share of labeled training images that is held out for choices.
-        test: the share that is held out for the final figures where there is no test folder.
     """
 
     path: str
     test_path: str | None = None
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
 
-    def open_part(self, part: Part) -> FileDataset | None:
-        """A split, or all images but those of the test, be it a folder or a share; ``val`` and ``test`` need labels.
-
-        Raises:
-            ConfigError: a folder is missing, empty, holds unreadable files, or its classes do not fit.
-        """
+    def read_images(self) -> Images:
         folders = self.folders()
-        train = self._scan("train", folders["train"])
-        if train.classes is None:
-            return train.dataset(self) if part in ("train", "pool") else None
-        assert train.labels is not None
-        if part != "train" and part != "pool" and part in folders:
-            return self._scan(part, folders[part]).relabeled(train.classes).dataset(self)
-        test, val = (None if name in folders else share for name, share in (("test", self.test), ("val", self.val)))
-        return part_of(train.dataset(self), split_three(train.labels, test, val, "folder"), part)
+        train = self._scan("train", folders.pop("train"))
+        own = {split: partial(self._open_own, split, place, train.classes) for split, place in folders.items()}
+        images = train.dataset(self, train.classes)
+        return Images(images, images.labels, own)
 
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All images by their splits; without classes only folders are splits."""
-        folders = self.folders()
-        if self._scan("train", folders["train"]).classes is not None:
-            return super().open_parts()
-        return {split: self._scan(split, place).dataset(self) for split, place in folders.items()}
+    def _open_own(self, split: Split, place: Path, classes: tuple[str, ...] | None) -> FileDataset:
+        found = self._scan(split, place)
+        return found.dataset(self, classes or found.classes)
 
     def _scan(self, split: Split, place: Path) -> _ClassFolders:
         key = "data.test_path" if split == "test" and self.test_path else "data.path"
@@ -74,8 +56,6 @@ class Config(PreparedConfig[FileDataset | None]):
         """The splits that have folders of their own."""
         root = existing_folder(self.path, "data.path")
         folders = {split: root / name for split, name in splits_in(root).items()} or {"train": root}
-        if "test" not in folders and "val" in folders:
-            folders["test"] = folders.pop("val")
         if self.test_path is not None:
             folders["test"] = existing_folder(self.test_path, "data.test_path")
             if folders["test"].is_relative_to(folders["train"]):
@@ -92,27 +72,26 @@ class _ClassFolders:
 
     Attributes:
         images: its files.
-        tops: per file the subfolder of the root it lies in, "" for the root itself, as a number of ``names``.
+        tops: per file the subfolder of the root it lies in, as a number of ``names``.
         names: of the subfolders that hold images, sorted; "" for the root itself.
-        classes: the names, where they are classes.
     """
 
     images: ImageFiles
     tops: Tensor
     names: tuple[str, ...]
-    classes: tuple[str, ...] | None = None
-    labels: Tensor | None = None
-    unlabeled_because: str | None = None
 
-    def dataset(self, config: Config) -> FileDataset:
-        """The images as a dataset."""
-        source = self.images.dataset(config, str(self.images.root), labels=self.labels, classes=self.classes)
-        source.unlabeled_because = self.unlabeled_because
-        return source
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The subfolders' names, where they are classes."""
+        return self.names if len(self.names) > 1 and "" not in self.names else None
 
-    def relabeled(self, classes: tuple[str, ...]) -> _ClassFolders:
-        """The same files with the numbers of training's classes."""
+    def dataset(self, config: Config, classes: tuple[str, ...] | None) -> FileDataset:
+        """The images as a dataset, with the numbers of some classes, its own or training's."""
         root = str(self.images.root)
+        if classes is None:
+            source = self.images.dataset(config, root)
+            source.unlabeled_because = self._why_unlabeled()
+            return source
         if "" in self.names:
             raise ConfigError(
                 f"{root!r} has no class folders for some of its images, such as {self._outside()[0]!r}; it needs those of "
@@ -125,35 +104,29 @@ class _ClassFolders:
                 f"training folder: {joined(classes)}. Rename or remove the folders."
             )
         numbers = torch.tensor([classes.index(name) for name in self.names])
-        return replace(self, classes=classes, labels=numbers[self.tops])
+        return self.images.dataset(config, root, labels=numbers[self.tops], classes=classes)
 
     def _outside(self) -> list[str]:
         """The images that lie in the root itself."""
         return list(self.images.files.select(self.tops == self.names.index("")))
 
-    def with_labels(self) -> _ClassFolders:
-        """The subfolders as classes; or the reason why they are none."""
-        root, names = str(self.images.root), self.names
-        if len(names) > 1 and "" not in names:
-            return replace(self, classes=names, labels=self.tops)
-        if names == ("",):
-            reason = f"all images lie in {root!r} itself: put them into one folder per class."
-        elif "" in names:
+    def _why_unlabeled(self) -> str:
+        """Why the subfolders are no classes, and what to do."""
+        root = str(self.images.root)
+        if self.names == ("",):
+            return f"all images lie in {root!r} itself: put them into one folder per class."
+        if "" in self.names:
             outside = self._outside()
-            reason = (
+            return (
                 f"{len(outside)} of {len(self.images.files)} images lie beside the folders in {root!r}, such as {outside[0]!r}, "
                 "and so the folders are no classes: move these images into a class's folder, or out."
             )
-        else:
-            below = sorted({parts[1] for file in self.images.files if len(parts := file.split("/")) > 2})
-            reason = (
-                f"all images lie in the one folder {names[0]!r} of {root!r}, and one class is nothing to tell apart: "
-            )
-            if len(below) > 1:
-                reason += f"{joined(below)} in it may be the classes, so give data.path={root}/{names[0]}"
-            else:
-                reason += "give the folder that holds one folder per class."
-        return replace(self, unlabeled_because=reason)
+        (name,) = self.names
+        below = sorted({parts[1] for file in self.images.files if len(parts := file.split("/")) > 2})
+        mend = "give the folder that holds one folder per class."
+        if len(below) > 1:
+            mend = f"{joined(below)} in it may be the classes, so give data.path={root}/{name}"
+        return f"all images lie in the one folder {name!r} of {root!r}, and one class is nothing to tell apart: {mend}"
 
 
 @lru_cache(maxsize=8)
@@ -175,4 +148,4 @@ def _scan(root: Path, key: str, limit: BadFilesLimit, base: Path | None) -> _Cla
         _log.info("ignored %d other files in %s, such as %s", count, root, example)
     images.refuse_lost_folders(levels=1)
     names, tops = images.by_folder(lambda folder: "" if folder == "." else as_text(folder.split("/")[0]))
-    return _ClassFolders(images, tops, names).with_labels()
+    return _ClassFolders(images, tops, names)

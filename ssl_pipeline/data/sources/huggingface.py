@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit, warn_once
-from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample
+from ssl_pipeline.data.dataset import IndexedDataset, Sample
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
 from ssl_pipeline.data.reading import channels_of
-from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
-from ssl_pipeline.data.splits import part_of, split_named, split_three
+from ssl_pipeline.data.source import LOOKED_AT, HoldOutConfig, Images, StreamConfig
+from ssl_pipeline.data.splits import Part, Split, split_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Config(StreamConfig):
+class Config(StreamConfig, HoldOutConfig):
     """A dataset of Hugging Face.
 
     Attributes:
@@ -41,13 +39,6 @@ class Config(StreamConfig):
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
         domain: the column that says where an image is from; null: none.
-        channels: 3 for RGB, 1 for grayscale; null: 1 where images all over the split are all grayscale.
-        val: the share of labeled training images that is held out for choices where there is no ``val_split``.
-        test: the share held out for the final figures, likewise.
-        length: images of a stream, where the dataset does not declare it.
-        shuffle_buffer: images of a stream that a process holds to deal them out in a random order.
-        max_val_images: most images of a stream's ``val`` and ``test`` that are read, into memory.
-        on_error: an image of a stream that can't be decoded ``stop`` the run, or is left out (``skip``).
         max_bad_files: how many undecodable images a run goes on with (not in streams), ``20`` or ``1%`` of all: a neighbor
             takes the place of each. More stop the run, with a list.
     """
@@ -63,63 +54,37 @@ class Config(StreamConfig):
     image: str = "auto"
     label: str | None = "auto"
     domain: str | None = None
-    channels: Literal[1, 3] | None = None
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
-    length: int | None = Field(None, ge=2)
-    shuffle_buffer: int = Field(4096, ge=1)
-    max_val_images: int = Field(5000, ge=1)
-    on_error: Literal["stop", "skip"] = "stop"
     max_bad_files: Limit = parse_limit("1%")
 
-    def open_stream(self) -> HFIterableDataset | None:
-        """The training images, if they are streamed."""
-        return _stream(self, _train_split(self)) if self.streaming else None
+    def open_stream(self, split: Split = "train") -> HFIterableDataset | None:
+        named = _train_split(self) if split == "train" else self._named(split)
+        return _stream(self, named) if self.streaming and named is not None else None
 
-    def open_part(self, part: Part) -> IndexedDataset | None:
-        """All rows of ``train_split`` but those of the test, or a split of them; ``val`` and ``test`` need labels.
+    def has_split(self, split: Split) -> bool:
+        return self._named(split) is not None
 
-        Raises:
-            ConfigError: the dataset can't be loaded, has no such split or column, or is streamed and its training images
-                are asked for.
-        """
-        named = None if part == "train" or part == "pool" else self._named(part)
-        if self.streaming:
-            if part == "train" or part == "pool":
-                raise self.refuse_numbers()
-            return None if named is None else _held(self, named)
+    def read_images(self) -> Images:
         train = _rows(self, _train_split(self))
-        if part not in ("train", "pool") and train.labels is None:
+        own: dict[Split, str | None] = {"val": self._named("val"), "test": self._named("test")}
+        return Images(
+            train, train.labels, {part: partial(_rows, self, name) for part, name in own.items() if name is not None}
+        )
+
+    def open_part(self, part: Part, unlabeled: bool = False) -> IndexedDataset | None:
+        if self.streaming:
+            return StreamConfig.open_part(self, part)
+        rows = HoldOutConfig.open_part(self, part, unlabeled)
+        if rows is None:
             return None
-        return self._share(train, part) if named is None else self._bearing(_labeled(_rows(self, named), part))
-
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All rows by their splits, those whose labels are kept back too."""
-        if self.streaming:
-            raise self.refuse_numbers()
-        train = _rows(self, _train_split(self))
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        own: dict[Split, str] = {
-            split: name for split in splits if split != "train" and (name := self._named(split)) is not None
-        }
-        drawn = {split for split in splits if split not in own and (split == "train" or train.labels is not None)}
-        return {
-            split: self._share(train, split) if split in drawn else self._bearing(_rows(self, own[split]))
-            for split in splits
-            if split in drawn or split in own
-        }
-
-    def _share(self, train: HFDataset, split: Part) -> HFDataset:
-        """A share of the training rows."""
-        if train.labels is None:
-            return self._bearing(train.select(torch.arange(len(train))))
-        test, val = (None if self._named("test") else self.test), (None if self._named("val") else self.val)
-        shares = split_three(train.labels, test, val, "huggingface")
-        return self._bearing(part_of(train, shares, split))
-
-    def _bearing(self, rows: HFDataset) -> HFDataset:
-        """Rows with a count of their own: the split itself is opened once for all runs of a process."""
-        rows = rows.select(torch.arange(len(rows)))
+        index = torch.arange(len(rows))
+        if rows.labels is not None and part in ("val", "test") and not unlabeled:
+            index = (rows.labels >= 0).nonzero()[:, 0]
+            if len(index) == 0:
+                raise ConfigError(
+                    f"{rows.name} keeps its labels to itself, so nothing can be measured on it: name another by "
+                    f"`data.{part}_split`, or null to hold images out."
+                )
+        rows = rows.select(index)  # a copy with a count of its own: a split is opened once for all runs of a process
         rows.bad_files = BadFiles(self.max_bad_files, len(rows))
         return rows
 
@@ -129,16 +94,6 @@ class Config(StreamConfig):
         if given != "auto":
             return given
         return _meant_splits(self).get(split)
-
-
-def _labeled(rows: HFDataset, split: str) -> HFDataset:
-    assert rows.labels is not None
-    if bool((rows.labels < 0).all()):
-        raise ConfigError(
-            f"{rows.name} keeps its labels to itself, so nothing can be measured on it: name another by `data.{split}_split`, "
-            "or null to hold images out."
-        )
-    return rows.select((rows.labels >= 0).nonzero()[:, 0])
 
 
 def _open_split(config: Config, split: str, streaming: bool) -> tuple[str, Any, Any, ColumnNames]:
@@ -190,24 +145,8 @@ def _stream(config: Config, split: str) -> HFIterableDataset:
     classes = None if columns.label is None else getattr(features[columns.label], "names", None)
     stream = HFIterableDataset(name, rows, columns, tuple(classes) if classes else None)
     declared = (rows.info.splits or {}).get(split)
-    stream.length = config.length or (declared.num_examples if declared else None) or None
-    stream.block, stream.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
-    first = list(itertools.islice(stream.read(0), LOOKED_AT))
-    if not first:
-        raise ConfigError(f"{name} has no rows in its first shard.")
-    stream.channels = config.channels or channels_of(first)
-    return stream
-
-
-@lru_cache(maxsize=4)
-def _held(config: Config, split: str) -> InMemoryDataset:
-    channels = config.channels or _stream(config, _train_split(config)).channels  # of the images that the network reads
-    held = _stream(config.model_copy(update={"channels": channels}), split).preview(config.max_val_images)
-    if held.labels is None:
-        raise ConfigError(
-            f"{held.name} has images without a label, and nothing can be measured on them: name another split."
-        )
-    return held
+    stream.length = (declared.num_examples or None) if declared else None
+    return config.configured(stream)
 
 
 def import_datasets() -> Any:
@@ -226,17 +165,12 @@ def import_datasets() -> Any:
 
 
 @lru_cache(maxsize=8)
-def _split_names(config: Config) -> tuple[str, ...]:
-    datasets = import_datasets()
-    if _saved(config):
-        return tuple(path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir())
-    return tuple(_asked(config, datasets.get_dataset_split_names))
-
-
-@lru_cache(maxsize=8)
 def _meant_splits(config: Config) -> dict[Split, str]:
     """The dataset's own splits by what their names say; those that nothing reads are said."""
-    there = _split_names(config)
+    if _saved(config):
+        there = [path.name for path in Path(config.path).expanduser().iterdir() if path.is_dir()]
+    else:
+        there = list(_asked(config, import_datasets().get_dataset_split_names))
     meant: dict[Split, str] = {}
     for name in sorted(there, key=lambda name: name != "validation"):
         split = split_named(name)
@@ -291,13 +225,7 @@ def _asked(config: Config, function: Any, **keys: Any) -> Any:
             "`data.path`: pickles can run code, so none is read (the library's `pandas` files are): convert them to Parquet."
         )
     try:
-        return function(
-            name,
-            config.subset,
-            data_files=files,
-            revision=config.revision,
-            **keys,
-        )
+        return function(name, config.subset, data_files=files, revision=config.revision, **keys)
     except Exception as error:  # its own, pyarrow's, the network's
         raise ConfigError(
             f"`data.path`: the dataset {config.path!r} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "

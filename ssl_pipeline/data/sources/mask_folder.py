@@ -16,13 +16,13 @@ from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import for_all, raise_all, warn_once
 from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.source import DecodedConfig, Part, Split
-from ssl_pipeline.data.splits import part_of, split_three, splits_in
-from ssl_pipeline.data.targets import IGNORE, AnnotatedDataset, Masks, read_mask
+from ssl_pipeline.data.source import HoldOutConfig, Images
+from ssl_pipeline.data.splits import Split, splits_in
+from ssl_pipeline.data.targets import IGNORE, Masks, read_mask
 from ssl_pipeline.data.walk import images_in
 
 
-class Config(DecodedConfig[AnnotatedDataset]):
+class Config(HoldOutConfig):
     """Images in ``images`` and masks in ``masks``, in pairs by the name before the ending.
 
     Splits are folders with ``images`` and ``masks`` in them (``train/images``), or folders in both of these
@@ -36,40 +36,26 @@ class Config(DecodedConfig[AnnotatedDataset]):
         values: the numbers in the masks that stand for the classes, in their order, such as ``[0, 255]``; null takes 0, 1, 2, ….
             255 is no class unless it is named here: nothing is learned from such pixels, and nothing is measured on them.
         channels: 3 for RGB, 1 for grayscale.
-        val: the share of training images that is held out for choices where there is no folder of them.
-        test: the share held out for the final figures, likewise.
-        license: of the images, where you know it.
     """
 
     path: str
     classes: tuple[str, ...] | None = None
     values: tuple[Annotated[int, Field(ge=0, le=255)], ...] | None = Field(None, min_length=2)
     channels: Literal[1, 3] = 3
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
-    license: str | None = None
 
-    def open_part(self, part: Part) -> AnnotatedDataset:
-        """A split, or all images but those of the test.
-
-        Raises:
-            ConfigError: a folder or a mask is missing, does not fit its image, or holds a number that is no class.
-        """
+    def read_images(self) -> Images:
         root = existing_folder(self.path, "data.path", "`images` and `masks`")
         names = self.classes or _names_in(root / "classes.txt")
-        read = {own: _read(root, *parts) for own, parts in _folders(root).items()}
+        read = {split: _read(root, *parts) for split, parts in _folders(root).items()}
         classes, values = _checked(names, self.values, read, root)
-        own = read["train"] if part == "pool" else read.get(part, read["train"])
-        source = AnnotatedDataset(
-            FileDataset(str(own.folder), own.folder, own.images, self.channels),
-            Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values),
-        )
-        source.license = self.license
-        if own is not read["train"]:
-            return source
-        shares = {own: None if own in read else share for own, share in (("test", self.test), ("val", self.val))}
-        strata = torch.zeros(len(source), dtype=torch.int64)
-        return part_of(source, split_three(strata, shares["test"], shares["val"], "mask folder"), part)
+
+        def source(own: _Pairs) -> FileDataset:
+            masks = Masks(own.masks, own.sizes, own.counts[:, list(values)], classes, self.values)
+            return FileDataset(str(own.folder), own.folder, own.images, self.channels).with_annotations(masks)
+
+        train = source(read.pop("train"))
+        own = {split: partial(source, pairs) for split, pairs in read.items()}
+        return Images(train, torch.zeros(len(train), dtype=torch.int64), own)
 
 
 class _Pairs(NamedTuple):
@@ -86,20 +72,16 @@ def _folders(root: Path) -> dict[Split, tuple[str, str]]:
     """Per split its folders of images and of masks, relative to the root."""
     above, inside = splits_in(root), splits_in(root / "images")
     if above:
-        found = {split: (f"{name}/images", f"{name}/masks") for split, name in above.items()}
-    elif inside:
-        masks = splits_in(root / "masks")
-        if set(masks) != set(inside):
-            raise ConfigError(
-                f"{root / 'images'} has the splits {', '.join(inside)}, and {root / 'masks'} has {', '.join(masks) or 'none'}: "
-                "both need the same folders."
-            )
-        found = {split: (f"images/{name}", f"masks/{masks[split]}") for split, name in inside.items()}
-    else:
+        return {split: (f"{name}/images", f"{name}/masks") for split, name in above.items()}
+    if not inside:
         return {"train": ("images", "masks")}
-    if "test" not in found:
-        found["test"] = found.pop("val")
-    return found
+    masks = splits_in(root / "masks")
+    if set(masks) != set(inside):
+        raise ConfigError(
+            f"{root / 'images'} has the splits {', '.join(inside.values())}, and {root / 'masks'} has "
+            f"{', '.join(masks.values()) or 'none'}: both need the same folders."
+        )
+    return {split: (f"images/{name}", f"masks/{masks[split]}") for split, name in inside.items()}
 
 
 def _names_in(path: Path) -> tuple[str, ...] | None:

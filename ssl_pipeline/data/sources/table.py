@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,15 +22,15 @@ from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.columns import alike, class_names, number_names, numbers_in, one_of, read_columns
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import ImageFiles, PreparedConfig, lookup_files, normal_path
-from ssl_pipeline.data.source import Part, Split
-from ssl_pipeline.data.splits import SPLIT_NAMES, split_named, split_three, without_val_labels
-from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
+from ssl_pipeline.data.source import Images
+from ssl_pipeline.data.splits import SPLIT_NAMES, Split, split_named
+from ssl_pipeline.data.targets import NumericTargets
 
 _LIKE_SPLITS = {"subset", "set", "partition", "phase", "usage", "part"}
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(PreparedConfig[IndexedDataset | None]):
+class Config(PreparedConfig):
     """A table of image files.
 
     Where ``ssl-pipeline prepare ROOT --data table`` has indexed the folder that the paths start from, its index is used.
@@ -46,11 +46,8 @@ class Config(PreparedConfig[IndexedDataset | None]):
             known. With them no label is read.
         domain_column: holds the domains' names; likewise.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
-        split_column: holds train, val (or val) and test; likewise. Without it, images are held out.
-        val: the share of labeled training images that is held out for choices where the table names no such split.
-        test: the share held out for the final figures, likewise.
+        split_column: holds train, val and test; likewise. Without it, images are held out.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
-        license: of the images, where you know it.
     """
 
     path: str
@@ -61,10 +58,7 @@ class Config(PreparedConfig[IndexedDataset | None]):
     domain_column: str | None = "auto"
     domains: tuple[str, ...] | None = Field(None, min_length=1)
     split_column: str | None = "auto"
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
     on_missing: Literal["stop", "skip"] = "stop"
-    license: str | None = None
 
     @model_validator(mode="after")
     def _labels_or_targets(self) -> Config:
@@ -72,96 +66,62 @@ class Config(PreparedConfig[IndexedDataset | None]):
             raise ValueError("give `label_column` or `target_columns`, not both.")
         return self
 
-    def open_part(self, part: Part) -> IndexedDataset | None:
-        """A split, or all rows of ``train`` but those of the test; ``val`` and ``test`` need labels or targets.
-
-        Raises:
-            ConfigError: the table or files are missing, a column is, or labels and splits do not fit.
-        """
+    def read_images(self) -> Images:
         rows = _read(self)
-        every = rows.of("train")
-        if len(every) == 0:
+        of_split = dict(rows.of_split)
+        images = rows.images.dataset(self, self.path, **rows.known)
+        images.unlabeled_because = rows.unlabeled_because
+        train = of_split.pop("train", None)
+        if train is None:
             raise ConfigError(f"{self.path!r}: no row is of the split `train`, so there is nothing to train on.")
-        if rows.strata is None:
-            return self._source(rows, rows.of_domains(every, self)) if part in ("train", "pool") else None
-        named: dict[Part, Tensor] = {"test": rows.of("test"), "val": rows.of("val")}
-        test, val = None if len(named["test"]) else self.test, None if len(named["val"]) else self.val
-        index = {part: every[own] for part, own in split_three(rows.strata[every], test, val, "table").items()}
-        index |= {part: own for part, own in named.items() if len(own)}
-        index = {part: rows.of_domains(own, self) for part, own in index.items()}
-        if len(index[part]) == 0:
-            return None
-        source = self._source(rows, index[part])
-        return without_val_labels(source, index) if part == "pool" else source
+        chosen, strata = self._chosen(images, train), images.labels
+        if rows.targets is not None:
+            images, strata = (
+                images.with_annotations(rows.targets),
+                torch.where(rows.targets.values.isnan().all(1), -1, 0),
+            )
 
-    def open_parts(self) -> dict[Split, IndexedDataset]:
-        """All rows of the chosen domains by their splits."""
-        rows = _read(self)
-        if rows.strata is not None:
-            return super().open_parts()
-        by_split = {split: rows.of_domains(rows.of(split), self) for split in SPLIT_NAMES}
-        return {split: self._source(rows, index) for split, index in by_split.items() if len(index)}
+        def rows_of(index: Tensor) -> IndexedDataset | None:
+            index = index[chosen[index]]
+            return images.select(index) if len(index) else None
 
-    def _source(self, rows: _Rows, index: Tensor) -> IndexedDataset:
-        source = rows.images.dataset(
-            self, self.path, labels=rows.labels, classes=rows.classes, domains=rows.domains,
-            domain_names=rows.domain_names,
-        ).select(index)  # fmt: skip
-        source.license, source.unlabeled_because = self.license, rows.unlabeled_because
-        return source if rows.targets is None else AnnotatedDataset(source, rows.targets.select(index))
+        own = {split: partial(rows_of, index) for split, index in of_split.items()}
+        return Images(images.select(train), None if strata is None else strata[train], own, chosen[train])
+
+    def _chosen(self, images: IndexedDataset, train: Tensor) -> Tensor:
+        """Which rows are of the chosen domains, bool of shape (N,)."""
+        if self.domains is None:
+            return torch.ones(len(images), dtype=torch.bool)
+        if images.domains is None or images.domain_names is None:
+            raise ConfigError(
+                f"`data.domains` is given, and {self.path!r} has no column of domains: set `data.domain_column`."
+            )
+        known = [images.domain_names[number] for number in images.domains[train].unique().tolist()]
+        absent = [name for name in self.domains if name not in known]
+        if absent:
+            raise ConfigError(
+                f"`data.domains`: {self.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
+                f"{', '.join(known)}."
+            )
+        return torch.isin(images.domains, torch.tensor([images.domain_names.index(name) for name in self.domains]))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A table's rows: per row its file, its split (``train`` without such a column), and what else its columns hold.
+    """A table's rows.
 
     Attributes:
-        labels: the number of its class, int64, −1 where there is none.
-        classes: their names: by number where all are numbers, by name otherwise.
+        images: their files.
+        of_split: the rows of each split that has some; all are of ``train`` without such a column.
+        known: labels, domains and their names, as a dataset takes them; a class that is a number has its place by it.
+        targets: the numbers beside them, where such columns are named.
     """
 
     images: ImageFiles
-    splits: list[Split]
-    labels: Tensor | None
-    classes: tuple[str, ...] | None
+    of_split: dict[Split, Tensor]
+    known: dict[str, Any]
     targets: NumericTargets | None
-    domains: Tensor | None
-    domain_names: tuple[str, ...] | None
     unlabeled_because: str | None
-
-    @property
-    def strata(self) -> Tensor | None:
-        """What held-out rows are even over; those of −1 are not held out. None where nothing could be measured on them."""
-        if self.targets is None:
-            return self.labels
-        return torch.where(self.targets.values.isnan().all(1), -1, 0)
-
-    def of(self, split: Split) -> Tensor:
-        """The rows of a split, a sorted int64 index."""
-        return torch.tensor([i for i, own in enumerate(self.splits) if own == split], dtype=torch.int64)
-
-    def of_domains(self, index: Tensor, config: Config) -> Tensor:
-        """Of some rows those of the chosen domains.
-
-        Raises:
-            ConfigError: a domain is in no training row, or there are none.
-        """
-        if config.domains is None:
-            return index
-        if self.domains is None or self.domain_names is None:
-            raise ConfigError(
-                f"`data.domains` is given, and {config.path!r} has no column of domains: set `data.domain_column`."
-            )
-        training = set(self.domains[self.of("train")].tolist())
-        known = [name for number, name in enumerate(self.domain_names) if number in training]
-        absent = [name for name in config.domains if name not in known]
-        if absent:
-            raise ConfigError(
-                f"`data.domains`: {config.path!r} has no training row of {', '.join(map(repr, absent))}. Its domains: "
-                f"{', '.join(known)}."
-            )
-        wanted = torch.tensor([self.domain_names.index(name) for name in config.domains])
-        return index[torch.isin(self.domains[index], wanted)]
 
 
 @lru_cache(maxsize=4)
@@ -213,7 +173,11 @@ def _read(config: Config) -> _Rows:
     because = None
     if labels is None and not config.target_columns:
         because = f"its columns are {joined(columns_found)}: name the one of classes by `data.label_column=COLUMN`."
-    return _Rows(images, splits, labels, classes, targets, domains, domain_names, because)
+    of_split = {
+        own: torch.tensor([split == own for split in splits]).nonzero()[:, 0] for own in SPLIT_NAMES if own in splits
+    }
+    known = {"labels": labels, "classes": classes, "domains": domains, "domain_names": domain_names}
+    return _Rows(images, of_split, known, targets, because)
 
 
 def _say_what_is_not_read(columns: Sequence[str], config: Config, has_splits: bool) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
 import pickle
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,12 +18,12 @@ from pydantic import Field
 from torch import Tensor
 from torchvision import datasets
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, closest
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, at_range, is_grayscale
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.source import DecodedConfig, Part, Split
-from ssl_pipeline.data.splits import part_of, split_three
+from ssl_pipeline.data.source import HoldOutConfig, Images
+from ssl_pipeline.data.splits import Split
 
 # The argument that chooses a part, and its value for each split that the dataset has; where the labels of a test part are
 # not published, the validation part is the test.
@@ -48,7 +47,7 @@ DATASETS: dict[str, dict[Split, Any]] = {
 _log = logging.getLogger("ssl_pipeline")
 
 
-class Config(DecodedConfig[IndexedDataset]):
+class Config(HoldOutConfig):
     """A dataset of torchvision; it is read where torchvision would put it.
 
     CIFAR's files are pickles; torchvision loads them only if their checksum is the published one.
@@ -59,9 +58,6 @@ class Config(DecodedConfig[IndexedDataset]):
         download: whether torchvision may fetch what is missing.
         options: further arguments of its class, such as ``{split: letters}`` for EMNIST.
         channels: 3 for RGB, 1 for grayscale; null: as of the first image.
-        val: the share of labeled training images that is held out for choices where the dataset has no such part.
-        test: the share held out for the final figures, likewise.
-        license: of the images, where you know it.
     """
 
     dataset: str
@@ -69,50 +65,34 @@ class Config(DecodedConfig[IndexedDataset]):
     download: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     channels: Literal[1, 3] | None = None
-    val: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.2, gt=0, lt=0.5)
-    license: str | None = None
 
-    def open_part(self, part: Part) -> IndexedDataset:
-        """A split, or all training images but those of the test.
+    def read_images(self) -> Images:
+        parts, settings = _parts(self), self.model_dump_json()
+        train = _part(settings, "train")
 
-        Raises:
-            ConfigError: torchvision has no such dataset, its files are missing, or it holds no images with one label each.
-        """
-        named = _parts(self)
-        train = _part(self.model_dump_json(), "train")
-        if part != "train" and part != "pool" and part in named:
-            own = _part(self.model_dump_json(), part)
+        def open_own(split: Split) -> IndexedDataset:
+            own = _part(settings, split)
             own.mean, own.std = train.mean, train.std
             return own
-        assert train.labels is not None
-        test, val = (None if "test" in named else self.test), (None if "val" in named else self.val)
-        source = part_of(train, split_three(train.labels, test, val, "torchvision"), part)
-        source.license = self.license
-        return source
+
+        return Images(train, train.labels, {split: partial(open_own, split) for split in parts if split != "train"})
 
 
 def _parts(config: Config) -> dict[Split, dict[str, Any]]:
     """Per split that the dataset has of its own, the arguments that choose it; given ones choose one part alone."""
     parts = DATASETS.get(config.dataset)
     if parts is None:
-        folded = {name.lower(): name for name in DATASETS}
-        close = difflib.get_close_matches(config.dataset.lower().replace("-", ""), folded, n=1, cutoff=0.6)
-        hint = (
-            f"Did you mean `data.dataset={folded[close[0]]}`? "
-            if close and not hasattr(datasets, config.dataset)
-            else ""
-        )
+        names = {name.lower(): name for name in DATASETS}
+        close = None if hasattr(datasets, config.dataset) else closest(config.dataset.lower().replace("-", ""), names)
+        hint = f"Did you mean `data.dataset={names[close]}`? " if close else ""
         raise ConfigError(
             f"`data.dataset`: {config.dataset!r} is no dataset of torchvision with one class per image. {hint}Known: "
             f"{', '.join(sorted(DATASETS))}."
         )
     key = "train" if parts == _FLAG else "split"
-    return (
-        {split: {key: value} for split, value in parts.items()}
-        if parts and key not in config.options
-        else {"train": {}}
-    )
+    if not parts or key in config.options:
+        return {"train": {}}
+    return {split: {key: value} for split, value in parts.items()}
 
 
 @lru_cache(maxsize=4)
@@ -134,7 +114,6 @@ def _part(settings: str, split: Split) -> IndexedDataset:
         source = FileDataset(name, root.resolve(), files, config.channels or 3, labels, classes)
     else:
         source = TorchvisionDataset(name, found, config.channels, labels, classes)
-    source.license = config.license
     return source
 
 

@@ -8,21 +8,17 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import fsspec
-from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
-from ssl_pipeline.data.columns import class_name, refuse_several, text_of
-from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
+from ssl_pipeline.data.columns import class_name, class_number, refuse_several, text_of
+from ssl_pipeline.data.dataset import Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError, decode_bytes
-from ssl_pipeline.data.reading import channels_of
-from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
-from ssl_pipeline.data.splits import split_named
+from ssl_pipeline.data.source import StreamConfig
+from ssl_pipeline.data.splits import Split, split_named
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
 from ssl_pipeline.data.walk import ENDINGS
 
@@ -37,64 +33,27 @@ class Config(StreamConfig):
             them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
         val: likewise, labeled images for choices; null: there are none, and no kNN accuracy is measured.
         test: likewise.
-        max_val_images: most images of ``val`` and of ``test`` that are read, into memory.
-        length: samples in all of ``path``; null: unknown, then the run's length is given as ``steps``.
         image: the ending of the image's member; ``auto``: that of any image file.
         label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
             null reads none.
         domain: likewise, the name of where an image is from.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
-        channels: 3 for RGB, 1 for grayscale; null: 1 where the first images are all grayscale.
-        shuffle_buffer: samples that a process holds to deal them out in a random order.
-        on_error: a damaged archive or image ``stop`` the run, or what can't be read is left out (``skip``).
-        license: of the images, where you know it.
     """
 
     path: str | tuple[str, ...]
     val: str | tuple[str, ...] | None = None
     test: str | tuple[str, ...] | None = None
-    max_val_images: int = Field(5000, ge=1)
-    length: int | None = Field(None, ge=2)
     image: str = "auto"
     label: str | None = "cls"
     domain: str | None = None
     classes: tuple[str, ...] | None = None
-    channels: Literal[1, 3] | None = None
-    shuffle_buffer: int = Field(4096, ge=1)
-    on_error: Literal["stop", "skip"] = "stop"
-    license: str | None = None
 
-    def open_stream(self) -> TarStream:
-        """The training images.
+    def open_stream(self, split: Split = "train") -> TarStream:
+        key = "path" if split == "train" else split
+        return self.configured(TarStream(self, key, getattr(self, key)))
 
-        Raises:
-            ConfigError: there are no archives, or no image in the first.
-        """
-        return TarStream(self, "path", self.path)
-
-    def open_part(self, part: Part) -> IndexedDataset | None:
-        """``val`` and ``test``, labeled and held in memory.
-
-        Raises:
-            ConfigError: it is the training images that are asked for, or the images have no labels.
-        """
-        if part == "train" or part == "pool":
-            raise self.refuse_numbers()
-        given = getattr(self, part)
-        return None if given is None else _held(self, part, given)
-
-
-@lru_cache(maxsize=4)
-def _held(config: Config, split: Split, given: str | tuple[str, ...]) -> InMemoryDataset:
-    channels = config.channels or config.open_stream().channels  # of the images that the network reads
-    stream = TarStream(config.model_copy(update={"channels": channels}), split, given)
-    held = stream.preview(config.max_val_images)
-    if held.labels is None:
-        raise ConfigError(
-            f"`data.{split}`: its images need labels (`data.label`) and `data.classes` their names, as nothing can be measured "
-            "without."
-        )
-    return held
+    def has_split(self, split: Split) -> bool:
+        return getattr(self, split) is not None
 
 
 class TarStream(StreamDataset):
@@ -110,25 +69,13 @@ class TarStream(StreamDataset):
         self._config, self._urls = config, _expand(key, given)
         self.name = shown(given) if isinstance(given, str) else f"{shown(given[0])}, …"
         self.shards = _names(self._urls)
-        self.classes, self.length, self.license = config.classes, config.length, config.license
-        self.has_domains = config.domain is not None
-        self.block, self.skip_unreadable = config.shuffle_buffer, config.on_error == "skip"
+        self.classes, self.license, self.has_domains = config.classes, config.license, config.domain is not None
         self._sizes: dict[int, int] = {}
-        self.channels = config.channels or self._channels()
 
     @property
     def folder(self) -> Path:
         """Where the first archive lies."""
         return Path(shown(self._urls[0])).parent
-
-    def _channels(self) -> int:
-        every = itertools.chain.from_iterable(self.read(i) for i in range(len(self._urls)))
-        first = list(itertools.islice(every, LOOKED_AT))
-        if not first:
-            raise ConfigError(
-                f"{self.name} holds no image: members must be named KEY.jpg, KEY.png, … (see `data.image`)."
-            )
-        return channels_of(first)
 
     def _is_image(self, ending: str) -> bool:
         return f".{ending}" in ENDINGS if self._config.image == "auto" else ending == self._config.image
@@ -145,8 +92,7 @@ class TarStream(StreamDataset):
                 name = f"{shown(url)}/{group.key}"
                 data = next(data for ending, data in group.files.items() if self._is_image(ending))
                 label, domain = _text(group, config.label, "label", name), _text(group, config.domain, "domain", name)
-                number = None if label is None else _number(label, self.classes, name)
-                yield Sample(position, data, number, name, domain)
+                yield Sample(position, data, class_number(label, self.classes, "label", name), name, domain)
         except ShardError as error:
             if not self.skip_unreadable:
                 raise
@@ -197,14 +143,7 @@ class TarStream(StreamDataset):
 
 
 def _text(group: Group, wanted: str | None, key: str, name: str) -> str | None:
-    """The text of a member, or the value of a JSON key; None where there is none.
-
-    Args:
-        group: a sample's members.
-        wanted: the member's ending, or ``json:KEY``; None reads none.
-        key: the configuration's key that says so.
-        name: the sample's, for messages.
-    """
+    """The text of a member, or the value of a JSON key; None where there is none, or ``wanted`` names none."""
     if wanted is None:
         return None
     ending, _, field = wanted.partition(":")
@@ -218,17 +157,6 @@ def _text(group: Group, wanted: str | None, key: str, name: str) -> str | None:
         raise ConfigError(f"{name}.json has no key {field!r}: see `data.{key}`.") from error
     refuse_several(value, wanted, f"{name}.json")
     return class_name(text_of(value))
-
-
-def _number(text: str, classes: tuple[str, ...] | None, name: str) -> int:
-    """A label's number: a class's name, or a whole number below the number of classes."""
-    if classes is not None and text in classes:
-        return classes.index(text)
-    whole = re.fullmatch(r"(\d+)(?:\.0*)?", text)
-    if whole and (classes is None or int(whole[1]) < len(classes)):
-        return int(whole[1])
-    known = f"one of {', '.join(classes[:10])}" if classes else "a whole number (or declare `data.classes`)"
-    raise ConfigError(f"{name}: its label is {text[:40]!r}, and {known} was expected.")
 
 
 def _expand(key: str, given: str | tuple[str, ...]) -> list[str]:
