@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.files import flush
@@ -84,12 +85,15 @@ class Checkpoints:
         if not self.main:
             return
         self.wait()
-        whole = {"done": done, **state}
-        if _bytes(whole) <= _SMALL:
+        whole, sizes = {"done": done, **state}, list[int]()
+        recursively_apply(lambda tensor: sizes.append(tensor.nbytes), whole)
+        if sum(sizes) <= _SMALL:
             self._write(done, whole)
             return
+        # The next step does not change a copy.
+        copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), whole)
         thread = ThreadPoolExecutor(1)
-        self._under_way = thread.submit(self._write, done, _on_cpu(whole))
+        self._under_way = thread.submit(self._write, done, copied)
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -227,25 +231,6 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever this version of torch says of what another one wrote
         raise _DamagedError(f"{type(error).__name__} when reading it") from error
     return state
-
-
-def _on_cpu(tree: Any) -> Any:
-    """A copy that the next step does not change."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_on_cpu(value) for value in tree)
-    return tree
-
-
-def _bytes(tree: Any) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        return sum(map(_bytes, tree.values()))
-    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
 def _make_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -110,14 +110,12 @@ def full_state_dict(tree: Any, keep: bool) -> Any:
         tree: dicts and lists of anything; their shards are put together, one tensor at a time, on the CPU.
         keep: whether this process needs the result: others drop each tensor.
     """
-    if isinstance(tree, dict):
-        return {key: full_state_dict(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [full_state_dict(value, keep) for value in tree]
-    if not isinstance(tree, DTensor):
-        return tree
-    full = tree.full_tensor()
-    return full.cpu() if keep else full.new_empty(0)
+
+    def whole(shard: DTensor) -> torch.Tensor:
+        full = shard.full_tensor()
+        return full.cpu() if keep else full.new_empty(0)
+
+    return recursively_apply(whole, tree, test_type=lambda value: isinstance(value, DTensor))
 
 
 def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from accelerate import Accelerator
+from pydantic import Field
 
-from ssl_pipeline.config.base import dump
+from ssl_pipeline.config.base import FrozenModel, dump
 from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
 from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start, run_on_main
 from ssl_pipeline.engine.loop import Callback
@@ -19,26 +20,33 @@ from ssl_pipeline.logging.jsonl import FILE_NAME, TRAINING_STEP, read_metrics, s
 from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress
 from ssl_pipeline.logging.run import Resume, RunFolder, open_run
-from ssl_pipeline.schedules import DurationValue
+from ssl_pipeline.schedules import Duration, parse_duration
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _POINTS = 50  # that are logged of a loop of stage two
 
 
-class RunConfig(Protocol):
-    """The keys that both stages have for their run."""
+class RunConfig(FrozenModel):
+    """The keys that both stages have for their run.
 
-    @property
-    def output(self) -> str | None: ...
-    @property
-    def resume(self) -> Resume: ...
-    @property
-    def tracking(self) -> TrackingConfig: ...
-    @property
-    def save_every(self) -> DurationValue: ...
-    @property
-    def save_total_limit(self) -> int: ...
+    Attributes:
+        tracking: loggers beside ``metrics.jsonl``.
+        seed: of every draw.
+        output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
+        save_every: how often a state to resume from is kept, of a training's length; ``0 steps`` at the end only.
+        save_total_limit: how many of them are kept.
+        num_workers: processes that decode files; null chooses by the machine's cores.
+    """
+
+    tracking: TrackingConfig
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+    resume: Resume = "no"
+    save_every: Duration = parse_duration("10%")
+    save_total_limit: int = Field(2, ge=1)
+    num_workers: int | None = Field(None, ge=0)
 
 
 @contextmanager
@@ -69,7 +77,7 @@ def start_run(
         if loader is not None and state is not None:
             check_steps_left(state, loader, in_steps)
 
-    settings = dump(config)  # type: ignore[arg-type]
+    settings = dump(config)
     opened = run_on_main(
         accelerator,
         lambda: open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change),

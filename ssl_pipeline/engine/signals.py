@@ -1,6 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the run is saved at the end of its step, on all processes alike, and left calmly.
 
-A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/nonfinite.py``), so
+A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/train_state.py``), so
 that one which receives it a step earlier does not wait for the others in vain. A long evaluation is cut short where processes
 exchange its parts, and repeated by the run that continues.
 

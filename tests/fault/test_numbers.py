@@ -15,8 +15,9 @@ from timm.layers.evo_norm import EvoNorm2dB0
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.nonfinite import BatchNormSnapshot, NonFiniteError, gradient_check
+from ssl_pipeline.engine.nonfinite import NonFiniteError
 from ssl_pipeline.engine.task import StepOutput
+from ssl_pipeline.engine.train_state import BatchNormSnapshot, gradient_check
 from ssl_pipeline.evaluation.alerts import LossSpikes
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import read_metrics
