@@ -8,8 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
 from rich.console import Console
@@ -136,21 +135,16 @@ class Progress:
         """Work that prints what it is before it starts, unless it took only a few seconds the last time."""
 
         def announced(*words: P.args, **named: P.kwargs) -> T:
-            with self._announced(what):
+            took = self._took.get(what)
+            if took is None or took > _SECONDS_UNSAID:
+                self.say(f"  {what}" + ("" if took is None else f", about {duration(took)}"))
+            began = time.monotonic()
+            try:
                 return work(*words, **named)
+            finally:
+                self._took[what] = time.monotonic() - began
 
         return announced
-
-    @contextmanager
-    def _announced(self, what: str) -> Iterator[None]:
-        took = self._took.get(what)
-        if took is None or took > _SECONDS_UNSAID:
-            self.say(f"  {what}" + ("" if took is None else f", about {duration(took)}"))
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._took[what] = time.monotonic() - began
 
     def moved(self, step: int) -> None:
         """``step`` steps are done; called at each of them, and once before the first, to start the clock."""

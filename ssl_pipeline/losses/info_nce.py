@@ -106,7 +106,7 @@ def two_view_info_nce(
     other_domain: float | Tensor | None = None,
     decoupled: bool = False,
 ) -> Tensor:
-    """InfoNCE between two views of a batch, both ways, against all rows of all processes; see :func:`info_nce`.
+    """InfoNCE between two views of a batch, both ways, against all rows of all processes.
 
     Args:
         first: shape (B, D), this process's share of the batch.
@@ -114,8 +114,8 @@ def two_view_info_nce(
         temperature: of all rows.
         sample: int64 of shape (B,): rows of equal ids are positives. The place in the global batch by default.
         left_out: int64 of shape (B,) each: rows of equal ids that are no positives are no negatives either.
-        domain: int64 of shape (B,), with ``other_domain``, the temperature between rows of different domains.
-        other_domain: see ``domain``.
+        domain: int64 of shape (B,), with ``other_domain``.
+        other_domain: the temperature between rows of different domains.
         decoupled: take the positives out of the denominator.
 
     Returns:
@@ -193,8 +193,7 @@ class _LogSum:
         self._sum.index_add_(0, rows, (values - most[rows]).exp_())
 
     def value(self) -> Tensor:
-        """-∞ for rows to which nothing was added."""
-        return self._most + self._sum.log()
+        return self._most + self._sum.log()  # -∞ for rows to which nothing was added
 
 
 @dataclass
