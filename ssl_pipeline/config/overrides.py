@@ -56,14 +56,12 @@ def overridden(
     wrong = [text for group, choice in words.choices.items() if (text := about_choice(stage, group, choice))]
     if wrong:
         raise ConfigError([*wrong, *(about_word(stage, word) for word in words.others)])
-    found = composed(name, _selections(name, words), config_dir)
-    off = [group for group, choice in words.choices.items() if choice is None]
-    tree = {key: value for key, value in copy.deepcopy(found.tree).items() if key not in off}
-    stage = replace(stage, tree=tree)
-    chosen = [f"{group}={quoted(choice)}" for group, choice in found.choices.items() if choice and group != "recipe"]
-    chosen = [line for line in chosen if line.partition("=")[0] in group_choices(name)]
+    found, taken = composed(name, _selections(name, words), config_dir)
+    tree = {key: value for key, value in found.items() if key not in words.choices or words.choices[key] is not None}
+    stage, ours = replace(stage, tree=tree), group_choices(name).keys() - {"recipe"}
+    chosen = [f"{group}={quoted(choice)}" for group, choice in taken.items() if choice and group in ours]
     # Composed only when a `~key` asks for it: the chosen groups' own YAML, without what a recipe changes.
-    defaults = cache(lambda: composed(name, chosen, config_dir).tree)
+    defaults = cache(lambda: composed(name, chosen, config_dir)[0])
     problems = [about_word(stage, word) for word in words.others]
     problems += _set_all(stage, words.settings, defaults)
     _settle_rivals(schema, tree, dict(words.settings))

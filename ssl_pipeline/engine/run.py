@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 from pydantic import Field
 
-from ssl_pipeline.config.base import FrozenModel, dump
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
-from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start, run_on_main
+from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_from_main, run_on_main
 from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.signals import handle_signals
 from ssl_pipeline.logging.jsonl import FILE_NAME, TRAINING_STEP, read_metrics, seconds_before
@@ -22,8 +22,6 @@ from ssl_pipeline.logging.progress import Progress
 from ssl_pipeline.logging.run import Resume, RunFolder, open_run
 from ssl_pipeline.schedules import Duration, parse_duration
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _POINTS = 50  # that are logged of a loop of stage two
 
 
@@ -71,17 +69,17 @@ def start_run(
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written; on all processes.
     """
+    settings = dump(config)
 
     def check_change(folder: Path) -> None:
         state = Checkpoints(folder / "checkpoints", main=False).load() if loader is not None else None
         if loader is not None and state is not None:
             check_steps_left(state, loader, in_steps)
 
-    settings = dump(config)
-    opened = run_on_main(
-        accelerator,
-        lambda: open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change),
-    )
+    def make() -> RunFolder:
+        return open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change)
+
+    opened = run_on_main(accelerator, make)
     with opened or nullcontext(), ExitStack() as stack:
         folder, changes = broadcast_from_main(accelerator, (opened.path, opened.changes) if opened else (Path(), []))
         yield Run(folder, changes, stage, config, settings, opened, accelerator, stack)
@@ -127,7 +125,12 @@ class Run:
         every = self._config.save_every.on(loader.clock(0)) or None
         checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._config.save_total_limit, self.main)
         resume = checkpoints.load()
-        check_same_start(self._accelerator, int(resume["done"]) if resume else 0)
+        starts = all_gather_objects(self._accelerator, int(resume["done"]) if resume else 0)
+        if len(set(starts)) > 1:
+            raise ConfigError(
+                f"the processes read checkpoints of different steps ({', '.join(map(str, starts))}): they need one `output` that all "
+                "machines see alike, such as a folder on a shared disk."
+            )
         if resume is not None:
             loader.resume(resume["position"], resume["done"], in_steps)
         return checkpoints, resume
@@ -153,10 +156,6 @@ class Run:
     def say(self, text: str) -> None:
         """One line in the terminal."""
         self.progress.say(text)
-
-    def announcing(self, what: str, work: Callable[P, T]) -> Callable[P, T]:
-        """The same work, which says what it is before it starts, unless the last time took a few seconds at most."""
-        return self.progress.announcing(what, work)
 
     def log_loop(self) -> Callback:
         """Logs the one loop of a run by its steps."""

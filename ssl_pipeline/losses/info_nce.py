@@ -187,7 +187,6 @@ class _LogSum:
         self._sum[part] += torch.sub(tile, most.unsqueeze(dim), out=scratch).exp_().sum(dim)
 
     def add_at(self, rows: Tensor, values: Tensor) -> None:
-        """Single values, each into its row."""
         lowest = torch.full_like(self._most, torch.finfo(values.dtype).min)
         most = self._rise(slice(None), lowest.scatter_reduce_(0, rows, values, "amax"))
         self._sum.index_add_(0, rows, (values - most[rows]).exp_())
@@ -300,7 +299,8 @@ class _TiledInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        negative, positive, count, counted = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        negative, positive, count, counted = saved
         tiles: _Tiles = ctx.tiles
         share = torch.where(counted, gradients[0], 0.0)
         whole = torch.where(counted, negative if ctx.decoupled else torch.logaddexp(negative, positive), 0.0)
