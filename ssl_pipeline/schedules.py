@@ -95,13 +95,6 @@ def warmup_cosine(step: int, total: int, warmup: int, start_factor: float, end_f
 
     The first step (0) has ``start_factor``, step ``warmup`` has 1, and step ``total`` would have ``end_factor``
     (Goyal et al. 2017; Loshchilov and Hutter 2017).
-
-    Args:
-        step: the optimizer step, from 0.
-        total: the run's length in steps.
-        warmup: the climb's length in steps; 0 for none.
-        start_factor: the factor at step 0.
-        end_factor: the factor at the end.
     """
     if step < warmup:
         return start_factor + (1.0 - start_factor) * step / warmup

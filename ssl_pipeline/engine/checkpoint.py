@@ -183,10 +183,7 @@ def must_fit() -> Iterator[None]:
 def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -> None:
     """Refuses a changed configuration that would end without a step, as if it had been trained; changes nothing.
 
-    Args:
-        state: the checkpoint to continue from.
-        loader: of the new configuration.
-        in_steps: whether its length is given in optimizer steps, rather than in epochs.
+    ``loader`` is the new configuration's, and ``in_steps`` whether its length is given in optimizer steps, rather than in epochs.
 
     Raises:
         ConfigError: no step is left.

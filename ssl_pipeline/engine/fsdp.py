@@ -51,11 +51,7 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 
 def check_shardable(task: nn.Module, micro: int | None) -> None:
-    """Refuses what FSDP2 can't train.
-
-    Args:
-        task: whole yet.
-        micro: ``micro_batch_size``.
+    """Refuses what FSDP2 can't train; ``micro`` is ``micro_batch_size``.
 
     Raises:
         ConfigError: naming each obstacle, and what to do.
@@ -106,9 +102,7 @@ def copy_full_params(trained: nn.Module, whole: nn.Module) -> None:
 def full_state_dict(tree: Any, keep: bool) -> Any:
     """A state dict in its plain form; all processes take part.
 
-    Args:
-        tree: dicts and lists of anything; their shards are put together, one tensor at a time, on the CPU.
-        keep: whether this process needs the result: others drop each tensor.
+    Shards are put together one tensor at a time, on the CPU; a process that need not ``keep`` the result drops each tensor.
     """
 
     def whole(shard: DTensor) -> torch.Tensor:

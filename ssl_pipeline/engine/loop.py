@@ -50,14 +50,7 @@ class Callback:
 def fit(
     state: TrainState, loader: Loader, callbacks: Sequence[Callback] = (), log_every: int = 1, prefix: str = "train"
 ) -> None:
-    """Trains a task in place.
-
-    Args:
-        state: task, optimizer, and the checkpoint to continue from.
-        loader: its batches are a pure function of the step.
-        callbacks: evaluate, and receive the metrics.
-        log_every: steps between two logs.
-        prefix: group of the step's own metrics.
+    """Trains a task in place; every ``log_every`` steps metrics are logged, the step's own in the group ``prefix``.
 
     Raises:
         NonFiniteError: the loss or gradient of any process is not finite, and the step is not to be skipped.
@@ -154,7 +147,6 @@ class ThroughputMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Counts from now on."""
         self._since, self._images, self._waited = time.perf_counter(), 0, 0.0
 
     def wait_start(self) -> None:

@@ -68,13 +68,8 @@ def report_nonfinite(
 ) -> NonFiniteError:
     """The error of a bad step, after its backward pass; called on all processes, once: it costs another step.
 
-    Args:
-        task: that took the step.
-        batch: this process's share.
-        loss: this process's.
-        accelerator: gives the processes.
-        alone: whether the gradient can be computed again without the other processes (a plain replica, a batch in one piece).
-        folder: gets a file with the cause.
+    ``alone``: whether the gradient can be computed again without the other processes (a plain replica, a batch in one piece).
+    ``folder`` gets a file with the cause.
     """
     mine = NonFiniteReport(
         accelerator.process_index, str(float(loss.detach())), _bad_samples(task, batch), batch.index.tolist(), own=alone

@@ -58,13 +58,8 @@ def start_run(
 ) -> Iterator[Run]:
     """Makes or continues the run's folder, and closes all that belongs to the run at the end.
 
-    Args:
-        stage: ``pretrain`` or ``finetune``.
-        config: of the stage.
-        accelerator: gives the processes: the main one writes.
-        data: fingerprints of what the run starts from, learns from and is measured on, by name.
-        loader: of a run with one loop, from its start; a changed configuration must leave steps to do.
-        in_steps: whether that loop's length is given in optimizer steps, rather than in epochs.
+    ``data`` are the fingerprints of what the run starts from, learns from and is measured on, by name. In a run with one loop a
+    changed configuration must leave steps to do: its ``loader``, from its start, and whether its length is given ``in_steps``.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written; on all processes.
@@ -114,10 +109,8 @@ class Run:
     def checkpoints(self, loader: Loader, in_steps: bool, name: str = "") -> tuple[Checkpoints, dict[str, Any] | None]:
         """A loop's checkpoints and the last one of them, from which its loader then continues.
 
-        Args:
-            loader: of the loop, from its start.
-            in_steps: whether the loop's length is given in optimizer steps, rather than in epochs.
-            name: of the loop's folder, where the run has several.
+        ``in_steps``: whether the loop's length is given in optimizer steps, rather than in epochs. ``name``: of the loop's folder,
+        where the run has several.
 
         Raises:
             ConfigError: processes read checkpoints of different steps; on all of them.
@@ -166,13 +159,7 @@ class Run:
         """Logs one of the loops of stage two, and shows its progress; gives a callback, and the steps between two logs.
 
         A seed's metrics stand in the log by seed. Those of its loops do, too, and count the optimizer steps of all loops of the run
-        in ``finetune/step``, one axis that never goes back. A loop that continues from a checkpoint drops the lines from after it.
-
-        Args:
-            seed: of the training.
-            name: of the loop.
-            total: its steps.
-            done: how many of them were done before.
+        in ``finetune/step``, one axis that never goes back. A loop that continues after ``done`` steps drops the later lines.
         """
         before = self._steps_before
         if done < total:  # of a loop that was at its end, the next one knows what is repeated

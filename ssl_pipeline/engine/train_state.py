@@ -73,11 +73,9 @@ class TrainState:
         self.done, self.skipped, self.skipped_by_scaler, self._lr = 0, 0, 0, 0.0
 
     def start(self, loader: Loader, beside: Callable[[], dict[str, Any]] = dict) -> None:
-        """Prepares task and optimizer for this group of processes, and loads the checkpoint.
+        """Prepares task and optimizer for this group of processes and the loader's steps, and loads the checkpoint.
 
-        Args:
-            loader: whose steps they will be.
-            beside: gives what else each checkpoint keeps, under names of its own.
+        ``beside`` gives what else each checkpoint keeps, under names of its own.
 
         Raises:
             ConfigError: the checkpoint does not fit.
@@ -257,15 +255,10 @@ def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> tuple[bool, int]:
-    """The one exchange of every step: two numbers a process, and none where there is one process.
+    """Whether loss and gradient are finite on all processes, and the signal that one of them was sent, 0 for none.
 
-    Args:
-        accelerator: gives the processes.
-        loss: this process's.
-        check: finite only if the gradient is; None where a gradient scaler checks it.
-
-    Returns:
-        Whether loss and gradient are finite on all processes, and the signal that one of them was sent, 0 for none.
+    The one exchange of every step: two numbers a process, and none where there is one process. ``check`` is finite only if the
+    gradient is; None where a gradient scaler checks it.
     """
     if isinstance(check, DTensor):  # the norm of shared-out gradients
         check = check.full_tensor()
@@ -291,16 +284,8 @@ def two_pass(
     statistics from the micro-batch in both passes: the gradient is then exact for a network whose BatchNorm sees micro-batches,
     and running statistics move once a micro-batch.
 
-    Args:
-        task: the task itself.
-        model: the task as the accelerator wrapped it.
-        batch: this process's share of the batch.
-        micro: samples of a micro-batch.
-        accelerator: gives precision and processes.
-        reseed: seeds the model's draws for a micro-batch: both passes must drop the same units.
-
-    Returns:
-        The objective's output; the gradients are in the parameters.
+    ``model`` is the task as the accelerator wrapped it, and ``reseed`` seeds the model's draws for a micro-batch: both passes must
+    drop the same units. The gradients are then in the parameters.
     """
     parts, statistics = batch.split(micro), BatchNormSnapshot(task)
     pieces = []

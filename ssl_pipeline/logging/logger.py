@@ -82,13 +82,8 @@ class Logger:
 class AsyncLogger:
     """Starts and calls a logger in a thread of its own, in order, so that a training step never waits for it.
 
-    If it fails, falls behind or hangs, it is given up with one warning, and the run goes on without it.
-
-    Args:
-        name: for the warning.
-        start: makes the logger; may take as long as it likes.
-        timeout: seconds to wait at the end for the calls that are left.
-        size: calls that may wait.
+    If it fails, falls behind by ``size`` calls or hangs, it is given up with one warning, and the run goes on without it. ``start``
+    may take as long as it likes; the run's end waits ``timeout`` seconds for the calls that are left.
     """
 
     def __init__(self, name: str, start: Callable[[], Logger], timeout: float, size: int = _QUEUE_SIZE) -> None:
@@ -168,13 +163,7 @@ class AccelerateLogger(Logger):
 
 
 class LoggerCollection:
-    """``metrics.jsonl`` and the other loggers.
-
-    Args:
-        metrics: the file; None on ranks above 0, where nothing is logged.
-        loggers: get what the file gets.
-        draws: whether images are made.
-    """
+    """``metrics.jsonl`` and the other loggers; no file on ranks above 0, where nothing is logged. ``draws``: images are made."""
 
     def __init__(self, metrics: JsonlLogger | None, loggers: Sequence[AsyncLogger], draws: bool = False) -> None:
         self._metrics, self._loggers = metrics, list(loggers)
@@ -242,14 +231,9 @@ class LoggerCollection:
 def open_loggers(
     run: RunFolder | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int
 ) -> LoggerCollection:
-    """The loggers of a run.
+    """The loggers of a run, which get its configuration without secrets; none on ranks above 0, where ``run`` is None.
 
-    Args:
-        run: its folder; None on ranks above 0.
-        stage: ``pretrain``, ``finetune`` or ``study``.
-        config: the resolved configuration; loggers get it without secrets.
-        tracking: which loggers.
-        start_step: the last step whose metrics stay, −1 for none; a continued run repeats what was logged after it.
+    ``start_step`` is the last step whose metrics stay, −1 for none; a continued run repeats what was logged after it.
 
     Raises:
         ConfigError: ``tracking.loggers`` names a tracker that Accelerate does not have, or that is not installed.

@@ -70,16 +70,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class Progress:
-    """The progress of a run, or of one of its loops.
-
-    Args:
-        total_steps: of the run.
-        start_step: steps done before.
-        enabled: whether this process prints.
-        mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
-        title: of the loop, where a run has several.
-        seconds_before: that earlier starts of the run took.
-    """
+    """The progress of a run, or of the loop ``title`` of a run with several; earlier starts took ``seconds_before``."""
 
     def __init__(
         self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto", title: str = "",
