@@ -70,7 +70,7 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
         return None
     when = "" if step is None else f" in step {step + 1}"
     if _OF_WORKERS.search(text):
-        return LostProcessError(f"a worker that decodes files {_of_worker('timed out' in text)}{when}")
+        return _lost_worker("timed out" in text, when)
     if _TIMED_OUT.search(text):
         return LostProcessError(f"{_who_hangs()}{when}")
     return LostProcessError(f"{_who()} was killed, or left by a mistake of its own{when}")
@@ -88,7 +88,8 @@ def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator
         error.everywhere = False  # only this process knows what is wrong with its data
         raise
     except RuntimeError as error:
-        lost = _hanging_worker(step) if watchdog is not None and watchdog.barked else explain(error, step)
+        barked = watchdog is not None and watchdog.barked
+        lost = _lost_worker(True, f" in step {step + 1}") if barked else explain(error, step)
         _end_workers()  # one that hangs would keep the interpreter from exiting
         if lost is None:
             raise
@@ -98,7 +99,7 @@ def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator
             raise
         _end_workers()
         if watchdog.barked:
-            raise _hanging_worker(step) from error
+            raise _lost_worker(True, f" in step {step + 1}") from error
         raise LostProcessError(f"a worker that decodes files was killed in step {step + 1}") from error
 
 
@@ -281,17 +282,14 @@ def _silent_processes() -> list[int]:
     return silent
 
 
-def _of_worker(hangs: bool) -> str:
+def _lost_worker(hangs: bool, when: str) -> LostProcessError:
     room = free_shared_memory()
     full = room is not None and room < _LITTLE_ROOM
     cause = "; /dev/shm is full: in Docker start the container with a larger `--shm-size`" if full else ""
+    what = "was killed (by the system, if memory was short: lower `num_workers` then)"
     if hangs:
-        return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs{cause}"
-    return f"was killed (by the system, if memory was short: lower `num_workers` then){cause}"
-
-
-def _hanging_worker(step: int) -> LostProcessError:
-    return LostProcessError(f"a worker that decodes files {_of_worker(hangs=True)} in step {step + 1}")
+        what = f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs"
+    return LostProcessError(f"a worker that decodes files {what}{cause}{when}")
 
 
 def _end_workers() -> None:
