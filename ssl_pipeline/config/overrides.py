@@ -25,18 +25,11 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a command line by kind.
+    """The words of a command line by kind."""
 
-    Attributes:
-        choices: of groups, by their names; None for nothing.
-        raw: choices in the rest of Hydra's grammar, such as ``+group=choice`` for a group of the user's own.
-        settings: keys and their values as they were typed; None for ``~key``.
-        others: words that are neither.
-    """
-
-    choices: dict[str, str | None] = field(default_factory=dict)
-    raw: list[str] = field(default_factory=list)
-    settings: list[tuple[str, str | None]] = field(default_factory=list)
+    choices: dict[str, str | None] = field(default_factory=dict)  # of groups, by their names; None for nothing
+    raw: list[str] = field(default_factory=list)  # Hydra's grammar: `+group=choice` for a group of the user's own
+    settings: list[tuple[str, str | None]] = field(default_factory=list)  # keys and values as typed; None for `~key`
     others: list[str] = field(default_factory=list)
 
 

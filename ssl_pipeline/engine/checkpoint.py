@@ -22,7 +22,6 @@ from ssl_pipeline.config.files import flush
 from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.optim import OptimConfig
 
-Loader = TrainLoader
 _NAME, _PARTIAL = "step-", ".partial"
 _MARK = b"sha256:"  # a checkpoint ends with this and the digest of all that stands before it
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
@@ -180,7 +179,7 @@ def must_fit() -> Iterator[None]:
         ) from error
 
 
-def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -> None:
+def check_steps_left(state: Mapping[str, Any], loader: TrainLoader, in_steps: bool) -> None:
     """Refuses a changed configuration that would end without a step, as if it had been trained; changes nothing.
 
     ``loader`` is the new configuration's, and ``in_steps`` whether its length is given in optimizer steps, rather than in epochs.
@@ -201,7 +200,7 @@ def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -
     )
 
 
-def describe_resume(state: Mapping[str, Any], loader: Loader, optim: OptimConfig) -> str:
+def describe_resume(state: Mapping[str, Any], loader: TrainLoader, optim: OptimConfig) -> str:
     """Epoch and learning rate before and after a change, of a loader that continues already."""
     progress = loader.clock(state["done"] - loader.offset)
     epoch, ends = progress.step / loader.steps_per_epoch, loader.total_steps / loader.steps_per_epoch

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from pydantic import Field
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
-from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
+from ssl_pipeline.data.loader import TrainLoader
+from ssl_pipeline.engine.checkpoint import Checkpoints, check_steps_left
 from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_from_main, run_on_main
 from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.signals import handle_signals
@@ -53,7 +54,7 @@ def start_run(
     config: RunConfig,
     accelerator: Accelerator,
     data: Mapping[str, str],
-    loader: Loader | None = None,
+    loader: TrainLoader | None = None,
     in_steps: bool = False,
 ) -> Iterator[Run]:
     """Makes or continues the run's folder, and closes all that belongs to the run at the end.
@@ -106,7 +107,9 @@ class Run:
         self.progress = Progress(0, 0, self.main, self._config.tracking.progress)
         self._steps_before = 0  # of stage two's loops that are over
 
-    def checkpoints(self, loader: Loader, in_steps: bool, name: str = "") -> tuple[Checkpoints, dict[str, Any] | None]:
+    def checkpoints(
+        self, loader: TrainLoader, in_steps: bool, name: str = ""
+    ) -> tuple[Checkpoints, dict[str, Any] | None]:
         """A loop's checkpoints and the last one of them, from which its loader then continues.
 
         ``in_steps``: whether the loop's length is given in optimizer steps, rather than in epochs. ``name``: of the loop's folder,

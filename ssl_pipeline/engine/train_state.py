@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, must_fit
+from ssl_pipeline.data.loader import TrainLoader
+from ssl_pipeline.engine.checkpoint import Checkpoints, must_fit
 from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_buffers, check_all_learn
 from ssl_pipeline.engine.failures import explain
 from ssl_pipeline.engine.fsdp import copy_full_params, full_state_dict, shard_for_training, shard_state_dict
@@ -72,7 +73,7 @@ class TrainState:
         self.accelerator, self.checkpoints, self.resume, self._micro = accelerator, checkpoints, resume, micro
         self.done, self.skipped, self.skipped_by_scaler, self._lr = 0, 0, 0, 0.0
 
-    def start(self, loader: Loader, beside: Callable[[], dict[str, Any]] = dict) -> None:
+    def start(self, loader: TrainLoader, beside: Callable[[], dict[str, Any]] = dict) -> None:
         """Prepares task and optimizer for this group of processes and the loader's steps, and loads the checkpoint.
 
         ``beside`` gives what else each checkpoint keeps, under names of its own.

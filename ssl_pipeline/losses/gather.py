@@ -23,10 +23,7 @@ def rank_and_world_size() -> tuple[int, int]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        _, processes = rank_and_world_size()
-        parts = [torch.empty_like(rows) for _ in range(processes)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return all_gather_ids(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
