@@ -118,7 +118,6 @@ class WarmupCosine(FrozenModel):
     min_lr_factor: float = Field(0.0, ge=0, le=1)
 
     def factor(self, clock: TrainProgress) -> float:
-        """The factor at a step; see :func:`warmup_cosine`."""
         return warmup_cosine(
             clock.step, clock.total, self.warmup.on(clock), self.warmup_start_factor, self.min_lr_factor
         )

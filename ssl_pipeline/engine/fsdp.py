@@ -128,5 +128,4 @@ def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, A
 
 
 def _blocks(task: nn.Module) -> set[str]:
-    """The names of the transformer blocks' classes."""
     return {type(module).__name__ for module in task.modules()} & _BLOCKS

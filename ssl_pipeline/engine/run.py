@@ -150,7 +150,6 @@ class Run:
         enter(handle_signals(self.folder if self.main else None))
 
     def say(self, text: str) -> None:
-        """One line in the terminal."""
         self.progress.say(text)
 
     def log_loop(self) -> Callback:

@@ -165,7 +165,6 @@ class TrainState:
         }  # fmt: skip
 
     def _load(self, resume: Mapping[str, Any]) -> None:
-        """The rest of a checkpoint, once the task is prepared."""
         self.done = int(resume["done"])
         self.skipped, self.skipped_by_scaler = resume["skipped"]
         # The optimizer's settings stay the configuration's, which ``resume=changed`` may have changed.
@@ -182,7 +181,6 @@ class TrainState:
             self.accelerator.scaler.load_state_dict(resume["scaler"])
 
     def _backward(self, batch: Batch) -> StepOutput:
-        """The loss, and its gradient."""
         if self._micro is not None and self._micro < len(batch.index):
             reseed = partial(self._reseed, batch.clock.taken)
             return two_pass(self._task, self._model, batch, self._micro, self.accelerator, reseed)

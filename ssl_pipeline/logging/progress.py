@@ -147,7 +147,6 @@ class Progress:
             self._say_step()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Metrics after ``step`` steps."""
         self._done = step
         self._first = self._first or (step, time.monotonic())
         for name, value in figures.items():

@@ -97,7 +97,6 @@ class ProjectionTask(Task):
         return projections
 
     def embed(self, batch: Batch) -> Embeddings:
-        """The projections of all views."""
         return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def student(self) -> nn.Sequential:
