@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
+from ssl_pipeline.config.base import ComponentOf, ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.source import SourceConfig, at_range_of
 from ssl_pipeline.domain.method import MethodConfig
@@ -14,15 +14,13 @@ from ssl_pipeline.downstream.consistency import ConsistencyConfig
 from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.logging.logger import TrackingConfig
-from ssl_pipeline.logging.run import Resume
+from ssl_pipeline.engine.run import RunConfig
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig
 
 
-class FinetuneConfig(FrozenModel):
+class FinetuneConfig(RunConfig):
     """The configuration of stage two; each field's model says what its keys mean.
 
     Attributes:
@@ -38,15 +36,8 @@ class FinetuneConfig(FrozenModel):
         domain: a method across domains; null learns and measures on all of them alike.
         labels: how many labels are used, and how many of them are held out.
         unlabeled: how the other training images are learned from, without labels; null leaves them alone.
-        tracking: loggers beside ``metrics.jsonl``.
-        seed: of label draws, head, order and views.
         seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
         split: what the figure is of; ``val`` to tune a recipe.
-        output: the run's folder; null numbers them.
-        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
-        save_every: how often the state of a training is kept to resume from, of its length.
-        save_total_limit: how many of a training are kept; a seed that is done keeps none.
-        num_workers: processes that decode files; null chooses by the machine's cores.
     """
 
     encoder: str | None = None
@@ -61,15 +52,8 @@ class FinetuneConfig(FrozenModel):
     domain: Annotated[MethodConfig | None, ComponentOf("domain")] = None
     labels: LabelsConfig
     unlabeled: ConsistencyConfig | None = None
-    tracking: TrackingConfig
-    seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1)
     split: Literal["test", "val"] = "test"
-    output: str | None = None
-    resume: Resume = "no"
-    save_every: Duration = parse_duration("10%")
-    save_total_limit: int = Field(2, ge=1)
-    num_workers: int | None = Field(None, ge=0)
 
     @property
     def starts_fresh(self) -> bool:

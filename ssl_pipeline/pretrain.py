@@ -14,12 +14,7 @@ from ssl_pipeline.data.build import build_loader, build_views
 from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
 from ssl_pipeline.data.source import describe_range_of, describe_splits, open_training
 from ssl_pipeline.engine.checkpoint import describe_resume
-from ssl_pipeline.engine.distributed import (
-    batchnorm_notes,
-    dist_info,
-    move_to_device,
-    start_accelerator,
-)
+from ssl_pipeline.engine.distributed import batchnorm_notes, dist_info, move_to_device, start_accelerator
 from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.engine.loop import fit
@@ -94,7 +89,7 @@ def pretrain(config: PretrainConfig) -> Path:
         )  # fmt: skip
         evaluation.before_training(start, images, config.transform, config.seed)
         if not start and isinstance(train, IndexedDataset):
-            read = run.announcing("reading all images for the task's memory", extract)
+            read = run.progress.announcing("reading all images for the task's memory", extract)
             task.prime(lambda forward: read(task, images, preprocessing, share, forward=forward))
         state = TrainState(task, optimizer, config.optim, accelerator, checkpoints, resume, config.micro_batch_size)
         callbacks = (run.log_loop(), evaluation, Alerts(run, "pretrain", encoder.width))
@@ -127,11 +122,7 @@ def build_task(
 
 
 def encoder_card(
-    config: PretrainConfig,
-    spec: EncoderSpec,
-    train: ImageDataset,
-    fingerprint: str,
-    metrics: dict[str, float],
+    config: PretrainConfig, spec: EncoderSpec, train: ImageDataset, fingerprint: str, metrics: dict[str, float]
 ) -> Card:
     """The card of an encoder."""
     return Card(

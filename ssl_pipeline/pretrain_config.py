@@ -7,13 +7,12 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
+from ssl_pipeline.config.base import ComponentOf, ConfigError
 from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.engine.optim import OptimConfig
+from ssl_pipeline.engine.run import RunConfig
 from ssl_pipeline.engine.task import PretextConfig
-from ssl_pipeline.logging.logger import TrackingConfig
-from ssl_pipeline.logging.run import Resume
 from ssl_pipeline.models.backbone import Backbone
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
@@ -21,7 +20,7 @@ from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig
 
 
-class PretrainConfig(FrozenModel):
+class PretrainConfig(RunConfig):
     """The configuration of stage one; each field's model says what its keys mean.
 
     Attributes:
@@ -31,20 +30,13 @@ class PretrainConfig(FrozenModel):
         neck: what makes one row of features of the backbone's maps.
         pretext: the pretext task.
         optim: optimizer and schedule.
-        tracking: loggers beside ``metrics.jsonl``.
         batch_size: images of a step over all processes; where there are fewer, the largest batch that they make, which is logged.
-        micro_batch_size: images that a process embeds at once: GradCache (``engine/grad_cache.py``) gives the gradient of the whole
+        micro_batch_size: images that a process embeds at once: GradCache (``engine/train_state.py``) gives the gradient of the whole
             batch at the memory of a small one. By default a process's whole share.
         epochs: the run's length.
         steps: a length in optimizer steps instead.
-        seed: of every draw: initialization, order, views.
-        output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
-        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
         evaluate_every: how often kNN and the signs of collapse are measured; ``0 steps`` at the end only.
-        save_every: how often a state to resume from is kept; ``0 steps`` at the end only.
-        save_total_limit: how many of them.
         log_every: optimizer steps from one line of metrics to the next.
-        num_workers: processes that decode files; null chooses by the machine's cores.
     """
 
     wins_over: ClassVar[Mapping[str, str]] = {"steps": "epochs"}
@@ -54,19 +46,12 @@ class PretrainConfig(FrozenModel):
     neck: NeckConfig
     pretext: Annotated[PretextConfig, ComponentOf("pretext")]
     optim: OptimConfig
-    tracking: TrackingConfig
     batch_size: int = Field(256, ge=2)
     micro_batch_size: int | None = Field(None, ge=2)
     epochs: int = Field(100, ge=1)
     steps: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-    output: str | None = None
-    resume: Resume = "no"
     evaluate_every: Duration = parse_duration("10%")
-    save_every: Duration = parse_duration("10%")
-    save_total_limit: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
-    num_workers: int | None = Field(None, ge=0)
 
     def total_steps(self, samples: int | None) -> int:
         """The run's length in optimizer steps; of an unknown number of samples ``steps`` must be given."""

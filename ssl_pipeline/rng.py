@@ -34,13 +34,7 @@ def derive_seed(*name: Name) -> int:
     """A 63-bit seed from a name.
 
     The parts are hashed rather than added or shifted together: torch's CPU generator keeps only the low 32 bits of a
-    seed, and ``seed + epoch`` makes (1, 0) and (0, 1) the same run.
-
-    Args:
-        name: integers and strings; their types and order count.
-
-    Returns:
-        A non-negative integer below 2**63.
+    seed, and ``seed + epoch`` makes (1, 0) and (0, 1) the same run. Types and order of the parts count.
     """
     text = "/".join(f"{type(part).__name__}:{part}" for part in name)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -53,14 +47,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def hash_bits(index: Tensor, key: int | Tensor) -> Tensor:
-    """Element ``index`` of the SplitMix64 sequence that starts at ``key``.
+    """Element ``index`` (int64, any shape) of the SplitMix64 sequence that starts at ``key``: int64, all 64 bits well mixed.
 
-    Args:
-        index: int64, any shape.
-        key: the name's hash, or int64 of several names' hashes, to be broadcast with ``index``.
-
-    Returns:
-        int64 of the shape that both broadcast to, all 64 bits well mixed.
+    ``key`` is the name's hash, or int64 of several names' hashes, to be broadcast with ``index``.
     """
     x = (index + 1) * _GAMMA + key
     x = (x ^ _shift_right(x, 30)) * _MIX_1

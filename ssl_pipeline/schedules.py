@@ -95,13 +95,6 @@ def warmup_cosine(step: int, total: int, warmup: int, start_factor: float, end_f
 
     The first step (0) has ``start_factor``, step ``warmup`` has 1, and step ``total`` would have ``end_factor``
     (Goyal et al. 2017; Loshchilov and Hutter 2017).
-
-    Args:
-        step: the optimizer step, from 0.
-        total: the run's length in steps.
-        warmup: the climb's length in steps; 0 for none.
-        start_factor: the factor at step 0.
-        end_factor: the factor at the end.
     """
     if step < warmup:
         return start_factor + (1.0 - start_factor) * step / warmup
@@ -125,7 +118,6 @@ class WarmupCosine(FrozenModel):
     min_lr_factor: float = Field(0.0, ge=0, le=1)
 
     def factor(self, clock: TrainProgress) -> float:
-        """The factor at a step; see :func:`warmup_cosine`."""
         return warmup_cosine(
             clock.step, clock.total, self.warmup.on(clock), self.warmup_start_factor, self.min_lr_factor
         )

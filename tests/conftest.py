@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def _composed_once() -> Iterator[None]:
     composed = compose.composed
     kept = cache(lambda name, selections, root: composed(name, selections))
 
-    def composed_once(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> compose.Composed:
+    def composed_once(
+        name: str, selections: Sequence[str] = (), config_dir: Path | None = None
+    ) -> tuple[dict[str, Any], dict[str, str | None]]:
         if config_dir is not None:
             return composed(name, selections, config_dir)
         return copy.deepcopy(kept(name, tuple(selections), compose.config_root()))

@@ -148,7 +148,6 @@ def _quoted(word: str) -> str:
 
 
 def _about_options(stage: Suggested, unknown: Sequence[str], words: Sequence[str]) -> list[str]:
-    """What to type in place of unknown options; the word after each is its value."""
     answers = list[str]()
     for option in unknown:
         key, equals, value = option.partition("=")

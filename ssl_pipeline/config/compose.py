@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +52,18 @@ def group_choices(name: str) -> dict[str, str | None]:
     return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 
 
-@dataclass(frozen=True)
-class Composed:
-    """What the YAML files say: plain values, with interpolations not yet resolved, and the choice of each group."""
-
-    tree: dict[str, Any]
-    choices: dict[str, str | None]
-
-
 def compose(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
     """The plain values of ``configs/<name>.yaml`` with choices of groups; see :func:`composed`."""
-    return resolved(composed(name, selections, config_dir).tree)
+    return resolved(composed(name, selections, config_dir)[0])
 
 
-def composed(name: str, selections: Sequence[str] = (), config_dir: Path | None = None) -> Composed:
+def composed(
+    name: str, selections: Sequence[str] = (), config_dir: Path | None = None
+) -> tuple[dict[str, Any], dict[str, str | None]]:
     """Composes ``configs/<name>.yaml`` with choices of groups in Hydra's grammar; the user's folder is searched before ours.
+
+    Returns:
+        Plain values, with interpolations not yet resolved, and the choice of each group.
 
     Raises:
         ConfigError: a file can't be read, a group has no such choice, or a folder is missing.
@@ -92,7 +88,7 @@ def composed(name: str, selections: Sequence[str] = (), config_dir: Path | None 
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_not_composed(error)) from None
     assert isinstance(tree, dict)
-    return Composed({str(key): value for key, value in tree.items()}, taken)
+    return {str(key): value for key, value in tree.items()}, taken
 
 
 def resolved(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,18 +25,11 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a command line by kind.
+    """The words of a command line by kind."""
 
-    Attributes:
-        choices: of groups, by their names; None for nothing.
-        raw: choices in the rest of Hydra's grammar, such as ``+group=choice`` for a group of the user's own.
-        settings: keys and their values as they were typed; None for ``~key``.
-        others: words that are neither.
-    """
-
-    choices: dict[str, str | None] = field(default_factory=dict)
-    raw: list[str] = field(default_factory=list)
-    settings: list[tuple[str, str | None]] = field(default_factory=list)
+    choices: dict[str, str | None] = field(default_factory=dict)  # of groups, by their names; None for nothing
+    raw: list[str] = field(default_factory=list)  # Hydra's grammar: `+group=choice` for a group of the user's own
+    settings: list[tuple[str, str | None]] = field(default_factory=list)  # keys and values as typed; None for `~key`
     others: list[str] = field(default_factory=list)
 
 
@@ -56,14 +49,12 @@ def overridden(
     wrong = [text for group, choice in words.choices.items() if (text := about_choice(stage, group, choice))]
     if wrong:
         raise ConfigError([*wrong, *(about_word(stage, word) for word in words.others)])
-    found = composed(name, _selections(name, words), config_dir)
-    off = [group for group, choice in words.choices.items() if choice is None]
-    tree = {key: value for key, value in copy.deepcopy(found.tree).items() if key not in off}
-    stage = replace(stage, tree=tree)
-    chosen = [f"{group}={quoted(choice)}" for group, choice in found.choices.items() if choice and group != "recipe"]
-    chosen = [line for line in chosen if line.partition("=")[0] in group_choices(name)]
+    found, taken = composed(name, _selections(name, words), config_dir)
+    tree = {key: value for key, value in found.items() if key not in words.choices or words.choices[key] is not None}
+    stage, ours = replace(stage, tree=tree), group_choices(name).keys() - {"recipe"}
+    chosen = [f"{group}={quoted(choice)}" for group, choice in taken.items() if choice and group in ours]
     # Composed only when a `~key` asks for it: the chosen groups' own YAML, without what a recipe changes.
-    defaults = cache(lambda: composed(name, chosen, config_dir).tree)
+    defaults = cache(lambda: composed(name, chosen, config_dir)[0])
     problems = [about_word(stage, word) for word in words.others]
     problems += _set_all(stage, words.settings, defaults)
     _settle_rivals(schema, tree, dict(words.settings))

@@ -34,7 +34,6 @@ class Stage:
     config_dir: Path | None
 
     def keys(self) -> dict[str, Any]:
-        """All keys with their types."""
         return all_keys(self.schema, self.tree)
 
     def choices(self, group: str) -> list[str]:
@@ -133,7 +132,6 @@ def about_option(stage: Stage, option: str, value: str | None) -> str:
 
 
 def _line(*words: str) -> str:
-    """Words as a shell takes them."""
     return f"`{' '.join(word if word.endswith('=…') else shlex.quote(word) for word in words)}`"
 
 

@@ -140,7 +140,7 @@ def _moved(key: str) -> str | None:
 
 
 def flat(key: str) -> str:
-    """A key as one word, as other programs write it: ``batch_size`` is ``batch_size``."""
+    """A key as one word, as other programs write it: ``data.path`` is ``data_path``."""
     return key.replace(".", "_").replace("-", "_").lower()
 
 

@@ -36,10 +36,6 @@ class Patience:
 
     After Ctrl-Z, SIGSTOP or a paused container the clock has gone on, although no process could answer. Call :meth:`tick` at
     every ``interval`` seconds: a tick that comes much too late shows that the process was stopped.
-
-    Args:
-        seconds: to wait.
-        clock: gives seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,7 +44,6 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Starts counting anew."""
         self._last, self._waited = self._clock(), 0.0
 
     def tick(self) -> bool:
@@ -61,5 +56,4 @@ class Patience:
 
     @property
     def over(self) -> bool:
-        """Whether the time is up."""
         return self._waited > self._seconds

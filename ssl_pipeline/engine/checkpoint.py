@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 
 from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.files import flush
 from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.optim import OptimConfig
 
-Loader = TrainLoader
 _NAME, _PARTIAL = "step-", ".partial"
 _MARK = b"sha256:"  # a checkpoint ends with this and the digest of all that stands before it
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
@@ -84,12 +84,15 @@ class Checkpoints:
         if not self.main:
             return
         self.wait()
-        whole = {"done": done, **state}
-        if _bytes(whole) <= _SMALL:
+        whole, sizes = {"done": done, **state}, list[int]()
+        recursively_apply(lambda tensor: sizes.append(tensor.nbytes), whole)
+        if sum(sizes) <= _SMALL:
             self._write(done, whole)
             return
+        # The next step does not change a copy.
+        copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), whole)
         thread = ThreadPoolExecutor(1)
-        self._under_way = thread.submit(self._write, done, _on_cpu(whole))
+        self._under_way = thread.submit(self._write, done, copied)
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -176,13 +179,10 @@ def must_fit() -> Iterator[None]:
         ) from error
 
 
-def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -> None:
+def check_steps_left(state: Mapping[str, Any], loader: TrainLoader, in_steps: bool) -> None:
     """Refuses a changed configuration that would end without a step, as if it had been trained; changes nothing.
 
-    Args:
-        state: the checkpoint to continue from.
-        loader: of the new configuration.
-        in_steps: whether its length is given in optimizer steps, rather than in epochs.
+    ``loader`` is the new configuration's, and ``in_steps`` whether its length is given in optimizer steps, rather than in epochs.
 
     Raises:
         ConfigError: no step is left.
@@ -200,7 +200,7 @@ def check_steps_left(state: Mapping[str, Any], loader: Loader, in_steps: bool) -
     )
 
 
-def describe_resume(state: Mapping[str, Any], loader: Loader, optim: OptimConfig) -> str:
+def describe_resume(state: Mapping[str, Any], loader: TrainLoader, optim: OptimConfig) -> str:
     """Epoch and learning rate before and after a change, of a loader that continues already."""
     progress = loader.clock(state["done"] - loader.offset)
     epoch, ends = progress.step / loader.steps_per_epoch, loader.total_steps / loader.steps_per_epoch
@@ -227,25 +227,6 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever this version of torch says of what another one wrote
         raise _DamagedError(f"{type(error).__name__} when reading it") from error
     return state
-
-
-def _on_cpu(tree: Any) -> Any:
-    """A copy that the next step does not change."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_on_cpu(value) for value in tree)
-    return tree
-
-
-def _bytes(tree: Any) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        return sum(map(_bytes, tree.values()))
-    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
 def _make_folder(folder: Path) -> None:

@@ -152,20 +152,6 @@ def all_gather_objects(accelerator: Accelerator, value: T) -> list[T]:
     return values
 
 
-def check_same_start(accelerator: Accelerator, done: int) -> None:
-    """Checks that all processes continue from the same step.
-
-    Raises:
-        ConfigError: they don't; on all of them.
-    """
-    starts = all_gather_objects(accelerator, done)
-    if len(set(starts)) > 1:
-        raise ConfigError(
-            f"the processes read checkpoints of different steps ({', '.join(map(str, starts))}): they need one `output` that all "
-            "machines see alike, such as a folder on a shared disk."
-        )
-
-
 def run_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T | None:
     """Makes something on the main process alone (None elsewhere).
 

@@ -47,9 +47,15 @@ _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 
 class LostProcessError(UserError):
-    """Another process, or a worker, was killed or does not answer."""
+    """Another process, or a worker, was killed or does not answer; ``what`` starts the sentence."""
 
     exit_code = LOST
+    everywhere = False
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. This process leaves, too. What was saved before is whole: `resume=auto` continues from the last checkpoint."
+        )
 
 
 def explain(error: BaseException, step: int | None = None) -> LostProcessError | None:
@@ -64,22 +70,14 @@ def explain(error: BaseException, step: int | None = None) -> LostProcessError |
         return None
     when = "" if step is None else f" in step {step + 1}"
     if _OF_WORKERS.search(text):
-        what = f"a worker that decodes files {_of_worker('timed out' in text)}{when}"
-    else:
-        what = (
-            f"{_who()} {_hangs() if _TIMED_OUT.search(text) else 'was killed, or left by a mistake of its own'}{when}"
-        )
-    return _lost(what)
+        return _lost_worker("timed out" in text, when)
+    if _TIMED_OUT.search(text):
+        return LostProcessError(f"{_who_hangs()}{when}")
+    return LostProcessError(f"{_who()} was killed, or left by a mistake of its own{when}")
 
 
 def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator[T]:
-    """Wraps a loader's batches: failures of its workers become :class:`LostProcessError`.
-
-    Args:
-        batches: from ``step`` on.
-        step: the first.
-        workers: processes that decode them.
-    """
+    """A loader's batches from ``step`` on; failures of its ``workers`` processes become :class:`LostProcessError`."""
     watchdog = Watchdog() if workers else None
     try:
         with looping():
@@ -90,7 +88,8 @@ def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator
         error.everywhere = False  # only this process knows what is wrong with its data
         raise
     except RuntimeError as error:
-        lost = _hanging_worker(step) if watchdog is not None and watchdog.barked else explain(error, step)
+        barked = watchdog is not None and watchdog.barked
+        lost = _lost_worker(True, f" in step {step + 1}") if barked else explain(error, step)
         _end_workers()  # one that hangs would keep the interpreter from exiting
         if lost is None:
             raise
@@ -100,8 +99,8 @@ def guard_dataloader(batches: Iterator[T], step: int, workers: int) -> Generator
             raise
         _end_workers()
         if watchdog.barked:
-            raise _hanging_worker(step) from error
-        raise _lost(f"a worker that decodes files was killed in step {step + 1}") from error
+            raise _lost_worker(True, f" in step {step + 1}") from error
+        raise LostProcessError(f"a worker that decodes files was killed in step {step + 1}") from error
 
 
 class Watchdog:
@@ -148,30 +147,30 @@ class Watchdog:
             self._tick()
             if wait != seen:
                 self._patience.restart()
-            elif wait and self._patience.over:
-                self._bark()
+            elif wait:
+                self._bark_if_over()
             seen = wait
 
     def _tick(self) -> None:
         if self._patience.tick():
             wake_workers()
 
-    def _alarmed(self) -> None:
-        self._tick()
+    def _bark_if_over(self) -> None:
         if self._patience.over and not self.barked:
-            self._bark()
+            self.barked = True
+            for worker in multiprocessing.active_children():
+                worker.kill()
 
-    def _bark(self) -> None:
-        self.barked = True
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    def _alarmed(self, *_: object) -> None:
+        self._tick()
+        self._bark_if_over()
 
     @contextlib.contextmanager
     def _alarm(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
             yield
             return
-        before = signal.signal(signal.SIGALRM, lambda *_: self._alarmed())
+        before = signal.signal(signal.SIGALRM, self._alarmed)
         self._patience.restart()
         signal.setitimer(signal.ITIMER_REAL, self._patience.interval, self._patience.interval)
         try:
@@ -200,7 +199,7 @@ def _watch_thread(watched: int) -> None:
         if not idle or not waits_in_torch(sys._current_frames().get(watched)):
             patience.restart()
     with contextlib.suppress(SystemExit):
-        exit_with_error(_lost(f"{_who()} {_hangs()}"))
+        exit_with_error(LostProcessError(_who_hangs()))
     for process in multiprocessing.active_children():
         process.kill()
     _exit(LOST)
@@ -222,30 +221,35 @@ def command_process() -> Iterator[None]:
     """
     install_signal_handlers()
     save_with_launcher()
+    code, together = 0, True
     try:
         yield
-    except SystemExit as left:
-        stopped = (
-            left.__context__
-        )  # what `exit_with_error` has reported; all processes have it where a signal ended the loop
-        if left.code in (0, None) or isinstance(stopped, StoppedError) or getattr(stopped, "together", False):
-            # Under `launch/run` the code is written down already, and a launcher in between would report a failure.
-            _leave_together(0 if EXIT_CODES in os.environ else int(left.code or 0))
-        _leave_alone(left.code if isinstance(left.code, int) else 1)
-        raise
-    except RuntimeError as error:
+    except BaseException as error:
         lost = explain(error)
-        if lost is None:
-            _fail()
+        if lost is not None:
+            with contextlib.suppress(SystemExit):
+                exit_with_error(lost)
+        if not (dist.is_available() and dist.is_initialized()):
+            if lost is not None:
+                raise SystemExit(1) from None
             raise
-        with contextlib.suppress(SystemExit):
-            exit_with_error(lost)
-        _leave_alone(1)
-        raise SystemExit(1) from None
-    except BaseException:
-        _fail()
-        raise
-    _leave_together(0)
+        code, together = 1, False
+        if isinstance(error, SystemExit):
+            code = int(error.code or 0) if error.code is None or isinstance(error.code, int) else 1
+            # What `exit_with_error` has reported; all processes have it where a signal ended the loop.
+            reported = error.__context__
+            together = code == 0 or isinstance(reported, StoppedError) or getattr(reported, "together", False)
+        elif lost is None:
+            traceback.print_exc()
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if not together:
+        _end_workers()
+        _exit(code)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Under `launch/run` the code is written down already, and a launcher in between would report a failure.
+    _exit(0 if EXIT_CODES in os.environ else code)
 
 
 def _who() -> str:
@@ -253,16 +257,8 @@ def _who() -> str:
     return f"process(es) {', '.join(map(str, silent))}" if silent else "another process"
 
 
-def _hangs() -> str:
-    return f"has not answered within {timeout_seconds():g} s ({VARIABLE})"
-
-
-def _lost(what: str) -> LostProcessError:
-    lost = LostProcessError(
-        f"{what}. This process leaves, too. What was saved before is whole: `resume=auto` continues from the last checkpoint."
-    )
-    lost.everywhere = False
-    return lost
+def _who_hangs() -> str:
+    return f"{_who()} has not answered within {timeout_seconds():g} s ({VARIABLE})"
 
 
 def _silent_processes() -> list[int]:
@@ -286,17 +282,14 @@ def _silent_processes() -> list[int]:
     return silent
 
 
-def _of_worker(hangs: bool) -> str:
+def _lost_worker(hangs: bool, when: str) -> LostProcessError:
     room = free_shared_memory()
     full = room is not None and room < _LITTLE_ROOM
     cause = "; /dev/shm is full: in Docker start the container with a larger `--shm-size`" if full else ""
+    what = "was killed (by the system, if memory was short: lower `num_workers` then)"
     if hangs:
-        return f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs{cause}"
-    return f"was killed (by the system, if memory was short: lower `num_workers` then){cause}"
-
-
-def _hanging_worker(step: int) -> LostProcessError:
-    return _lost(f"a worker that decodes files {_of_worker(hangs=True)} in step {step + 1}")
+        what = f"has given nothing for {timeout_seconds() / 2:g} s (half of {VARIABLE}), so it hangs"
+    return LostProcessError(f"a worker that decodes files {what}{cause}{when}")
 
 
 def _end_workers() -> None:
@@ -305,25 +298,6 @@ def _end_workers() -> None:
         process.kill()
         process.join()
     signal.signal(signal.SIGCHLD, before)
-
-
-def _fail() -> None:
-    if dist.is_available() and dist.is_initialized():
-        traceback.print_exc()
-        _leave_alone(1)
-
-
-def _leave_together(code: int) -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        _exit(code)
-
-
-def _leave_alone(code: int) -> None:
-    if dist.is_available() and dist.is_initialized():
-        _end_workers()
-        _exit(code)
 
 
 def _exit(code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -51,11 +51,7 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 
 def check_shardable(task: nn.Module, micro: int | None) -> None:
-    """Refuses what FSDP2 can't train.
-
-    Args:
-        task: whole yet.
-        micro: ``micro_batch_size``.
+    """Refuses what FSDP2 can't train; ``micro`` is ``micro_batch_size``.
 
     Raises:
         ConfigError: naming each obstacle, and what to do.
@@ -106,18 +102,14 @@ def copy_full_params(trained: nn.Module, whole: nn.Module) -> None:
 def full_state_dict(tree: Any, keep: bool) -> Any:
     """A state dict in its plain form; all processes take part.
 
-    Args:
-        tree: dicts and lists of anything; their shards are put together, one tensor at a time, on the CPU.
-        keep: whether this process needs the result: others drop each tensor.
+    Shards are put together one tensor at a time, on the CPU; a process that need not ``keep`` the result drops each tensor.
     """
-    if isinstance(tree, dict):
-        return {key: full_state_dict(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [full_state_dict(value, keep) for value in tree]
-    if not isinstance(tree, DTensor):
-        return tree
-    full = tree.full_tensor()
-    return full.cpu() if keep else full.new_empty(0)
+
+    def whole(shard: DTensor) -> torch.Tensor:
+        full = shard.full_tensor()
+        return full.cpu() if keep else full.new_empty(0)
+
+    return recursively_apply(whole, tree, test_type=lambda value: isinstance(value, DTensor))
 
 
 def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -136,5 +128,4 @@ def shard_state_dict(state: dict[str, Any], optimizer: Optimizer) -> dict[str, A
 
 
 def _blocks(task: nn.Module) -> set[str]:
-    """The names of the transformer blocks' classes."""
     return {type(module).__name__ for module in task.modules()} & _BLOCKS

@@ -123,7 +123,6 @@ def main() -> None:
 
 
 def _end(left: list[psutil.Process]) -> None:
-    """Terminates what is left, and kills what does not exit in time."""
     for process in left:
         try:
             process.terminate()

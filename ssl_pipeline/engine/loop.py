@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ssl_pipeline.engine.checkpoint import Loader
+from ssl_pipeline.data.loader import TrainLoader
 from ssl_pipeline.engine.distributed import all_gather_objects
 from ssl_pipeline.engine.failures import guard_dataloader
 from ssl_pipeline.engine.signals import CutShortError, StoppedError
@@ -48,16 +48,13 @@ class Callback:
 
 
 def fit(
-    state: TrainState, loader: Loader, callbacks: Sequence[Callback] = (), log_every: int = 1, prefix: str = "train"
+    state: TrainState,
+    loader: TrainLoader,
+    callbacks: Sequence[Callback] = (),
+    log_every: int = 1,
+    prefix: str = "train",
 ) -> None:
-    """Trains a task in place.
-
-    Args:
-        state: task, optimizer, and the checkpoint to continue from.
-        loader: its batches are a pure function of the step.
-        callbacks: evaluate, and receive the metrics.
-        log_every: steps between two logs.
-        prefix: group of the step's own metrics.
+    """Trains a task in place; every ``log_every`` steps metrics are logged, the step's own in the group ``prefix``.
 
     Raises:
         NonFiniteError: the loss or gradient of any process is not finite, and the step is not to be skipped.
@@ -126,7 +123,7 @@ def _log(callbacks: Sequence[Callback], done: int, metrics: Mapping[str, float],
 
 
 def _step_metrics(
-    step: Step, state: TrainState, loader: Loader, meter: ThroughputMeter, prefix: str
+    step: Step, state: TrainState, loader: TrainLoader, meter: ThroughputMeter, prefix: str
 ) -> dict[str, float]:
     """A step's metrics under their full names; means over all processes where they differ."""
     images_per_s, waited = meter.compute()
@@ -154,7 +151,6 @@ class ThroughputMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Counts from now on."""
         self._since, self._images, self._waited = time.perf_counter(), 0, 0.0
 
     def wait_start(self) -> None:

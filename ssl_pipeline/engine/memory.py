@@ -49,11 +49,7 @@ class Memory(NamedTuple):
 def kept_bytes(task: Task, views: Sequence[tuple[int, int, int]], samples: int, whole: bool = True) -> int:
     """Bytes that autograd keeps between forward and backward, without weights; nothing is computed or changed.
 
-    Args:
-        task: in any mode; counted in training mode.
-        views: channels, height and width of each view.
-        samples: of the forward, int64 labels and domains of 0.
-        whole: count ``task.embed``; otherwise the encoder alone, of each view.
+    Counted in training mode, with ``views`` of (channels, height, width): ``task.embed``, or, not ``whole``, the encoder alone.
     """
     # Fake tensors take the kernels of their device, where attention keeps less than on the meta device.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,34 +80,31 @@ def kept_bytes(task: Task, views: Sequence[tuple[int, int, int]], samples: int, 
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def step_bytes(
-    task: Task, views: Sequence[tuple[int, int, int]], images: int, micro: int | None, optimizer: str
-) -> float | None:
-    """The estimate for one process, in bytes; see the module. None where the network can't be run without computing.
+class StepMemory(NamedTuple):
+    """Bytes of a step in one process: whatever the batch is, of an image that is embedded, and of one that is read."""
 
-    Args:
-        task: of the step.
-        views: channels, height and width of each view.
-        images: this process's share of the batch.
-        micro: samples that it embeds at once; None for its whole share.
-        optimizer: its name.
-    """
-    fixed, of_image, of_views = _parts(task, views, optimizer)
-    return None if of_image is None else fixed + of_image * (micro or images) + of_views * images
+    fixed: float
+    of_image: float
+    of_views: float
+
+    def needed(self, images: int, micro: int | None) -> float:
+        """Of a share of ``images``, ``micro`` of them embedded at once (None: all)."""
+        return self.fixed + self.of_image * (micro or images) + self.of_views * images
 
 
-def _parts(task: Task, views: Sequence[tuple[int, int, int]], optimizer: str) -> tuple[float, float | None, float]:
-    """Bytes whatever the batch is, of an image that is embedded, and of an image that is read."""
+def estimate(task: Task, views: Sequence[tuple[int, int, int]], optimizer: str) -> StepMemory | None:
+    """The estimate, see the module, for ``views`` of (channels, height, width); None where the network can't run without computing."""
     trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
-    fixed, of_views = float(trained * _STATE_BYTES.get(optimizer, 8)), float(sum(map(prod, views)) * (1 + 4))
     for whole in (True, False):
         try:
             few, more = (kept_bytes(task, views, samples, whole) for samples in (_FEW, _MORE))
-            of_image = (more - few) / (_MORE - _FEW)
-            return fixed + few - _FEW * of_image, of_image, of_views
         except Exception as error:  # some networks read values, and fake tensors have none
             _log.debug("no memory is counted (%s)", error)
-    return fixed, None, of_views
+            continue
+        of_image = (more - few) / (_MORE - _FEW)
+        fixed = float(trained * _STATE_BYTES.get(optimizer, 8)) + few - _FEW * of_image
+        return StepMemory(fixed, of_image, float(sum(map(prod, views)) * (1 + 4)))
+    return None
 
 
 def check_memory(
@@ -127,16 +120,9 @@ def check_memory(
 ) -> None:
     """Refuses a step that needs more memory than this machine has, and warns where it is only not free now.
 
-    Args:
-        task: on the CPU.
-        views: channels, height and width of each view.
-        images: this process's share of the batch.
-        micro: samples that it embeds at once; None for its whole share.
-        optimizer: its name.
-        processes: on this machine.
-        batch_key: the key that sets the batch.
-        size_key: the key that sets the images' size.
-        micro_key: the key that sets ``micro``; None where a whole share is embedded at once in any case.
+    ``views`` are of (channels, height, width), ``images`` is this process's share of the batch, ``micro`` what it embeds at once
+    (None: all), and ``processes`` those on this machine. The message names the keys that set batch, image size and ``micro``; of the
+    last None where a whole share is embedded at once in any case.
 
     Raises:
         ConfigError: with the setting that makes it fit.
@@ -145,15 +131,13 @@ def check_memory(
     weights = sum(parameter.numel() for parameter in task.parameters())
     if processes * (16 * weights + images * sum(map(prod, views)) * _MOST_BYTES) <= memory.free:
         return  # far below what could be short: not worth a forward
-    fixed, of_image, of_views = _parts(task, views, optimizer)
-    if of_image is None:
+    step = estimate(task, views, optimizer)
+    needed = 0.0 if step is None else processes * step.needed(images, micro)
+    if step is None or needed <= memory.free:
         return
-    needed = processes * (fixed + of_image * (micro or images) + of_views * images)
-    if needed <= memory.free:
-        return
-    room = _SAFE * memory.free / processes - fixed - of_views * images
+    room = _SAFE * memory.free / processes - step.fixed - step.of_views * images
     parts = range(2, images) if micro_key is not None else ()
-    fitting = [part for part in parts if images % part == 0 and part * of_image <= room]
+    fitting = [part for part in parts if images % part == 0 and part * step.of_image <= room]
     advice = (
         f"embed fewer images at once, which gives the gradient of the same batch: {micro_key}={fitting[-1]}"
         if fitting

@@ -1,29 +1,24 @@
-"""All processes skip or stop before the optimizer's step if the loss or gradient of any is not finite."""
+"""A step whose loss or gradient is not finite: what is done about it, and the search for its cause."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from ssl_pipeline.config.base import FrozenModel, UserError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.signals import pending_signal
+from ssl_pipeline.engine.distributed import all_gather_objects
 from ssl_pipeline.engine.task import Task
-from ssl_pipeline.models.batch_norm import running_statistics
 
-FILE_NAME = "nonfinite.json"
-_TOLD = 5
+_FILE_NAME, _TOLD = "nonfinite.json", 5
 
 
 class NonFiniteConfig(FrozenModel):
@@ -44,62 +39,6 @@ class NonFiniteError(UserError):
     exit_code = 1
 
 
-class BatchNormSnapshot:
-    """The running statistics of a task's BatchNorms before a step, whose forward pass moves them: a bad step must not."""
-
-    def __init__(self, task: nn.Module) -> None:
-        self._now = running_statistics(task)
-        self._kept = [buffer.clone() for buffer in self._now]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self._now:
-            torch._foreach_copy_(self._kept, self._now)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        if self._now:
-            torch._foreach_copy_(self._now, self._kept)
-
-
-class StepStatus(NamedTuple):
-    """Whether loss and gradient are finite on all processes, and the signal that one of them was sent, 0 for none."""
-
-    finite: bool
-    signal: int
-
-
-def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A number that is finite only if all gradients are: on a CPU their sum, which does not overflow as a norm's squares do.
-
-    Of sharded gradients it covers this process's shards; ``all_reduce_status`` covers the others'.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients[0].is_cuda:  # a sum of each tensor would be a launch of each
-        return get_total_norm(gradients)
-    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    return torch.stack([gradient.sum() for gradient in own]).sum()
-
-
-def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> StepStatus:
-    """The one exchange of every step: two numbers a process, and none where there is one process.
-
-    Args:
-        accelerator: gives the processes.
-        loss: this process's.
-        check: finite only if the gradient is; None where a gradient scaler checks it.
-    """
-    if isinstance(check, DTensor):  # the norm of shared-out gradients
-        check = check.full_tensor()
-    watched = loss.detach().float() if check is None else loss.detach().float() + check.detach().float()
-    if accelerator.num_processes == 1:
-        return StepStatus(bool(torch.isfinite(watched)), pending_signal())
-    mine = torch.stack([(~torch.isfinite(watched)).float(), watched.new_tensor(float(pending_signal()))])
-    dist.all_reduce(mine, dist.ReduceOp.MAX)
-    bad, signal = mine.tolist()
-    return StepStatus(not bad, int(signal))
-
-
 @dataclass
 class NonFiniteReport:
     """What one process knows of a bad step; written as JSON."""
@@ -111,24 +50,26 @@ class NonFiniteReport:
     gradients: list[str] = field(default_factory=list)  # parameters whose gradient is not finite
     own: bool = False  # whether these gradients are from before the exchange, and so this process's alone
 
+    def __str__(self) -> str:
+        gradients = f"the gradient of {self.gradients[0]}" if self.gradients else "a gradient"
+        what = f"a loss of {self.loss}" if self.bad_loss else gradients
+        numbers = self.samples or self.batch
+        listed = ", ".join(map(str, numbers[:_TOLD])) + (", …" if len(numbers) > _TOLD else "")
+        which = "with images or embeddings that are not finite" if self.samples else "the whole share"
+        return f"process {self.process} has {what} ({len(numbers)} sample(s), {which}: {listed})"
+
     @property
-    def starts_it(self) -> bool:
-        """Whether this process's own loss or samples are not finite."""
-        return self.loss in ("nan", "inf", "-inf") or bool(self.samples)
+    def bad_loss(self) -> bool:
+        return self.loss in ("nan", "inf", "-inf")
 
 
-def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool) -> list[NonFiniteReport]:
-    """Looks for the cause of a bad step, after its backward pass; called on all processes, once: it costs another step.
+def report_nonfinite(
+    task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool, folder: Path | None
+) -> NonFiniteError:
+    """The error of a bad step, after its backward pass; called on all processes, once: it costs another step.
 
-    Args:
-        task: that took the step.
-        batch: this process's share.
-        loss: this process's.
-        accelerator: gives the processes.
-        alone: whether the gradient can be computed again without the other processes (a plain replica, a batch in one piece).
-
-    Returns:
-        One report a process, the same list on all.
+    ``alone``: whether the gradient can be computed again without the other processes (a plain replica, a batch in one piece).
+    ``folder`` gets a file with the cause.
     """
     mine = NonFiniteReport(
         accelerator.process_index, str(float(loss.detach())), _bad_samples(task, batch), batch.index.tolist(), own=alone
@@ -142,47 +83,24 @@ def find(task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone
     mine.gradients = [
         name for (name, _), g in zip(named, gradients, strict=True) if g is not None and not torch.isfinite(g).all()
     ]
-    if accelerator.num_processes == 1:
-        return [mine]
-    found: list[NonFiniteReport] = [mine] * accelerator.num_processes
-    dist.all_gather_object(found, mine)
-    return found
-
-
-def report_nonfinite(
-    task: Task, batch: Batch, loss: Tensor, accelerator: Accelerator, alone: bool, folder: Path | None
-) -> NonFiniteError:
-    """The error of a bad step, whose cause is written into a file of ``folder``, if there is one; see :func:`find`."""
-    step, findings = batch.clock.taken, find(task, batch, loss, accelerator, alone)
-    message = f"{sentence(step, findings)} Nothing was changed by this step"
+    step, found = batch.clock.taken, all_gather_objects(accelerator, mine)
+    # A loss that compares samples of all processes carries one's bad gradient to the others: gradients are the weakest sign.
+    guilty = [one for one in found if one.bad_loss or one.samples]
+    guilty = guilty or [one for one in found if one.own and one.gradients] or found
+    message = (
+        f"step {step} gives no finite number: {'; '.join(map(str, guilty[:_TOLD]))}. Nothing was changed by this step"
+    )
     if folder is not None:
-        file = folder / FILE_NAME
+        file = folder / _FILE_NAME
         if accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tree = {"step": step, "processes": [asdict(finding) for finding in findings]}
+            folder.mkdir(parents=True, exist_ok=True)
+            tree = {"step": step, "processes": [asdict(one) for one in found]}
             file.write_text(json.dumps(tree, indent=1), encoding="utf-8")
         message += f", and the state before it is saved; {file} lists all samples"
     return NonFiniteError(
         f"{message}. Lower `optim.lr`, lengthen `optim.warmup`, or raise the temperature; `optim.nonfinite.action=skip` passes "
         "over such steps."
     )
-
-
-def sentence(step: int, findings: list[NonFiniteReport]) -> str:
-    """What is wrong with a step: which process, what, and which samples."""
-    # A loss that compares samples of all processes carries one's bad gradient to the others: gradients are the weakest sign.
-    guilty = [finding for finding in findings if finding.starts_it]
-    guilty = guilty or [finding for finding in findings if finding.own and finding.gradients] or findings
-    return f"step {step} gives no finite number: " + "; ".join(_told(finding) for finding in guilty[:_TOLD]) + "."
-
-
-def _told(finding: NonFiniteReport) -> str:
-    gradients = f"the gradient of {finding.gradients[0]}" if finding.gradients else "a gradient"
-    what = "" if finding.loss not in ("nan", "inf", "-inf") else f"a loss of {finding.loss}"
-    numbers = finding.samples or finding.batch
-    listed = ", ".join(map(str, numbers[:_TOLD])) + (", …" if len(numbers) > _TOLD else "")
-    which = "with images or embeddings that are not finite" if finding.samples else "the whole share"
-    return f"process {finding.process} has {what or gradients} ({len(numbers)} sample(s), {which}: {listed})"
 
 
 @torch.no_grad()

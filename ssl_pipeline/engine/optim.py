@@ -53,16 +53,10 @@ class OptimConfig(WarmupCosine):
 
 
 def build_optimizer(config: OptimConfig, task: Task, batch_size: int) -> Optimizer:
-    """The optimizer of a task.
+    """The optimizer of a task, for a ``batch_size`` over all processes.
 
-    Args:
-        config: which one.
-        task: gives its parameters in groups, each with its ``lr_factor``.
-        batch_size: samples of a step over all processes.
-
-    Returns:
-        An optimizer whose groups carry ``base_lr``; :meth:`OptimConfig.set_lr` makes the step's rate of it. Norms and biases are in
-        groups of their own without decay, which LARS therefore also leaves unscaled.
+    Its groups carry ``base_lr``; :meth:`OptimConfig.set_lr` makes the step's rate of it. Norms and biases are in groups of their own
+    without decay, which LARS therefore also leaves unscaled.
     """
     groups: list[dict[str, Any]] = []
     for group in task.param_groups():

@@ -6,39 +6,46 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
+from pydantic import Field
 
-from ssl_pipeline.config.base import dump
-from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, check_steps_left
-from ssl_pipeline.engine.distributed import broadcast_from_main, check_same_start, run_on_main
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
+from ssl_pipeline.data.loader import TrainLoader
+from ssl_pipeline.engine.checkpoint import Checkpoints, check_steps_left
+from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_from_main, run_on_main
 from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.signals import handle_signals
 from ssl_pipeline.logging.jsonl import FILE_NAME, TRAINING_STEP, read_metrics, seconds_before
 from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress
 from ssl_pipeline.logging.run import Resume, RunFolder, open_run
-from ssl_pipeline.schedules import DurationValue
+from ssl_pipeline.schedules import Duration, parse_duration
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _POINTS = 50  # that are logged of a loop of stage two
 
 
-class RunConfig(Protocol):
-    """The keys that both stages have for their run."""
+class RunConfig(FrozenModel):
+    """The keys that both stages have for their run.
 
-    @property
-    def output(self) -> str | None: ...
-    @property
-    def resume(self) -> Resume: ...
-    @property
-    def tracking(self) -> TrackingConfig: ...
-    @property
-    def save_every(self) -> DurationValue: ...
-    @property
-    def save_total_limit(self) -> int: ...
+    Attributes:
+        tracking: loggers beside ``metrics.jsonl``.
+        seed: of every draw.
+        output: the run's folder; null numbers them: ``runs/pretrain-001``, ….
+        resume: ``auto`` continues the run in ``output``; ``changed`` does so despite another configuration or data.
+        save_every: how often a state to resume from is kept, of a training's length; ``0 steps`` at the end only.
+        save_total_limit: how many of them are kept.
+        num_workers: processes that decode files; null chooses by the machine's cores.
+    """
+
+    tracking: TrackingConfig
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+    resume: Resume = "no"
+    save_every: Duration = parse_duration("10%")
+    save_total_limit: int = Field(2, ge=1)
+    num_workers: int | None = Field(None, ge=0)
 
 
 @contextmanager
@@ -47,33 +54,28 @@ def start_run(
     config: RunConfig,
     accelerator: Accelerator,
     data: Mapping[str, str],
-    loader: Loader | None = None,
+    loader: TrainLoader | None = None,
     in_steps: bool = False,
 ) -> Iterator[Run]:
     """Makes or continues the run's folder, and closes all that belongs to the run at the end.
 
-    Args:
-        stage: ``pretrain`` or ``finetune``.
-        config: of the stage.
-        accelerator: gives the processes: the main one writes.
-        data: fingerprints of what the run starts from, learns from and is measured on, by name.
-        loader: of a run with one loop, from its start; a changed configuration must leave steps to do.
-        in_steps: whether that loop's length is given in optimizer steps, rather than in epochs.
+    ``data`` are the fingerprints of what the run starts from, learns from and is measured on, by name. In a run with one loop a
+    changed configuration must leave steps to do: its ``loader``, from its start, and whether its length is given ``in_steps``.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written; on all processes.
     """
+    settings = dump(config)
 
     def check_change(folder: Path) -> None:
         state = Checkpoints(folder / "checkpoints", main=False).load() if loader is not None else None
         if loader is not None and state is not None:
             check_steps_left(state, loader, in_steps)
 
-    settings = dump(config)  # type: ignore[arg-type]
-    opened = run_on_main(
-        accelerator,
-        lambda: open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change),
-    )
+    def make() -> RunFolder:
+        return open_run(config.output, stage, config.resume, settings, data=data, check_change=check_change)
+
+    opened = run_on_main(accelerator, make)
     with opened or nullcontext(), ExitStack() as stack:
         folder, changes = broadcast_from_main(accelerator, (opened.path, opened.changes) if opened else (Path(), []))
         yield Run(folder, changes, stage, config, settings, opened, accelerator, stack)
@@ -105,13 +107,13 @@ class Run:
         self.progress = Progress(0, 0, self.main, self._config.tracking.progress)
         self._steps_before = 0  # of stage two's loops that are over
 
-    def checkpoints(self, loader: Loader, in_steps: bool, name: str = "") -> tuple[Checkpoints, dict[str, Any] | None]:
+    def checkpoints(
+        self, loader: TrainLoader, in_steps: bool, name: str = ""
+    ) -> tuple[Checkpoints, dict[str, Any] | None]:
         """A loop's checkpoints and the last one of them, from which its loader then continues.
 
-        Args:
-            loader: of the loop, from its start.
-            in_steps: whether the loop's length is given in optimizer steps, rather than in epochs.
-            name: of the loop's folder, where the run has several.
+        ``in_steps``: whether the loop's length is given in optimizer steps, rather than in epochs. ``name``: of the loop's folder,
+        where the run has several.
 
         Raises:
             ConfigError: processes read checkpoints of different steps; on all of them.
@@ -119,7 +121,12 @@ class Run:
         every = self._config.save_every.on(loader.clock(0)) or None
         checkpoints = Checkpoints(self.folder / "checkpoints" / name, every, self._config.save_total_limit, self.main)
         resume = checkpoints.load()
-        check_same_start(self._accelerator, int(resume["done"]) if resume else 0)
+        starts = all_gather_objects(self._accelerator, int(resume["done"]) if resume else 0)
+        if len(set(starts)) > 1:
+            raise ConfigError(
+                f"the processes read checkpoints of different steps ({', '.join(map(str, starts))}): they need one `output` that all "
+                "machines see alike, such as a folder on a shared disk."
+            )
         if resume is not None:
             loader.resume(resume["position"], resume["done"], in_steps)
         return checkpoints, resume
@@ -143,12 +150,7 @@ class Run:
         enter(handle_signals(self.folder if self.main else None))
 
     def say(self, text: str) -> None:
-        """One line in the terminal."""
         self.progress.say(text)
-
-    def announcing(self, what: str, work: Callable[P, T]) -> Callable[P, T]:
-        """The same work, which says what it is before it starts, unless the last time took a few seconds at most."""
-        return self.progress.announcing(what, work)
 
     def log_loop(self) -> Callback:
         """Logs the one loop of a run by its steps."""
@@ -159,13 +161,7 @@ class Run:
         """Logs one of the loops of stage two, and shows its progress; gives a callback, and the steps between two logs.
 
         A seed's metrics stand in the log by seed. Those of its loops do, too, and count the optimizer steps of all loops of the run
-        in ``finetune/step``, one axis that never goes back. A loop that continues from a checkpoint drops the lines from after it.
-
-        Args:
-            seed: of the training.
-            name: of the loop.
-            total: its steps.
-            done: how many of them were done before.
+        in ``finetune/step``, one axis that never goes back. A loop that continues after ``done`` steps drops the later lines.
         """
         before = self._steps_before
         if done < total:  # of a loop that was at its end, the next one knows what is repeated

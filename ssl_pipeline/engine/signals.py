@@ -1,6 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the run is saved at the end of its step, on all processes alike, and left calmly.
 
-A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/nonfinite.py``), so
+A handler only notes the signal. Processes agree on it in the exchange that every step has anyway (``engine/train_state.py``), so
 that one which receives it a step earlier does not wait for the others in vain. A long evaluation is cut short where processes
 exchange its parts, and repeated by the run that continues.
 
@@ -137,14 +137,10 @@ def handle_signals(folder: Path | None) -> Iterator[None]:
 
 def _note(number: int, frame: FrameType | None) -> None:
     """A command's handler."""
-    global _first
     del frame
-    now = time.monotonic()
     if _first is None:
-        _first = number, now
-        if number == signal.SIGINT:
-            _interrupt()
-    elif now - _first[1] > _seconds_of_one_request(number):
+        _note_first(number)
+    elif time.monotonic() - _first[1] > _seconds_of_one_request(number):
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(128 + number)
@@ -152,16 +148,18 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def _note_interrupt(number: int, frame: FrameType | None) -> None:
     """The handler of Ctrl-C where a run is called from Python."""
-    global _first
     del frame
     if _first is not None:
         raise KeyboardInterrupt
+    _note_first(number)
+
+
+def _note_first(number: int) -> None:
+    """Ctrl-C waits for the end of a loop's step, or goes up through everything else."""
+    global _first
     _first = number, time.monotonic()
-    _interrupt()
-
-
-def _interrupt() -> None:
-    """Ctrl-C: waits for the end of a loop's step, or goes up through everything else."""
+    if number != signal.SIGINT:
+        return
     if not _loops:
         raise KeyboardInterrupt
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():

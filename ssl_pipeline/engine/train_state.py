@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.checkpoint import Checkpoints, Loader, must_fit
+from ssl_pipeline.data.loader import TrainLoader
+from ssl_pipeline.engine.checkpoint import Checkpoints, must_fit
 from ssl_pipeline.engine.distributed import all_gather_objects, broadcast_buffers, check_all_learn
 from ssl_pipeline.engine.failures import explain
 from ssl_pipeline.engine.fsdp import copy_full_params, full_state_dict, shard_for_training, shard_state_dict
-from ssl_pipeline.engine.grad_cache import two_pass
-from ssl_pipeline.engine.nonfinite import BatchNormSnapshot, all_reduce_status, gradient_check, report_nonfinite
+from ssl_pipeline.engine.nonfinite import report_nonfinite
 from ssl_pipeline.engine.optim import OptimConfig
+from ssl_pipeline.engine.signals import pending_signal
 from ssl_pipeline.engine.task import StepOutput, Task
+from ssl_pipeline.models.batch_norm import running_statistics
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.schedules import TrainProgress
 
@@ -44,7 +51,7 @@ class TrainState:
         accelerator: gives precision and processes.
         checkpoints: where the state is saved; None saves nothing.
         resume: a loaded checkpoint to continue from.
-        micro: samples that a process embeds at once (``engine/grad_cache.py``); None for its whole share of the batch.
+        micro: samples that a process embeds at once, see :func:`two_pass`; None for its whole share of the batch.
 
     Attributes:
         done: the steps that were done before.
@@ -66,12 +73,10 @@ class TrainState:
         self.accelerator, self.checkpoints, self.resume, self._micro = accelerator, checkpoints, resume, micro
         self.done, self.skipped, self.skipped_by_scaler, self._lr = 0, 0, 0, 0.0
 
-    def start(self, loader: Loader, beside: Callable[[], dict[str, Any]] = dict) -> None:
-        """Prepares task and optimizer for this group of processes, and loads the checkpoint.
+    def start(self, loader: TrainLoader, beside: Callable[[], dict[str, Any]] = dict) -> None:
+        """Prepares task and optimizer for this group of processes and the loader's steps, and loads the checkpoint.
 
-        Args:
-            loader: whose steps they will be.
-            beside: gives what else each checkpoint keeps, under names of its own.
+        ``beside`` gives what else each checkpoint keeps, under names of its own.
 
         Raises:
             ConfigError: the checkpoint does not fit.
@@ -106,12 +111,12 @@ class TrainState:
         self._lr = lr = self._optim.set_lr(self._optimizer.param_groups, batch.clock)
         try:
             output = self._backward(batch)
-            if batch.clock.taken == self.done and isinstance(self._model, nn.parallel.DistributedDataParallel):
+            if batch.clock.taken == self.done and isinstance(self._model, DistributedDataParallel):
                 check_all_learn(self._task)
             for parameter in self._task.frozen(batch.clock):
                 parameter.grad = None
-            agreed = all_reduce_status(self.accelerator, output.loss, self._clip())
-            if agreed.finite:
+            finite, signal = all_reduce_status(self.accelerator, output.loss, self._clip())
+            if finite:
                 self._prepared.step()  # the first one makes the optimizer's state, for which memory may be short as well
         except torch.cuda.OutOfMemoryError as error:
             short = ConfigError(
@@ -122,7 +127,7 @@ class TrainState:
             raise short from error
         except RuntimeError as error:
             raise explain(error, batch.clock.taken) or error from error
-        if not agreed.finite:
+        if not finite:
             self._skip(batch, output.loss)
         elif self._prepared.step_was_skipped:  # by the gradient scaler: no weight moved, so nothing else may
             self._statistics.restore()
@@ -131,7 +136,7 @@ class TrainState:
             self._task.after_step(batch)
         # Of the whole task: parameters that the optimizer does not hold have gradients, too, and would keep a bad one for ever.
         self._task.zero_grad()
-        return Step(batch.clock, output, lr, agreed.signal)
+        return Step(batch.clock, output, lr, signal)
 
     def sync(self) -> None:
         """Gives all processes the same task to evaluate or save; called on all of them."""
@@ -160,7 +165,6 @@ class TrainState:
         }  # fmt: skip
 
     def _load(self, resume: Mapping[str, Any]) -> None:
-        """The rest of a checkpoint, once the task is prepared."""
         self.done = int(resume["done"])
         self.skipped, self.skipped_by_scaler = resume["skipped"]
         # The optimizer's settings stay the configuration's, which ``resume=changed`` may have changed.
@@ -177,7 +181,6 @@ class TrainState:
             self.accelerator.scaler.load_state_dict(resume["scaler"])
 
     def _backward(self, batch: Batch) -> StepOutput:
-        """The loss, and its gradient."""
         if self._micro is not None and self._micro < len(batch.index):
             reseed = partial(self._reseed, batch.clock.taken)
             return two_pass(self._task, self._model, batch, self._micro, self.accelerator, reseed)
@@ -210,7 +213,7 @@ class TrainState:
             self.skipped += 1
             return
         self._reseed(batch.clock.taken, 0)
-        alone = isinstance(self._model, nn.parallel.DistributedDataParallel) and self._micro is None
+        alone = isinstance(self._model, DistributedDataParallel) and self._micro is None
         alone = alone or self.accelerator.num_processes == 1
         folder = None if self.checkpoints is None else self.checkpoints.folder.parent
         problem = report_nonfinite(self._task, batch, loss, self.accelerator, alone, folder)
@@ -218,3 +221,96 @@ class TrainState:
         broadcast_buffers(self._task)
         self.save(batch.clock.taken, wait=True)
         raise problem
+
+
+class BatchNormSnapshot:
+    """The running statistics of a task's BatchNorms before a step, whose forward pass moves them: a bad step must not."""
+
+    def __init__(self, task: nn.Module) -> None:
+        self._now = running_statistics(task)
+        self._kept = [buffer.clone() for buffer in self._now]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self._now:
+            torch._foreach_copy_(self._kept, self._now)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._now:
+            torch._foreach_copy_(self._now, self._kept)
+
+
+def gradient_check(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A number that is finite only if all gradients are: on a CPU their sum, which does not overflow as a norm's squares do.
+
+    Of sharded gradients it covers this process's shards; ``all_reduce_status`` covers the others'.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients[0].is_cuda:  # a sum of each tensor would be a launch of each
+        return get_total_norm(gradients)
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return torch.stack([gradient.sum() for gradient in own]).sum()
+
+
+def all_reduce_status(accelerator: Accelerator, loss: Tensor, check: Tensor | None) -> tuple[bool, int]:
+    """Whether loss and gradient are finite on all processes, and the signal that one of them was sent, 0 for none.
+
+    The one exchange of every step: two numbers a process, and none where there is one process. ``check`` is finite only if the
+    gradient is; None where a gradient scaler checks it.
+    """
+    if isinstance(check, DTensor):  # the norm of shared-out gradients
+        check = check.full_tensor()
+    watched = loss.detach().float() if check is None else loss.detach().float() + check.detach().float()
+    if accelerator.num_processes == 1:
+        return bool(torch.isfinite(watched)), pending_signal()
+    mine = torch.stack([(~torch.isfinite(watched)).float(), watched.new_tensor(float(pending_signal()))])
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    bad, signal = mine.tolist()
+    return not bad, int(signal)
+
+
+def two_pass(
+    task: Task, model: nn.Module, batch: Batch, micro: int, accelerator: Accelerator, reseed: Callable[[int], None]
+) -> StepOutput:
+    """Forward and backward of one step: the gradient of a large batch in the memory of a small one (GradCache, Gao et al. 2021).
+
+    Plain gradient accumulation would compare each sample with its own micro-batch alone. Here the first pass embeds all
+    micro-batches without a graph, the objective sees the embeddings of the whole batch, and the second pass carries the gradient
+    of each embedding through the network, one micro-batch at a time.
+
+    The gradient is that of the whole batch for networks that treat samples apart (GroupNorm, LayerNorm). BatchNorm takes its
+    statistics from the micro-batch in both passes: the gradient is then exact for a network whose BatchNorm sees micro-batches,
+    and running statistics move once a micro-batch.
+
+    ``model`` is the task as the accelerator wrapped it, and ``reseed`` seeds the model's draws for a micro-batch: both passes must
+    drop the same units. The gradients are then in the parameters.
+    """
+    parts, statistics = batch.split(micro), BatchNormSnapshot(task)
+    pieces = []
+    with torch.no_grad(), accelerator.autocast():
+        for number, part in enumerate(parts):
+            reseed(number)
+            pieces.append(task.embed(part))
+    statistics.restore()  # the second pass moves them
+    embeddings = {name: torch.cat([piece[name] for piece in pieces]).requires_grad_() for name in pieces[0]}
+    with accelerator.autocast():
+        output = task.objective(embeddings, batch)
+    # What the objective itself learns (a temperature, prototypes) has its whole gradient now.
+    learned = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(output.loss, [*embeddings.values(), *learned], allow_unused=True)
+    by_embedding = {name: g for name, g in zip(embeddings, found[: len(embeddings)], strict=True) if g is not None}
+    by_parameter = [(p, g) for p, g in zip(learned, found[len(embeddings) :], strict=True) if g is not None]
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        # Processes exchange gradients once, with the last micro-batch: it has to carry the objective's parameters, too.
+        with nullcontext() if last else accelerator.no_sync(model):
+            reseed(number)
+            rows = slice(number * micro, number * micro + len(part.index))
+            with accelerator.autocast():
+                loss = cast(StepOutput, model(part, {name: g[rows] for name, g in by_embedding.items()})).loss
+            if last:
+                for parameter, gradient in by_parameter:
+                    loss = loss + (parameter * gradient).sum()
+            accelerator.backward(loss)
+    return output

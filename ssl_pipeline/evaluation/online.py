@@ -145,7 +145,7 @@ class OnlineEvalCallback(Callback):
         self.evaluate_every, self._total, self._alone = every, total, alone
         self._best = BestEncoder(run.folder / "best", "eval/knn", run.main, comparable=not run.changes)
         self._images = ImageLogger(run.loggers)
-        self._measure = run.announcing("measuring the backbone", evaluation)
+        self._measure = run.progress.announcing("measuring the backbone", evaluation)
         self._done, self._latest, self._untrained = -1, dict[str, float](), dict[str, float]()
 
     def before_training(self, done: int, images: IndexedDataset, views: ViewsConfig, seed: int) -> None:

@@ -83,7 +83,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> float | str:
-    """A metric as JSON can hold it; scalars of NumPy and torch become numbers."""
     if isinstance(value, str | int):
         return value
     number = float(value)

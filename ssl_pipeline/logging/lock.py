@@ -46,7 +46,6 @@ class FolderLock:
         _HELD.add(self._identity)
 
     def release(self) -> None:
-        """Lets another in."""
         if self._file >= 0:
             os.close(self._file)
             _HELD.discard(self._identity)

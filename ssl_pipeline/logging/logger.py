@@ -79,16 +79,11 @@ class Logger:
         """The run is over; ``failed``: by an error, or stopped by a person."""
 
 
-class AsyncLogger(Logger):
+class AsyncLogger:
     """Starts and calls a logger in a thread of its own, in order, so that a training step never waits for it.
 
-    If it fails, falls behind or hangs, it is given up with one warning, and the run goes on without it.
-
-    Args:
-        name: for the warning.
-        start: makes the logger; may take as long as it likes.
-        timeout: seconds to wait at the end for the calls that are left.
-        size: calls that may wait.
+    If it fails, falls behind by ``size`` calls or hangs, it is given up with one warning, and the run goes on without it. ``start``
+    may take as long as it likes; the run's end waits ``timeout`` seconds for the calls that are left.
     """
 
     def __init__(self, name: str, start: Callable[[], Logger], timeout: float, size: int = _QUEUE_SIZE) -> None:
@@ -99,40 +94,24 @@ class AsyncLogger(Logger):
         self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        copied = dict(metrics)
-        self._later(lambda logger: logger.log(step, copied))
-
-    def log_images(self, step: int, files: Mapping[str, Path]) -> None:
-        copied = dict(files)
-        self._later(lambda logger: logger.log_images(step, copied))
-
-    def alert(self, title: str, text: str) -> None:
-        self._later(lambda logger: logger.alert(title, text))
-
-    def log_model(self, folder: Path) -> None:
-        self._later(lambda logger: logger.log_model(folder))
-
-    def use_model(self, folder: Path) -> None:
-        self._later(lambda logger: logger.use_model(folder))
-
-    def finish(self, failed: bool) -> None:
-        timeout = min(self._timeout, _SECONDS_AFTER_A_STOP) if failed else self._timeout
-        self._later(lambda logger: logger.finish(failed))
-        self._later(None)
-        if self._given_up:
-            return
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            self._give_up(f"was not done {timeout:g} s after the run's end")
-
-    def _later(self, call: Callable[[Logger], None] | None) -> None:
+    def call(self, call: Callable[[Logger], None] | None) -> None:
+        """Calls the logger later; None ends its thread."""
         if self._given_up:
             return
         try:
             self._calls.put_nowait(call)
         except queue.Full:
             self._give_up(f"is {self._calls.maxsize} calls behind")
+
+    def finish(self, failed: bool) -> None:
+        timeout = min(self._timeout, _SECONDS_AFTER_A_STOP) if failed else self._timeout
+        self.call(lambda logger: logger.finish(failed))
+        self.call(None)
+        if self._given_up:
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._give_up(f"was not done {timeout:g} s after the run's end")
 
     def _work(self) -> None:
         try:
@@ -183,47 +162,19 @@ class AccelerateLogger(Logger):
         self._tracker.finish()
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuses names that no tracker of Accelerate has, and those whose package is not installed.
-
-    Raises:
-        ConfigError: names each.
-    """
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS if str(name) != "wandb")
-    installed = {str(name) for name in get_available_trackers()}
-    problems = []
-    for name in names:
-        if name not in known:
-            problems.append(f"{name!r} is none of {', '.join(known)} (W&B is chosen by `tracking=wandb`).")
-        elif name not in installed:
-            install = f"-e '.[{name}]' in the project's folder" if name in _EXTRAS else name
-            problems.append(f"{name} is not installed: pip install {install}")
-    if problems:
-        raise ConfigError([f"`tracking.loggers`: {problem}" for problem in problems])
-
-
 class LoggerCollection:
-    """``metrics.jsonl`` and the other loggers. One that fails is dropped with a warning, and the run goes on.
+    """``metrics.jsonl`` and the other loggers; no file on ranks above 0, where nothing is logged. ``draws``: images are made."""
 
-    Args:
-        metrics: the file; None on ranks above 0, where nothing is logged.
-        loggers: get what the file gets.
-        draws: whether images are made.
-    """
-
-    def __init__(self, metrics: JsonlLogger | None, loggers: Sequence[Logger], draws: bool = False) -> None:
+    def __init__(self, metrics: JsonlLogger | None, loggers: Sequence[AsyncLogger], draws: bool = False) -> None:
         self._metrics, self._loggers = metrics, list(loggers)
         self.draws = draws and metrics is not None
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Metrics after ``step`` steps."""
         if self._metrics is not None and metrics:
-            self._metrics.log(step, metrics)
-            self._call(lambda logger: logger.log(step, metrics))
+            copied = dict(metrics)  # the loggers read it later
+            self._metrics.log(step, copied)
+            self._call(lambda logger: logger.log(step, copied))
 
     def truncate_training(self, step: int) -> None:
         """Drops the lines of stage two's loops beyond one of their steps, which a continued run repeats."""
@@ -249,7 +200,7 @@ class LoggerCollection:
             self._call(lambda logger: logger.alert(title, text))
 
     def log_model(self, folder: Path) -> None:
-        """The encoder that the run made: a folder with ``encoder.safetensors`` and ``card.json``."""
+        """The encoder that the run made."""
         self._call(lambda logger: logger.log_model(folder))
 
     def use_model(self, encoder: str | Path) -> None:
@@ -263,17 +214,12 @@ class LoggerCollection:
         """Closes ``metrics.jsonl`` first: the others may wait for a server."""
         if self._metrics is not None:
             self._metrics.finish()
-            self._call(lambda logger: logger.finish(failed))
+        for logger in self._loggers:
+            logger.finish(failed)
 
     def _call(self, call: Callable[[Logger], None]) -> None:
-        for logger in list(self._loggers):
-            try:
-                call(logger)
-            except Exception as error:
-                self._loggers.remove(logger)
-                _log.warning(
-                    "%s failed (%s) and is left out; %s holds everything", type(logger).__name__, error, FILE_NAME
-                )
+        for logger in self._loggers:
+            logger.call(call)
 
     def __enter__(self) -> LoggerCollection:
         return self
@@ -283,26 +229,18 @@ class LoggerCollection:
 
 
 def open_loggers(
-    run: RunFolder | None,
-    stage: str,
-    config: dict[str, Any],
-    tracking: TrackingConfig,
-    start_step: int,
-    main: bool = True,
+    run: RunFolder | None, stage: str, config: dict[str, Any], tracking: TrackingConfig, start_step: int
 ) -> LoggerCollection:
-    """The loggers of a run.
+    """The loggers of a run, which get its configuration without secrets; none on ranks above 0, where ``run`` is None.
 
-    Args:
-        run: its folder; None on ranks above 0.
-        stage: ``pretrain``, ``finetune`` or ``study``.
-        config: the resolved configuration; loggers get it without secrets.
-        tracking: which loggers.
-        start_step: the last step whose metrics stay, −1 for none; a continued run repeats what was logged after it.
-        main: whether this process logs.
+    ``start_step`` is the last step whose metrics stay, −1 for none; a continued run repeats what was logged after it.
+
+    Raises:
+        ConfigError: ``tracking.loggers`` names a tracker that Accelerate does not have, or that is not installed.
     """
-    if run is None or not main:
+    if run is None:
         return LoggerCollection(None, [])
-    check_names(tracking.loggers)
+    _check_names(tracking.loggers)
     metrics = JsonlLogger(run.path / FILE_NAME)
     metrics.truncate_after(start_step)
     public = redact(config)
@@ -319,3 +257,21 @@ def _open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Trac
     from ssl_pipeline.logging.wandb import open_wandb  # in the logger's thread: the first step does not wait for it
 
     return open_wandb(folder, stage, config, tracking)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS if str(name) != "wandb")
+    installed = {str(name) for name in get_available_trackers()}
+    problems = []
+    for name in names:
+        if name not in known:
+            problems.append(f"{name!r} is none of {', '.join(known)} (W&B is chosen by `tracking=wandb`).")
+        elif name not in installed:
+            install = f"-e '.[{name}]' in the project's folder" if name in _EXTRAS else name
+            problems.append(f"{name} is not installed: pip install {install}")
+    if problems:
+        raise ConfigError([f"`tracking.loggers`: {problem}" for problem in problems])

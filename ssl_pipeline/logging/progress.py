@@ -8,8 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
 from rich.console import Console
@@ -71,16 +70,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class Progress:
-    """The progress of a run, or of one of its loops.
-
-    Args:
-        total_steps: of the run.
-        start_step: steps done before.
-        enabled: whether this process prints.
-        mode: ``rich``: a bar. ``plain``: lines. ``quiet``: nothing. ``auto``: a bar in a terminal, lines elsewhere.
-        title: of the loop, where a run has several.
-        seconds_before: that earlier starts of the run took.
-    """
+    """The progress of a run, or of the loop ``title`` of a run with several; earlier starts took ``seconds_before``."""
 
     def __init__(
         self, total_steps: int, start_step: int = 0, enabled: bool = True, mode: Mode = "auto", title: str = "",
@@ -136,21 +126,16 @@ class Progress:
         """Work that prints what it is before it starts, unless it took only a few seconds the last time."""
 
         def announced(*words: P.args, **named: P.kwargs) -> T:
-            with self._announced(what):
+            took = self._took.get(what)
+            if took is None or took > _SECONDS_UNSAID:
+                self.say(f"  {what}" + ("" if took is None else f", about {duration(took)}"))
+            began = time.monotonic()
+            try:
                 return work(*words, **named)
+            finally:
+                self._took[what] = time.monotonic() - began
 
         return announced
-
-    @contextmanager
-    def _announced(self, what: str) -> Iterator[None]:
-        took = self._took.get(what)
-        if took is None or took > _SECONDS_UNSAID:
-            self.say(f"  {what}" + ("" if took is None else f", about {duration(took)}"))
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._took[what] = time.monotonic() - began
 
     def moved(self, step: int) -> None:
         """``step`` steps are done; called at each of them, and once before the first, to start the clock."""
@@ -162,7 +147,6 @@ class Progress:
             self._say_step()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Metrics after ``step`` steps."""
         self._done = step
         self._first = self._first or (step, time.monotonic())
         for name, value in figures.items():

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,7 @@ Resume = Literal["no", "auto", "changed"]
 
 
 class RunFolder:
-    """An open run folder; closing it releases its lock.
+    """An open run folder, locked until it is closed.
 
     Attributes:
         path: the folder.
@@ -46,12 +45,16 @@ class RunFolder:
         changes: what differs from the run that it held, a sentence each; it was continued despite them.
     """
 
-    def __init__(self, path: Path, resumed: bool, lock: FolderLock) -> None:
-        self.path, self.resumed, self._lock = path, resumed, lock
-        self.changes: list[str] = []
+    def __init__(self, path: Path) -> None:
+        self.path, self.resumed, self.changes = path, False, list[str]()
+        try:
+            self._lock = FolderLock(path)
+        except BlockingIOError:
+            raise ConfigError(
+                f"`output`: {str(path)!r} is in use by another process: wait for it, or choose another folder."
+            ) from None
 
     def close(self) -> None:
-        """Releases the lock."""
         self._lock.release()
 
     def __enter__(self) -> RunFolder:
@@ -75,16 +78,10 @@ def open_run(
 ) -> RunFolder:
     """Makes or continues a run's folder, and writes ``config.yaml`` and ``run.json`` into it.
 
-    Args:
-        output: the folder; None takes the next free number, ``runs/<stage>-001``.
-        stage: for the number's name.
-        resume: ``auto`` continues the run in ``output`` if there is one; ``changed`` does so despite another configuration or
-            other data, and keeps note of it in ``run.json``.
-        config: the resolved configuration.
-        root: where numbered folders are made.
-        data: fingerprints of what the run starts from, learns from and is measured on, by name.
-        check_change: is given the folder of a run that is continued despite changes, before anything is written; raises a ConfigError
-            where they leave nothing to do.
+    ``output`` None takes the next free number, ``runs/<stage>-001``. With ``resume=auto`` a run in ``output`` is continued;
+    ``changed`` does so despite another configuration or other ``data`` (fingerprints by name), and keeps note of it in ``run.json``.
+    Before anything of such a change is written, ``check_change`` is given the folder, and raises a ConfigError where the changes
+    leave nothing to do.
 
     Raises:
         ConfigError: the folder holds another run, is in use, or can't be written.
@@ -100,7 +97,7 @@ def open_run(
             if _occupied(path) and not (path / "config.yaml").exists():
                 # Refused before the lock, so that no file is left in a folder that is not ours.
                 raise ConfigError(f"`output`: {str(path)!r} is not empty and holds no run: choose another folder.")
-        run = RunFolder(path, False, _lock(path))
+        run = RunFolder(path)
         try:
             _settle(run, resume, config, dict(data or {}), check_change)
         except BaseException:  # which a notebook keeps: the folder must be free again
@@ -129,15 +126,13 @@ def without_nan(tree: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that shape a result."""
-    return {"python": ".".join(map(str, sys.version_info[:3])), **{name: _version(name) for name in _PACKAGES}}
-
-
-@cache
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def _next_number(root: Path, stage: str) -> Path:
@@ -160,15 +155,6 @@ def _occupied(path: Path) -> bool:
         entry.name != ".lock" and not (entry.name.startswith(".") and entry.name.endswith(".partial"))
         for entry in path.iterdir()
     )
-
-
-def _lock(path: Path) -> FolderLock:
-    try:
-        return FolderLock(path)
-    except BlockingIOError:
-        raise ConfigError(
-            f"`output`: {str(path)!r} is in use by another process: wait for it, or choose another folder."
-        ) from None
 
 
 def _settle(
@@ -233,14 +219,13 @@ def _changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
 
 def _changed_surroundings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changes the last bits of a figure, and no more: it is said, and the run goes on."""
-    found = {"threads": (before.get("threads"), now["threads"]), "commit": (before.get("commit"), now["commit"])}
-    for name, version_now in now["versions"].items():
-        found[name] = (before.get("versions", {}).get(name), version_now)
+    current = {"threads": now["threads"], "commit": now["commit"], **now["versions"]}
+    earlier = {**before, **before.get("versions", {})}
     return [
-        f"{name} was {then} and is now {current}: from here on the last bits may differ from those of a run that was not "
+        f"{name} was {earlier[name]} and is now {value}: from here on the last bits may differ from those of a run that was not "
         "stopped."
-        for name, (then, current) in found.items()
-        if then is not None and then != current
+        for name, value in current.items()
+        if earlier.get(name) is not None and earlier[name] != value
     ]
 
 

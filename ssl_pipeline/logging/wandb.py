@@ -25,13 +25,8 @@ _TAKEN: set[str] = set()  # identities of this process's runs: WANDB_RUN_ID is o
 class WandbLogger(Logger):
     """One W&B run.
 
-    Metrics carry our own step, since W&B drops steps that go back.
-
-    Args:
-        run: W&B's.
-        stage: ``pretrain``, with metrics by step; ``finetune``, by seed, and those of its loops by ``finetune/step``; ``study``,
-            by the number of labeled images.
-        identity: of the run's folder.
+    Metrics carry our own step, since W&B drops steps that go back: those of ``pretrain`` by step; of ``finetune`` by seed, and in its
+    loops by ``finetune/step``; of ``study`` by the number of labeled images. ``identity`` is the run folder's.
     """
 
     def __init__(self, run: wandb.Run, stage: str, identity: str) -> None:
@@ -102,12 +97,6 @@ def open_wandb(folder: Path, stage: str, config: dict[str, Any], tracking: Track
     W&B's own ``mode`` (``WANDB_MODE``, ``wandb offline``) holds. Otherwise it is online when W&B finds a key and its server
     answers in time, and offline when not. The key and the server are found by W&B alone, never in our configuration. Names and
     groups that the configuration leaves at their defaults come from W&B's environment variables.
-
-    Args:
-        folder: the run's; W&B writes into its ``wandb/``.
-        stage: W&B's job type.
-        config: the configuration that W&B keeps, without secrets.
-        tracking: project, entity, group, tags, and how long to wait.
     """
     tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     default = type(tracking).model_fields["project"].default

@@ -23,10 +23,7 @@ def rank_and_world_size() -> tuple[int, int]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        _, processes = rank_and_world_size()
-        parts = [torch.empty_like(rows) for _ in range(processes)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return all_gather_ids(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -52,3 +49,11 @@ def all_gather_ids(ids: Tensor) -> Tensor:
     parts = [torch.empty_like(ids) for _ in range(processes)]
     dist.all_gather(parts, ids.contiguous())
     return torch.cat(parts)
+
+
+def mean_count(counted: Tensor) -> Tensor:
+    """What to divide a process's sum by, so that the mean over processes is that over all counted rows; bool (N,) to a scalar > 0."""
+    count, processes = counted.sum().float(), rank_and_world_size()[1]
+    if processes > 1:
+        dist.all_reduce(count)
+    return count.clamp_min(1) / processes

@@ -27,7 +27,6 @@ class MemoryQueue(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
-        """Rows that are there."""
         return min(self.size, int(self.pushed))
 
     def keys(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import FrozenModel
-from ssl_pipeline.losses.tiles import Match
+from ssl_pipeline.losses.info_nce import Match
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 

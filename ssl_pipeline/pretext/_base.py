@@ -70,10 +70,10 @@ class ContrastiveConfig(ProjectionConfig):
 
 
 class ProjectionTask(Task):
-    """An encoder with a projection head, which is dropped after stage one.
+    """An encoder with a projection head, which is dropped after stage one, and the temperature of a contrastive task.
 
     Args:
-        config: the head's size, and the temperature of a contrastive task.
+        config: the head's size, and the temperature.
         encoder: what is pretrained.
         norm: whether batch norms stand between the head's layers.
         final_norm: whether one follows the last.
@@ -96,32 +96,24 @@ class ProjectionTask(Task):
         projections: Tensor = self.projection(self.encoder.features(images))
         return projections
 
+    def embed(self, batch: Batch) -> Embeddings:
+        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
+
     def student(self) -> nn.Sequential:
         """Encoder and head as one network, for a teacher to copy and to follow."""
         return nn.Sequential(self.encoder, self.projection)
 
 
 class BatchStatisticsTask(ProjectionTask):
-    """Two views, and a loss between the rows of all processes: its statistics are those of the whole batch.
-
-    Args:
-        config: the head's size.
-        encoder: what is pretrained.
-        loss: rows of both views (N, D) to a scalar.
-    """
+    """Two views, and a ``loss`` between their rows (N, D) of all processes: its statistics are those of the whole batch."""
 
     def __init__(self, config: ProjectionConfig, encoder: Encoder, loss: nn.Module) -> None:
         super().__init__(config, encoder)
         self.loss = loss
 
-    def embed(self, batch: Batch) -> Embeddings:
-        first, second = forward_views(self.project, batch.views)
-        return {"first": first, "second": second}
-
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        first, second = embeddings["first"], embeddings["second"]
-        with torch.autocast(first.device.type, enabled=False):
-            return StepOutput(self.loss(all_gather_rows(to_float32(first)), all_gather_rows(to_float32(second))))
+        with torch.autocast(batch.index.device.type, enabled=False):
+            return StepOutput(self.loss(*(all_gather_rows(to_float32(rows)) for rows in embeddings.values())))
 
 
 def with_predictions(projections: Sequence[Tensor], predictor: nn.Module) -> Embeddings:

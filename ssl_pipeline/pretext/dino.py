@@ -66,8 +66,6 @@ class Config(PretextConfig):
 
 
 class _Student(nn.Module):
-    """Encoder, head and prototypes as one network."""
-
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder

@@ -26,7 +26,7 @@ from ssl_pipeline.losses.info_nce import info_nce
 from ssl_pipeline.losses.memory_bank import MemoryBank
 from ssl_pipeline.losses.temperature import temperature_metrics
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views
+from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask
 
 
 class InstanceDiscrimination(ProjectionTask):
@@ -41,9 +41,6 @@ class InstanceDiscrimination(ProjectionTask):
 
     def prime(self, extract: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
         self.bank.fill(extract(self.project))
-
-    def embed(self, batch: Batch) -> Embeddings:
-        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         temperature = self.temperature(batch.clock)

@@ -24,10 +24,9 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ImageDataset
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows, rank_and_world_size
-from ssl_pipeline.losses.info_nce import info_nce
+from ssl_pipeline.losses.info_nce import Match, info_nce
 from ssl_pipeline.losses.memory_bank import MemoryQueue
 from ssl_pipeline.losses.temperature import temperature_metrics
-from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.models.batch_norm import norms_with_statistics
 from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder

@@ -17,9 +17,8 @@ from torch import Tensor
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.gather import all_gather_ids, all_gather_rows
-from ssl_pipeline.losses.info_nce import info_nce
+from ssl_pipeline.losses.info_nce import Match, info_nce
 from ssl_pipeline.losses.temperature import temperature_metrics
-from ssl_pipeline.losses.tiles import Match
 from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.heads import prediction_head

@@ -21,7 +21,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.losses.info_nce import two_view_info_nce
 from ssl_pipeline.losses.temperature import temperature_metrics
-from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views
+from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask
 
 
 class SimCLR(ProjectionTask):
@@ -29,12 +29,9 @@ class SimCLR(ProjectionTask):
 
     config: Config
 
-    def embed(self, batch: Batch) -> Embeddings:
-        first, second = forward_views(self.project, batch.views)
-        return {"first": first, "second": second}
-
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
-        first, second, temperature = embeddings["first"], embeddings["second"], self.temperature(batch.clock)
+        first, second = embeddings.values()
+        temperature = self.temperature(batch.clock)
         loss = self.contrast(first, second, temperature, batch)
         rows, place = torch.cat([first, second]).detach(), torch.arange(2 * len(first), device=first.device)
         pairs = place % len(first)

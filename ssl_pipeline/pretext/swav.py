@@ -25,7 +25,7 @@ from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.memory_bank import MemoryQueue
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.heads import PrototypeHead
-from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask, forward_views
+from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 
 
@@ -42,10 +42,6 @@ class SwAV(ProjectionTask):
             config.temperature, config.sinkhorn_iterations, config.sharpness, sinkhorn_gather_distributed=True
         )
         self._projections: list[Tensor] = []
-
-    def embed(self, batch: Batch) -> Embeddings:
-        """Projections of all views."""
-        return {f"view {i}": rows for i, rows in enumerate(forward_views(self.project, batch.views))}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         views = [to_float32(rows) for rows in embeddings.values()]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.grad_cache import two_pass
+from ssl_pipeline.engine.train_state import two_pass
 from ssl_pipeline.losses.info_nce import normalize_rows, two_view_info_nce
 from ssl_pipeline.models.backbone_config import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.schema import names
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.engine.grad_cache import two_pass
 from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.train_state import two_pass
 from ssl_pipeline.losses import gather, info_nce
 from ssl_pipeline.pretext.moco_v2 import MoCoV2
 from tests.tasks import tiny_batch, tiny_task

@@ -136,7 +136,7 @@ def test_stage_two_is_saved_in_its_loop(tmp_path: Path, monkeypatch: pytest.Monk
             os.kill(os.getpid(), signal.SIGINT)
         return after()
 
-    monkeypatch.setattr("ssl_pipeline.engine.nonfinite.pending_signal", at_step_three)
+    monkeypatch.setattr("ssl_pipeline.engine.train_state.pending_signal", at_step_three)
     config = tiny_finetune(encoder, tmp_path / "run", "regime=end_to_end", "regime.length=9 steps")
     with pytest.raises(StoppedByHand, match="after step 3 of "):
         finetune(config)

@@ -15,8 +15,9 @@ from timm.layers.evo_norm import EvoNorm2dB0
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.nonfinite import BatchNormSnapshot, NonFiniteError, gradient_check
+from ssl_pipeline.engine.nonfinite import NonFiniteError
 from ssl_pipeline.engine.task import StepOutput
+from ssl_pipeline.engine.train_state import BatchNormSnapshot, gradient_check
 from ssl_pipeline.evaluation.alerts import LossSpikes
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import read_metrics
@@ -55,7 +56,7 @@ def bad_gradient(self: SimCLR, embeddings: dict[str, torch.Tensor], batch: Batch
     """The loss is right, and its gradient is 0 · ∞."""
     output = objective(self, embeddings, batch)
     if batch.clock.step >= 2:
-        output.loss = output.loss + (embeddings["first"] * 0).sum().sqrt()
+        output.loss = output.loss + (embeddings["view 0"] * 0).sum().sqrt()
     return output
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.engine.distributed import start_accelerator
-from ssl_pipeline.engine.grad_cache import two_pass
 from ssl_pipeline.engine.task import StepOutput, Task
+from ssl_pipeline.engine.train_state import two_pass
 from ssl_pipeline.pretext._base import ProjectionTask
 from ssl_pipeline.pretrain import pretrain
 from tests.runs import tiny_pretrain

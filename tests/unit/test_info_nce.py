@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_pipeline.losses import tiles
-from ssl_pipeline.losses.info_nce import info_nce, normalize_rows, two_view_info_nce
-from ssl_pipeline.losses.tiles import Match
+from ssl_pipeline.losses.info_nce import _SIDE, Match, info_nce, normalize_rows, two_view_info_nce
 
 
 @pytest.fixture(autouse=True, params=[3, 1024], ids=["many tiles", "one tile"])
 def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is said here holds whatever the tiles."""
-    monkeypatch.setitem(tiles._SIDE, "cpu", request.param)
+    monkeypatch.setitem(_SIDE, "cpu", request.param)
 
 
 @dataclass

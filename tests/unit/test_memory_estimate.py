@@ -13,12 +13,21 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.schema import names
 from ssl_pipeline.engine import memory
-from ssl_pipeline.engine.memory import Memory, check_memory, kept_bytes, step_bytes
+from ssl_pipeline.engine.memory import Memory, check_memory, estimate, kept_bytes
+from ssl_pipeline.engine.task import Task
 from tests.benchmarks import scale
 from tests.runs import command
 from tests.tasks import tiny_batch, tiny_task
 
 GIB = 2**30
+
+
+def step_bytes(
+    task: Task, shapes: list[tuple[int, int, int]], images: int, micro: int | None = None, optimizer: str = "sgd"
+) -> float:
+    step = estimate(task, shapes, optimizer)
+    assert step is not None
+    return step.needed(images, micro)
 
 
 @pytest.mark.parametrize("name", names("pretext"))
@@ -48,8 +57,7 @@ def test_a_step_takes_what_was_estimated() -> None:
     """Measured in a process of its own: between the estimate and 1.3 times of it."""
     task, batch = scale._task(4, 16)
     shapes = [(view.shape[1], view.shape[2], view.shape[3]) for view in batch.views]
-    estimated = step_bytes(task, shapes, 64, None, "sgd")
-    assert estimated is not None
+    estimated = step_bytes(task, shapes, 64)
     words = f"from tests.benchmarks import scale; scale.print_memory({64}, {16})"
     done = command(sys.executable, "-c", words, MALLOC_MMAP_THRESHOLD_="65536")
     measured = float(done.stdout.split()[1]) * 2**20
@@ -62,12 +70,12 @@ def test_a_step_takes_what_was_estimated() -> None:
 def test_what_does_not_grow_with_the_batch_counts_once() -> None:
     task, batch = scale._task(4, 16)
     shapes = [(view.shape[1], view.shape[2], view.shape[3]) for view in batch.views]
-    sizes = {images: step_bytes(task, shapes, images, None, "sgd") or 0.0 for images in (8, 16, 32)}
+    sizes = {images: step_bytes(task, shapes, images) for images in (8, 16, 32)}
     assert sizes[32] - sizes[16] == pytest.approx(2 * (sizes[16] - sizes[8]))
-    micro = step_bytes(task, shapes, 32, 8, "sgd") or 0.0
+    micro = step_bytes(task, shapes, 32, 8)
     assert sizes[8] < micro < sizes[16]  # the views of the whole share are there, too
     parameters = sum(parameter.numel() for parameter in task.parameters())
-    adamw = step_bytes(task, shapes, 8, None, "adamw") or 0.0
+    adamw = step_bytes(task, shapes, 8, optimizer="adamw")
     assert adamw - sizes[8] == 4 * parameters
 
 
@@ -76,7 +84,7 @@ def test_too_large_a_step_is_refused_with_what_fits(
 ) -> None:
     task, batch = scale._task(4, 16)
     shapes = [(view.shape[1], view.shape[2], view.shape[3]) for view in batch.views]
-    needed = step_bytes(task, shapes, 64, None, "sgd") or 0.0
+    needed = step_bytes(task, shapes, 64)
 
     def machine(total: float, free: float) -> None:
         monkeypatch.setattr(memory, "machine_memory", lambda: Memory(total * needed, free * needed))

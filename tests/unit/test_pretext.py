@@ -175,7 +175,7 @@ def test_barlow_and_vicreg_are_lightlys() -> None:
     for name, oracle in (("barlow_twins", lightly_loss.BarlowTwinsLoss()), ("vicreg", lightly_loss.VICRegLoss())):
         task, batch = tiny_task(name)
         embeddings = task.embed(batch)
-        expected = oracle(embeddings["first"], embeddings["second"])
+        expected = oracle(embeddings["view 0"], embeddings["view 1"])
         assert task.objective(embeddings, batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -347,7 +347,7 @@ def test_supcon_treats_an_unlabeled_image_as_its_own_class() -> None:
     batch.label = torch.tensor([0, 0, 1, 1, -1, -1, 0, -1])
     e = task.embed(batch)
     ids = torch.tensor([0, 0, 1, 1, 10, 11, 0, 12])
-    expected = two_view_info_nce(e["first"], e["second"], 0.1, ids)
+    expected = two_view_info_nce(e["view 0"], e["view 1"], 0.1, ids)
     assert task.objective(e, batch).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 

@@ -23,7 +23,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.files import atomic_write_text
 from ssl_pipeline.logging.jsonl import JsonlLogger, read_metrics, seconds_before
-from ssl_pipeline.logging.logger import Logger, LoggerCollection, TrackingConfig, open_loggers
+from ssl_pipeline.logging.logger import AsyncLogger, Logger, LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.progress import Progress, print_table
 from ssl_pipeline.logging.redaction import redact, redact_command
 from ssl_pipeline.logging.run import RunFolder, open_run, versions, write_json
@@ -340,7 +340,8 @@ class Broken(Logger):
 
 def test_a_broken_mirror_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mirror = Broken()
-    with LoggerCollection(JsonlLogger(tmp_path / "metrics.jsonl"), [mirror]) as trackers:
+    asynchronous = AsyncLogger("Broken", lambda: mirror, 5.0)
+    with LoggerCollection(JsonlLogger(tmp_path / "metrics.jsonl"), [asynchronous]) as trackers:
         for step in range(5):
             trackers.log(step, {"loss": 1.0})
     assert mirror.heard == 2
@@ -488,7 +489,7 @@ def test_off_does_not_touch_wandb(
 def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (
         run_in(tmp_path / "a") as run,
-        open_loggers(run, "pretrain", CONFIG, TrackingConfig(), 0, main=False) as silent,
+        open_loggers(None, "pretrain", CONFIG, TrackingConfig(), 0) as silent,
     ):
         silent.log(1, {"loss": 1.0})
     open_loggers(None, "pretrain", CONFIG, TrackingConfig(), 0).log(1, {"loss": 1.0})
