@@ -16,7 +16,7 @@ from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.logging.logger import TrackingConfig
 from ssl_pipeline.logging.run import Resume
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig

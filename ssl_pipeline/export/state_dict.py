@@ -76,9 +76,8 @@ def _build(library: Library, name: str, parts: ExportBundle) -> Any:
         if isinstance(parts.encoder.backbone.trunk, VisionTransformer):
             bound["image_size"] = size
         network: nn.Module = get_model(name, **bound, **({"num_classes": classes} if classes else {}))
-        anatomy = feature_info(network)
-        if not classes and anatomy is not None:
-            remove_classifier(network, anatomy)
+        if not classes:
+            remove_classifier(network, feature_info(network, name))
         return network.eval()
     if importlib.util.find_spec("timm") is None:
         raise ConfigError('`--to timm` needs timm: pip install -e ".[timm]" in the project\'s folder.')
@@ -105,8 +104,7 @@ def _classifier(parts: ExportBundle, theirs: Any, library: Library) -> dict[str,
     if library == "timm":
         names = [theirs.default_cfg["classifier"]]
     else:
-        anatomy = feature_info(theirs)
-        prefixes = anatomy.classifier if anatomy is not None else ()
+        prefixes = feature_info(theirs, parts.card.blueprint.backbone.name).classifier
         linear = [name for name, module in theirs.named_modules() if isinstance(module, nn.Linear)]
         names = [name for name in linear if f"{name}.".startswith(prefixes)]
     if len(names) != 1 or theirs.get_submodule(names[0]).weight.shape != task.head.weight.shape:
@@ -166,8 +164,7 @@ def _how_to_load(parts: ExportBundle, library: Library, name: str, path: Path) -
     counted = f", num_classes={classes}" if classes else ""
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines.append(f'model = torchvision.models.get_model("{name}"{counted}{bound})')
-    anatomy = feature_info(trunk.trunk)
-    if not classes and anatomy is not None:
-        owner, _, child = anatomy.classifier[0].rstrip(".").partition(".")
+    if not classes:
+        owner, _, child = feature_info(trunk.trunk, name).classifier[0].rstrip(".").partition(".")
         lines.append(f"model.{owner}{f'[{child}]' if child else ''} = torch.nn.Identity()")
     return [*lines, f'model.load_state_dict(load_file("{path}"))']
