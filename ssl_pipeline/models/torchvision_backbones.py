@@ -19,6 +19,19 @@ from torchvision.models.resnet import BasicBlock
 from ssl_pipeline.config.base import ConfigError
 
 Layers = tuple[tuple[str, ...], ...]
+_FEWEST_CHANNELS = 8  # that oneDNN's kernel for strided 1×1 convolutions has room for
+
+
+class _SlicedConv2d(nn.Conv2d):
+    """A 1×1 convolution that slices its input by the stride, to the same result.
+
+    With a stride, fewer than 8 channels and the layout channels_last, oneDNN without AVX-512 writes past the end of its memory when it
+    computes the weight's gradient: wrong values at best, else a crash (uxlfoundation/oneDNN#6035).
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return nn.functional.conv2d(images[:, :, ::rows, ::columns], self.weight)
 
 
 class SmallResNet(nn.Module):
@@ -45,7 +58,8 @@ class SmallResNet(nn.Module):
     @staticmethod
     def _halving(width: int) -> nn.Sequential:
         """Twice the channels at half the resolution."""
-        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, stride=2, bias=False), nn.BatchNorm2d(2 * width))
+        convolution = _SlicedConv2d if width < _FEWEST_CHANNELS else nn.Conv2d
+        shortcut = nn.Sequential(convolution(width, 2 * width, 1, stride=2, bias=False), nn.BatchNorm2d(2 * width))
         return nn.Sequential(BasicBlock(width, 2 * width, 2, shortcut))
 
     def forward(self, images: Tensor) -> Tensor:
