@@ -127,15 +127,9 @@ class Backbone(nn.Module):
 
 
 def build_backbone(config: BackboneConfig, channels: int, image_size: int) -> tuple[Backbone, list[str]]:
-    """Builds a backbone, with its weights if some are named.
+    """Builds a backbone, with its weights if some are named; and notes for the log.
 
-    Args:
-        config: which one.
-        channels: of the images.
-        image_size: of the images in pixels: decides the stem under ``auto``; a vision transformer is bound to it.
-
-    Returns:
-        The backbone, and notes for the log.
+    The image size, in pixels, decides the stem under ``auto``; a vision transformer is bound to it.
 
     Raises:
         ConfigError: an unknown name or stem, or weights that do not fit.

@@ -263,21 +263,17 @@ def _listed(parts: list[_Part]) -> str:
 
 def _contents(tensors: Mapping[str, Tensor]) -> str:
     """A file's branches with a tensor of each, for messages."""
-    prefix = ""
-    while True:
-        rest = [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
-        heads = {name.partition(".")[0] for name in rest}
-        if len(heads) != 1 or "." not in rest[0]:
-            break
-        prefix += f"{heads.pop()}."
+    names = list(tensors)
+    depth = 0  # of the names that all tensors share
+    while len({tuple(name.split(".")[: depth + 1]) for name in names}) == 1 and "." in names[0].split(".", depth)[-1]:
+        depth += 1
     branches: dict[str, list[str]] = defaultdict(list)
-    for name in tensors:
-        branches[prefix + name[len(prefix) :].partition(".")[0]].append(name)
+    for name in names:
+        branches[".".join(name.split(".")[: depth + 1])].append(name)
     shown = []
-    for branch, names in list(branches.items())[:6]:
-        first = names[0]
+    for branch, (first, *others) in list(branches.items())[:6]:
         size = "×".join(map(str, tensors[first].shape)) or "one number"
         inner = first[len(branch) + 1 :]
-        count = f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}"
+        count = f"{1 + len(others)} {'tensors' if others else 'tensor'}"
         shown.append(f"`{branch}` ({count}{f', {inner}' if inner else ''}: {size})")
     return ", ".join(shown) + (f" and {len(branches) - 6} more" if len(branches) > 6 else "")

@@ -247,12 +247,15 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
     """The card, once its schema and kind are known to be those expected."""
     try:
         tree = json.loads(path.read_text())
-        schema = tree.get("schema_version") if isinstance(tree, dict) else None
-        if schema is not None and schema != SCHEMA:  # before its fields, which another schema may well lack
-            raise ConfigError(
-                f"{path} is of schema {schema}, and this version reads schema {SCHEMA}: read it with the version of "
-                "ssl-pipeline that wrote it, or run its stage again."
-            )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): take it from a copy, or run its stage again.") from error
+    schema = tree.get("schema_version", SCHEMA) if isinstance(tree, dict) else SCHEMA
+    if schema != SCHEMA:  # before its fields, which another schema may well lack
+        raise ConfigError(
+            f"{path} is of schema {schema}, and this version reads schema {SCHEMA}: read it with the version of "
+            "ssl-pipeline that wrote it, or run its stage again."
+        )
+    try:
         card = Card.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -260,8 +263,6 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
         raise ConfigError(
             f"{path} can't be read by this version (schema {SCHEMA}): {where}: {first['msg']}. Run its stage again."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): take it from a copy, or run its stage again.") from error
     if card.kind != kind:
         raise ConfigError(
             f"{path} describes a {card.kind}, and a {kind} is needed: give the folder of a run that wrote one."
@@ -270,10 +271,7 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, Card]:
-    """The encoder of a run of stage one, or that in a model of stage two; every key must fit.
-
-    Args:
-        path: the run's folder, or the ``.safetensors`` in it.
+    """The encoder of a run of stage one, or that in a model of stage two, by its folder or file; every key must fit.
 
     Raises:
         ConfigError: see :func:`read`; or naming the keys that do not fit.

@@ -48,12 +48,7 @@ class PretrainedCfg:
         return replace(self, mean=(mean,) * channels, std=(std,) * channels)
 
     def notes(self, size: int, evaluated: bool = True) -> list[str]:
-        """Lines for the log.
-
-        Args:
-            size: of the images in pixels.
-            evaluated: whether the weights are measured, rather than trained on, which takes the central square.
-        """
+        """Lines for the log; of weights that are not ``evaluated`` but trained on, without the resize."""
         if not self.origin:
             return []
         line = f"backbone: mean {_numbers(self.mean)} and std {_numbers(self.std)}, {self.origin}"
