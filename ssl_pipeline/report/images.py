@@ -55,21 +55,15 @@ def run_images(run: RunRecord) -> RunImages:
     """The images of a stage-one run; other stages have none of their own."""
     if run.stage != "pretrain":
         return RunImages()
+    views, problem = None, "Its images can't be shown: this version does not understand its config.yaml"
     try:
         config = resolve(PretrainConfig, run.config)
-    except UserError as error:
-        return RunImages(
-            notes=(f"Its images can't be shown: this version does not understand its config.yaml ({_line(error)}).",)
-        )
-    try:
-        train = open_training(config.data).preview()
-        val = config.data.open("val")
+        problem = "Its images can't be shown: the data can't be reached"
+        train, val = open_training(config.data).preview(), config.data.open("val")
         views = _views(train, config)
-    except _CAN_FAIL as error:
-        return RunImages(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
-    if not (run.folder / "encoder.safetensors").is_file():
-        return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
-    try:
+        if not (run.folder / "encoder.safetensors").is_file():
+            return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
+        problem = "Neighbors, map and spectrum can't be shown"
         source = val if val is not None else train
         encoder, card = load_encoder(run.folder)
         share = DistInfo(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -78,11 +72,7 @@ def run_images(run: RunRecord) -> RunImages:
         strips, plane = neighbor_strips(features, source, index), map_of(features, source, index, run.name)
         return RunImages(views, strips, plane, spectrum(features))
     except _CAN_FAIL as error:
-        return RunImages(views, notes=(f"Neighbors, map and spectrum can't be shown ({_line(error)}).",))
-
-
-def _line(error: BaseException) -> str:
-    return first_line(error).rstrip(".")
+        return RunImages(views, notes=(f"{problem} ({first_line(error).rstrip('.')}).",))
 
 
 def _views(train: IndexedDataset, config: PretrainConfig) -> dict[str, Any]:
