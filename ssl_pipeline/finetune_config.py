@@ -15,7 +15,7 @@ from ssl_pipeline.downstream.labels import LabelsConfig
 from ssl_pipeline.downstream.regime import RegimeConfig
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.engine.run import RunConfig
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.config import ViewsConfig
 

@@ -13,8 +13,7 @@ from ssl_pipeline.data.source import SourceConfig
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.run import RunConfig
 from ssl_pipeline.engine.task import PretextConfig
-from ssl_pipeline.models.backbone import Backbone
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import Backbone, BackboneConfig
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.schedules import Duration, parse_duration
 from ssl_pipeline.transforms.config import ViewsConfig

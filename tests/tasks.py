@@ -13,7 +13,7 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.task import PretextConfig, Task
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain_config import PretrainConfig

@@ -26,7 +26,7 @@ from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_cl
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.batch_norm import batch_norms, have_statistics
-from ssl_pipeline.models.detection_heads import FasterRCNNHead, PyramidRetinaNetHead
+from ssl_pipeline.models.dense_heads import FasterRCNNHead, PyramidRetinaNetHead
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 

@@ -21,8 +21,8 @@ from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_cl
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.classification import confusion_matrix
+from ssl_pipeline.models.dense_heads import DeepLab, SkipHead
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.segmentation_heads import DeepLab, SkipHead
 
 
 class Config(DenseConfig):

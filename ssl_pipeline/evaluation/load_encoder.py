@@ -15,7 +15,7 @@ from ssl_pipeline.config.values import quoted
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.source import SourceConfig, at_range_of
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.build_encoder import BuiltEncoder, build_encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing

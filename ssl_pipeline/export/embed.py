@@ -74,9 +74,8 @@ class Embeddings:
     def _joined(self, numbers: list[Tensor | None]) -> Tensor | None:
         if all(part is None for part in numbers):
             return None
-        sizes = [len(source) for source in self.sources.values()]
-        filled = [torch.full((n,), -1) if part is None else part for part, n in zip(numbers, sizes, strict=True)]
-        return torch.cat(filled)
+        parts = zip(numbers, self.sources.values(), strict=True)
+        return torch.cat([torch.full((len(source),), -1) if part is None else part for part, source in parts])
 
 
 def embed(config: EmbedConfig) -> Embeddings:
@@ -85,7 +84,7 @@ def embed(config: EmbedConfig) -> Embeddings:
     Raises:
         ConfigError: the data has no such split, or the encoder can't be opened for it.
     """
-    sources = open_every(config) if config.split == "all" else {config.split: open_split(config, config.split)}
+    sources = open_sources(config, config.split)
     source = next(iter(sources.values()))
     opened = open_encoder(config, source)
     for note in opened.notes:
@@ -106,21 +105,18 @@ def embed(config: EmbedConfig) -> Embeddings:
     return Embeddings(torch.cat(features), sources, about)
 
 
-def open_split(config: EncoderConfig, split: Split) -> IndexedDataset:
-    """A split that must be there, in which a file that can't be decoded is an error.
+def open_sources(config: EncoderConfig, split: Split | Literal["all"]) -> dict[Split, IndexedDataset]:
+    """A split that must be there, or all of them; a file that can't be decoded is an error.
 
     Training takes its neighbor instead, whose features would stand here under the name of the file.
     """
-    source = config.scaled_data.open(split)
-    if source is None:
-        raise ConfigError(f"`split`: this data has no `{split}`; `train` is always there.")
-    source.bad_files = None
-    return source
-
-
-def open_every(config: EncoderConfig) -> dict[Split, IndexedDataset]:
-    """All images by their splits; a file that can't be decoded is an error, too."""
-    sources = config.scaled_data.open_every()
+    if split == "all":
+        sources = config.scaled_data.open_every()
+    else:
+        source = config.scaled_data.open(split)
+        if source is None:
+            raise ConfigError(f"`split`: this data has no `{split}`; `train` is always there.")
+        sources = {split: source}
     for source in sources.values():
         source.bad_files = None
     return sources
@@ -155,11 +151,7 @@ def write_npz(embedded: Embeddings, path: Path) -> None:
 
 
 def check_output(text: str) -> Path:
-    """The file to be written.
-
-    Raises:
-        ConfigError: its ending is no format's, its folder is not there, or the format's extra is absent.
-    """
+    """The file to be written; a ConfigError where its ending is no format's, or its folder or the format's extra is absent."""
     path = Path(text).expanduser()
     if path.suffix not in _ENDINGS:
         close = difflib.get_close_matches(path.suffix, _ENDINGS, n=1)

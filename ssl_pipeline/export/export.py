@@ -27,16 +27,9 @@ def default_name(form: str, part: Part | None = None, preprocessing: bool = Fals
 
 
 def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = False) -> list[str]:
-    """Writes one format, a key of :data:`FORMATS`, to a file or folder.
+    """Writes one format, a key of :data:`FORMATS`, to a file or folder; returns notes for the user, a line each.
 
-    Args:
-        parts: what is exported.
-        form: the format.
-        path: the file or folder.
-        preprocessing: whether a graph takes raw uint8 images of any size.
-
-    Returns:
-        Notes for the user, a line each.
+    With ``preprocessing`` a graph takes raw uint8 images of any size.
 
     Raises:
         ConfigError: the format is unknown or can't hold it, or the path can't be written.
@@ -54,12 +47,10 @@ def export(parts: ExportBundle, form: str, path: Path, preprocessing: bool = Fal
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if form == "safetensors":
-            hub.write_folder(parts, path)
-            return []
-        if form == "hub":
-            hub.write_hub_folder(parts, path)
-            return [f"nothing was sent; --push OWNER/NAME does that. Read {path / 'README.md'} first"]
+        if form in ("safetensors", "hub"):
+            hub.write_folder(parts, path, for_hub=form == "hub")
+            sent = f"nothing was sent; --push OWNER/NAME does that. Read {path / 'README.md'} first"
+            return [sent] if form == "hub" else []
         if form in ("torchvision", "timm"):
             return write_state_dict(parts, path, "timm" if form == "timm" else "torchvision")
         far = (write_onnx if form == "onnx" else write_torch_export)(parts, path, preprocessing)

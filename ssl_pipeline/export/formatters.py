@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,9 +55,8 @@ class Classes(PredictionFormatter):
         self.columns, self.top = ["class", "probability"], min(top, len(names))
 
     def row(self, file: Path, prediction: Tensor, image: Image.Image) -> dict[str, Any]:
-        values, places = prediction.float().softmax(0).topk(self.top)
-        names = [self.names[i] for i in places.tolist()]
-        return {"classes": names, "probabilities": [round(value, 4) for value in values.tolist()]}
+        values, places = (found.tolist() for found in prediction.float().softmax(0).topk(self.top))
+        return {"classes": [self.names[i] for i in places], "probabilities": [round(value, 4) for value in values]}
 
     def cells(self, row: dict[str, Any]) -> Cells:
         return [[row["classes"][0], row["probabilities"][0]]]
@@ -159,37 +157,30 @@ class Boxes(PredictionFormatter):
     def row(self, file: Path, prediction: dict[str, Tensor], image: Image.Image) -> dict[str, Any]:
         scale = torch.tensor([image.width, image.height, image.width, image.height])
         found = zip(*(prediction[key].cpu() for key in ("boxes", "labels", "scores")), strict=True)
-        objects = [
-            {
-                "class": self.names[int(label)],
-                "score": round(float(score), 4),
-                "box": [round(edge, 2) for edge in (box * scale).tolist()],
-            }
-            for box, label, score in found
-            if float(score) >= self.threshold
-        ]
+        objects = list[dict[str, Any]]()
+        for box, label, score in found:
+            if float(score) >= self.threshold:
+                edges = [round(edge, 2) for edge in (box * scale).tolist()]
+                objects.append({"class": self.names[int(label)], "score": round(float(score), 4), "box": edges})
         return {"width": image.width, "height": image.height, "objects": objects}
 
     def cells(self, row: dict[str, Any]) -> Cells:
         return [[one["class"], one["score"], *one["box"]] for one in row["objects"]] or [[""] * 6]
 
     def text(self, row: dict[str, Any]) -> str:
-        edges = [", ".join(f"{edge:.0f}" for edge in one["box"]) for one in row["objects"]]
-        shown = zip(row["objects"], edges, strict=True)
-        return "  ".join(f"{one['class']} {one['score']:.1%} [{box}]" for one, box in shown) or "nothing"
+        shown = "  ".join(
+            "{class} {score:.1%} [{box[0]:.0f}, {box[1]:.0f}, {box[2]:.0f}, {box[3]:.0f}]".format(**one)
+            for one in row["objects"]
+        )
+        return shown or "nothing"
 
 
 def build_formatter(
     gives: str, names: tuple[str, ...], top: int = 3, threshold: float | None = None, masks: Path | None = None
 ) -> PredictionFormatter:
-    """The formatter of a kind of prediction.
+    """The formatter of a kind of prediction, ``gives`` (see :class:`DownstreamConfig`).
 
-    Args:
-        gives: what a prediction is; see :class:`DownstreamConfig`.
-        names: of the classes or values.
-        top: how many classes to name.
-        threshold: the least probability of a label, or score of a box; one half by default.
-        masks: a folder for masks.
+    ``top`` is how many classes to name, ``threshold`` the least probability of a label or score of a box, ``masks`` a folder for them.
 
     Raises:
         ConfigError: such predictions are unknown, or an option does not go with them.
@@ -201,19 +192,20 @@ def build_formatter(
     least = 0.5 if threshold is None else threshold
     if not 0 <= least <= 1:
         raise ConfigError(f"--threshold is {least:g}, and probabilities and scores lie between 0 and 1.")
-    kinds: dict[str, Callable[[], PredictionFormatter]] = {
-        "classes": lambda: Classes(names, top),
-        "labels": lambda: Labels(names, least),
-        "values": lambda: Values(names),
-        "mask": lambda: Mask(names, masks),
-        "boxes": lambda: Boxes(names, least),
-    }
-    if gives not in kinds:
-        raise ConfigError(
-            "this model's task says of its predictions neither that they are classes nor values, masks or boxes: from Python, "
-            "`load_model(PATH).predict(images)` gives them (ssl_pipeline.downstream.load_model)."
-        )
-    return kinds[gives]()
+    if gives == "classes":
+        return Classes(names, top)
+    if gives == "labels":
+        return Labels(names, least)
+    if gives == "values":
+        return Values(names)
+    if gives == "mask":
+        return Mask(names, masks)
+    if gives == "boxes":
+        return Boxes(names, least)
+    raise ConfigError(
+        "this model's task says of its predictions neither that they are classes nor values, masks or boxes: from Python, "
+        "`load_model(PATH).predict(images)` gives them (ssl_pipeline.downstream.load_model)."
+    )
 
 
 def palette(classes: int) -> list[int]:
@@ -240,10 +232,11 @@ class CocoIds:
 
     def image(self, file: Path) -> Any:
         """The id of the one image whose path shares the longest end with the file's."""
-        ends = [(_shared_end(parts, file.parts), number) for parts, number in self._images]
-        longest = max((length for length, _ in ends), default=0)
-        found = [number for length, number in ends if length == longest]
-        if longest == 0:
+        found = list[Any]()
+        for length in range(1, len(file.parts) + 1):
+            ending = file.parts[-length:]
+            found = [number for parts, number in self._images if parts[-length:] == ending] or found
+        if not found:
             raise ConfigError(f"--annotations: {str(self._place)!r} has no image {file.name!r}.")
         if len(found) > 1:
             raise ConfigError(
@@ -259,11 +252,7 @@ class CocoIds:
 
 
 def coco_results(rows: list[dict[str, Any]], ids: CocoIds) -> list[dict[str, Any]]:
-    """Boxes as COCO's results (left, top, width, height), under the ids of a COCO json.
-
-    Raises:
-        ConfigError: it lacks an image or a category.
-    """
+    """Boxes as COCO's results (left, top, width, height), under the ids of a COCO json; a ConfigError where it lacks one."""
     results = []
     for row in rows:
         for one in row.get("objects", ()):
@@ -272,9 +261,3 @@ def coco_results(rows: list[dict[str, Any]], ids: CocoIds) -> list[dict[str, Any
             found = {"image_id": ids.image(Path(row["file"])), "category_id": ids.category(one["class"])}
             results.append({**found, "bbox": box, "score": one["score"]})
     return results
-
-
-def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
-    """How many of the last parts of two paths are the same."""
-    pairs = zip(reversed(first), reversed(second), strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

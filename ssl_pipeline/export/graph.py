@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError, first_line
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.export.parts import ExportBundle, example
+from ssl_pipeline.export.parts import ExportBundle
 from ssl_pipeline.transforms.crop import central_boxes, resize_boxes, whole_boxes
 from ssl_pipeline.transforms.preprocessing import Preprocessing, Resize, resize_and_crop
 
@@ -44,31 +44,34 @@ class ExportWrapper(nn.Module):
         super().__init__()
         blueprint = parts.card.blueprint
         self.module, self._run, self.raw, self.size = parts.module, parts.run, raw, blueprint.size
-        self.box = whole_boxes if parts.looks_at_all else central_boxes
-        self.resize = None if parts.looks_at_all else blueprint.resize
+        whole = parts.gives == "mask"  # such a model reads whole images, and not their central square
+        self.box = whole_boxes if whole else central_boxes
+        self.resize = None if whole else blueprint.resize
         self.register_buffer("mean", torch.tensor(blueprint.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(blueprint.std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, classes), (B, D), or (B, classes, size, size) for masks."""
-        if self.raw:
-            images = (self._cut(images) - self.mean) / self.std
-        return self._run(images)
-
-    def _cut(self, images: Tensor) -> Tensor:
-        """uint8 of any size to float32 in [0, 1] of the network's."""
+        if not self.raw:
+            return self._run(images)
         if self.resize is not None:
-            return resize_and_crop(images, self.size, self.resize, self.mean)
-        count, _, height, width = images.shape
-        box = self.box(torch.full((1,), height), torch.full((1,), width))
-        return resize_boxes(images, box.expand(count, 4), self.size)
+            cut = resize_and_crop(images, self.size, self.resize, self.mean)
+        else:
+            count, _, height, width = images.shape
+            box = self.box(torch.full((1,), height), torch.full((1,), width))
+            cut = resize_boxes(images, box.expand(count, 4), self.size)
+        return self._run((cut - self.mean) / self.std)
 
 
-def metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
+def _output(parts: ExportBundle) -> str:
+    return parts.gives if parts.gives in ("features", "values") else "logits"
+
+
+def _metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
     """What a reader of the file needs, as JSON by key."""
     card, blueprint = parts.card, parts.card.blueprint
     facts: dict[str, Any] = {
-        "made_by": "ssl_pipeline", "schema": 1, "kind": card.kind, "output": parts.output, "gives": parts.gives,
+        "made_by": "ssl_pipeline", "schema": 1, "kind": card.kind, "output": _output(parts), "gives": parts.gives,
         "classes": card.classes, "channels": blueprint.channels, "range": blueprint.range, "size": blueprint.size,
         "mean": blueprint.mean, "std": blueprint.std, "resize": blueprint.resize and blueprint.resize.model_dump(),
         "preprocessing": "inside" if raw else "outside", "backbone": blueprint.backbone.name, "data": card.data,
@@ -79,7 +82,7 @@ def metadata(parts: ExportBundle, raw: bool) -> dict[str, str]:
 
 def _sample(parts: ExportBundle, raw: bool, count: int) -> Tensor:
     if not raw:
-        return example(parts.card, count, seed=count)
+        return parts.example(count, seed=count)
     size, channels = parts.card.blueprint.size, parts.card.blueprint.channels
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, channels, size + 3 + count, size + 11), dtype=torch.uint8, generator=generator)
@@ -106,9 +109,9 @@ def write_torch_export(parts: ExportBundle, path: Path, raw: bool) -> float:
     """Writes a ``.pt2``; returns the greatest difference from the model itself, on a batch of another size."""
     graph = ExportWrapper(parts, raw).eval()
     program = _trace(graph, parts, "torch.export")
-    torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata(parts, raw))})
+    torch.export.save(program, path, extra_files={_METADATA: json.dumps(_metadata(parts, raw))})
     again = torch.export.load(path).module()
-    return _difference(graph, lambda images: again(images), _sample(parts, raw, 3), path)
+    return _difference(graph, again, _sample(parts, raw, 3), path)
 
 
 def write_onnx(parts: ExportBundle, path: Path, raw: bool) -> float:
@@ -131,12 +134,12 @@ def write_onnx(parts: ExportBundle, path: Path, raw: bool) -> float:
             opset_version=_OPSET,
             verbose=False,
             input_names=["images"],
-            output_names=[parts.output],
+            output_names=[_output(parts)],
         )
     assert written is not None
     model = written.model_proto
     _name_axes(model.graph)
-    onnx.helper.set_model_props(model, metadata(parts, raw))
+    onnx.helper.set_model_props(model, _metadata(parts, raw))
     onnx.checker.check_model(model)
     onnx.save(model, path)
     session = _session(path)
@@ -180,10 +183,8 @@ class ExportedModel:
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Tensor:
         """Logits for decoded images, one entry each."""
-        if self.preprocessing is not None and self.gives == "mask":
-            return self.run(replace(self.preprocessing, whole=True).of_files(images))
         if self.preprocessing is not None:
-            return self.run(self.preprocessing.of_files(images))
+            return self.run(replace(self.preprocessing, whole=self.gives == "mask").of_files(images))
         mode = "L" if self.channels == 1 else "RGB"
         pixels = [torch.from_numpy(np.array(as_8_bit(image, mode))) for image in images]
         shaped = [p[None, None] if p.ndim == 2 else p.permute(2, 0, 1)[None] for p in pixels]
@@ -206,8 +207,7 @@ def load_torch_export(path: Path) -> ExportedModel:
         raise ConfigError(f"{str(path)!r} can't be read as a torch.export file: {_start_of(error)}") from error
     finally:
         torch_log.setLevel(level)
-    module = program.module()
-    return _exported(path, json.loads(extra[_METADATA] or "{}"), lambda images: module(images))
+    return _exported(path, json.loads(extra[_METADATA] or "{}"), program.module())
 
 
 def load_onnx(path: Path) -> ExportedModel:
@@ -230,14 +230,13 @@ def _exported(path: Path, facts: dict[str, str], run: Callable[[Tensor], Tensor]
         )
     if known["kind"] != "model":
         raise ConfigError(f"{str(path)!r} is an encoder: it gives features and names no classes. Export a model.")
-    resize = None if known.get("resize") is None else Resize.model_validate(known["resize"])
-    outside = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]), resize)
-    inside = known["preprocessing"] == "inside"
+    preprocessing = None
+    if known["preprocessing"] != "inside":
+        resize = None if known.get("resize") is None else Resize.model_validate(known["resize"])
+        preprocessing = Preprocessing(known["size"], tuple(known["mean"]), tuple(known["std"]), resize)
     gives = known.get("gives", "classes")  # the first files of this schema held classifiers alone
     value_range = None if known.get("range") is None else (known["range"][0], known["range"][1])
-    return ExportedModel(
-        tuple(known["classes"]), known["channels"], value_range, gives, None if inside else outside, run
-    )
+    return ExportedModel(tuple(known["classes"]), known["channels"], value_range, gives, preprocessing, run)
 
 
 def _need_onnx(package: str) -> None:

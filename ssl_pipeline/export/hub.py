@@ -12,46 +12,47 @@ from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.schema import component
 from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.export.parts import ExportBundle
-from ssl_pipeline.models.encoder import Card, EncoderSpec, save
+from ssl_pipeline.models.encoder import Card, save
 
 _MOST_CLASSES = 200
 
 
-def write_folder(parts: ExportBundle, folder: Path) -> None:
-    """Writes ``<kind>.safetensors`` and ``card.json``, which every verb of ours reads."""
+def write_folder(parts: ExportBundle, folder: Path, for_hub: bool = False) -> None:
+    """Writes ``<kind>.safetensors`` and ``card.json``, which every verb of ours reads.
+
+    For the Hub also the page ``README.md``, and ``config.json``, which it counts downloads by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, parts.module, parts.card)
-
-
-def write_hub_folder(parts: ExportBundle, folder: Path) -> None:
-    """The same, with the page ``README.md`` and ``config.json`` (which the Hub counts downloads by)."""
-    write_folder(parts, folder)
-    (folder / "README.md").write_text(page(parts.card, folder.name), encoding="utf-8")
-    blueprint = parts.card.blueprint.model_dump(mode="json")
-    facts = {"library": "ssl-pipeline", "kind": parts.card.kind, "classes": parts.card.classes, **blueprint}
-    (folder / "config.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    if for_hub:
+        (folder / "README.md").write_text(page(parts.card, folder.name), encoding="utf-8")
+        blueprint = parts.card.blueprint.model_dump(mode="json")
+        facts = {"library": "ssl-pipeline", "kind": parts.card.kind, "classes": parts.card.classes, **blueprint}
+        (folder / "config.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def page(card: Card, name: str) -> str:
     """The model card in Markdown, with the Hub's metadata at its head."""
-    blueprint, task = card.blueprint, _task(card)
-    model = card.kind == "model"
-    names = ["self-supervised-learning", blueprint.backbone.name.removeprefix("timm/")]
-    head = ModelCardData(
-        library_name="ssl-pipeline",
-        pipeline_tag=(task.pipeline_tag if task else None) if model else "image-feature-extraction",
-        tags=[*names, *([task.name.rpartition(".")[2].replace("_", "-")] if task else [])],
-    )
-    whole = f"whole image, resized to a square at {blueprint.size} px"
-    shape = _shape(blueprint) if task is None or task.reads_square else whole
+    blueprint, task, model = card.blueprint, _task(card), card.kind == "model"
+    tags = ["self-supervised-learning", blueprint.backbone.name.removeprefix("timm/")]
+    if task:
+        tags.append(task.name.rpartition(".")[2].replace("_", "-"))
+    kind = (task.pipeline_tag if task else None) if model else "image-feature-extraction"
+    head = ModelCardData(library_name="ssl-pipeline", pipeline_tag=kind, tags=tags)
+    shape = f"central square at {blueprint.size} px"
+    if task is not None and not task.reads_square:
+        shape = f"whole image, resized to a square at {blueprint.size} px"
+    elif blueprint.resize is not None:
+        shape = blueprint.resize.describe(blueprint.size)
     pretext = card.config.get("pretext")
     method = pretext.get("name") if isinstance(pretext, dict) else None
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (blueprint.mean, blueprint.std))
     facts = {
         "backbone": f"{blueprint.backbone.name}, neck {blueprint.neck.name}",
         "learned by": f"pretext task {method}" if method else "stage two on labels" if model else "not recorded",
         "images": f"{card.data.get('name')} (license: {card.data.get('license') or 'not known'})",
         "input": f"{blueprint.channels} channel(s), {shape}",
-        "normalization": f"mean {_numbers(blueprint.mean)}, std {_numbers(blueprint.std)} of values in [0, 1]",
+        "normalization": f"mean {mean}, std {std} of values in [0, 1]",
         "made": f"{card.created or 'now'}, torch {card.versions.get('torch', '?')}",
     }
     lines = [f"---\n{head.to_yaml()}\n---\n", f"# {name}", ""]
@@ -63,17 +64,14 @@ def page(card: Card, name: str) -> str:
     if card.classes:
         shown = ", ".join(card.classes[:_MOST_CLASSES])
         lines += ["## Classes", "", shown + (", …" if len(card.classes) > _MOST_CLASSES else ""), ""]
-    verb = (
-        "predict FOLDER photos --format csv"
-        if model
-        else "embed FOLDER data=folder data.path=photos output=features.npz"
+    words = "predict FOLDER photos --format csv"
+    if not model:
+        words = "embed FOLDER data=folder data.path=photos output=features.npz"
+    lines += ["## Use", "", "In a clone of ssl_pipeline:", ""]
+    lines += ["```bash", "pip install -e .", f"ssl-pipeline {words}", "```", ""]
+    lines.append(
+        "The weights are safetensors under the library's own names after `backbone.trunk.`; `card.json` says the rest.\n"
     )
-    lines += ["## Use", "", "In a clone of ssl_pipeline:", "", "```bash", "pip install -e ."]
-    lines += [f"ssl-pipeline {verb}", "```", ""]
-    lines += [
-        "The weights are safetensors under the library's own names after `backbone.trunk.`; `card.json` says the rest.",
-        "",
-    ]
     return "\n".join(lines)
 
 
@@ -104,13 +102,3 @@ def push(folder: Path, repository: str, public: bool) -> str:
             "name the repository OWNER/NAME."
         ) from error
     return str(address)
-
-
-def _shape(blueprint: EncoderSpec) -> str:
-    """How an image is brought to the network's size."""
-    size, resize = blueprint.size, blueprint.resize
-    return f"central square at {size} px" if resize is None else resize.describe(size)
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)

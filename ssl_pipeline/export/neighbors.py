@@ -18,7 +18,7 @@ from ssl_pipeline.data.splits import Split
 from ssl_pipeline.evaluation.features import class_name, extract
 from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder
 from ssl_pipeline.evaluation.plots import nearest_images
-from ssl_pipeline.export.embed import open_split
+from ssl_pipeline.export.embed import open_sources
 from ssl_pipeline.logging.progress import console
 
 _ENDINGS = (".png", ".jpg", ".pdf", ".svg")
@@ -63,7 +63,7 @@ def find(config: NeighborsConfig, source: IndexedDataset) -> tuple[Image.Image, 
             "`image` is required: neighbors ENCODER IMAGE, a file or the number of an image of the split."
         )
     opened = open_encoder(config, source)
-    number = _number(config.image, source)
+    number = _number(str(config.image), source)
     bank = len(source) - (number is not None)
     if config.k > bank:
         raise ConfigError(f"`k` is {config.k}, and there are only {bank} images to find: lower it.")
@@ -80,9 +80,8 @@ def find(config: NeighborsConfig, source: IndexedDataset) -> tuple[Image.Image, 
     return query, [Neighbor(i, source.describe(i), class_name(source, i), value) for i, value in found]
 
 
-def _number(image: str | int, source: IndexedDataset) -> int | None:
+def _number(text: str, source: IndexedDataset) -> int | None:
     """The query's number in the source; None where it is a file."""
-    text = str(image)
     if not text.isdecimal() or Path(text).exists():
         return None
     if int(text) >= len(source):
@@ -103,12 +102,11 @@ def draw(query: Image.Image, found: list[Neighbor], source: IndexedDataset, path
     columns = min(len(tiles), _COLUMNS)
     rows = -(-len(tiles) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
-    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    for place, (image, title) in enumerate(tiles, 1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.axis("off")
-        if place < len(tiles):
-            image, title = tiles[place]
-            axes.imshow(as_8_bit(image, "RGB"), interpolation="nearest")
-            axes.set_title(title, fontsize=9, fontweight="bold" if place == 0 else "normal", parse_math=False)
+        axes.imshow(as_8_bit(image, "RGB"), interpolation="nearest")
+        axes.set_title(title, fontsize=9, fontweight="bold" if place == 1 else "normal", parse_math=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -118,7 +116,7 @@ def find_and_tell(config: NeighborsConfig) -> None:
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"`output`: {str(path)!r} is no picture's name: end it in {', '.join(_ENDINGS)}.")
     check_folder_of(path, "`output`")
-    source = open_split(config, config.split)
+    source = open_sources(config, config.split)[config.split]
     query, found = find(config, source)
     for neighbor in found:
         label = f"  {neighbor.label}" if neighbor.label is not None else ""

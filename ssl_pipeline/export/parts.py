@@ -36,30 +36,21 @@ class ExportBundle:
 
     @property
     def module(self) -> nn.Module:
-        """All of it."""
         return self.encoder if self.task is None else self.task
-
-    @property
-    def output(self) -> str:
-        """What it gives."""
-        return {"features": "features", "values": "values"}.get(self.gives, "logits")
-
-    @property
-    def looks_at_all(self) -> bool:
-        """Whether it reads whole images, resized to a square, and not their central square."""
-        return self.gives == "mask"
 
     def run(self, images: Tensor) -> Tensor:
         """Normalized images (B, C, H, W) to features (B, D), logits (B, classes) or (B, classes, H, W), or values (B, K)."""
         return self.encoder.features(images) if self.task is None else self.task.predict(images)
 
+    def example(self, count: int = 2, seed: int = 0) -> Tensor:
+        """Normalized noise in the shape of the images, to trace and to compare with."""
+        blueprint = self.card.blueprint
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, blueprint.channels, blueprint.size, blueprint.size, generator=generator)
+
 
 def open_parts(path: str | Path, part: Part | None = None) -> ExportBundle:
-    """Opens what is to be exported.
-
-    Args:
-        path: a run's folder, or the ``.safetensors`` in it.
-        part: ``encoder`` takes the encoder out of a model; by default all that is there.
+    """Opens a run's folder, or the ``.safetensors`` in it: all that is there, or of a model its encoder alone.
 
     Raises:
         ConfigError: it is not there, or not whole, or a model is asked of an encoder.
@@ -69,16 +60,12 @@ def open_parts(path: str | Path, part: Part | None = None) -> ExportBundle:
     has_model = (folder / "model.safetensors").exists() and place.name != "encoder.safetensors"
     if part == "model" and not has_model:
         raise ConfigError(f"{str(path)!r} holds an encoder and no model: `ssl-pipeline finetune` makes one of it.")
-    if not has_model:
-        encoder, card = load_encoder(place)
-        return ExportBundle(encoder.eval(), None, _public(card))
-    model = load_model(place)
-    assert isinstance(model.task.encoder, Encoder)
-    if part == "encoder":
-        return ExportBundle(
-            model.task.encoder, None, _public(model.card.model_copy(update={"kind": "encoder", "classes": None}))
-        )
-    return ExportBundle(model.task.encoder, model.task, _public(model.card), model.gives)
+    if has_model and part != "encoder":
+        model = load_model(place)
+        assert isinstance(model.task.encoder, Encoder)
+        return ExportBundle(model.task.encoder, model.task, _public(model.card), model.gives)
+    encoder, card = load_encoder(place)
+    return ExportBundle(encoder.eval(), None, _public(card.model_copy(update={"kind": "encoder", "classes": None})))
 
 
 def _public(card: Card) -> Card:
@@ -94,10 +81,3 @@ def _without_places(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_without_places(value) for value in tree]
     return Path(tree).name if isinstance(tree, str) and tree.startswith(("/", "~", "./", "../")) else tree
-
-
-def example(card: Card, count: int = 2, seed: int = 0) -> Tensor:
-    """Normalized noise in the shape of the images, to trace and to compare with."""
-    blueprint = card.blueprint
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, blueprint.channels, blueprint.size, blueprint.size, generator=generator)

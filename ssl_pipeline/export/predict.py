@@ -27,22 +27,17 @@ _CHUNK_OF_MAPS = 8
 
 
 class Predictor(Protocol):
-    """A model of ours, or a graph that was exported from one."""
+    """A model of ours, or a graph that was exported from one; see :class:`~ssl_pipeline.downstream.load_model.Model`."""
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of the predictions."""
-
+    def classes(self) -> tuple[str, ...]: ...
     @property
-    def channels(self) -> int:
-        """How images must be decoded: 1 for grayscale, 3 for RGB."""
-
+    def channels(self) -> int: ...
     @property
-    def gives(self) -> str:
-        """What a prediction is; see :class:`DownstreamConfig`."""
-
-    def predict(self, images: list[Image.Image]) -> Any:
-        """Predictions, one entry an image."""
+    def value_range(self) -> tuple[float, float] | None: ...
+    @property
+    def gives(self) -> str: ...
+    def predict(self, images: list[Image.Image]) -> Any: ...
 
 
 def open_predictor(path: str | Path) -> Predictor:
@@ -68,22 +63,19 @@ def image_files(paths: Iterable[str]) -> Iterator[Path]:
     Raises:
         ConfigError: a path is not there, or a folder holds no image.
     """
-    return chain.from_iterable([_from_input() if path == "-" else _meant(parsers.path(path)) for path in paths])
+    return chain.from_iterable([_files(path) for path in paths])  # a list, so that all are looked up now
 
 
-def _meant(path: Path) -> list[Path]:
+def _files(given: str) -> Iterable[Path]:
+    if given == "-":
+        return (parsers.path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    path = parsers.path(given)
     if not path.exists():
         raise ConfigError(f"there is no file or folder {str(path)!r}.")
-    if not path.is_dir():
-        return [path]
-    found = images_in(path)
+    found = images_in(path) if path.is_dir() else [path]
     if not found:
         raise ConfigError(f"{str(path)!r} holds no image that Pillow reads (hidden files do not count).")
     return found
-
-
-def _from_input() -> Iterator[Path]:
-    return (parsers.path(line.rstrip("\n")) for line in sys.stdin if line.strip())
 
 
 def predict(
@@ -100,22 +92,23 @@ def predict(
         ``file`` with the formatter's row; or with ``error``, where the file is no image.
     """
     formatter = formatter or build_formatter(model.gives, model.classes)
-    # Without it an image of more than 8 bits is scaled by its own values.
-    value_range = getattr(model, "value_range", None)
     coming = iter(files)
     while part := list(islice(coming, _CHUNK_OF_MAPS if formatter.reads_maps else _CHUNK)):
-        images, faults = list[Image.Image](), dict[int, str]()
-        for place, file in enumerate(part):
-            try:
-                images.append(decode(file, model.channels, value_range=value_range))
-            except DecodeError as error:
-                faults[place] = error.fault
-        predictions = iter(zip(model.predict(images), images, strict=True) if images else ())
-        for place, file in enumerate(part):
-            if place in faults:
-                yield {"file": str(file), "error": faults[place]}
+        images = [_decoded(file, model) for file in part]
+        whole = [image for image in images if isinstance(image, Image.Image)]
+        predictions = iter(model.predict(whole) if whole else ())
+        for file, image in zip(part, images, strict=True):
+            if isinstance(image, DecodeError):
+                yield {"file": str(file), "error": image.fault}
             else:
-                yield {"file": str(file), **formatter.row(file, *next(predictions))}
+                yield {"file": str(file), **formatter.row(file, next(predictions), image)}
+
+
+def _decoded(file: Path, model: Predictor) -> Image.Image | DecodeError:
+    try:
+        return decode(file, model.channels, value_range=model.value_range)
+    except DecodeError as error:
+        return error
 
 
 def _write(rows: Iterator[dict[str, Any]], form: str, formatter: PredictionFormatter, ids: CocoIds | None) -> int:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model
+from torchvision.models import get_model
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.export.graph import TOLERANCE
-from ssl_pipeline.export.parts import ExportBundle, example
+from ssl_pipeline.export.parts import ExportBundle
 from ssl_pipeline.models.torchvision_backbones import feature_info, first_convolution, remove_classifier
 
 Library = Literal["torchvision", "timm"]
@@ -49,12 +49,7 @@ def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[
     else:
         notes += _compare(parts, theirs, library)
     stored = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    resize = card.blueprint.resize and card.blueprint.resize.model_dump()
-    facts = {
-        "classes": card.classes,
-        **{key: getattr(card.blueprint, key) for key in ("mean", "std", "size")},
-        "resize": resize,
-    }
+    facts = {"classes": card.classes, **card.blueprint.model_dump(include={"mean", "std", "size", "resize"})}
     about = {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
     save_file(stored, path, {"format": "pt", "made_by": "ssl_pipeline", "backbone": name, **about})
     return [*_how_to_load(parts, library, name, path), *notes]
@@ -62,9 +57,9 @@ def write_state_dict(parts: ExportBundle, path: Path, library: Library) -> list[
 
 def _build(library: Library, name: str, parts: ExportBundle) -> Any:
     """The library's network: with as many classes as the model, or without its classifier."""
-    backbone, size = parts.card.blueprint.backbone, parts.card.blueprint.size
-    bound: dict[str, Any] = {}  # transformers are made for one size
-    classes = len(parts.card.classes or ())
+    backbone, classes = parts.card.blueprint.backbone, len(parts.card.classes or ())
+    bound = parts.encoder.backbone.fixed_input  # transformers are made for one size
+    options: dict[str, Any] = {"num_classes": classes} if classes else {}
     if backbone.name == "small_resnet":
         raise ConfigError(
             f"small_resnet is a network of ours, and {library} has none of that name: export --to torch.export, onnx or "
@@ -73,12 +68,11 @@ def _build(library: Library, name: str, parts: ExportBundle) -> Any:
     if library == "torchvision":
         if backbone.is_timm:
             raise ConfigError(f"{backbone.name} is timm's, not torchvision's: export --to timm.")
-        if isinstance(parts.encoder.backbone.trunk, VisionTransformer):
-            bound["image_size"] = size
-        network: nn.Module = get_model(name, **bound, **({"num_classes": classes} if classes else {}))
-        anatomy = feature_info(network)
-        if not classes and anatomy is not None:
-            remove_classifier(network, anatomy)
+        if bound is not None:
+            options["image_size"] = bound
+        network: nn.Module = get_model(name, **options)
+        if not classes:
+            remove_classifier(network, feature_info(network, name))
         return network.eval()
     if importlib.util.find_spec("timm") is None:
         raise ConfigError('`--to timm` needs timm: pip install -e ".[timm]" in the project\'s folder.')
@@ -87,10 +81,9 @@ def _build(library: Library, name: str, parts: ExportBundle) -> Any:
     if not timm.is_model(name.split(".")[0]):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         raise ConfigError(f"timm has no network named {name!r} (nearest: {close or 'none'}): export --to torchvision.")
-    if backbone.is_timm and parts.encoder.backbone.fixed_input is not None:
-        bound["img_size"] = size
-    theirs = timm.create_model(name, num_classes=classes, **bound)
-    return theirs.eval()
+    if backbone.is_timm and bound is not None:
+        options["img_size"] = bound
+    return timm.create_model(name, **{"num_classes": 0, **options}).eval()
 
 
 def _classifier(parts: ExportBundle, theirs: Any, library: Library) -> dict[str, Tensor]:
@@ -105,8 +98,7 @@ def _classifier(parts: ExportBundle, theirs: Any, library: Library) -> dict[str,
     if library == "timm":
         names = [theirs.default_cfg["classifier"]]
     else:
-        anatomy = feature_info(theirs)
-        prefixes = anatomy.classifier if anatomy is not None else ()
+        prefixes = feature_info(theirs, parts.card.blueprint.backbone.name).classifier
         linear = [name for name, module in theirs.named_modules() if isinstance(module, nn.Linear)]
         names = [name for name in linear if f"{name}.".startswith(prefixes)]
     if len(names) != 1 or theirs.get_submodule(names[0]).weight.shape != task.head.weight.shape:
@@ -118,17 +110,15 @@ def _classifier(parts: ExportBundle, theirs: Any, library: Library) -> dict[str,
 
 
 def _load(theirs: nn.Module, state: dict[str, Tensor], name: str, library: Library) -> None:
-    own = theirs.state_dict()
-    stem = f"{first_convolution(theirs)[0]}.weight"
-    named = sorted(own.keys() ^ state.keys())
-    shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if not named and shaped == [stem]:
+    own, stem = theirs.state_dict(), f"{first_convolution(theirs)[0]}.weight"
+    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (own, state)]
+    odd = [key for key in sorted(own.keys() | state.keys()) if shapes[0].get(key) != shapes[1].get(key)]
+    if odd == [stem]:
         raise ConfigError(
             f"the encoder has the stem for small images ({stem}), which {library} builds under no name: export --to torch.export, "
             "onnx or safetensors, or pretrain with backbone.stem=imagenet."
         )
-    if named or shaped:
-        odd = [*named, *shaped]
+    if odd:
         raise ConfigError(
             f"{library}'s {name} has other tensors than this encoder ({', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}): export "
             "--to the library that the backbone is from, or to torch.export, onnx or safetensors."
@@ -139,7 +129,7 @@ def _load(theirs: nn.Module, state: dict[str, Tensor], name: str, library: Libra
 @torch.no_grad()
 def _compare(parts: ExportBundle, theirs: nn.Module, library: Library) -> list[str]:
     """Whether the library's network computes what ours does."""
-    images = example(parts.card)
+    images = parts.example()
     rgb = images.expand(-1, 3, -1, -1) if parts.card.blueprint.channels == 1 else images
     expected, found = parts.run(images), theirs(rgb)
     far = float("inf")
@@ -157,17 +147,17 @@ def _compare(parts: ExportBundle, theirs: nn.Module, library: Library) -> list[s
 
 def _how_to_load(parts: ExportBundle, library: Library, name: str, path: Path) -> list[str]:
     """Lines of Python that build and load it."""
-    classes, trunk, size = len(parts.card.classes or ()), parts.encoder.backbone, parts.card.blueprint.size
+    classes, backbone = len(parts.card.classes or ()), parts.encoder.backbone
+    size = f"={backbone.fixed_input}" if backbone.fixed_input is not None else ""
     if library == "timm":
-        bound = f", img_size={size}" if trunk.fixed_input is not None else ""
+        bound = f", img_size{size}" if size else ""
         made = f'timm.create_model("{name}", num_classes={classes}{bound}, checkpoint_path="{path}")'
         return ["import timm", f"model = {made}"]
-    bound = f", image_size={size}" if trunk.fixed_input is not None else ""
+    bound = f", image_size{size}" if size else ""
     counted = f", num_classes={classes}" if classes else ""
     lines = ["import torch, torchvision", "from safetensors.torch import load_file"]
     lines.append(f'model = torchvision.models.get_model("{name}"{counted}{bound})')
-    anatomy = feature_info(trunk.trunk)
-    if not classes and anatomy is not None:
-        owner, _, child = anatomy.classifier[0].rstrip(".").partition(".")
+    if not classes:
+        owner, _, child = feature_info(backbone.trunk, name).classifier[0].rstrip(".").partition(".")
         lines.append(f"model.{owner}{f'[{child}]' if child else ''} = torch.nn.Identity()")
     return [*lines, f'model.load_state_dict(load_file("{path}"))']

@@ -13,17 +13,14 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 
 def norms_with_statistics(network: nn.Module) -> list[nn.Module]:
     """All layers that have running statistics: BatchNorms, and those norms of timm's that are of another class."""
-    return [module for module in network.modules() if _own_statistics(module)]
+    return [module for module in network.modules() if running_statistics(module, recurse=False)]
 
 
-def running_statistics(network: nn.Module) -> list[Tensor]:
+def running_statistics(network: nn.Module, recurse: bool = True) -> list[Tensor]:
     """The buffers that a forward pass in training mode moves."""
-    return [buffer for module in network.modules() for buffer in _own_statistics(module)]
-
-
-def _own_statistics(module: nn.Module) -> list[Tensor]:
     names = ("running_", "num_batches_tracked")
-    return [buffer for name, buffer in module.named_buffers(recurse=False) if name.startswith(names)]
+    buffers = network.named_buffers(recurse=recurse)
+    return [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith(names)]
 
 
 def have_statistics(network: nn.Module) -> bool:

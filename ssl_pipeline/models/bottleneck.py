@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_pipeline.config.base import FrozenModel
-from ssl_pipeline.models.batch_norm import batch_norms
 
 
 class BottleneckConfig(FrozenModel):
@@ -48,13 +48,11 @@ def estimate_bottleneck(bottleneck: nn.Module, features: Tensor) -> None:
     """
     was_training = bottleneck.training
     bottleneck.eval()
-    rows, norms = features, batch_norms(bottleneck)
+    rows = features
     for layer in bottleneck.children():
-        if layer in norms:
-            mean, variance = layer.running_mean, layer.running_var
-            assert isinstance(mean, Tensor)
-            assert isinstance(variance, Tensor)
-            mean.copy_(rows.double().mean(0))
-            variance.copy_(rows.double().var(0, correction=min(1, len(rows) - 1)))  # of N − 1, as torch's own estimate
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+            layer.running_mean.copy_(rows.double().mean(0))
+            # Of N − 1, as torch's own estimate.
+            layer.running_var.copy_(rows.double().var(0, correction=min(1, len(rows) - 1)))
         rows = layer(rows)
     bottleneck.train(was_training)

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone import is_network
-from ssl_pipeline.models.backbone_config import BackboneConfig
-from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, load_encoder, read
+from ssl_pipeline.data.dataset import ImageDataset
+from ssl_pipeline.models.backbone import BackboneConfig, is_network
+from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, load_encoder
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.pretrained_cfg import resolve_cfg
-from ssl_pipeline.models.weights import WEIGHTS_FILES, load_strictly
+from ssl_pipeline.models.weights import WEIGHTS_FILES
 from ssl_pipeline.rng import derive_seed
 
 _SIZE = 224
-
-
-class Images(Protocol):
-    """What an encoder must know of the images that it will read: a dataset has all of it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def mean(self) -> tuple[float, ...] | None: ...
-    @property
-    def std(self) -> tuple[float, ...] | None: ...
-    @property
-    def value_range(self) -> tuple[float, float] | None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +33,7 @@ def build_encoder(
     path: str | None,
     backbone: BackboneConfig,
     neck: NeckConfig,
-    images: Images,
+    images: ImageDataset,
     size: int | None = None,
     seed: int | None = None,
     evaluated: bool = True,
@@ -69,17 +53,8 @@ def build_encoder(
     Raises:
         ConfigError: it is not there, damaged, of another architecture, or reads other images.
     """
-    if path is not None and not is_checkpoint(path):
-        encoder, card = load_ours(path)
-        blueprint = card.blueprint.without_weights()
-        check_channels(blueprint, f"the encoder in {path!r}", images)
-        bound = encoder.backbone.fixed_input
-        if size is not None and bound not in (None, size):
-            raise ConfigError(
-                f"`size`: {blueprint.backbone.name} is bound to images of {bound} px, those that it was pretrained on, and {size} was "
-                "asked for: leave `size` out, or pretrain a convolutional network."
-            )
-        return BuiltEncoder(encoder, blueprint if size is None else blueprint.at_size(size), card, [])
+    if path is not None and not _is_checkpoint(path):
+        return _of_run(path, images, size)
     if path is not None:
         backbone = _with_weights(backbone, path)
     expected = resolve_cfg(backbone, images.channels, images.mean, images.std)
@@ -94,7 +69,25 @@ def build_encoder(
     return BuiltEncoder(encoder, blueprint, None, [*expected.notes(size, evaluated), *notes])
 
 
-def check_channels(blueprint: EncoderSpec, name: str, images: Images) -> None:
+def _of_run(path: str, images: ImageDataset, size: int | None) -> BuiltEncoder:
+    if not Path(path).expanduser().exists() and is_network(path):
+        raise ConfigError(
+            f"`encoder`: there is no run {path!r}, and a network has that name. Its published weights are taken by "
+            f"backbone.name={path} backbone.weights=DEFAULT, without an encoder."
+        )
+    encoder, card = load_encoder(path)
+    blueprint = card.blueprint.without_weights()
+    check_channels(blueprint, f"the encoder in {path!r}", images)
+    bound = encoder.backbone.fixed_input
+    if size is not None and bound not in (None, size):
+        raise ConfigError(
+            f"`size`: {blueprint.backbone.name} is bound to images of {bound} px, those that it was pretrained on, and {size} was "
+            "asked for: leave `size` out, or pretrain a convolutional network."
+        )
+    return BuiltEncoder(encoder, blueprint if size is None else blueprint.at_size(size), card, [])
+
+
+def check_channels(blueprint: EncoderSpec, name: str, images: ImageDataset) -> None:
     """Raises a ConfigError where the images have another number of channels than a network reads."""
     if blueprint.channels != images.channels:
         raise ConfigError(
@@ -103,37 +96,19 @@ def check_channels(blueprint: EncoderSpec, name: str, images: Images) -> None:
         )
 
 
-def is_checkpoint(path: str) -> bool:
+def _is_checkpoint(path: str) -> bool:
     """Whether it is a file of tensors without a card of ours beside it."""
     file = Path(path).expanduser()
-    ours = file.name == "card.json" or (
-        file.name in ("encoder.safetensors", "model.safetensors") and (file.parent / "card.json").exists()
-    )
-    return not ours and not file.is_dir() and (file.is_file() or path.endswith(WEIGHTS_FILES))
-
-
-def load_ours(path: str) -> tuple[Encoder, Card]:
-    """The encoder of a run of stage one, or that in a model of stage two."""
-    folder = Path(path).expanduser()
-    if not folder.exists() and is_network(path):
-        raise ConfigError(
-            f"`encoder`: there is no run {path!r}, and a network has that name. Its published weights are taken by "
-            f"backbone.name={path} backbone.weights=DEFAULT, without an encoder."
-        )
-    file = folder / "model.safetensors" if folder.is_dir() else folder
-    if file.name != "model.safetensors" or not file.exists():
-        return load_encoder(folder)
-    card, state = read(file, "model")
-    encoder, _ = card.blueprint.without_weights().build()
-    inside = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
-    load_strictly(encoder, inside, f"the encoder of the model in {path!r}")
-    return encoder, card
+    ours = file.name in ("encoder.safetensors", "model.safetensors") and (file.parent / "card.json").exists()
+    if ours or file.name == "card.json" or file.is_dir():
+        return False
+    return file.is_file() or path.endswith(WEIGHTS_FILES)
 
 
 def _with_weights(backbone: BackboneConfig, path: str) -> BackboneConfig:
     if not Path(path).expanduser().is_file():
         raise ConfigError(f"there is no file {path!r}: give a run's folder, or a checkpoint of `backbone.name`.")
-    if backbone.name == "small_resnet" and backbone == BackboneConfig():
+    if backbone == BackboneConfig():
         raise ConfigError(
             f"{path!r} is a checkpoint without a card of ours: say of which network by `backbone.name=resnet50` or another."
         )

@@ -67,7 +67,6 @@ class EMAModel(nn.Module):
         """``teacher ← momentum · teacher + (1 − momentum) · student``; called after the optimizer's step."""
         kept: list[Tensor] = list(self.network.parameters())
         new: list[Tensor] = list(student.parameters())
-        assert len(kept) == len(new)
         torch._foreach_lerp_(kept, new, 1 - momentum)  # one kernel's start for all of them
         # Some of timm's layers keep what they made of their parameters until training mode is set.
         self.train(self.training)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.config.files import atomic_write, atomic_write_text
-from ssl_pipeline.models.backbone import Backbone, build_backbone, stem_at
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbone, stem_at
 from ssl_pipeline.models.batch_norm import batch_norms
 from ssl_pipeline.models.neck import NeckConfig, build_neck
 from ssl_pipeline.models.weights import load_strictly
@@ -57,11 +56,7 @@ class Encoder(nn.Module):
         self.learn()
 
     def learn(self, maps: bool = False) -> None:
-        """Trains the parameters that the result depends on, and no others: several processes would wait for their gradient.
-
-        Args:
-            maps: the result is ``feature_maps``, not ``features``.
-        """
+        """Trains the parameters that ``features`` or ``maps`` depend on: several processes would wait for others' gradient."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in self._never)
         self.backbone.final_norm.requires_grad_(self._normalize and not maps)
@@ -183,10 +178,7 @@ class Card(FrozenModel):
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are finite numbers: nothing else can be compared, drawn or written as JSON.
-
-    The name of each one that is left out is logged once.
-    """
+    """The metrics that are finite numbers: nothing else can be compared, drawn or written as JSON; others are logged once."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             _warn_not_finite(name)
@@ -222,11 +214,7 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def read(path: str | Path, kind: Literal["encoder", "model"]) -> tuple[Card, dict[str, Tensor]]:
-    """Reads a card and its weights.
-
-    Args:
-        path: a run's folder, or the weights' file in it.
-        kind: what is expected.
+    """Reads a card and its weights of a run's folder, or of the weights' file in it.
 
     Raises:
         ConfigError: it is not there, not whole, or something else.
@@ -259,12 +247,15 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
     """The card, once its schema and kind are known to be those expected."""
     try:
         tree = json.loads(path.read_text())
-        schema = tree.get("schema_version") if isinstance(tree, dict) else None
-        if schema is not None and schema != SCHEMA:  # before its fields, which another schema may well lack
-            raise ConfigError(
-                f"{path} is of schema {schema}, and this version reads schema {SCHEMA}: read it with the version of "
-                "ssl-pipeline that wrote it, or run its stage again."
-            )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): take it from a copy, or run its stage again.") from error
+    schema = tree.get("schema_version", SCHEMA) if isinstance(tree, dict) else SCHEMA
+    if schema != SCHEMA:  # before its fields, which another schema may well lack
+        raise ConfigError(
+            f"{path} is of schema {schema}, and this version reads schema {SCHEMA}: read it with the version of "
+            "ssl-pipeline that wrote it, or run its stage again."
+        )
+    try:
         card = Card.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -272,8 +263,6 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
         raise ConfigError(
             f"{path} can't be read by this version (schema {SCHEMA}): {where}: {first['msg']}. Run its stage again."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): take it from a copy, or run its stage again.") from error
     if card.kind != kind:
         raise ConfigError(
             f"{path} describes a {card.kind}, and a {kind} is needed: give the folder of a run that wrote one."
@@ -282,12 +271,18 @@ def read_card(path: Path, kind: Literal["encoder", "model"]) -> Card:
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, Card]:
-    """Stage one's encoder; every key must fit.
+    """The encoder of a run of stage one, or that in a model of stage two, by its folder or file; every key must fit.
 
     Raises:
         ConfigError: see :func:`read`; or naming the keys that do not fit.
     """
-    card, state = read(path, "encoder")
+    place = Path(path).expanduser()
+    model = place / "model.safetensors" if place.is_dir() else place
+    if model.name == "model.safetensors" and model.exists():
+        card, state = read(model, "model")
+        state = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+    else:
+        card, state = read(place, "encoder")
     encoder, _ = card.blueprint.without_weights().build()
     load_strictly(encoder, state, f"the encoder in {str(path)!r}")
     return encoder, card

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,63 +27,54 @@ class NeckConfig(FrozenModel):
     power: float = Field(3.0, gt=0)
 
 
-class GAP(nn.Module):
-    """Global average pooling: a channel becomes its mean. ``{level: (B, D, H, W)}`` to (B, D)."""
+class Neck(nn.Module):
+    """Maps ``{level: (B, D, H, W)}`` to features (B, width)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.pool = nn.AdaptiveAvgPool2d(1)
+
+
+class GAP(Neck):
+    """Global average pooling: a channel of the last level becomes its mean."""
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        pooled: Tensor = self.pool(maps["c5"])
-        return pooled.flatten(1)
+        return F.adaptive_avg_pool2d(maps["c5"], 1).flatten(1)
 
 
-class GeM(nn.Module):
-    """Generalized-mean pooling: between the mean (power 1) and the maximum (power ∞), learned."""
+class GeM(Neck):
+    """Generalized-mean pooling of the last level: between the mean (power 1) and the maximum (power ∞), learned."""
 
     def __init__(self, width: int, power: float) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.power = nn.Parameter(torch.tensor(power))
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        """The last level's generalized means, (B, D)."""
         positive = maps["c5"].float().clamp_min(1e-6)
         return positive.pow(self.power).mean((2, 3)).pow(1 / self.power)
 
 
-class Tokens(nn.Module):
-    """A vision transformer's class token, (B, D)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
+class Tokens(Neck):
+    """A vision transformer's class token."""
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
         return maps["token"]
 
 
-class MultiLevel(nn.Module):
-    """Global average pooling of all levels, concatenated: (B, sum of widths)."""
-
-    def __init__(self, widths: dict[str, int]) -> None:
-        super().__init__()
-        self.width = sum(widths.values())
-        self.levels = tuple(widths)
+class MultiLevel(Neck):
+    """Global average pooling of all levels, side by side."""
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
-        return torch.cat([maps[level].mean((2, 3)) for level in self.levels], 1)
+        return torch.cat([one.mean((2, 3)) for level, one in maps.items() if level != "token"], 1)
 
 
-def build_neck(config: NeckConfig, backbone: Backbone) -> GAP | GeM | Tokens | MultiLevel:
+def build_neck(config: NeckConfig, backbone: Backbone) -> Neck:
     """The neck of a backbone; its ``width`` is the number of features."""
+    if config.name == "multi_level":
+        return MultiLevel(sum(backbone.widths.values()))
     last = list(backbone.widths.values())[-1]
     if config.name == "gem":
         return GeM(last, config.power)
-    if config.name == "multi_level":
-        return MultiLevel(backbone.widths)
     if config.name == "tokens":
         if not backbone.has_token:
             raise ConfigError(

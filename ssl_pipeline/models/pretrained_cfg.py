@@ -10,10 +10,11 @@ from typing import Any
 from torchvision.models import get_model_weights
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone_config import BackboneConfig, torchvision_names
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import read_card
-from ssl_pipeline.models.timm_backbones import data_config, pretrained_cfg, pretrained_tags
-from ssl_pipeline.models.weights import is_file_name, official_entry
+from ssl_pipeline.models.timm_backbones import pretrained_tags, timm_name, with_tag
+from ssl_pipeline.models.torchvision_backbones import torchvision_names
+from ssl_pipeline.models.weights import official_entry
 from ssl_pipeline.transforms.preprocessing import Resize
 
 
@@ -47,23 +48,18 @@ class PretrainedCfg:
         return replace(self, mean=(mean,) * channels, std=(std,) * channels)
 
     def notes(self, size: int, evaluated: bool = True) -> list[str]:
-        """Lines for the log.
-
-        Args:
-            size: of the images in pixels.
-            evaluated: whether the weights are measured, rather than trained on, which takes the central square.
-        """
+        """Lines for the log; of weights that are not ``evaluated`` but trained on, without the resize."""
         if not self.origin:
             return []
         line = f"backbone: mean {_numbers(self.mean)} and std {_numbers(self.std)}, {self.origin}"
-        resize = self.resize_at(size) if evaluated else None
+        resize = self.resize_at(size)
+        if not evaluated or self.size is None:
+            return [line]
         if resize is not None:
             return [f"{line}; {resize.describe(size)}"]
-        if evaluated and self.size is not None:
-            return [
-                f"{line}; these weights were made for {self.size} px (size={self.size}): at {size} px the largest central square is resized"
-            ]
-        return [line]
+        return [
+            f"{line}; these weights were made for {self.size} px (size={self.size}): at {size} px the largest central square is resized"
+        ]
 
 
 IMAGENET = PretrainedCfg((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), origin="ImageNet's, as nothing else is known")
@@ -72,14 +68,7 @@ IMAGENET = PretrainedCfg((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), origin="I
 def resolve_cfg(
     config: BackboneConfig, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> PretrainedCfg:
-    """The images that an encoder will expect: those of its weights, or of the data where it has none.
-
-    Args:
-        config: the network and its weights.
-        channels: of the images.
-        mean: of the data, per channel, where it is known.
-        std: likewise.
-    """
+    """The images that an encoder will expect: those of its weights, or of the data (``mean`` and ``std``) where it has none."""
     if config.weights is None and mean is not None and std is not None:
         return PretrainedCfg(mean, std)
     found = published_cfg(config) if config.weights is not None else None
@@ -94,53 +83,31 @@ def published_cfg(config: BackboneConfig) -> PretrainedCfg | None:
     only one for that network.
     """
     assert config.weights is not None
-    if not is_file_name(config.weights):
-        return _of_tag(config, config.weights) if config.is_timm else _of_torchvision(config.name, config.weights)
+    if config.official:
+        if config.is_timm:
+            cfg = _registered(with_tag(timm_name(config.name), config.official))
+            return _of_timm(cfg, f"{cfg['tag']}'s own")
+        return _of_torchvision(official_entry(config.name, config.official))
     path = Path(config.weights).expanduser()
-    ours = _of_our_card(path)
-    if ours is not None:
-        return ours
-    return _of_timms_file(config, path) if config.is_timm else _of_torchvisions_file(config.name, path)
+    card = path.parent / "card.json"
+    if path.name in ("encoder.safetensors", "model.safetensors") and card.is_file():
+        spec = read_card(card, "encoder" if path.stem == "encoder" else "model").blueprint
+        return PretrainedCfg(spec.mean, spec.std, spec.size, spec.resize, f"as {card} has them")
+    if config.is_timm:
+        return _of_timms_file(timm_name(config.name), path)
+    # A file from torchvision's server has its digest in its name.
+    entries = get_model_weights(config.name) if config.name in torchvision_names() else ()
+    return next((_of_torchvision(entry) for entry in entries if path.name == entry.url.rsplit("/", 1)[-1]), None)
 
 
-def _of_torchvision(name: str, weights: str) -> PretrainedCfg:
-    entry = official_entry(name, weights)
+def _of_torchvision(entry: Any) -> PretrainedCfg:
     transforms = entry.transforms()
     (size,), (resize_size,) = transforms.crop_size, transforms.resize_size
     resize = Resize(resize_size=resize_size, interpolation=transforms.interpolation.value)
     return PretrainedCfg(tuple(transforms.mean), tuple(transforms.std), size, resize, f"{entry.name}'s own")
 
 
-def _of_torchvisions_file(name: str, path: Path) -> PretrainedCfg | None:
-    """A file from torchvision's server has its digest in its name."""
-    if name not in torchvision_names():
-        return None
-    for entry in get_model_weights(name):
-        if path.name == entry.url.rsplit("/", 1)[-1]:
-            return _of_torchvision(name, entry.name)
-    return None
-
-
-def _of_tag(config: BackboneConfig, tag: str) -> PretrainedCfg:
-    cfg = pretrained_cfg(config, tag)
-    return _of_timm(cfg, f"{cfg['tag']}'s own")
-
-
-def _of_timm(cfg: dict[str, Any], origin: str) -> PretrainedCfg:
-    found = data_config(cfg)
-    _, height, width = found["input_size"]
-    size = height if height == width else None
-    resize = None
-    if size is not None:
-        resize = Resize(
-            resize_size=int(size / found["crop_pct"]),
-            interpolation=found["interpolation"],
-            crop_mode=found["crop_mode"],
-        )
-    return PretrainedCfg(tuple(found["mean"]), tuple(found["std"]), size, resize, origin)
-
-
-def _of_timms_file(config: BackboneConfig, path: Path) -> PretrainedCfg | None:
+def _of_timms_file(name: str, path: Path) -> PretrainedCfg | None:
     hub = path.parent / "config.json"
     if hub.is_file():
         try:
@@ -151,18 +118,35 @@ def _of_timms_file(config: BackboneConfig, path: Path) -> PretrainedCfg | None:
             ) from error
         if isinstance(tree, dict) and isinstance(tree.get("pretrained_cfg"), dict):
             return _of_timm(tree["pretrained_cfg"], f"as {hub} has them")
-    tags = pretrained_tags(config)
-    tag = tags[0] if len(tags) == 1 else config.name.partition(".")[2]
-    return _of_timm(pretrained_cfg(config, tag), f"those of timm's tag {tag!r}") if tag else None
+    tags = pretrained_tags(name)
+    tag = tags[0] if len(tags) == 1 else name.partition(".")[2]
+    return _of_timm(_registered(with_tag(name, tag)), f"those of timm's tag {tag!r}") if tag else None
 
 
-def _of_our_card(path: Path) -> PretrainedCfg | None:
-    card = path.parent / "card.json"
-    if path.name not in ("encoder.safetensors", "model.safetensors") or not card.is_file():
-        return None
-    blueprint = read_card(card, "encoder" if path.name.startswith("encoder") else "model").blueprint
-    origin = f"as {card} has them"
-    return PretrainedCfg(blueprint.mean, blueprint.std, blueprint.size, blueprint.resize, origin)
+def _registered(name: str) -> dict[str, Any]:
+    """What timm publishes beside pretrained weights, of a network's name with a tag."""
+    import timm
+
+    cfg: Any = timm.get_pretrained_cfg(name)
+    found: dict[str, Any] = cfg.to_dict()
+    return found
+
+
+def _of_timm(cfg: dict[str, Any], origin: str) -> PretrainedCfg:
+    import timm.data
+
+    library: Any = timm.data
+    found: dict[str, Any] = library.resolve_data_config({}, pretrained_cfg=cfg)  # fills in timm's defaults
+    _, height, width = found["input_size"]
+    size = height if height == width else None
+    resize = None
+    if size is not None:
+        resize = Resize(
+            resize_size=int(size / found["crop_pct"]),
+            interpolation=found["interpolation"],
+            crop_mode=found["crop_mode"],
+        )
+    return PretrainedCfg(tuple(found["mean"]), tuple(found["std"]), size, resize, origin)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -13,43 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ssl_pipeline.config.base import ConfigError, first_line
-from ssl_pipeline.models.backbone_config import BackboneConfig, torchvision_names
-from ssl_pipeline.models.torchvision_backbones import FeatureInfo, FeatureLevel
-from ssl_pipeline.models.weights import is_file_name, load_published
-
-
-def build_timm(config: BackboneConfig, channels: int, image_size: int) -> tuple[nn.Module, FeatureInfo, list[str]]:
-    """Builds a network by timm without its classifier.
-
-    Args:
-        config: which one.
-        channels: of the images.
-        image_size: in pixels; a transformer is bound to it.
-
-    Returns:
-        The network, its levels, and notes for the log.
-
-    Raises:
-        ConfigError: timm is absent or has no such network, or the weights or the size do not fit.
-    """
-    name = _known(config)
-    if config.stem == "small":
-        raise ConfigError(
-            "`backbone.stem=small` is for torchvision's ResNets, VGGs, EfficientNets and MobileNets; "
-            "timm has models with small stems of its own."
-        )
-    is_file = config.weights is not None and is_file_name(config.weights)
-    official = config.weights is not None and not is_file
-    if config.weights is not None and official:
-        name = _with_tag(name, config.weights)
-    # A file is read into the network it was written for; its stem is fitted to the images after that.
-    trunk = _create(name, official, image_size, 3 if is_file else channels)
-    notes = list[str]()
-    if is_file:
-        prefixes = trunk.default_cfg["classifier"]
-        classifier = tuple(f"{p}." for p in ((prefixes,) if isinstance(prefixes, str) else prefixes))
-        notes = load_published(trunk, config, classifier, channels)
-    return trunk, _feature_info(trunk), notes
+from ssl_pipeline.models.torchvision_backbones import FeatureInfo, FeatureLevel, Layers, torchvision_names
 
 
 def is_timms(name: str) -> bool:
@@ -61,31 +25,34 @@ def is_timms(name: str) -> bool:
     return bool(timm.is_model(name.split(".")[0]))
 
 
-def _known(config: BackboneConfig) -> str:
-    """The network's name in timm; an error with the nearest names if it has none."""
-    name = config.name.removeprefix("timm/")
+def timm_name(configured: str) -> str:
+    """The name in timm of what ``backbone.name`` says.
+
+    Raises:
+        ConfigError: timm is absent, or has no such network; with the nearest names.
+    """
+    name = configured.removeprefix("timm/")
+    if is_timms(name):
+        return name
     elsewhere = difflib.get_close_matches(name, [*torchvision_names(), "small_resnet"], n=3)
-    hint = f" torchvision's nearest: {', '.join(elsewhere)}." if elsewhere and name == config.name else ""
+    hint = f" torchvision's nearest: {', '.join(elsewhere)}." if elsewhere and name == configured else ""
     if importlib.util.find_spec("timm") is None:
-        fault = "needs timm" if name != config.name else "is not torchvision's, and others need timm"
+        fault = "needs timm" if name != configured else "is not torchvision's, and others need timm"
         raise ConfigError(
-            f"`backbone.name`: {config.name!r} {fault}: pip install -e '.[timm]' in the project's folder.{hint}"
+            f"`backbone.name`: {configured!r} {fault}: pip install -e '.[timm]' in the project's folder.{hint}"
         )
     import timm
 
-    if not is_timms(name):
-        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-        nearest = f" timm's nearest: {close}." if close else ""
-        where = "neither torchvision nor timm has" if name == config.name else "timm has no"
-        raise ConfigError(
-            f"`backbone.name`: {where} {name!r}.{hint}{nearest} "
-            "Take a name from torchvision's or timm's list of models."
-        )
-    return name
+    close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+    nearest = f" timm's nearest: {close}." if close else ""
+    where = "neither torchvision nor timm has" if name == configured else "timm has no"
+    raise ConfigError(
+        f"`backbone.name`: {where} {name!r}.{hint}{nearest} Take a name from torchvision's or timm's list of models."
+    )
 
 
-def _tags(name: str) -> list[str]:
-    """Pretrained tags of a network, timm's default first."""
+def pretrained_tags(name: str) -> list[str]:
+    """The tags that ``backbone.weights`` may name for a network of timm's, the default first."""
     import timm
 
     architecture = name.split(".")[0]
@@ -94,9 +61,13 @@ def _tags(name: str) -> list[str]:
     return sorted(tags, key=lambda tag: default is None or tag != default.tag)
 
 
-def _with_tag(name: str, tag: str) -> str:
-    """A network's name with a pretrained tag, as timm writes it; an error with the known tags if it has no such one."""
-    known = _tags(name)
+def with_tag(name: str, tag: str) -> str:
+    """A network's name with a pretrained tag, as timm writes it; ``DEFAULT`` is the tag that the name has, or timm's own.
+
+    Raises:
+        ConfigError: with the tags that there are.
+    """
+    known = pretrained_tags(name)
     architecture, _, named = name.partition(".")
     if not known:
         raise ConfigError(
@@ -111,31 +82,12 @@ def _with_tag(name: str, tag: str) -> str:
     return f"{architecture}.{wanted}"
 
 
-def pretrained_tags(config: BackboneConfig) -> list[str]:
-    """The tags that ``backbone.weights`` may name for one of timm's networks, the default first."""
-    return _tags(_known(config))
+def create_timm(name: str, official: bool, image_size: int, channels: int) -> Any:
+    """A network without its classifier, with official weights or fresh ones; a transformer is bound to the image size.
 
-
-def pretrained_cfg(config: BackboneConfig, tag: str) -> dict[str, Any]:
-    """What timm publishes beside the pretrained weights of a tag, or of ``DEFAULT``."""
-    name = _with_tag(_known(config), tag)
-    import timm
-
-    registered: Any = timm.get_pretrained_cfg(name)
-    found: dict[str, Any] = registered.to_dict()
-    return found
-
-
-def data_config(cfg: dict[str, Any]) -> dict[str, Any]:
-    """``input_size``, ``mean``, ``std``, ``crop_pct``, ``crop_mode`` and ``interpolation``, timm's defaults filled in."""
-    import timm.data
-
-    library: Any = timm.data
-    found: dict[str, Any] = library.resolve_data_config({}, pretrained_cfg=cfg)
-    return found
-
-
-def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
+    Raises:
+        ConfigError: it can't be made, gives no feature maps, or has patches that do not fit the images.
+    """
     import timm
 
     options: dict[str, Any] = {"pretrained": official, "in_chans": channels, "num_classes": 0}
@@ -150,9 +102,10 @@ def _create(name: str, official: bool, image_size: int, channels: int) -> Any:
             "and give `backbone.weights=FILE`."
         ) from error
     embedding: Any = getattr(trunk, "patch_embed", None)
-    # Of other embeddings, the patches overlap, or are as large as all strides together.
-    side = embedding.patch_size[0] if hasattr(embedding, "grid_size") else 1
-    check_patches(name, image_size, side)
+    if hasattr(
+        embedding, "grid_size"
+    ):  # of other embeddings, the patches overlap, or are as large as all strides together
+        check_patches(name, image_size, embedding.patch_size[0])
     if not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(
             f"`backbone.name`: timm's {name} gives no feature maps; take one that has forward_intermediates."
@@ -175,8 +128,8 @@ def fixed_size(trunk: nn.Module) -> int | None:
     return int(embedding.img_size[0]) if getattr(embedding, "strict_img_size", False) else None
 
 
-def _feature_info(trunk: Any) -> FeatureInfo:
-    """Levels as ``feature_info`` declares them, the last one being what the library itself would pool."""
+def timm_info(trunk: Any) -> FeatureInfo:
+    """Levels as timm's ``feature_info`` declares them, the last one being what the library itself would pool."""
     info = list(trunk.feature_info)
     last = FeatureLevel((), int(trunk.num_features), int(info[-1]["reduction"]))
     ends = {int(f["reduction"]): i for i, f in enumerate(info) if f["reduction"] < last.stride}
@@ -185,20 +138,22 @@ def _feature_info(trunk: Any) -> FeatureInfo:
         f"c{5 - len(taps) + n}": FeatureLevel((), int(info[i]["num_chs"]), int(info[i]["reduction"]))
         for n, i in enumerate(taps)
     }
-    norms = {name: _norm(trunk, name, last.width) for name in ("head.norm", "fc_norm")}
-    norm = next((name for name, module in norms.items() if module is not None), None)
+    modules = dict(trunk.named_modules())
+    shapes = {name: getattr(modules.get(name), "normalized_shape", None) for name in ("head.norm", "fc_norm")}
+    norm = next((name for name, shape in shapes.items() if shape and tuple(shape) == (last.width,)), None)
+    classifiers = trunk.default_cfg.get("classifier", ())
     return FeatureInfo(
         {**levels, "c5": last},
-        (),
+        tuple(f"{prefix}." for prefix in ([classifiers] if isinstance(classifiers, str) else classifiers)),
         final_norm=norm,
-        norm_reads_rows=norm is not None and not type(norms[norm]).__name__.endswith("2d"),
+        norm_reads_rows=norm is not None and not type(modules[norm]).__name__.endswith("2d"),
         token=getattr(trunk, "cls_token", None) is not None,
         taps=taps,
         layers=_layers(trunk),
     )
 
 
-def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
+def _layers(trunk: Any) -> Layers:
     """Parameter names by layer, as timm groups them for its own layer-wise rates; without such groups a child is a layer."""
     if not hasattr(trunk, "group_matcher"):
         return tuple((name,) for name, _ in trunk.named_children())
@@ -208,19 +163,7 @@ def _layers(trunk: Any) -> tuple[tuple[str, ...], ...]:
     names, head = [name for name, _ in trunk.named_parameters()], "a head, which no group of the trunk matches"
     whole: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in (*names, head)))
     found = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)
-    layers = [list[str]() for _ in range(found[head])]
-    for name in names:
-        if found[name] < len(layers):
-            layers[found[name]].append(name)
-    return tuple(map(tuple, layers))
-
-
-def _norm(trunk: nn.Module, name: str, width: int) -> nn.Module | None:
-    """The trunk's norm of that name, if it is one of pooled features of that width."""
-    found: Any = trunk
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if tuple(getattr(found, "normalized_shape", ())) == (width,) else None
+    return tuple(tuple(name for name in names if found[name] == layer) for layer in range(found[head]))
 
 
 def unused_parameters(
@@ -231,15 +174,8 @@ def unused_parameters(
     Shapes are followed on the meta device, where nothing is computed: some of timm's networks give other maps than they
     declare, and some take no images of this size.
 
-    Args:
-        name: of the network, for messages.
-        backbone: images to maps by level.
-        widths: their channels, as declared.
-        channels: of the images.
-        image_size: in pixels.
-
     Raises:
-        ConfigError: the backbone does not give the maps that it declares.
+        ConfigError: the backbone does not give a map of its declared width for each level.
     """
     parameters = {key: value.detach().to("meta").requires_grad_() for key, value in backbone.named_parameters()}
     state = parameters | {key: buffer.to("meta") for key, buffer in backbone.named_buffers()}

@@ -14,13 +14,10 @@ from torchvision.models import get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone_config import BackboneConfig
-from ssl_pipeline.models.checkpoint_file import read_tensors
-from ssl_pipeline.models.checkpoint_keys import find_network
+from ssl_pipeline.models.checkpoint_file import find_network, read_tensors
 from ssl_pipeline.models.torchvision_backbones import adapt_input_conv, first_convolution
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".torch")
-KERNELS_SUMMED = "backbone: the stem's kernels were summed for images with {} channel(s)"
 
 
 def is_file_name(weights: str) -> bool:
@@ -50,10 +47,8 @@ def official_entry(name: str, weights: str) -> Any:
 
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     """A network's state dict by official name; or all tensors of a file, by their dotted names."""
-    return read_tensors(Path(weights).expanduser()) if is_file_name(weights) else _official(name, weights)
-
-
-def _official(name: str, weights: str) -> dict[str, Tensor]:
+    if is_file_name(weights):
+        return read_tensors(Path(weights).expanduser())
     entry = official_entry(name, weights)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -70,34 +65,33 @@ def _official(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def load_published(trunk: nn.Module, config: BackboneConfig, classifier: tuple[str, ...], channels: int) -> list[str]:
-    """Loads the weights that a configuration names into a network, in place, and fits its stem to the images.
+def load_published(
+    trunk: nn.Module, name: str, weights: str, key: str | None, classifier: tuple[str, ...], channels: int
+) -> list[str]:
+    """Loads published weights into a network, in place, and fits its stem to the images; returns notes for the log.
 
     Args:
         trunk: for RGB images, without its classifier.
-        config: names the weights, and of a file with several networks the part.
+        name: of the network.
+        weights: an official name or a file.
+        key: of a file with several networks, the part.
         classifier: prefixes of the keys that are dropped.
         channels: of the images.
-
-    Returns:
-        Notes for the log.
 
     Raises:
         ConfigError: there are no such weights, or they do not fit.
     """
-    assert config.weights is not None
-    what, notes = f"`backbone.weights` {config.weights}", list[str]()
-    state = read_weights(config.name, config.weights)
-    if is_file_name(config.weights):
-        state, notes = find_network(trunk, state, what, config.weights_key)
+    what, notes = f"`backbone.weights` {weights}", list[str]()
+    state = read_weights(name, weights)
+    if is_file_name(weights):
+        state, notes = find_network(trunk, state, what, key)
     kernels = state.get(f"{first_convolution(trunk)[0]}.weight")
     fits = channels == 3 or (kernels is not None and kernels.ndim == 4 and kernels.shape[1] == channels)
     if channels != 3 and fits:  # only for the shape: the file has kernels for these images
         adapt_input_conv(trunk, channels)
     notes += load_trunk(trunk, state, classifier, what)
     if not fits:
-        adapt_input_conv(trunk, channels)
-        notes.append(KERNELS_SUMMED.format(channels))
+        notes.append(adapt_input_conv(trunk, channels))
     return notes
 
 
@@ -106,12 +100,6 @@ def load_trunk(trunk: nn.Module, state: dict[str, Tensor], classifier: tuple[str
 
     Its own loader may read what older releases wrote: published transformers call their MLPs' layers otherwise, and published
     batch norms lack counters. What it leaves over is an error.
-
-    Args:
-        trunk: the network.
-        state: the library's names.
-        classifier: prefixes of the keys that are dropped.
-        what: the weights' name, for messages.
 
     Raises:
         ConfigError: naming keys that are missing, unknown, or of another shape.
@@ -149,7 +137,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
 
 
 def _refuse(what: str, missing: list[str], unknown: list[str], reshaped: list[str]) -> None:
-    """Raises if any key does not fit; the first few are named."""
     faults = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     found = [
         f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} {how} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ssl_pipeline.metrics.interval import interval
-from ssl_pipeline.report.read import RunRecord
-from ssl_pipeline.report.tables import condition, measured_rows
+from ssl_pipeline.report.read import RunRecord, measured_rows
+from ssl_pipeline.report.tables import condition
 
 _MOST_POINTS = 500  # of a line: a chart is not wider than that on a screen
 
@@ -89,8 +89,8 @@ def logged(runs: Iterable[RunRecord]) -> list[Chart]:
     numbered = [(number, run) for number, run in enumerate(runs) if run.stage == "pretrain"]
     found = []
     for chart in _LOGGED:
-        lines = [Line(thin(shown), run=number) for number, run in numbered
-                 if (shown := points(run, chart.metrics, chart.step_only))]  # fmt: skip
+        drawn = [(number, points(run, chart.metrics, chart.step_only)) for number, run in numbered]
+        lines = [Line(thin(rows), run=number) for number, rows in drawn if rows]
         if lines:
             found.append(replace(chart, lines=lines))
     return found
@@ -100,18 +100,16 @@ def spectra(found: Sequence[tuple[int, dict[str, Any]]]) -> list[Chart]:
     """The spectrum of the features' covariance and the spread of each dimension, both sorted, by the run's number."""
 
     def lines(key: str) -> list[Line]:
-        return [Line([Point(n + 1, None, None, v) for n, v in enumerate(of_run[key])], run=number)
-                for number, of_run in found]  # fmt: skip
+        return [Line([Point(n, None, None, v) for n, v in enumerate(one[key], 1)], run=number) for number, one in found]
 
-    if not found:
-        return []
-    return [
+    charts = [
         Chart("spectrum", "collapse", "Spectrum of the features", (), "percent",
               "Each principal direction's share of the variance; a cliff means that few directions carry all.",
               axis="direction", log=True, lines=lines("share")),
         Chart("std", "collapse", "Std per dimension", (), "number",
               "Sorted; 1 is spread evenly over the sphere, dimensions at 0 are dead.", axis="dimension", lines=lines("std")),
     ]  # fmt: skip
+    return charts if found else []
 
 
 def label_efficiency(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -145,41 +143,46 @@ def _with_intervals(by_labels: dict[float, list[float]], in_percent: bool) -> li
 
 def points(run: RunRecord, metrics: tuple[str, ...], step_only: bool = False) -> list[Point]:
     """A metric over the run: the first of these names that was logged."""
-    began = run.began or next((_time(line, 0.0) for line in run.lines), 0.0)
+    times = [line.get("time") for line in run.lines]
+    known = [float(time) for time in times if isinstance(time, int | float)]
+    began = run.began or (known[0] if known else 0.0)
     per_epoch = steps_per_epoch(run)
     for wanted in metrics:
-        rows = []
-        for line in run.lines:
+        rows = list[Point]()
+        for line, time in zip(run.lines, times, strict=True):
             value = _value(line, wanted, step_only)
             if value is not None:
                 epoch = None if per_epoch is None else round(line["step"] / per_epoch, 4)
-                seconds = round(_time(line, began) - began, 1)
-                rows.append(
-                    Point(line["step"], epoch, seconds, float(f"{value:.6g}") if math.isfinite(value) else None)
-                )
+                seconds = round(time - began, 1) if isinstance(time, int | float) else 0.0
+                shown = float(f"{value:.6g}") if math.isfinite(value) else None
+                rows.append(Point(line["step"], epoch, seconds, shown))
         if rows:
             return rows
     return []
 
 
-def first_and_last(run: RunRecord, metric: str, step_only: bool = False) -> tuple[float, float] | None:
+def values(run: RunRecord, metric: str, step_only: bool = False) -> list[float]:
+    """A metric's finite values, from first to last."""
+    return [row.value for row in points(run, (metric,), step_only) if row.value is not None]
+
+
+def first_and_last(run: RunRecord, metric: str) -> tuple[float, float] | None:
     """A metric before training and at the end; None where it was not measured twice."""
-    values = [row.value for row in points(run, (metric,), step_only) if row.value is not None]
-    return (values[0], values[-1]) if len(values) > 1 else None
+    found = values(run, metric)
+    return (found[0], found[-1]) if len(found) > 1 else None
 
 
 def last(run: RunRecord, metric: str, step_only: bool = False) -> float | None:
     """A metric's last value."""
-    values = [row.value for row in points(run, (metric,), step_only) if row.value is not None]
-    return values[-1] if values else None
+    return next(reversed(values(run, metric, step_only)), None)
 
 
 def steps_per_epoch(run: RunRecord) -> float | None:
     """From a line that was logged with its epoch."""
     for line in reversed(run.lines):
-        for name, value in line.items():
-            if name.rpartition("/")[2] == "epoch" and isinstance(value, int | float) and value > 0 and line["step"] > 0:
-                return float(line["step"] / value)
+        epoch = _value(line, "epoch", step_only=False)
+        if epoch is not None and epoch > 0 and line["step"] > 0:
+            return float(line["step"] / epoch)
     return None
 
 
@@ -187,11 +190,6 @@ def thin(rows: list[Point], most: int = _MOST_POINTS) -> list[Point]:
     """Every n-th row, the last one always."""
     stride = -(-len(rows) // most)
     return rows if stride <= 1 else [*rows[: len(rows) - 1 : stride], rows[-1]]
-
-
-def _time(line: dict[str, Any], otherwise: float) -> float:
-    time = line.get("time")
-    return float(time) if isinstance(time, int | float) else otherwise
 
 
 def _value(line: dict[str, Any], wanted: str, step_only: bool) -> float | None:

@@ -20,16 +20,13 @@ def report(
     folders: Sequence[Path], output: Path | None = None, refresh: int = 0,
     images: Callable[[RunRecord], RunImages] = run_images,
 ) -> tuple[Path, list[RunRecord]]:  # fmt: skip
-    """Writes the page.
+    """Writes the page; returns its place, and the runs on it.
 
     Args:
         folders: of runs, or of folders of runs.
         output: the page; by default ``report.html`` in the one folder, or in the current one for several.
         refresh: seconds after which the page reloads itself while a run goes on; 0 for never.
         images: gives what there is to see of a run.
-
-    Returns:
-        The page, and the runs on it.
 
     Raises:
         ConfigError: a folder that holds no run, or a page that can't be written.
@@ -40,8 +37,7 @@ def report(
     if output is not None:
         check_folder_of(path, "--output")
     runs = read_runs(folders)
-    going = any(run.state == "running" for run in runs)
-    text = page(runs, refresh if going else 0, images)
+    text = page(runs, refresh if _going(runs) else 0, images)
     try:
         atomic_write_text(path, text)
     except OSError as error:
@@ -51,16 +47,16 @@ def report(
     return path, runs
 
 
-def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
-    """Writes the page again and again until no run is going any more.
+def _going(runs: Sequence[RunRecord]) -> bool:
+    return any(run.state == "running" for run in runs)
 
-    Raises:
-        ConfigError: see :func:`report`.
-    """
+
+def watch(folders: Sequence[Path], output: Path | None, seconds: int) -> Path:
+    """Writes the page again and again until no run is going any more; see :func:`report`."""
     images = ImagesCache()
     path, runs = report(folders, output, seconds, images)
     console().print(f"wrote {path}: open it, it refreshes itself every {seconds} s (Ctrl-C ends this)", markup=False)
-    while any(run.state == "running" for run in runs):
+    while _going(runs):
         time.sleep(seconds)
         path, runs = report(folders, output, seconds, images)
     console().print(f"no run is going any more: {path} is as it stays", markup=False)

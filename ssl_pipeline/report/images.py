@@ -55,38 +55,24 @@ def run_images(run: RunRecord) -> RunImages:
     """The images of a stage-one run; other stages have none of their own."""
     if run.stage != "pretrain":
         return RunImages()
+    views, problem = None, "Its images can't be shown: this version does not understand its config.yaml"
     try:
         config = resolve(PretrainConfig, run.config)
-    except UserError as error:
-        return RunImages(
-            notes=(f"Its images can't be shown: this version does not understand its config.yaml ({_line(error)}).",)
-        )
-    try:
-        train = open_training(config.data).preview()
-        val = config.data.open("val")
+        problem = "Its images can't be shown: the data can't be reached"
+        train, val = open_training(config.data).preview(), config.data.open("val")
         views = _views(train, config)
-    except _CAN_FAIL as error:
-        return RunImages(notes=(f"Its images can't be shown: the data can't be reached ({_line(error)}).",))
-    if not (run.folder / "encoder.safetensors").is_file():
-        return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
-    try:
+        if not (run.folder / "encoder.safetensors").is_file():
+            return RunImages(views, notes=("Neighbors, map and spectrum appear once the run has written its encoder.",))
+        problem = "Neighbors, map and spectrum can't be shown"
         source = val if val is not None else train
         encoder, card = load_encoder(run.folder)
         share = DistInfo(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         index = permutation(len(source), "report", "images")[:_MOST_IMAGES].sort().values
         features = extract(encoder.to(share.device), source, Preprocessing.of(card.blueprint), share, index)
-        return RunImages(
-            views,
-            neighbor_strips(features, source, index),
-            map_of(features, source, index, run.name),
-            spectrum(features),
-        )
+        strips, plane = neighbor_strips(features, source, index), map_of(features, source, index, run.name)
+        return RunImages(views, strips, plane, spectrum(features))
     except _CAN_FAIL as error:
-        return RunImages(views, notes=(f"Neighbors, map and spectrum can't be shown ({_line(error)}).",))
-
-
-def _line(error: BaseException) -> str:
-    return first_line(error).rstrip(".")
+        return RunImages(views, notes=(f"{problem} ({first_line(error).rstrip('.')}).",))
 
 
 def _views(train: IndexedDataset, config: PretrainConfig) -> dict[str, Any]:
@@ -94,10 +80,10 @@ def _views(train: IndexedDataset, config: PretrainConfig) -> dict[str, Any]:
     columns = columns_of(train, config.transform, config.seed, _VIEW_ROWS, _VIEW_EPOCHS)
     total = config.transform.total
     uris = [[data_uri(tile(image)) for image in images] for images in zip(*columns, strict=True)]
-    starts = [1 + epoch * total for epoch in range(_VIEW_EPOCHS)]
+    epochs = [{"name": f"epoch {epoch + 1}", "count": total} for epoch in range(_VIEW_EPOCHS)]
+    starts = range(1, 1 + _VIEW_EPOCHS * total, total)
     return {
-        "groups": [{"name": "image", "count": 1}]
-        + [{"name": f"epoch {epoch + 1}", "count": total} for epoch in range(_VIEW_EPOCHS)],
+        "groups": [{"name": "image", "count": 1}, *epochs],
         "rows": [[row[:1], *(row[start : start + total] for start in starts)] for row in uris],
     }
 
@@ -124,23 +110,16 @@ def map_of(features: Tensor, source: IndexedDataset, index: Tensor, key: str) ->
     thumbnails = [_fitted(open_or_replace(source, i).convert("RGB"), _THUMBNAIL) for i in index.tolist()]
     plane, variance = pca_projection(features)
     share = 100 * float(variance.sum())
-    layouts = [
-        (
-            "PCA",
-            plane,
-            f"Two principal components: distances mean something, and {share:.0f} % of the variance is here.",
-        )
-    ]
-    by_neighbors = tsne_projection(features)
-    if by_neighbors is not None:
-        text = "t-SNE keeps neighbors together: groups mean something, their distances don't."
-        layouts.append(("t-SNE", by_neighbors, text))
-    name = f"Map of {len(index)} images of {source.name}"
+    layouts: dict[str, tuple[Tensor | None, str]] = {
+        "PCA": (plane, f"Two principal components: distances mean something, and {share:.0f} % of the variance is here."),
+        "t-SNE": (tsne_projection(features), "t-SNE keeps neighbors together: groups mean something, their distances don't."),
+    }  # fmt: skip
+    what = f"{len(index)} images of {source.name}"
     return {
         "layouts": [
-            {"name": name_of, "help": f"{len(index)} images of {source.name}. {text}",
-             "svg": draw_map(f"{key} {name_of}", places, labels, thumbnails, f"{name} by {name_of}")}
-            for name_of, places, text in layouts
+            {"name": name, "help": f"{what}. {text}",
+             "svg": draw_map(f"{key} {name}", places, labels, thumbnails, f"Map of {what} by {name}")}
+            for name, (places, text) in layouts.items() if places is not None
         ],
         "labels": labels, "classes": list(source.classes or ()), "images": index.tolist(),
     }  # fmt: skip
@@ -151,11 +130,11 @@ def neighbor_strips(features: Tensor, source: IndexedDataset, index: Tensor) -> 
     queries = one_of_each_class(source, index)[:_QUERIES]
     strips = []
     for query, near in zip(queries, nearest_images(features[queries], features, _NEIGHBORS, queries), strict=True):
-        shown = [{**_shown(source, int(index[place])), "similarity": cosine} for place, cosine in near]
-        of_query = _shown(source, int(index[query]))
-        strips.append(
-            {"query": of_query, "near": [{**one, "same": one["label"] == of_query["label"]} for one in shown]}
-        )
+        shown, of_query = list[dict[str, Any]](), _shown(source, int(index[query]))
+        for place, cosine in near:
+            one = _shown(source, int(index[place]))
+            shown.append({**one, "similarity": cosine, "same": one["label"] == of_query["label"]})
+        strips.append({"query": of_query, "near": shown})
     return strips
 
 
@@ -166,12 +145,12 @@ def _shown(source: IndexedDataset, sample: int) -> dict[str, Any]:
 
 def data_uri(image: Image.Image) -> str:
     """A small picture as a data URI: lossless where it is small anyhow, JPEG for a reduced photo."""
-    small, buffer = max(image.size) <= _PIXELS, io.BytesIO()
-    if small:
-        image.save(buffer, "PNG", optimize=True)
+    buffer, kind = io.BytesIO(), "png" if max(image.size) <= _PIXELS else "jpeg"
+    if kind == "png":
+        image.save(buffer, kind, optimize=True)
     else:
-        _fitted(image.convert("RGB"), _PIXELS).save(buffer, "JPEG", quality=85)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        _fitted(image.convert("RGB"), _PIXELS).save(buffer, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:

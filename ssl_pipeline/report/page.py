@@ -27,13 +27,7 @@ _PANELS = {
 
 
 def page(runs: Sequence[RunRecord], refresh: int = 0, images: Callable[[RunRecord], RunImages] = run_images) -> str:
-    """The report.
-
-    Args:
-        runs: one, or several side by side.
-        refresh: seconds after which the page reloads itself; 0 for never.
-        images: gives what there is to see of a run.
-    """
+    """The report on one run, or several side by side, which reloads itself after so many seconds (0 for never)."""
     found = [images(run) for run in runs]
     spectrum = [(number, one.spectrum) for number, one in enumerate(found) if one.spectrum]
     drawn = [_chart(chart, runs) for chart in [*logged(runs), *spectra(spectrum), *label_efficiency(runs)]]
@@ -92,13 +86,12 @@ def _seen(runs: Sequence[RunRecord], images: Sequence[RunImages]) -> list[dict[s
     """What there is to see of each run; views that several runs share stand once, under the first of them."""
     entries: list[dict[str, Any]] = []
     for number, (run, found) in enumerate(zip(runs, images, strict=True)):
-        same = next((entry for entry in entries if found.views and entry["views"] == found.views), None)
+        entry = {"index": number, "name": run.name, "views_of": [run.name], **vars(found)}
+        same = next((other for other in entries if found.views and other["views"] == found.views), None)
         if same is not None:
             same["views_of"].append(run.name)
-        entries.append({
-            "index": number, "name": run.name, "views": found.views if same is None else None, "views_of": [run.name],
-            "neighbors": found.neighbors, "map": found.map,
-        })  # fmt: skip
+            entry["views"] = None
+        entries.append(entry)
     return entries
 
 
@@ -106,10 +99,7 @@ def _stage_two(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The tables of stage two, those of comparisons first."""
     compared = [*(summary.study_comparison(run) for run in runs if run.stage == "study"), summary.runs_comparison(runs)]
     measured = [tables.results_table(run) for run in runs if run.stage == "finetune"]
-    return [
-        *(_with_bars(found) for found in compared if found is not None),
-        *({**asdict(table), "bars": None} for table in measured if table is not None),
-    ]
+    return [*(_with_bars(one) for one in compared if one), *(asdict(table) for table in measured if table)]
 
 
 def _with_bars(found: summary.Comparison) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_pipeline.config.base import ConfigError, first_line
+from ssl_pipeline.config.base import ConfigError, UserError, first_line
 from ssl_pipeline.config.compose import read_yaml
+from ssl_pipeline.config.schema import component
+from ssl_pipeline.evaluation.result import is_share
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.logging.lock import is_held
 
@@ -49,15 +52,38 @@ class RunRecord:
         return str(tree.get("name", "")) if isinstance(tree, dict) else ""
 
     @property
+    def steps(self) -> int:
+        """The last step that was logged; of stage two, the number of the last seed."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def seeds(self) -> list[dict[str, float]]:
+        """A stage-two run's metrics, seed by seed; what is no number is left out."""
+        figures = self.results.get("figures")
+        return [found for row in figures if (found := numbers(row))] if isinstance(figures, list) else []
+
+    @property
+    def first_seed(self) -> int:
+        seed = self.config.get("seed", 0)
+        return seed if isinstance(seed, int) else 0
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether a stage-two run's metrics are shares."""
+        try:
+            task = component("downstream", "downstream", self.config.get("downstream", {}))
+        except UserError:
+            return all(0 <= value <= 1 for row in self.seeds for name, value in row.items() if is_share(name, True))
+        return bool(getattr(task, "in_percent", False))
+
+    @property
     def seconds(self) -> float | None:
         """From the first start to the last metric or file; None where neither is known."""
         began = self.began
         ends = [float(line["time"]) for line in self.lines[-1:] if isinstance(line.get("time"), int | float)]
         if not ends and self.state == "finished":
             ends = [file.stat().st_mtime for file in self.folder.glob("*.json")]
-        if began is None or not ends:
-            return None
-        return max(0.0, max(ends) - began)
+        return None if began is None or not ends else max(0.0, max(ends) - began)
 
     @property
     def began(self) -> float | None:
@@ -68,12 +94,25 @@ class RunRecord:
             return None
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs of some folders; a folder of run folders stands for those.
+def numbers(figures: Any) -> dict[str, float]:
+    """The metrics that are finite numbers; nothing of what is no mapping."""
+    items = figures.items() if isinstance(figures, dict) else ()
+    known = {str(name): float(value) for name, value in items if isinstance(value, int | float)}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
-    Raises:
-        ConfigError: naming every folder that holds none.
-    """
+
+def measured_rows(record: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """The rows of a study's or domain's record, each with the record's metric or else its first; those without are left out."""
+    rows, found = record.get("rows"), list[tuple[dict[str, Any], float]]()
+    for row in rows if isinstance(rows, list) else []:
+        figures = numbers(row.get("figures")) if isinstance(row, dict) else {}
+        if figures:
+            found.append((row, figures.get(str(record.get("figure")), next(iter(figures.values())))))
+    return found
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """The runs of some folders; a folder of run folders stands for those. A ConfigError names every folder that holds none."""
     found, problems = list[Path](), list[str]()
     for folder in folders:
         try:
@@ -132,12 +171,10 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _stage(config: dict[str, Any], folder: Path) -> Stage:
-    if "pretext" in config:
-        return "pretrain"
-    if "downstream" in config:
+    if "pretext" not in config and "downstream" in config:
         return "finetune"
     is_study = "common" in config or (folder / "study.json").exists()
-    return "study" if is_study else "pretrain"
+    return "study" if is_study and "pretext" not in config else "pretrain"
 
 
 def _cells(folder: Path, notes: list[str]) -> dict[str, Any]:

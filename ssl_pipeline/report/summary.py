@@ -7,22 +7,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import Interval, interval, paired_difference
 from ssl_pipeline.report.charts import first_and_last, last
-from ssl_pipeline.report.read import RunRecord
+from ssl_pipeline.report.read import RunRecord, measured_rows
 from ssl_pipeline.report.tables import (
     ABSENT,
     Table,
     condition,
     duration,
-    first_seed,
-    in_percent,
     labels_in_words,
-    measured_rows,
-    seeds_of,
     shown,
     spoken,
     title_of,
@@ -61,6 +56,10 @@ class Comparison:
         shared = [seed for seed in ours if seed in theirs]
         return paired_difference([ours[s] for s in shared], [theirs[s] for s in shared]) if shared else None
 
+    def gain(self, difference: Interval) -> str:
+        """A difference for people."""
+        return shown(difference, self.percent, signed=True) + (" points" if self.percent else "")
+
     def headline(self) -> tuple[str, Interval] | None:
         """The first claimed condition that is compared, or the first one of all; None where nothing is compared.
 
@@ -88,46 +87,43 @@ def study_comparison(run: RunRecord) -> Comparison | None:
     if not rows:
         return None
     counts = list(dict.fromkeys(row.get("labels") for row, _ in rows))
+    several = len(counts) > 1
+    base = run.study.get("baseline")
+    base = base if isinstance(base, dict) else {}
     values: dict[str, dict[int, float]] = {}
-    of: dict[tuple[Any, Any, Any], str] = {}
+    against, claimed = dict[str, str](), list[str]()
     for row, value in rows:
-        name = condition(row, with_labels=len(counts) > 1)
-        of[row.get("init"), row.get("regime"), row.get("labels")] = name
+        name = condition(row, with_labels=several)
         of_name = values.setdefault(name, {})
         seed = row.get("seed")
         of_name[seed if isinstance(seed, int) else len(of_name)] = value
-    base = run.study.get("baseline")
-    against, baseline = dict[str, str](), ""
-    if isinstance(base, dict):
-        first, regime = base.get("init"), base.get("regime")
-        against = {name: of.get((first, regime, labels), "") for (_, _, labels), name in of.items()}
-        against = {name: other for name, other in against.items() if other not in ("", name)}
-        baseline = condition(base, with_labels=False) if against else ""
+        against[name] = condition({**row, **base}, with_labels=several)
+        if row.get("regime") == run.study.get("reported_regime"):
+            claimed.append(name)
+    against = {name: other for name, other in against.items() if other in values and other != name}
     percent = run.study.get("in_percent")
     figure = str(run.study.get("figure", next(iter(rows[0][0]["figures"]))))
     split = f" on {run.study['split']}" if "split" in run.study else ""
-    labels = f", {labels_in_words(counts[0])}" if len(counts) == 1 and counts[0] is not None else ""
+    labels = f", {labels_in_words(counts[0])}" if not several and counts[0] is not None else ""
     percent = percent if isinstance(percent, bool) else all(0 <= value <= 1 for _, value in rows)
-    unit = " (%)" if percent else ""
-    title = f"{run.name}: {spoken(figure)}{unit}{split}{labels}"
-    claimed = tuple(name for (_, regime, _), name in of.items() if regime == run.study.get("reported_regime"))
-    return Comparison(title, values, against, baseline, percent, claimed)
+    title = f"{run.name}: {spoken(figure)}{' (%)' if percent else ''}{split}{labels}"
+    baseline = condition(base, with_labels=False) if against else ""
+    return Comparison(title, values, against, baseline, percent, tuple(claimed))
 
 
 def runs_comparison(runs: Sequence[RunRecord]) -> Comparison | None:
     """Several stage-two runs as conditions, the first one the baseline; None unless two or more share their first metric."""
-    measured = [run for run in runs if run.stage == "finetune" and seeds_of(run)]
+    measured = [run for run in runs if run.stage == "finetune" and run.seeds]
     if len(measured) < 2:
         return None
-    name = next(iter(seeds_of(measured[0])[0]))
+    name, first = next(iter(measured[0].seeds[0])), measured[0].name
     values = {
-        run.name: {first_seed(run) + place: row[name] for place, row in enumerate(seeds_of(run)) if name in row}
+        run.name: {seed: row[name] for seed, row in enumerate(run.seeds, run.first_seed) if name in row}
         for run in measured
     }
     if not all(values.values()):
         return None
-    first = measured[0].name
-    percent = all(map(in_percent, measured))
+    percent = all(run.in_percent for run in measured)
     title = f"Runs compared: {spoken(name)}{' (%)' if percent else ''}"
     return Comparison(title, values, {run.name: first for run in measured[1:]}, first, percent)
 
@@ -141,8 +137,7 @@ def summary(run: RunRecord) -> list[str]:
 def _pretrain(run: RunRecord) -> list[str]:
     backbone, data = run.named("backbone"), run.named("data")
     what = f"{_pretext(run)} {'trains' if run.state == 'running' else 'trained'} {backbone or 'a backbone'}"
-    steps = max((line["step"] for line in run.lines), default=0)
-    how_long = f" for {steps:,} steps" if steps else ""
+    how_long = f" for {run.steps:,} steps" if run.steps else ""
     took = f" in {duration(run.seconds)}" if run.seconds and run.state != "running" else ""
     so_far = {"finished": "", "running": " so far", "stopped": ", and was stopped before its end"}[run.state]
     return [f"{what} on {data or 'images'}{how_long}{took}{so_far}.", _knn(run), _collapse(run)]
@@ -162,12 +157,10 @@ def _knn(run: RunRecord) -> str:
     measured = first_and_last(run, "knn")
     if measured is None:
         return "Without labels there is no kNN accuracy." if last(run, "feature_std") is not None else ""
-    before, after = measured
-    points = 100 * (after - before)
-    if abs(points) <= 0.05:
-        return f"kNN accuracy on val stayed at {100 * after:.1f} %."
-    verb = "rose" if points > 0 else "fell"
-    return f"kNN accuracy on val {verb} from {100 * before:.1f} % untrained to {100 * after:.1f} %."
+    before, after = (100 * value for value in measured)
+    if abs(after - before) <= 0.05:
+        return f"kNN accuracy on val stayed at {after:.1f} %."
+    return f"kNN accuracy on val {'rose' if after > before else 'fell'} from {before:.1f} % untrained to {after:.1f} %."
 
 
 def _collapse(run: RunRecord) -> str:
@@ -179,7 +172,7 @@ def _collapse(run: RunRecord) -> str:
 
 
 def _finetune(run: RunRecord) -> list[str]:
-    name, rows = title_of(run), seeds_of(run)
+    name, rows = title_of(run), run.seeds
     fresh = run.config.get("init") == "random" or run.named("regime") == "scratch"
     start = f"{name[:1].upper()}{name[1:]} from {'random' if fresh else 'pretrained'} weights"
     found = first_metric(run)
@@ -191,42 +184,31 @@ def _finetune(run: RunRecord) -> list[str]:
 
 def first_metric(run: RunRecord) -> tuple[str, str] | None:
     """The name of a stage-two run's first metric, and its mean with the interval; None where nothing is measured."""
-    rows = seeds_of(run)
-    if not rows:
+    if not run.seeds:
         return None
-    name, percent = next(iter(rows[0])), in_percent(run)
-    value = shown(interval([row[name] for row in rows if name in row]), percent)
+    name, percent = next(iter(run.seeds[0])), run.in_percent
+    value = shown(interval([row[name] for row in run.seeds if name in row]), percent)
     return spoken(name), value + (" %" if percent else "")
 
 
 def _study(run: RunRecord) -> list[str]:
-    found = study_comparison(run)
-    written = run.study.get("conclusion")
     left_out = run.study.get("left_out")
     missing = [f"{name} was left out: {why}" for name, why in left_out.items()] if isinstance(left_out, dict) else []
+    written = run.study.get("conclusion")
     if isinstance(written, list) and written:
         return [*map(str, written), *missing]
+    found = study_comparison(run)
     if found is None:
         return ["Its figures are in its own table, study.json." if run.study else "The study has measured nothing yet."]
-    return [*conclusion(found), *missing]
-
-
-def conclusion(found: Comparison) -> list[str]:
-    """The claimed condition against the baseline, in words; no gain means that the interval contains 0."""
     headline = found.headline()
     if headline is None:
-        return [f"{len(found.values)} condition(s) are measured so far."]
-    return [f"{headline[0]} against {found.baseline}: {verdict(headline[1], found.percent)}"]
-
-
-def verdict(difference: Interval, percent: bool = True) -> str:
-    """A paired difference in words."""
-    points = shown(difference, percent, signed=True) + (" points" if percent else "")
-    found = difference.verdict()
-    if found == "one seed":
-        return f"{points} with one seed, which says nothing of chance."
-    word = "no gain beyond chance" if found == "no difference" else f"a {found}"
-    return f"{points} (95 % interval, paired by seed): {word}."
+        return [f"{len(found.values)} condition(s) are measured so far.", *missing]
+    name, difference = headline
+    word = difference.verdict()
+    meaning = f"(95 % interval, paired by seed): {'no gain beyond chance' if word == 'no difference' else f'a {word}'}."
+    if word == "one seed":
+        meaning = "with one seed, which says nothing of chance."
+    return [f"{name} against {found.baseline}: {found.gain(difference)} {meaning}", *missing]
 
 
 def title(runs: Sequence[RunRecord]) -> str:
@@ -241,14 +223,11 @@ def overview(runs: Sequence[RunRecord]) -> Table | None:
     """A line a run: what it is, whether it is done, and its first metric; None for a few, which have sentences."""
     if len(runs) <= _MOST_NAMES:
         return None
-    rows = [[run.name, run.stage, run.state, _steps(run), duration(run.seconds), *_figure(run)] for run in runs]
+    rows = []
+    for run in runs:
+        steps = f"{run.steps:,}" if run.steps and run.stage == "pretrain" else ABSENT
+        rows.append([run.name, run.stage, run.state, steps, duration(run.seconds), *_figure(run)])
     return Table(f"{len(runs)} runs", ["run", "stage", "state", "steps", "time", "metric", "value"], rows)
-
-
-def _steps(run: RunRecord) -> str:
-    """Optimizer steps of stage one; stage two's lines count seeds."""
-    steps = max((line["step"] for line in run.lines), default=0) if run.stage == "pretrain" else 0
-    return f"{steps:,}" if steps else ABSENT
 
 
 def _figure(run: RunRecord) -> tuple[str, str]:
@@ -258,8 +237,7 @@ def _figure(run: RunRecord) -> tuple[str, str]:
     if run.stage == "finetune" and (first := first_metric(run)):
         return first
     if run.stage == "study" and (found := study_comparison(run)) and (headline := found.headline()):
-        gain = shown(headline[1], found.percent, signed=True) + (" points" if found.percent else "")
-        return f"{headline[0]} against {found.baseline}", gain
+        return f"{headline[0]} against {found.baseline}", found.gain(headline[1])
     return ABSENT, ABSENT
 
 

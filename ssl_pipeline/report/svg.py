@@ -45,7 +45,9 @@ def draw_chart(chart: Chart, axis: str) -> Markup:
     log = chart.log if chart.log is not None else min(values) > 0 and max(values) > 100 * min(values)
     log = log and max(values) > 0
     longest = max(float(p[column] or 0) for *_, points in lines for p in points)
-    unit, name = _unit_of_time(longest) if axis == "time" else (1.0, axis)
+    unit, name = 1.0, axis
+    if axis == "time":
+        unit, name = (1.0, "seconds") if longest < 120 else (60.0, "minutes") if longest < 7200 else (3600.0, "hours")
 
     def draw(axes: Axes) -> None:
         if log:
@@ -68,18 +70,23 @@ def draw_map(
     key: str, plane: Tensor, labels: Sequence[int] | None, thumbnails: Sequence[Image.Image], name: str
 ) -> Markup:
     """Features in the plane: a dot an image in its class's color, and over it the thumbnails that hide no other one."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     def draw(axes: Axes) -> None:
         places, classes = to_unit_square(plane).tolist(), labels or [-1] * len(plane)
         for label in sorted(set(classes)):
-            color = f"{_RUN}00" if label < 0 else f"{_CLASS}{label % _COLORS:02x}"
+            color = _class_color(label)
             x, y = zip(*(place for place, own in zip(places, classes, strict=True) if own == label), strict=True)
             axes.scatter(x, y, s=14, linewidths=0, color=color, alpha=0.75, gid=f"class-{label}")
         shown = list[list[float]]()
         for place, label, image in zip(places, classes, thumbnails, strict=True):
             if all(max(abs(place[0] - x), abs(place[1] - y)) > 0.11 for x, y in shown):
                 shown.append(place)
-                _draw_thumbnail(axes, (place[0], place[1]), image, label)
+                style = {"edgecolor": _class_color(label), "facecolor": _class_color(label), "linewidth": 0}
+                picture = OffsetImage(np.asarray(image), zoom=20 / max(image.size))
+                box = AnnotationBbox(picture, (place[0], place[1]), pad=0.12, bboxprops=style)
+                box.set_gid(f"class-{label}")
+                axes.add_artist(box)
         axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
 
@@ -120,20 +127,8 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return found
 
 
-def _draw_thumbnail(axes: Axes, place: tuple[float, float], image: Image.Image, label: int) -> None:
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-
-    color = f"{_RUN}00" if label < 0 else f"{_CLASS}{label % _COLORS:02x}"
-    box = AnnotationBbox(OffsetImage(np.asarray(image), zoom=20 / max(image.size)), place, pad=0.12,
-                         bboxprops={"edgecolor": color, "facecolor": color, "linewidth": 0})  # fmt: skip
-    box.set_gid(f"class-{label}")
-    axes.add_artist(box)
-
-
-def _unit_of_time(seconds: float) -> tuple[float, str]:
-    if seconds < 120:
-        return 1.0, "seconds"
-    return (60.0, "minutes") if seconds < 7200 else (3600.0, "hours")
+def _class_color(label: int) -> str:
+    return f"{_RUN}00" if label < 0 else f"{_CLASS}{label % _COLORS:02x}"
 
 
 def _svg(key: str, label: str, size: tuple[float, float], area: tuple[float, float, float, float], draw: Any) -> Markup:

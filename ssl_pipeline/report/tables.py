@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ssl_pipeline.config.base import UserError, flatten
-from ssl_pipeline.config.schema import component
+from ssl_pipeline.config.base import flatten
 from ssl_pipeline.evaluation.result import is_share
 from ssl_pipeline.metrics.interval import Interval, interval
-from ssl_pipeline.report.read import RunRecord
+from ssl_pipeline.report.read import RunRecord, measured_rows
 
 _MOST_CLASSES = 40
 ABSENT = "—"
@@ -29,60 +28,18 @@ class Table:
     note: str = ""
 
 
-def seeds_of(run: RunRecord) -> list[dict[str, float]]:
-    """A stage-two run's figures, seed by seed; what is no number is left out."""
-    figures = run.results.get("figures")
-    rows = [row for row in figures if isinstance(row, dict)] if isinstance(figures, list) else []
-    return [found for row in rows if (found := numbers(row))]
-
-
-def numbers(figures: Any) -> dict[str, float]:
-    """The figures that are finite numbers; nothing of what is no mapping."""
-    items = figures.items() if isinstance(figures, dict) else ()
-    known = {str(name): float(value) for name, value in items if isinstance(value, int | float)}
-    return {name: value for name, value in known.items() if math.isfinite(value)}
-
-
-def measured_rows(record: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-    """The rows of a study's or domain's record, each with the record's figure or else its first; those without are left out."""
-    rows = record.get("rows")
-    found = []
-    for row in rows if isinstance(rows, list) else []:
-        figures = numbers(row.get("figures")) if isinstance(row, dict) else {}
-        name = record["figure"] if record.get("figure") in figures else next(iter(figures), None)
-        if name is not None:
-            found.append((row, figures[name]))
-    return found
-
-
-def first_seed(run: RunRecord) -> int:
-    """The number of a stage-two run's first seed."""
-    seed = run.config.get("seed", 0)
-    return seed if isinstance(seed, int) else 0
-
-
-def in_percent(run: RunRecord) -> bool:
-    """Whether its figures are shares."""
-    try:
-        task = component("downstream", "downstream", run.config.get("downstream", {}))
-        return bool(getattr(task, "in_percent", False))
-    except UserError:
-        return all(0 <= value <= 1 for row in seeds_of(run) for name, value in row.items() if is_share(name, True))
-
-
 def results_table(run: RunRecord) -> Table | None:
-    """Each figure's mean with its interval, and its value at each seed."""
-    rows = seeds_of(run)
+    """Each metric's mean with its interval, and its value at each seed."""
+    rows, percent = run.seeds, run.in_percent
     if not rows:
         return None
-    percent, seed = in_percent(run), first_seed(run)
-    names = [name for name in rows[0] if all(name in row for row in rows)]
     cells = []
-    for name in names:
-        share, values = is_share(name, percent), [row[name] for row in rows]
-        cells.append([spoken(name), *(shown(interval(part), share) for part in (values, *([v] for v in values)))])
+    for name in rows[0]:
+        if all(name in row for row in rows):
+            share, values = is_share(name, percent), [row[name] for row in rows]
+            cells.append([spoken(name), *(shown(interval(part), share) for part in (values, *([v] for v in values)))])
     unit = " (%)" if percent else ""
-    columns = ["metric", "mean ± 95 %", *(f"seed {seed + place}" for place in range(len(rows)))]
+    columns = ["metric", "mean ± 95 %", *(f"seed {run.first_seed + place}" for place in range(len(rows)))]
     return Table(f"{run.name}: {title_of(run)} on {run.results.get('split', '?')}{unit}", columns, cells)
 
 
@@ -106,10 +63,9 @@ def confusion(run: RunRecord) -> dict[str, Any] | None:
         return None
     if any(not isinstance(cell, int | float) or not math.isfinite(cell) for row in matrix for cell in row):
         return None
-    assert isinstance(found, dict)
-    classes = found.get("classes") or run.card.get("classes")
-    classes = classes if isinstance(classes, list) else []
-    names = [str(name) for name in classes] if len(classes) == len(matrix) else [str(i) for i in range(len(matrix))]
+    classes = run.results["confusion"].get("classes") or run.card.get("classes")
+    named = isinstance(classes, list) and len(classes) == len(matrix)
+    names = list(map(str, classes if named and classes else range(len(matrix))))
     rows = [[{"count": int(v), "share": v / max(1, sum(row))} for v in row] for row in matrix]
     return {"run": run.name, "classes": names, "rows": list(zip(names, rows, strict=True))}
 
@@ -120,9 +76,9 @@ def domain_table(run: RunRecord) -> Table | None:
     for row, value in measured_rows(run.domain):
         key = spoken(str(row.get("method", "?"))), str(row.get("source", "?"))
         cells.setdefault(key, {}).setdefault(str(row.get("target", "?")), []).append(value)
-    targets = list(dict.fromkeys(target for found in cells.values() for target in found))
     if not cells:
         return None
+    targets = list(dict.fromkeys(target for found in cells.values() for target in found))
     body = [
         [method, source, *(interval(found[t]).percent() if t in found else ABSENT for t in targets)]
         for (method, source), found in cells.items()
@@ -169,22 +125,15 @@ def duration(seconds: float | None) -> str:
 
 def difference(runs: Sequence[RunRecord]) -> Table | None:
     """The keys whose values differ, side by side; a stage's runs are compared among themselves only."""
-    rows: list[list[str]] = []
+    rows = list[list[str]]()
     for stage in ("pretrain", "finetune", "study"):
-        flat = {
-            run.name: {key: _written(value) for key, value in flatten(run.config).items()}
-            for run in runs
-            if run.stage == stage
-        }
-        if len(flat) < 2:
-            continue
-        for key in sorted({key for values in flat.values() for key in values}):
-            values = [flat[run.name].get(key, ABSENT) if run.name in flat else "" for run in runs]
-            if len({value for run, value in zip(runs, values, strict=True) if run.name in flat}) > 1:
-                rows.append([key, *values])
-    if not rows:
-        return None
-    return Table("Settings that differ", ["key", *(run.name for run in runs)], rows)
+        settings = [flatten(run.config) if run.stage == stage else None for run in runs]
+        keys = sorted({key for values in settings if values is not None for key in values})
+        for key in keys:
+            cells = [None if values is None else _written(values, key) for values in settings]
+            if len(set(cells) - {None}) > 1:
+                rows.append([key, *(cell or "" for cell in cells)])
+    return Table("Settings that differ", ["key", *(run.name for run in runs)], rows) if rows else None
 
 
 def system(runs: Sequence[RunRecord]) -> Table:
@@ -197,34 +146,28 @@ def system(runs: Sequence[RunRecord]) -> Table:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     start = run.starts[-1] if run.starts else {}
-    versions = start.get("versions")
+    versions, command, began = start.get("versions"), start.get("command"), ABSENT
+    if isinstance(command, list):  # earlier versions kept words
+        command = shlex.join(map(str, command))
+    if run.began is not None:
+        began = datetime.datetime.fromtimestamp(run.began, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     facts = {
         "folder": str(run.folder),
         "state": run.state,
-        "started": _when(run.began),
+        "started": began,
         "duration": duration(run.seconds),
         "starts": str(len(run.starts)),
         "device": str(start.get("device") or "not recorded"),
         "threads": str(start.get("threads", ABSENT)),
         "commit": str(start.get("commit") or ABSENT)[:12],
-        "command": _command(start.get("command")),
+        "command": str(command or ABSENT),
     }
     return facts | ({str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {})
 
 
-def _command(found: Any) -> str:
-    """As it is typed; earlier versions kept a list of words."""
-    return shlex.join(map(str, found)) if isinstance(found, list) and found else str(found or ABSENT)
-
-
-def _when(seconds: float | None) -> str:
-    if seconds is None:
-        return ABSENT
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _written(value: Any) -> str:
-    """As YAML has it."""
+def _written(settings: dict[str, Any], key: str) -> str:
+    """A setting as YAML has it."""
+    value = settings.get(key, ABSENT)
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -20,7 +20,7 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.train_state import two_pass
 from ssl_pipeline.losses.info_nce import normalize_rows, two_view_info_nce
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr

@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.train_state import gradient_check
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from tests.benchmarks.command import run

@@ -31,7 +31,7 @@ from ssl_pipeline.engine.loop import Callback, fit
 from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.logging.jsonl import FILE_NAME, JsonlLogger
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretext import simclr

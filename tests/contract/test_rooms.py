@@ -19,7 +19,7 @@ from ssl_pipeline.data.splits import Split
 from ssl_pipeline.engine.task import PretextConfig, Task
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain_config import PretrainConfig

@@ -22,7 +22,7 @@ from ssl_pipeline.evaluation.load_encoder import describe_encoder
 from ssl_pipeline.export import embed, neighbors
 from ssl_pipeline.export.embed import EmbedConfig
 from ssl_pipeline.export.neighbors import NeighborsConfig, find
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing

@@ -15,7 +15,7 @@ from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate, main
 from ssl_pipeline.evaluation.load_encoder import describe_encoder
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from tests.pictures import color_folder

@@ -23,7 +23,7 @@ from ssl_pipeline.export.export import export
 from ssl_pipeline.export.formatters import Boxes, CocoIds, Mask, build_formatter, coco_results, palette
 from ssl_pipeline.export.parts import open_parts
 from ssl_pipeline.export.predict import main, open_predictor, predict
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing

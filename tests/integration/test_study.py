@@ -18,7 +18,7 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import read_metrics
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Card, EncoderSpec, save
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.report.charts import label_efficiency

@@ -37,7 +37,7 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.train_state import TrainState
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.batch_norm import batch_norms
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.heads import CosineHead

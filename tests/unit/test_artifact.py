@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec, load_encoder, read, save
 from ssl_pipeline.models.neck import NeckConfig
 

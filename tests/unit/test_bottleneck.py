@@ -17,7 +17,7 @@ from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.regime import TrainContext, train
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck, estimate_bottleneck
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig

@@ -22,9 +22,8 @@ from ssl_pipeline.config.command import load
 from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.evaluation.evaluate import EvaluateConfig
 from ssl_pipeline.evaluation.load_encoder import open_encoder
-from ssl_pipeline.models.backbone import build_backbone
-from ssl_pipeline.models.backbone_config import BackboneConfig
-from ssl_pipeline.models.small_resnet import SmallResNet
+from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
+from ssl_pipeline.models.torchvision_backbones import SmallResNet
 
 State = Mapping[str, Tensor]
 Layout = Callable[[State, State], Any]
@@ -235,7 +234,9 @@ def test_a_transformers_part_is_found(wrapper: str, tmp_path: Path) -> None:
 def test_objects_that_would_run_are_named_and_not_run(tmp_path: Path) -> None:
     path = tmp_path / "theirs.pth"
     torch.save({"model": SmallResNet(4)}, path)  # a pickled network, which is code
-    with pytest.raises(ConfigError, match=r"it also holds .*ssl_pipeline\.models\.small_resnet.*no code is ever run"):
+    with pytest.raises(
+        ConfigError, match=r"it also holds .*ssl_pipeline\.models\.torchvision_backbones.*no code is ever run"
+    ):
         loaded(path)
 
 

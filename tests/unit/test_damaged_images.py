@@ -24,7 +24,7 @@ from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.features import extract_readable
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.study.runner import rows_of

@@ -31,7 +31,7 @@ from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.metrics.linear_probe import fit_labels, fit_ridge
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.heads import LinearHead
 from ssl_pipeline.models.neck import NeckConfig

@@ -16,7 +16,7 @@ from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.interval import holm, interval, paired_difference
 from ssl_pipeline.metrics.knn import knn_accuracy, knn_predict
 from ssl_pipeline.metrics.linear_probe import fit_linear
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec, finite
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.config import ViewsConfig

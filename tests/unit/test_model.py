@@ -13,15 +13,13 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone import Backbone, build_backbone
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
+from ssl_pipeline.models.dense_heads import DeepLab, SkipHead
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.heads import CosineHead, LinearHead, prediction_head, projection_head
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.segmentation_heads import DeepLab, SkipHead
-from ssl_pipeline.models.small_resnet import SmallResNet
-from ssl_pipeline.models.torchvision_backbones import feature_info, remove_classifier
+from ssl_pipeline.models.torchvision_backbones import SmallResNet, feature_info, remove_classifier
 from ssl_pipeline.models.weights import load_strictly
 
 SIZE = 64
@@ -180,8 +178,7 @@ def test_small_kin_of_large_families(
 ) -> None:
     theirs = shake(make()).eval()
     trunk = copy.deepcopy(theirs)
-    anatomy = feature_info(trunk)
-    assert anatomy is not None
+    anatomy = feature_info(trunk, "kin")
     remove_classifier(trunk, anatomy)
     ours = Encoder(Backbone(trunk, anatomy), NeckConfig(name=neck)).eval()
     assert ours.backbone.fixed_input == (SIZE if neck == "tokens" else None)

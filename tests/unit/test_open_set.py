@@ -19,7 +19,7 @@ from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.metrics.classification import auroc
 from ssl_pipeline.metrics.open_set import aupr_unknown, fpr_at_95_known, hos, neighbor_score, oscr, scores, threshold
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing

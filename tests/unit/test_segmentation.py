@@ -26,7 +26,7 @@ from ssl_pipeline.downstream.segmentation import Config, Segmentation
 from ssl_pipeline.evaluation.result import Result
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.models.segmentation_heads import DeepLab
+from ssl_pipeline.models.dense_heads import DeepLab
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.multi_view import Views

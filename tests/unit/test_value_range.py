@@ -28,7 +28,7 @@ from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, ta
 from ssl_pipeline.data.sources import torchvision as torchvision_sets
 from ssl_pipeline.data.stream_loader import read_stream_crops
 from ssl_pipeline.downstream.load_model import Model
-from ssl_pipeline.export.embed import EmbedConfig, open_every
+from ssl_pipeline.export.embed import EmbedConfig, open_sources
 from ssl_pipeline.export.predict import open_predictor, predict
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig
@@ -366,7 +366,7 @@ def test_what_an_encoder_was_pretrained_at_holds_in_stage_two_and_after(tmp_path
     run = pretrain(load("pretrain", PretrainConfig, [*words, *tiny, f"data.path={root}", f"output={tmp_path / 'one'}"]))
     assert load_encoder(run)[1].blueprint.range == (0, 4095)
     embed = load("embed", EmbedConfig, [f"encoder={run}", "data=folder", f"data.path={dark}"])
-    assert {source.value_range for source in open_every(embed).values()} == {(0.0, 4095.0)}
+    assert {source.value_range for source in open_sources(embed, "all").values()} == {(0.0, 4095.0)}
     two = [*words, f"data.path={dark}", f"encoder={run}", "regime=frozen", f"output={tmp_path / 'two'}"]
     model = open_predictor(finetune(load("finetune", FinetuneConfig, two)).folder)
     assert isinstance(model, Model)

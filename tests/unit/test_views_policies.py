@@ -11,8 +11,7 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.evaluation.plot_views import PictureConfig, columns_of, draw
-from ssl_pipeline.models.backbone import build_backbone
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.transforms.config import BlurConfig, ViewConfig, ViewsConfig

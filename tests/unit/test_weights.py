@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.models.backbone import build_backbone
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig, build_backbone
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.models.small_resnet import SmallResNet
+from ssl_pipeline.models.torchvision_backbones import SmallResNet
 from ssl_pipeline.models.weights import load_trunk
 from tests.unit.test_model import SIZE, encoder_of, images, shake, tiny_vit
 

@@ -25,7 +25,7 @@ from ssl_pipeline.data.dataset import ArrayDataset
 from ssl_pipeline.evaluation.corruptions import Corrupted
 from ssl_pipeline.evaluation.evaluate import EvaluateConfig
 from ssl_pipeline.evaluation.load_encoder import open_encoder
-from ssl_pipeline.models.backbone_config import BackboneConfig
+from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.build_encoder import build_encoder
 from ssl_pipeline.models.encoder import Card, EncoderSpec, load_encoder, save
 from ssl_pipeline.models.neck import NeckConfig

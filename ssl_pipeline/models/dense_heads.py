@@ -1,30 +1,92 @@
-"""torchvision's detectors over an encoder's maps: Faster R-CNN (Ren et al. 2015; Lin et al. 2017) and RetinaNet (Lin et al. 2017)."""
+"""Heads that read feature maps: a class for every pixel, or boxes.
+
+Boxes are found by torchvision's detectors over an encoder's maps: Faster R-CNN (Ren et al. 2015; Lin et al. 2017) and RetinaNet (Lin
+et al. 2017).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 _RATIOS = (0.5, 1.0, 2.0)
 _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+# The paper's rates for its map of 65 pixels, stride 8 of 513; 6, 12 and 18 at stride 16 are the same shares of 33.
+_ATROUS_SHARES = (12 / 65, 24 / 65, 36 / 65)
+
+
+class SkipHead(nn.Module):
+    """Scores on every level, summed from coarse to fine (Long et al. 2015); ``widths`` are of each level, from fine to coarse."""
+
+    def __init__(self, widths: dict[str, int], classes: int) -> None:
+        super().__init__()
+        # The levels differ in scale: without a norm the largest values would have all the say.
+        scores = {name: nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, classes, 1)) for name, w in widths.items()}
+        self.scores = nn.ModuleDict(scores)
+
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        """A map (B, width, …) per level to (B, classes, h, w) of the finest one's size."""
+        coarse_to_fine: list[Tensor] = [score(maps[level]) for level, score in reversed(list(self.scores.items()))]
+        total, *finer = coarse_to_fine
+        for own in finer:
+            total = own + F.interpolate(total, own.shape[2:], mode="bilinear", align_corners=False)
+        return total
+
+
+class _Atrous(nn.Conv2d):
+    """A 3×3 convolution whose taps are a share of the map's side apart, so that they are inside maps of any size and stride."""
+
+    def __init__(self, in_width: int, out_width: int, share: float) -> None:
+        super().__init__(in_width, out_width, 3, bias=False)
+        self.share = share
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, in_width, h, w) to (B, out_width, h, w)."""
+        rate = max(1, round(self.share * min(maps.shape[2:])))
+        return F.conv2d(maps, self.weight, padding=rate, dilation=rate)
+
+
+class DeepLab(nn.Module):
+    """Atrous spatial pyramid pooling of the last level (Chen et al. 2017), of torchvision's parts.
+
+    The published rates, 12, 24 and 36 pixels, are for maps of stride 8; at stride 32 only the middle tap would be inside the map. Here
+    they are the same shares of the map, whatever its stride.
+    """
+
+    def __init__(self, widths: dict[str, int], classes: int, hidden: int = 256) -> None:
+        super().__init__()
+        *_, (self.level, width) = widths.items()
+        hidden = min(hidden, width)
+        pyramid = ASPP(width, [1] * len(_ATROUS_SHARES), hidden)
+        for branch, share in zip(pyramid.convs[1:-1], _ATROUS_SHARES, strict=True):  # between a 1×1 and the pooled mean
+            branch[0] = _Atrous(width, hidden, share)
+        self.layers = nn.Sequential(
+            pyramid,
+            nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, classes, 1),
+        )
+
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        """A map (B, width, …) per level to (B, classes, h, w) of the last one's size."""
+        scores: Tensor = self.layers(maps[self.level])
+        return scores
 
 
 class _DetectionHead(nn.Module):
-    """A feature pyramid with anchors on its levels, whose lowest is the encoder's finest.
-
-    Args:
-        widths: channels of each level of the encoder, from fine to coarse.
-        width: channels of the pyramid.
-    """
+    """A feature pyramid of ``width`` channels with anchors on its levels, whose lowest is the encoder's finest."""
 
     def __init__(self, widths: dict[str, int], width: int) -> None:
         super().__init__()
