@@ -28,7 +28,7 @@ from ssl_pipeline.engine.distributed import (
 from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.run import Run, start_run
-from ssl_pipeline.evaluation.image_logging import ImageLogger
+from ssl_pipeline.evaluation.plots import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import seconds_before
