@@ -96,13 +96,9 @@ class DomainSplit:
 def split_domains(
     config: MethodConfig, pool: IndexedDataset, held_out: IndexedDataset | None, classes: tuple[str, ...] | None = None
 ) -> DomainSplit:
-    """Splits images of several domains by what a method names.
+    """Splits training images and those to measure on by the domains that a method names.
 
-    Args:
-        config: names the domains.
-        pool: training images.
-        held_out: images to measure on.
-        classes: those of the finished model that the run starts from, in its order; None where a source teaches them.
+    ``classes`` are those of the finished model that the run starts from, in its order; None where a source teaches them.
     """
     if pool.domains is None or pool.domain_names is None:
         raise ConfigError(

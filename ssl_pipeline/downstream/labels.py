@@ -59,13 +59,10 @@ class LabelsConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class LabeledSplit:
-    """The images that a regime learns from.
+    """The images that a regime learns from, and *training* labels that are held out for selection.
 
-    Attributes:
-        train: a source's labeled part.
-        validation: *training* labels that are held out for selection, or None.
-        folds: the part of the cross-validation that each image of ``train`` is in, int64 of shape (N,); −1 for images that are in
-            every training part. None: nothing is chosen by cross-validation.
+    ``folds`` are the parts of the cross-validation that the images of ``train`` are in, int64 of shape (N,); −1 for images that are
+    in every training part. None: nothing is chosen by cross-validation.
     """
 
     train: IndexedDataset

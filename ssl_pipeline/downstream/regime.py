@@ -240,12 +240,8 @@ def run_loop(
 class Best(Callback):
     """Keeps the weights that score best on held-out labels; the latest of equals, as few labels make many of them.
 
-    Args:
-        task: whose weights.
-        context: gives the labels.
-        starts_trained: whether the weights that the loop starts from, a probe's, are a candidate too.
-        on_all_labels: fits the probe's head again, on the held-out labels too, if those weights are the best: they were judged by a
-            head that had not seen them.
+    With ``starts_trained`` the weights that the loop starts from, a probe's, are a candidate too. If they are the best,
+    ``on_all_labels`` fits the probe's head again, on the held-out labels too: they were judged by a head that had not seen them.
     """
 
     def __init__(

@@ -47,15 +47,8 @@ class OnlineEvaluation:
 
     Signs of collapse need no held-out images: where ``val`` has only a few, training images are taken.
 
-    Args:
-        train: the pretraining images; with labels, up to ``bank_size`` of them are kNN's bank.
-        val: held-out training images, perhaps with labels.
-        views: two random views of an image give alignment.
-        preprocessing: what the encoder expects.
-        share: this process's share.
-        k: neighbors.
-        bank_size: most rows in kNN's bank.
-        sample: most images for the signs of collapse.
+    Up to ``bank_size`` training images with labels are the bank of kNN, and up to ``sample`` images show signs of collapse; two views
+    of an image give alignment.
 
     Attributes:
         seen: a source, the numbers of the images that were evaluated last, and their features (N, D): pictures are drawn of them.

@@ -14,11 +14,9 @@ from ssl_pipeline.metrics.interval import Interval, interval
 
 @dataclass(frozen=True)
 class Result:
-    """What stage two measured.
+    """What stage two measured on a held-out split.
 
     Attributes:
-        folder: the run's.
-        split: the held-out split that was measured on.
         figures: the metrics of each seed.
         confusion: of the first seed, where classes are predicted: ``classes``, and ``matrix`` with a row for each true one.
         selection: how many labels were learned from and held out, and why; see :func:`ssl_pipeline.downstream.plan.selection`.

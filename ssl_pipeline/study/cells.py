@@ -25,13 +25,7 @@ _NO_SETTINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its measurement.
-
-    Attributes:
-        row: what tells it from the study's others beside the seed, by key, in the order of the file's name.
-        seed: of label draw, head, order and views.
-        config: all that decides the metrics, and where weights and data are.
-    """
+    """One training and its measurement; its row and seed tell it from the study's others, and name its file."""
 
     row: Mapping[str, Any]
     seed: int

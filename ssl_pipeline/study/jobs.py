@@ -153,15 +153,10 @@ def train_cells(
     models: Collection[str] = (),
     knn: Collection[str] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Does what is missing of a study.
+    """Does what is missing of a study, by so many ``jobs`` at a time; None takes one for each GPU, or core.
 
-    Args:
-        cells: in any order.
-        folder: the study's.
-        opener: what the cells were checked with.
-        jobs: processes at a time; None takes one for each GPU, or core.
-        models: names of the cells whose models are kept, in ``models/`` by the names of their conditions.
-        knn: names of the cells whose encoder's kNN accuracy is measured.
+    ``models`` and ``knn`` name the cells whose models are kept (in ``models/``, by condition), and whose encoder's kNN accuracy is
+    measured.
 
     Returns:
         The cells' records, in their order, and the kNN accuracies by cell.

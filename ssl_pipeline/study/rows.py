@@ -58,13 +58,7 @@ class RowsConfig(FrozenModel):
     def measured(
         self, stage: str, cells: Sequence[Cell], look: Callable[[Plan], None] | None = None, models: Sequence[Cell] = ()
     ) -> Iterator[tuple[Path, dict[str, Any], Opener]]:
-        """Checks all cells, opens the study's folder and trains what is missing.
-
-        Args:
-            stage: of the study, for its folder.
-            cells: all of them.
-            look: see :func:`ssl_pipeline.study.cells.check_cells`.
-            models: the cells whose models are kept.
+        """Checks all cells, opens the study's folder and trains what is missing; ``models`` are the cells whose models are kept.
 
         Yields:
             The folder; the metrics of each seed in a list, below the values of the cells' rows in their order; and what has opened the
