@@ -16,9 +16,8 @@ from ssl_pipeline.domain.domain_split import split_domains
 from ssl_pipeline.domain.plan import DomainPlan
 from ssl_pipeline.downstream.labels import describe_labels
 from ssl_pipeline.downstream.load_model import load_model
-from ssl_pipeline.downstream.plan import Plan, Start
+from ssl_pipeline.downstream.plan import Plan, Start, selection
 from ssl_pipeline.downstream.regime import TrainContext
-from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.downstream.task import DownstreamTask
 from ssl_pipeline.engine.distributed import (
     broadcast_from_main,
@@ -28,7 +27,7 @@ from ssl_pipeline.engine.distributed import (
 from ssl_pipeline.engine.failures import command_process
 from ssl_pipeline.engine.memory import check_memory, processes_here
 from ssl_pipeline.engine.run import Run, start_run
-from ssl_pipeline.evaluation.image_logging import ImageLogger
+from ssl_pipeline.evaluation.plots import ImageLogger
 from ssl_pipeline.evaluation.result import Result, finished_seeds
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import seconds_before
@@ -96,12 +95,7 @@ def open_plan(
     sources: tuple[IndexedDataset, IndexedDataset | None] | None = None,
     start: Start | None = None,
 ) -> tuple[FinetuneConfig, Plan]:
-    """Opens the images and what is trained, and checks that all of it goes together.
-
-    Args:
-        config: of the stage.
-        sources: images to learn from and to measure on that are open already.
-        start: an encoder that is loaded already.
+    """Opens the images and what is trained, unless they are open already, and checks that all of it goes together.
 
     Returns:
         The configuration, with the keys that an encoder or model decides, and the plan.
@@ -145,11 +139,7 @@ def open_start(config: FinetuneConfig, pool: IndexedDataset) -> Start:
 
 
 def check_memory_of(plan: Plan, images: int, seed: int, accelerator: Accelerator) -> None:
-    """Refuses, on a CPU, what its memory is not enough for.
-
-    Raises:
-        ConfigError: with a smaller batch to take.
-    """
+    """Refuses, on a CPU, what its memory is not enough for, with a smaller batch to take."""
     share = dist_info(accelerator)
     if share.device.type != "cpu" or not plan.regime.trains_all or plan.start.task is not None:
         return

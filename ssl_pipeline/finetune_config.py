@@ -89,9 +89,7 @@ class FinetuneConfig(RunConfig):
             )
         problems += self.downstream.check_views(self.transform)
         if self.domain is not None:
-            problems += self.domain.check(self.downstream.name, self.regime.name)
-            problems += self.domain.check_head(getattr(self.downstream, "head", None))
-            problems += self.domain.check_statistics(self.regime.freeze_bn_stats)
+            problems += self.domain.check(self.downstream, self.regime)
             problems += self.data.shown_by_views(self.transform.each(), self.domain.target)
         if self.unlabeled is not None:
             across = self.domain is not None

@@ -23,9 +23,8 @@ from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.run import start_run
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.train_state import TrainState
-from ssl_pipeline.evaluation.alerts import Alerts
 from ssl_pipeline.evaluation.features import extract
-from ssl_pipeline.evaluation.online import OnlineEvalCallback, OnlineEvaluation
+from ssl_pipeline.evaluation.online import Alerts, OnlineEvalCallback, OnlineEvaluation
 from ssl_pipeline.logging.redaction import redact
 from ssl_pipeline.logging.run import versions
 from ssl_pipeline.models.encoder import Card, Encoder, EncoderSpec

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo
+from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
+from ssl_pipeline.data.decode import as_8_bit
 from ssl_pipeline.data.splits import draw_labels, stratified_split
-from ssl_pipeline.domain.method import MethodConfig
-from ssl_pipeline.domain.metrics import open_set_metrics, proxy_a_distance, unlabeled_metrics
-from ssl_pipeline.domain.negative_controls import make_control
-from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.domain.method import Control, MethodConfig
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw_folds, draw_index
-from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.downstream.task import DownstreamConfig
-from ssl_pipeline.evaluation.features import evaluating
-from ssl_pipeline.transforms.preprocessing import Preprocessing
+from ssl_pipeline.rng import derive_seed
+
+
+@dataclass(frozen=True)
+class KnownClasses:
+    """The classes to learn: their numbers in the pool's numbering, and their names, both in the order of the new numbers."""
+
+    numbers: Tensor
+    names: tuple[str, ...]
+
+    def among(self, images: IndexedDataset, index: Tensor) -> Tensor:
+        """The samples of an index that are of these classes."""
+        return index[torch.isin(_labels(images)[index], self.numbers)]
+
+    def renumber(self, images: IndexedDataset) -> IndexedDataset:
+        """The same images, which are all of these classes, numbered from 0; in place."""
+        place = torch.empty(int(self.numbers.max()) + 1, dtype=torch.int64)
+        place[self.numbers] = torch.arange(len(self.numbers))
+        images.labels, images.classes = place[_labels(images)], self.names
+        return images
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,7 @@ class DomainSplit:
     _pool: IndexedDataset
     _taught: Tensor
     _hidden: Tensor
-    _known: Tensor
-    _names: tuple[str, ...]
+    _known: KnownClasses
 
     def draw(self, labels: LabelsConfig, downstream: DownstreamConfig, seed: int) -> LabeledSplit:
         """What is learned from: labels of the source, and ``target_labels`` of the target.
@@ -55,8 +72,8 @@ class DomainSplit:
         """
         if self.method.starts_from is not None:
             return LabeledSplit(self.source, None)
-        train, held_out = draw_index(labels, downstream, self.source, seed)
-        folds = draw_folds(labels, downstream, self.source, (train, held_out), seed)
+        train, held_out = drawn = draw_index(labels, downstream, self.source, seed)
+        folds = draw_folds(labels, downstream, self.source, drawn, seed)
         learned = self.labeled(seed, train)
         if folds is not None:  # the target's images come after the source's
             folds = F.pad(folds, (0, len(learned) - len(train)), value=-1)
@@ -73,61 +90,15 @@ class DomainSplit:
         except ConfigError as error:
             raise ConfigError(str(error).replace("labels.per_class", "domain.target_labels")) from None
         of_source = self._taught if taught is None else self._taught[taught]
-        both = self._pool.select(torch.cat([of_source, self._hidden[drawn]]))
-        return _renumbered(both, self._known, self._names)
-
-    @torch.no_grad()
-    def evaluate(
-        self, classifier: Classification, learned: LabeledSplit, preprocessing: Preprocessing, share: DistInfo
-    ) -> dict[str, float]:
-        """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
-
-        Beside it the metrics of ``domain.metrics``: those that need no label of the target, the distance of source and target
-        where both have held-out images, and with ``known`` how well unknown classes are found.
-        """
-
-        def read(images: IndexedDataset) -> Rows:
-            return classifier.read(images, preprocessing, share)
-
-        rows = {name: read(images) for name, images in self.measured.items()}
-        labels = {name: found.targets for name, found in rows.items()}
-        logits = {n: classifier.of_features(r.features.to(share.device)).float().cpu() for n, r in rows.items()}
-        predictions, truth = (torch.cat([side[name] for name in self.targets]) for side in (logits, labels))
-        found = classifier.score(predictions, truth)
-        accuracies = {name: classifier.score(logits[name], labels[name])["accuracy"] for name in rows}
-        if len(self.targets) > 1:
-            found["worst_domain_accuracy"] = min(accuracies[name] for name in self.targets)
-        found |= {f"accuracy/{name}": value for name, value in accuracies.items()}
-        right = (predictions.argmax(1) == truth).float()
-        classes = self.source.classes or ()
-        found |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
-        found |= unlabeled_metrics(classifier, self.target, learned.validation, preprocessing, share)
-        sides = [
-            [r.features for n, r in rows.items() if (n in self.targets) == is_target] for is_target in (False, True)
-        ]
-        if all(sum(map(len, side)) > 1 for side in sides):
-            found["label_free/proxy_a_distance"] = proxy_a_distance(*map(torch.cat, sides))
-        if self.unknown is not None:
-            held_out = None if learned.validation is None else read(learned.validation)
-            unknown, taught = read(self.unknown), read(learned.train)
-            with evaluating(classifier):
-                found |= open_set_metrics(classifier, taught, held_out, rows, self.targets, unknown, share.device)
-        return found
+        return self._known.renumber(self._pool.select(torch.cat([of_source, self._hidden[drawn]])))
 
 
 def split_domains(
     config: MethodConfig, pool: IndexedDataset, held_out: IndexedDataset | None, classes: tuple[str, ...] | None = None
 ) -> DomainSplit:
-    """Splits images of several domains by what a method names.
+    """Splits training images and those to measure on by the domains that a method names.
 
-    Args:
-        config: names the domains.
-        pool: training images.
-        held_out: images to measure on.
-        classes: those of the finished model that the run starts from, in its order; None where a source teaches them.
-
-    Raises:
-        ConfigError: naming a domain that is absent, a source without labels, or a target that there is nothing to measure on.
+    ``classes`` are those of the finished model that the run starts from, in its order; None where a source teaches them.
     """
     if pool.domains is None or pool.domain_names is None:
         raise ConfigError(
@@ -139,7 +110,7 @@ def split_domains(
         raise ConfigError(
             f"`domain.source`: {pool.name} has no labels to learn from: put images into domain/class/image."
         )
-    known, names = _known(config, pool, classes)
+    known = _known(config, pool, classes)
     of_source, of_target = _in(pool, sources), _in(pool, targets)
     unlabeled = [n for n in sources if not bool((pool.labels[_in(pool, [n])] >= 0).any())]
     if unlabeled:
@@ -148,27 +119,23 @@ def split_domains(
         labels = pool.labels[of_source]
         rest, held = stratified_split(labels, int((labels >= 0).sum()) // 2, "control", "no shift")
         of_source, of_target, targets = of_source[rest], of_source[held], sources
-    taught = of_source[torch.isin(pool.labels[of_source], known)]
-    source = _renumbered(pool.select(taught), known, names)
+    taught, hidden = known.among(pool, of_source), known.among(pool, of_target)
+    source = known.renumber(pool.select(taught))
     target = pool.select(of_target)
     target.labels = target.classes = None
     if config.negative_control in ("noise", "shuffled"):
         target = make_control(config.negative_control, target)
-    hidden = of_target[torch.isin(pool.labels[of_target], known)]
     learned = _labels(source) if classes is None else torch.arange(len(classes))
-    measured, unknown = _measured(
-        config, held_out, list(dict.fromkeys([*targets, *sources])), targets, known, names, learned
-    )
+    measured, unknown = _measured(config, held_out, sources, targets, known, learned)
     if classes is not None and unknown is not None:
         raise ConfigError(
             f"`domain.target`: {pool.name} has classes that the model in {config.starts_from!r} does not know. It knows "
             f"{', '.join(classes)}: leave the others out."
         )
-    return DomainSplit(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known, names)
+    return DomainSplit(config, source, target, measured, tuple(targets), unknown, pool, taught, hidden, known)
 
 
 def _chosen(config: MethodConfig, pool: IndexedDataset, has_source: bool) -> tuple[list[str], list[str]]:
-    """The names of targets and sources."""
     assert pool.domains is not None
     assert pool.domain_names is not None
     present = [name for number, name in enumerate(pool.domain_names) if bool((pool.domains == number).any())]
@@ -195,13 +162,8 @@ def _chosen(config: MethodConfig, pool: IndexedDataset, has_source: bool) -> tup
     return list(config.target), sources
 
 
-def _known(
-    config: MethodConfig, pool: IndexedDataset, classes: tuple[str, ...] | None
-) -> tuple[Tensor, tuple[str, ...]]:
-    """The numbers of the classes to learn, in the pool's numbering, and their names.
-
-    A finished model's are in its own order; one that the pool lacks has a number that no image has.
-    """
+def _known(config: MethodConfig, pool: IndexedDataset, classes: tuple[str, ...] | None) -> KnownClasses:
+    """A finished model's classes are in its own order; one that the pool lacks has a number that no image has."""
     assert pool.classes is not None
     if classes is not None:
         numbers = [pool.classes.index(name) if name in pool.classes else -1 for name in classes]
@@ -211,36 +173,35 @@ def _known(
                 f"{', '.join(pool.classes)}: they share no class."
             )
         absent_from = len(pool.classes)
-        return torch.tensor([absent_from + i if n < 0 else n for i, n in enumerate(numbers)]), classes
+        return KnownClasses(torch.tensor([absent_from + i if n < 0 else n for i, n in enumerate(numbers)]), classes)
     if config.known is None:
-        return torch.arange(len(pool.classes)), pool.classes
+        return KnownClasses(torch.arange(len(pool.classes)), pool.classes)
     absent = [name for name in config.known if name not in pool.classes]
     if absent or len(set(config.known)) < 2:
         raise ConfigError(
             f"`domain.known`: {', '.join(map(repr, absent)) or 'fewer than two'}: name two or more of {', '.join(pool.classes)}."
         )
     known = sorted(pool.classes.index(name) for name in set(config.known))
-    return torch.tensor(known), tuple(pool.classes[c] for c in known)
+    return KnownClasses(torch.tensor(known), tuple(pool.classes[c] for c in known))
 
 
 def _measured(
     config: MethodConfig,
     held_out: IndexedDataset | None,
-    domains: list[str],
+    sources: list[str],
     targets: list[str],
-    known: Tensor,
-    names: tuple[str, ...],
+    known: KnownClasses,
     taught: Tensor,
 ) -> tuple[dict[str, IndexedDataset], IndexedDataset | None]:
-    """Per domain the images to measure on, and the target's of unknown classes."""
+    """Per domain the images to measure on, targets first, and the target's of unknown classes."""
     if held_out is None or held_out.labels is None or held_out.domains is None or held_out.domain_names is None:
         raise ConfigError("there are no labeled images of known domains to measure on: see the keys in `configs/data`.")
     measured = {}
-    for name in domains:
+    for name in dict.fromkeys([*targets, *sources]):
         index = _in(held_out, [name]) if name in held_out.domain_names else torch.arange(0)
-        images = held_out.select(index[torch.isin(held_out.labels[index], known)])
+        images = held_out.select(known.among(held_out, index))
         if len(images):
-            measured[name] = _renumbered(images, known, names)
+            measured[name] = known.renumber(images)
     missing = [name for name in targets if name not in measured]
     if missing:
         raise ConfigError(
@@ -248,10 +209,10 @@ def _measured(
             + (" of the known classes." if config.known else ".")
         )
     for name in targets:
-        strange = set(_labels(measured[name]).tolist()) - set(taught.tolist())
-        classes = measured[name].classes or ()
-        named = ", ".join(classes[c] for c in sorted(strange))
-        if strange == set(_labels(measured[name]).tolist()):
+        present = set(_labels(measured[name]).tolist())
+        strange = present - set(taught.tolist())
+        named = ", ".join(known.names[c] for c in sorted(strange))
+        if strange == present:
             raise ConfigError(
                 f"`domain.target`: {name} shares no class with the source: it has {named}, and nothing could learn them."
             )
@@ -261,26 +222,77 @@ def _measured(
                 "`domain.known`: the others are then measured as unknown."
             )
     index = _in(held_out, targets)
-    unknown = held_out.select(index[~torch.isin(held_out.labels[index], known) & (held_out.labels[index] >= 0)])
+    unknown = held_out.select(index[~torch.isin(held_out.labels[index], known.numbers) & (held_out.labels[index] >= 0)])
     return measured, unknown if len(unknown) else None
 
 
 def _in(images: IndexedDataset, names: list[str]) -> Tensor:
-    """The images of some domains, a sorted int64 index."""
     assert images.domains is not None
     assert images.domain_names is not None
     numbers = [images.domain_names.index(name) for name in names]
     return torch.isin(images.domains, torch.tensor(numbers, dtype=torch.int64)).nonzero()[:, 0]
 
 
-def _renumbered(images: IndexedDataset, known: Tensor, names: tuple[str, ...]) -> IndexedDataset:
-    """The same images, their classes numbered from 0 in the order of the known ones; in place."""
-    place = torch.empty(int(known.max()) + 1, dtype=torch.int64)
-    place[known] = torch.arange(len(known))
-    images.labels, images.classes = place[_labels(images)], names
-    return images
-
-
 def _labels(images: IndexedDataset) -> Tensor:
     assert images.labels is not None
     return images.labels
+
+
+# Targets from which nothing can be learned: a gain with them does not come from the target.
+
+
+def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, image.shape, generator=generator, dtype=torch.uint8)
+
+
+def _shuffled(image: Tensor, generator: torch.Generator) -> Tensor:
+    """The same colors, and no shape."""
+    order = torch.randperm(image.shape[1] * image.shape[2], generator=generator)
+    return image.flatten(1)[:, order].view_as(image)
+
+
+_STAND_INS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"noise": _noise, "shuffled": _shuffled}
+
+
+def make_control(name: Control, images: IndexedDataset) -> IndexedDataset:
+    """As many images of the same sizes, the same at every call: of ``noise``, or with ``shuffled`` pixels."""
+    if images.pixels is None:
+        return _StandIn(name, images)
+    changed = [_changed(name, number, image) for number, image in enumerate(images.pixels)]
+    return ArrayDataset(
+        images.name, torch.stack(changed), license=images.license, mean=images.mean, std=images.std, domains=images.domains,
+        domain_names=images.domain_names,
+    )  # fmt: skip
+
+
+def _changed(name: str, number: int, image: Tensor) -> Tensor:
+    return _STAND_INS[name](image, torch.Generator().manual_seed(derive_seed("control", name, number)))
+
+
+class _StandIn(IndexedDataset):
+    """For images in files."""
+
+    def __init__(self, name: str, images: IndexedDataset, numbers: Tensor | None = None) -> None:
+        self.name, self.channels, self.license = images.name, images.channels, images.license
+        self.domains, self.domain_names, self.bad_files = images.domains, images.domain_names, images.bad_files
+        self.mean, self.std = images.mean, images.std
+        self._how, self._images = name, images
+        self._numbers = torch.arange(len(images)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open_image(self, index: int) -> Image.Image:
+        opened = as_8_bit(self._images.open_image(index), "L" if self._images.channels == 1 else "RGB")
+        image = pil_to_tensor(opened)
+        changed: Image.Image = to_pil_image(_changed(self._how, int(self._numbers[index]), image))
+        return changed
+
+    def describe(self, index: int) -> str:
+        return self._images.describe(index)
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(f"{self._how} {self._images.fingerprint()}".encode(), digest_size=16).hexdigest()
+
+    def select(self, index: Tensor) -> _StandIn:
+        return _StandIn(self._how, self._images.select(index), self._numbers[index])

@@ -65,10 +65,8 @@ def mmd_loss(first: Tensor, second: Tensor, bandwidths: Sequence[float]) -> Tens
     .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\, \overline{k(x, y)}, \qquad
         k(a, b) = \frac{1}{|S|} \sum_{s \in S} e^{-\lVert a - b \rVert^2 / (s\, \bar{d})}
 
-    Args:
-        first: shape (N, d), float32.
-        second: shape (M, d).
-        bandwidths: S; :math:`\bar d` is the mean squared distance of two different rows, without a gradient.
+    Rows are float32 (N, d) and (M, d), S are the bandwidths, and :math:`\bar d` the mean squared distance of two different rows,
+    without a gradient.
     """
     rows = torch.cat([first, second])
     squared = rows.square().sum(1)

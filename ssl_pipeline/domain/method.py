@@ -15,9 +15,9 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.reading import read_in_order
-from ssl_pipeline.domain.negative_controls import Control
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.downstream.regime import TrainingConfig
+from ssl_pipeline.downstream.regime import RegimeConfig, TrainContext, TrainingConfig
+from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput, Task
 from ssl_pipeline.losses.memory_bank import MemoryBank
 from ssl_pipeline.models.batch_norm import batch_norms
@@ -27,6 +27,7 @@ from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 Phase = Literal["source", "joint", "target"]
+Control = Literal["no_shift", "noise", "shuffled"]
 
 
 class MethodConfig(ComponentConfig, ABC):
@@ -71,27 +72,12 @@ class MethodConfig(ComponentConfig, ABC):
         """The folder of a finished model that is adapted without an image of its source; None for a method that has a source."""
         return None
 
-    def check_head(self, head: object) -> list[str]:
-        """A sentence where ``downstream.head`` is not the one that the method needs."""
-        if self.head is None or head == self.head:
-            return []
-        return [f"`domain={self.name}` needs the {self.head} head: set downstream.head={self.head}."]
-
-    def check_statistics(self, kept: bool) -> list[str]:
-        """A sentence where BatchNorm's kept statistics and the method exclude one another."""
-        if not kept or self.keeps_statistics:
-            return []
-        return [
-            f"`domain={self.name}` estimates BatchNorm's statistics anew, and `regime.freeze_bn_stats=true` keeps stage one's: set "
-            "regime.freeze_bn_stats=false, or take another method."
-        ]
-
-    def check(self, downstream: str, regime: str) -> list[str]:
+    def check(self, downstream: DownstreamConfig, regime: RegimeConfig) -> list[str]:
         """What can't be combined with the task or the regime, as sentences."""
         problems = []
-        if downstream != "classification":
-            problems.append(f"`domain` is for downstream=classification, and this is {downstream}.")
-        if regime == "frozen" and not self.fits_bare_encoder:
+        if downstream.name != "classification":
+            problems.append(f"`domain` is for downstream=classification, and this is {downstream.name}.")
+        if regime.name == "frozen" and not self.fits_bare_encoder:
             problems.append(
                 f"`domain={self.name}` moves the encoder, and regime `frozen` trains the head alone: take another regime."
             )
@@ -100,31 +86,18 @@ class MethodConfig(ComponentConfig, ABC):
                 f"`domain.negative_control={self.negative_control}` hides the target, and `domain.target_labels` teaches {self.target_labels} of "
                 "its labels a class: take one of them."
             )
+        if self.head is not None and getattr(downstream, "head", None) != self.head:
+            problems.append(f"`domain={self.name}` needs the {self.head} head: set downstream.head={self.head}.")
+        if regime.freeze_bn_stats and not self.keeps_statistics:
+            problems.append(
+                f"`domain={self.name}` estimates BatchNorm's statistics anew, and `regime.freeze_bn_stats=true` keeps stage one's: set "
+                "regime.freeze_bn_stats=false, or take another method."
+            )
         return problems
 
     def build(self, classifier: Classification, target: IndexedDataset) -> Method:
         """The task around a classifier; ``target`` has no labels."""
         return self.task(self, classifier)
-
-
-class JointConfig(MethodConfig, ABC):
-    """The base of the methods that see source and target in one step.
-
-    Attributes:
-        weight: of the method's term beside the source's cross-entropy.
-        forwards: ``one`` forward over source and target, whose BatchNorm statistics are then of both; or ``two``, each with its
-            own. Running statistics are of both either way.
-    """
-
-    weight: float = Field(1.0, ge=0)
-    forwards: Literal["one", "two"] = "one"
-
-
-class GeneralizationConfig(MethodConfig, ABC):
-    """The base of the methods that never see the target: labeled images held out of the *sources* choose the step that is kept."""
-
-    phases: ClassVar[tuple[Phase, ...]] = ("source",)
-    selects: ClassVar[bool] = True
 
 
 class Method(Task, ABC):
@@ -154,9 +127,7 @@ class Method(Task, ABC):
         own = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in known]
         return [*groups, {"params": own, "lr_factor": 1.0}] if own else groups
 
-    def finish(
-        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
-    ) -> None:
+    def finish(self, target: IndexedDataset, context: TrainContext) -> None:
         """What follows the last step: new BatchNorm statistics, averaged weights put into place."""
 
 
@@ -194,19 +165,13 @@ class JointTask(Method):
         }  # fmt: skip
         return StepOutput(supervised + self.config.weight * term, metrics)
 
-    @abstractmethod
     def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        """The method's loss on ``features`` (B, D) and ``logits`` (B, K) of both sides, float32; a scalar."""
+        """The method's loss; that of its config by default."""
+        return self.config.term(source, target)
 
 
 class MemoryTask(JointTask):
-    """A joint task with an exemplar memory of the target's features, one row an image.
-
-    Args:
-        config: the method's.
-        classifier: on its device.
-        samples: images of the target.
-    """
+    """A joint task with an exemplar memory of the target's features, one row an image (``samples`` of them)."""
 
     def __init__(self, config: JointConfig, classifier: Classification, samples: int) -> None:
         super().__init__(config, classifier)
@@ -234,6 +199,32 @@ class MemoryTask(JointTask):
         self._rows = None
 
 
+class JointConfig(MethodConfig, ABC):
+    """The base of the methods that see source and target in one step.
+
+    Attributes:
+        weight: of the method's term beside the source's cross-entropy.
+        forwards: ``one`` forward over source and target, whose BatchNorm statistics are then of both; or ``two``, each with its
+            own. Running statistics are of both either way.
+    """
+
+    task: ClassVar[Callable[..., Method]] = JointTask
+    weight: float = Field(1.0, ge=0)
+    forwards: Literal["one", "two"] = "one"
+
+    def term(self, source: Embeddings, target: Embeddings) -> Tensor:
+        """The loss of a method that needs nothing else: of ``features`` (B, D) and ``logits`` (B, K) of both sides, float32; a scalar."""
+        raise NotImplementedError(f"{self.name}: a method has a term, in its config or its task")
+
+
+class GeneralizationConfig(MethodConfig, ABC):
+    """The base of the methods that never see the target: labeled images held out of the *sources* choose the step that is kept."""
+
+    task: ClassVar[Callable[..., Method]] = SourceTask
+    phases: ClassVar[tuple[Phase, ...]] = ("source",)
+    selects: ClassVar[bool] = True
+
+
 @torch.no_grad()
 def update_bn(
     network: nn.Module,
@@ -244,15 +235,7 @@ def update_bn(
 ) -> None:
     """Sets every BatchNorm's mean and variance to those of a source's images; nothing else of the network changes.
 
-    Every process reads all images, so that all get the same statistics. An encoder that keeps its statistics
-    (:class:`ssl_pipeline.models.encoder.Encoder`) keeps them here too.
-
-    Args:
-        network: whose layers.
-        forward: runs it on images.
-        source: numbered samples.
-        preprocessing: what the network expects.
-        share: gives the device.
+    Every process reads all images, so that all get the same statistics. An encoder that keeps its statistics keeps them here too.
     """
     keepers = [m for m in network.modules() if isinstance(m, Encoder) and m.keeps_statistics]
     kept = {id(layer) for encoder in keepers for layer in batch_norms(encoder)}

@@ -24,12 +24,7 @@ _DECAY = 1e-3
 
 
 def soft_neighborhood_density(logits: Tensor, temperature: float = 0.05) -> float:
-    """How densely the predictions lie: larger is better (Saito et al. 2021).
-
-    Args:
-        logits: shape (N, K).
-        temperature: divides the cosines of the probabilities.
-    """
+    """How densely the predictions (N, K) lie, by the cosines of their probabilities: larger is better (Saito et al. 2021)."""
     rows = F.normalize(logits.softmax(1), dim=1)
     similarity = (rows @ rows.T / temperature).fill_diagonal_(-1e4)
     return float(entropy(similarity).mean())
@@ -62,14 +57,8 @@ def proxy_a_distance(first: Tensor, second: Tensor) -> float:
 
     .. math:: 2 (1 - 2 \varepsilon), \qquad \varepsilon \text{ the error on the half that it was not fitted on}
 
-    Each half is fitted once and the two errors are averaged; as many rows of both domains count, up to 1,000.
-
-    Args:
-        first: features of shape (N, D), N at least 2.
-        second: of shape (M, D), M at least 2.
-
-    Returns:
-        0 where the domains can't be separated (a worse guess than chance is chance), 2 where they always can.
+    Each half is fitted once and the two errors are averaged; as many rows (N, D) and (M, D) of both domains count, up to 1,000, at
+    least 2. 0 where the domains can't be separated (a worse guess than chance is chance), 2 where they always can.
     """
     count = min(len(first), len(second), _MOST_ROWS)
     # Drawn, because rows may be in the order of their classes; of two equally long sets the same rows are in a half.
@@ -99,17 +88,8 @@ def open_set_metrics(
     """How well each score separates the target's unknown images from its known ones.
 
     Under ``full_spectrum`` the known images are the source's and the target's: the shift alone should make nothing unknown
-    (Yang et al. 2023). ``hos`` rejects below the score that 95 % of held-out source images reach: no label of the target
-    chooses it.
-
-    Args:
-        classifier: as it was trained, in evaluation mode.
-        learned: the labeled images that it learned from.
-        held_out: labeled images that were held out of them; None takes ``learned`` for the threshold.
-        known: per domain the images of known classes to measure on.
-        targets: which of the domains are targets.
-        unknown: the target's images of unknown classes.
-        device: the classifier's.
+    (Yang et al. 2023). ``hos`` rejects below the score that 95 % of held-out source images reach (of those learned from, where
+    none are held out): no label of the target chooses it.
     """
 
     def logits(rows: Rows) -> Tensor:
@@ -118,19 +98,14 @@ def open_set_metrics(
     def scores(rows: Rows) -> dict[str, Tensor]:
         return open_set.scores(logits(rows), rows.features, learned.features)
 
-    of_domain, of_unknown, of_held_out = (
-        {n: scores(r) for n, r in known.items()},
-        scores(unknown),
-        scores(held_out or learned),
-    )
+    of_domain, of_unknown = {name: scores(rows) for name, rows in known.items()}, scores(unknown)
+    of_held_out = scores(held_out or learned)
     label = torch.cat([known[name].targets for name in targets])
     right = torch.cat([logits(known[name]) for name in targets]).argmax(1) == label
     found = dict[str, float]()
     for name, strange in of_unknown.items():
-        of_known, least = (
-            torch.cat([of_domain[domain][name] for domain in targets]),
-            open_set.threshold(of_held_out[name]),
-        )
+        of_known = torch.cat([of_domain[domain][name] for domain in targets])
+        least = open_set.threshold(of_held_out[name])
         found |= {
             f"open/{name}/auroc": auroc(of_known, strange),
             f"open/{name}/aupr_unknown": open_set.aupr_unknown(of_known, strange),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import torch
+
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import IndexedLoader
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.domain.domain_split import DomainSplit
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase, SourceTask
+from ssl_pipeline.domain.metrics import open_set_metrics, proxy_a_distance, unlabeled_metrics
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit
 from ssl_pipeline.downstream.plan import Plan
+from ssl_pipeline.downstream.pooled_task import Rows
 from ssl_pipeline.downstream.regime import Best, RegimeConfig, TrainContext, TrainingConfig, fit_linear_probe, run_loop
 from ssl_pipeline.downstream.task import DownstreamTask
-from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.features import evaluating, extract
 from ssl_pipeline.rng import derive_seed
 from ssl_pipeline.transforms.multi_view import Views
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,52 @@ class DomainPlan(Plan):
 
     def measure(self, task: DownstreamTask, context: TrainContext) -> dict[str, float]:
         assert isinstance(task, Classification)
-        return self.domains.evaluate(task, context.labeled, context.preprocessing, context.share)
+        return measure_across(self.domains, task, context.labeled, context.preprocessing, context.share)
 
     def confusion(self, task: DownstreamTask, context: TrainContext) -> None:
         """None: each domain's accuracies are measured instead."""
 
     def fingerprints(self, split: str) -> dict[str, str]:
         return super().fingerprints(split) | {"target": self.domains.target.fingerprint()}
+
+
+@torch.no_grad()
+def measure_across(
+    domains: DomainSplit, task: Classification, learned: LabeledSplit, preprocessing: Preprocessing, share: DistInfo
+) -> dict[str, float]:
+    """Accuracy on the targets together, per domain, and per class of the targets; the worst target where there are several.
+
+    Beside it the metrics of ``domain.metrics``: those that need no label of the target, the distance of source and target
+    where both have held-out images, and with ``known`` how well unknown classes are found.
+    """
+
+    def read(images: IndexedDataset) -> Rows:
+        return task.read(images, preprocessing, share)
+
+    rows = {name: read(images) for name, images in domains.measured.items()}
+    labels = {name: found.targets for name, found in rows.items()}
+    logits = {n: task.of_features(r.features.to(share.device)).float().cpu() for n, r in rows.items()}
+    predictions, truth = (torch.cat([side[name] for name in domains.targets]) for side in (logits, labels))
+    found = task.score(predictions, truth)
+    accuracies = {name: task.score(logits[name], labels[name])["accuracy"] for name in rows}
+    if len(domains.targets) > 1:
+        found["worst_domain_accuracy"] = min(accuracies[name] for name in domains.targets)
+    found |= {f"accuracy/{name}": value for name, value in accuracies.items()}
+    right = (predictions.argmax(1) == truth).float()
+    classes = domains.source.classes or ()
+    found |= {f"class_accuracy/{classes[c]}": float(right[truth == c].mean()) for c in truth.unique().tolist()}
+    found |= unlabeled_metrics(task, domains.target, learned.validation, preprocessing, share)
+    sides = [
+        [r.features for n, r in rows.items() if (n in domains.targets) == is_target] for is_target in (False, True)
+    ]
+    if all(sum(map(len, side)) > 1 for side in sides):
+        found["label_free/proxy_a_distance"] = proxy_a_distance(*map(torch.cat, sides))
+    if domains.unknown is not None:
+        held_out = None if learned.validation is None else read(learned.validation)
+        unknown, taught = read(domains.unknown), read(learned.train)
+        with evaluating(task):
+            found |= open_set_metrics(task, taught, held_out, rows, domains.targets, unknown, share.device)
+    return found
 
 
 def train_across(
@@ -57,52 +100,34 @@ def train_across(
     target: IndexedDataset,
     context: TrainContext,
 ) -> None:
-    """Trains a classifier in place.
-
-    Args:
-        method: across domains.
-        regime: where the head starts, and how long and at which rate all layers train.
-        classifier: on its device.
-        target: its training images, without labels.
-        context: the labeled images and what they are trained with.
-    """
-    labeled, share = context.labeled, context.share
+    """Trains a classifier in place, from a context's labeled images and a target's without labels; its head starts as the regime says."""
     has_source = method.starts_from is None
     if has_source:
-        classifier.look_at(labeled.train)
+        classifier.look_at(context.labeled.train)
     regime.apply_to(classifier)
     if regime.probes and has_source:
         fit_linear_probe(regime, classifier, context)
-    task = method.build(classifier, target).to(share.device)
+    task = method.build(classifier, target).to(context.share.device)
     for phase in method.phases:
         if phase == "target":
-            _run_phase(phase, method, regime, method.on_target, task, target, context)
+            _run_phase(phase, task, method.on_target, regime, target, context)
         elif regime.trains_all and has_source:
             stage = SourceTask(method, classifier) if "target" in method.phases else task
-            _run_phase(phase, method, regime, regime, stage, target, context)
-    task.finish(labeled.train, target, context.preprocessing, share)
+            _run_phase(phase, stage, regime, regime, target, context)
+    task.finish(target, context)
 
 
 def _run_phase(
-    phase: Phase,
-    method: MethodConfig,
-    regime: RegimeConfig,
-    training: TrainingConfig,
-    task: Method,
-    target: IndexedDataset,
-    context: TrainContext,
-) -> None:
-    share, labeled = context.share, context.labeled
+    phase: Phase, task: Method, training: TrainingConfig, regime: RegimeConfig, target: IndexedDataset, context: TrainContext
+) -> None:  # fmt: skip
+    share, labeled, preprocessing = context.share, context.labeled, context.preprocessing
     images = target if phase == "target" else labeled.train
-    # As even as an epoch allows, and of a joint batch no side may be asked for more than it has.
+    # Of a joint batch no side may be asked for more than it has.
     most = min(regime.batch_size, len(target)) if phase == "joint" else regime.batch_size
-    size = max(len(images) // math.ceil(len(images) / most) // share.processes, 1) * share.processes
-    total = max(1, training.min_steps, training.length.steps(len(images) // size, 0))
+    size, total = training.steps(len(images), most, share.processes)
     # Sample i of the target is not to be cropped as sample i of the source is.
-    preprocessing = context.preprocessing
-    target_views = Views(
-        context.views.config, preprocessing.mean, preprocessing.std, derive_seed(context.views.seed, "target")
-    )
+    seed = derive_seed(context.views.seed, "target")
+    target_views = Views(context.views.config, preprocessing.mean, preprocessing.std, seed)
     loader: IndexedLoader
     if phase == "joint":
         loader = PairedLoader(
@@ -113,10 +138,9 @@ def _run_phase(
         loader = IndexedLoader(
             images, views, size, context.seed, share, total, context.workers, with_labels=task.reads_labels
         )
-    task.prime(lambda forward: extract(task, target, context.preprocessing, share, forward=forward))
+    task.prime(lambda forward: extract(task, target, preprocessing, share, forward=forward))
     # The held-out labels also measure (``source_validation``): no probe is fitted to them, whichever step is kept.
-    chooses = method.selects and labeled.validation is not None
-    best = Best(task.classifier, context, starts_trained=regime.probes) if chooses else None
-    if best is not None:
-        best.evaluate_every = max(1, total // 20)
-    run_loop(training, task, loader, context, phase, best)
+    best = Best(task.classifier, context, starts_trained=regime.probes)
+    best.evaluate_every = max(1, total // 20)
+    chooses = task.config.selects and labeled.validation is not None
+    run_loop(training, task, loader, context, phase, best if chooses else None)

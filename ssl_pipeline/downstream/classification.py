@@ -19,7 +19,7 @@ from torch import Tensor
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, targets_of
-from ssl_pipeline.downstream.task import measured
+from ssl_pipeline.downstream.task import balanced_weights, measured, unseen_classes
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.linear_probe import fit_linear
 from ssl_pipeline.models.encoder import Encoder
@@ -64,16 +64,10 @@ def check_labels(task: str, source: IndexedDataset, held_out: IndexedDataset | N
         ]
     if held_out is None or held_out.labels is None:
         return []
-    unseen = set(held_out.labels.tolist()) - set(source.labels.tolist()) - {-1}
-    problems = []
-    if unseen:
-        named = ", ".join(repr(source.classes[label]) for label in sorted(unseen))
-        problems.append(
-            f"{held_out.name}: images to measure on are of classes that no training image has: {named}. Nothing could learn "
-            "them: add training images, or take these out."
-        )
-    if bool((held_out.labels < 0).any()):
-        count = int((held_out.labels < 0).sum())
+    every, count = torch.arange(len(source.classes)), int((held_out.labels < 0).sum())
+    known, wanted = (torch.isin(every, labels) for labels in (source.labels, held_out.labels))
+    problems = unseen_classes(held_out, "image", source.classes, known, wanted)
+    if count:
         problems.append(f"{held_out.name}: {count} images to measure on have no label: label them, or take them out.")
     return problems
 
@@ -93,10 +87,7 @@ class Classification(PooledTask):
     def look_at(self, train: IndexedDataset) -> None:
         if self.balanced:
             counts = targets_of(train).bincount(minlength=self.classes).to(self.class_weight)
-            self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
-
-    def embed(self, batch: Batch) -> Embeddings:
-        return {"logits": self.predict(batch.views[0])}
+            self.class_weight.copy_(balanced_weights(counts))
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         assert batch.label is not None

@@ -53,7 +53,6 @@ class ConsistencyConfig(FrozenModel):
     transform: ViewsConfig
 
     def open(self, channels: int) -> IndexedDataset | None:
-        """The images of ``path``; None without one."""
         if self.path is None:
             return None
         if channels not in (1, 3):
@@ -113,12 +112,8 @@ class UnlabeledImages:
 class Consistency(Task):
     """A classifier, and its moving average as the teacher; see the module.
 
-    In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labeled. The others have two views.
-
-    Args:
-        config: how.
-        classifier: on its device; trained in place.
-        labels: those that are learned from, int64 of shape (N,).
+    In a batch (``data.paired``) the first of ``1 + ratio`` equal parts is labeled. The others have two views. ``labels`` are all those
+    that are learned from, int64 of shape (N,).
     """
 
     reads_labels = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,27 +20,6 @@ from ssl_pipeline.evaluation.features import evaluating, gather_parts
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
-
-
-def unseen_classes(
-    source: IndexedDataset, what: str, names: Sequence[str], known: Iterable[object], wanted: Iterable[object]
-) -> list[str]:
-    """A sentence where images to measure on have classes that training lacks.
-
-    Args:
-        source: the images, for the message.
-        what: an image or a mask, for the message.
-        names: of the classes.
-        known: per class, whether training has it.
-        wanted: per class, whether it is measured.
-    """
-    unseen = [repr(name) for name, here, there in zip(names, known, wanted, strict=True) if there and not here]
-    if not unseen:
-        return []
-    return [
-        f"{source.name}: {what}s to measure on hold classes that no training {what} has: {', '.join(unseen)}. Nothing could learn "
-        "them: add training images, or take these out."
-    ]
 
 
 class DenseConfig(DownstreamConfig):

@@ -22,8 +22,8 @@ from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.targets import Boxes
-from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_classes
-from ssl_pipeline.downstream.task import measured
+from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask
+from ssl_pipeline.downstream.task import measured, unseen_classes
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.batch_norm import batch_norms, have_statistics
 from ssl_pipeline.models.dense_heads import FasterRCNNHead, PyramidRetinaNetHead

@@ -59,13 +59,10 @@ class LabelsConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class LabeledSplit:
-    """The images that a regime learns from.
+    """The images that a regime learns from, and *training* labels that are held out for selection.
 
-    Attributes:
-        train: a source's labeled part.
-        validation: *training* labels that are held out for selection, or None.
-        folds: the part of the cross-validation that each image of ``train`` is in, int64 of shape (N,); −1 for images that are in
-            every training part. None: nothing is chosen by cross-validation.
+    ``folds`` are the parts of the cross-validation that the images of ``train`` are in, int64 of shape (N,); −1 for images that are
+    in every training part. None: nothing is chosen by cross-validation.
     """
 
     train: IndexedDataset
@@ -85,8 +82,8 @@ def describe_labels(pool: IndexedDataset, held_out: IndexedDataset, split: str) 
 
 def draw(labels: LabelsConfig, downstream: DownstreamConfig, pool: IndexedDataset, seed: int) -> LabeledSplit:
     """Draws a seed's labels; see :func:`draw_index` and :func:`draw_folds`."""
-    train, held_out = draw_index(labels, downstream, pool, seed)
-    parts = draw_folds(labels, downstream, pool, (train, held_out), seed)
+    train, held_out = drawn = draw_index(labels, downstream, pool, seed)
+    parts = draw_folds(labels, downstream, pool, drawn, seed)
     return LabeledSplit(pool.select(train), None if held_out is None else pool.select(held_out), parts)
 
 
@@ -97,17 +94,9 @@ def draw_folds(
     drawn: tuple[Tensor, Tensor | None],
     seed: int,
 ) -> Tensor | None:
-    """The parts of a cross-validation, each with its share of every class, where ``auto`` holds no label out.
+    """The parts of a cross-validation (see :class:`LabeledSplit`), each with its share of every class of what was ``drawn``.
 
-    Args:
-        labels: how many are read.
-        downstream: what they are for.
-        pool: all training images.
-        drawn: of :func:`draw_index`.
-        seed: of the draw.
-
-    Returns:
-        See :class:`LabeledSplit`; None also where no class has two labels.
+    None where labels are held out, nothing is to be chosen, or no class has two labels.
     """
     train, held_out = drawn
     if labels.validation != "auto" or held_out is not None or not downstream.selects:

@@ -20,13 +20,7 @@ from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 @dataclass
 class Model:
-    """End to end: decoded images go in, predictions come out.
-
-    Attributes:
-        task: encoder and head, in evaluation mode.
-        card: of the run that wrote it.
-        config: the downstream task's.
-    """
+    """End to end: decoded images go in, predictions come out. The task is in evaluation mode."""
 
     task: DownstreamTask
     card: Card
@@ -52,15 +46,11 @@ class Model:
 
     @torch.no_grad()
     def predict(self, images: list[Image.Image]) -> Any:
-        """The task's predictions for decoded images, one entry each."""
         return self.task.predict(self.task.prepare(images, Preprocessing.of(self.card.blueprint)))
 
 
 def load_model(path: str | Path) -> Model:
-    """Loads stage two's model; every key must fit.
-
-    Args:
-        path: a stage-two run's folder, or its ``model.safetensors``.
+    """Loads stage two's model from its run's folder, or from its ``model.safetensors``; every key must fit.
 
     Raises:
         ConfigError: it is not there, not whole, or does not fit.

@@ -15,8 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_f1_score
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
-from ssl_pipeline.data.targets import NumericTargets
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, check_numbers
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
@@ -36,29 +35,20 @@ class Config(PooledConfig):
         return MultiLabel(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        problems = check_numbers("multi-label classification", source, held_out)
-        numbers = annotations_of(source, NumericTargets)
-        if problems or numbers is None:
-            return problems
-        values = numbers.values
-        for name, column in zip(numbers.names, values.unbind(1), strict=True):
+        def fault(column: Tensor) -> str | None:
             found = column[~column.isnan()].unique().tolist()
-            if set(found) - {0.0, 1.0}:
-                other = next(value for value in found if value not in (0.0, 1.0))
-                problems.append(
-                    f"{source.name}: {name!r} holds {other:g}, and a label is 0 or 1; numbers are downstream=regression."
-                )
-            elif len(found) < 2:
-                problems.append(
-                    f"{source.name}: {name!r} is {found[0]:g} in every training image: leave the column out."
-                )
-        wanted = None if held_out is None else annotations_of(held_out, NumericTargets)
-        if wanted is not None and not bool(_vary(wanted.values).any()):
-            problems.append(
-                f"{source.name}: each label is the same in all images to measure on, and nothing can be measured: add "
-                "images to them that have the labels, and images that have not."
-            )
-        return problems
+            other = [value for value in found if value not in (0.0, 1.0)]
+            if other:
+                return f"holds {other[0]:g}, and a label is 0 or 1; numbers are downstream=regression."
+            return f"is {found[0]:g} in every training image: leave the column out." if len(found) < 2 else None
+
+        needs = (
+            "each label is the same in all images to measure on, and nothing can be measured: add images to them that have the "
+            "labels, and images that have not."
+        )
+        return check_numbers(
+            "multi-label classification", source, held_out, fault, lambda column: bool(_vary(column)), needs
+        )
 
 
 class MultiLabel(PooledTask):
@@ -68,9 +58,6 @@ class MultiLabel(PooledTask):
         super().__init__(config, encoder)
         self.classes = classes
         self.head: LinearHead = LinearHead(self.width, classes)
-
-    def embed(self, batch: Batch) -> Embeddings:
-        return {"logits": self.predict(batch.views[0])}
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         logits = embeddings["logits"].float()

@@ -76,13 +76,7 @@ class PooledTask(DownstreamTask):
 
     @abstractmethod
     def fit_head(self, features: Tensor, targets: Tensor, decay: float) -> None:
-        """Sets the head to the best one on fixed features.
-
-        Args:
-            features: float32 of shape (N, D).
-            targets: as :func:`targets_of` has them.
-            decay: the weight decay.
-        """
+        """Sets the head to the best one on fixed features, float32 (N, D), and targets as of :func:`targets_of`."""
 
     @abstractmethod
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
@@ -134,8 +128,18 @@ def targets_of(source: IndexedDataset) -> Tensor:
     return source.labels
 
 
-def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | None) -> list[str]:
-    """What columns of numbers lack, in training and in what is measured on, as sentences."""
+def check_numbers(
+    task: str,
+    source: IndexedDataset,
+    held_out: IndexedDataset | None,
+    fault: Callable[[Tensor], str | None],
+    varies: Callable[[Tensor], bool],
+    needs: str,
+) -> list[str]:
+    """What columns of numbers lack, in training and in what is measured on, as sentences.
+
+    ``fault`` says what is wrong with a training column (N,); one column to measure on must vary, or ``needs`` is said.
+    """
     problems = []
     for images, where in ((source, "training images"), (held_out, "images to measure on")):
         if images is None:
@@ -151,6 +155,13 @@ def check_numbers(task: str, source: IndexedDataset, held_out: IndexedDataset | 
             for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True)
             if bool(column.isnan().all())
         ]
+    numbers, wanted = annotations_of(source, NumericTargets), held_out and annotations_of(held_out, NumericTargets)
+    if problems or numbers is None:
+        return problems
+    faults = {name: fault(column) for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True)}
+    problems = [f"{source.name}: {name!r} {text}" for name, text in faults.items() if text is not None]
+    if wanted and not any(map(varies, wanted.values.unbind(1))):
+        problems.append(f"{source.name}: {needs}")
     return problems
 
 
@@ -159,13 +170,8 @@ def choose_decay(
 ) -> float:
     """The weight decay whose head scores best on images that it was not fitted on; the largest of equals.
 
-    Args:
-        task: its head is fitted for each decay.
-        decays: to choose from.
-        train: what the head learns from, on its device.
-        held_out: what a head is measured on where it is there; otherwise
-        folds: each training row's part of a cross-validation (:class:`ssl_pipeline.downstream.labels.LabeledSplit`); the parts'
-            predictions are scored together. With neither, the first decay.
+    Those are the images held out, or the parts of a cross-validation (``folds``, see
+    :class:`ssl_pipeline.downstream.labels.LabeledSplit`), whose predictions are scored together. With neither, the first decay.
     """
     if len(decays) == 1 or (held_out is None and folds is None):
         return decays[0]
@@ -185,7 +191,6 @@ def choose_decay(
 
 @torch.no_grad()
 def _predictions(task: PooledTask, decay: float, train: Rows, measured: Rows) -> Tensor:
-    """Of a head that is fitted on some images, for others: float32 on the CPU."""
     task.fit_head(train.features, train.targets, decay)
     return task.of_features(measured.features).float().cpu()
 

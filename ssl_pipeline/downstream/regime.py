@@ -32,6 +32,7 @@ from ssl_pipeline.engine.optim import OptimConfig, build_optimizer
 from ssl_pipeline.engine.run import Run
 from ssl_pipeline.engine.task import Task
 from ssl_pipeline.engine.train_state import TrainState
+from ssl_pipeline.evaluation.features import evaluating
 from ssl_pipeline.models.bottleneck import estimate_bottleneck
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 from ssl_pipeline.transforms.multi_view import Views
@@ -50,6 +51,11 @@ class TrainingConfig(FrozenModel):
     length: Duration = parse_duration("30 epochs")
     min_steps: int = Field(0, ge=0)
     optim: OptimConfig = OptimConfig()
+
+    def steps(self, images: int, batch_size: int, processes: int) -> tuple[int, int]:
+        """Samples of a step, as even as an epoch allows, and the number of steps."""
+        size = max(images // math.ceil(images / batch_size) // processes, 1) * processes
+        return size, max(1, self.min_steps, self.length.steps(images // size, 0))
 
 
 class RegimeConfig(TrainingConfig):
@@ -83,18 +89,16 @@ class RegimeConfig(TrainingConfig):
 
     @property
     def trains_all(self) -> bool:
-        """Whether all layers are trained."""
         return self.name != "frozen"
 
     def apply_to(self, task: DownstreamTask) -> None:
-        """Sets how a task's encoder is trained."""
         task.backbone_lr_factor, task.layer_decay = self.backbone_lr_factor, self.layer_decay
         task.encoder.keeps_statistics = self.freeze_bn_stats
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """An encoder's features that were extracted before: of the images to learn from, those that choose, and those to measure on."""
+    """Features of the images to learn from, those that choose, and those to measure on, extracted before."""
 
     train: Rows
     validation: Rows | None = None
@@ -103,19 +107,7 @@ class CachedFeatures:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What one seed is trained with.
-
-    Attributes:
-        labeled: the images to learn from.
-        views: the random views of a training image.
-        preprocessing: what is done to an image without randomness.
-        seed: of this training.
-        accelerator: gives precision and processes.
-        workers: processes that decode files; None chooses by the machine's cores.
-        run: keeps checkpoints and logs; None does neither.
-        features: of the encoder, where they were extracted before.
-        unlabeled: images that are learned from without labels while all layers are trained; None takes the labeled ones alone.
-    """
+    """What one seed is trained with. Without ``workers`` the machine's cores decide, without a ``run`` nothing is kept or logged."""
 
     labeled: LabeledSplit
     views: Views
@@ -137,6 +129,9 @@ def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> 
 
     A training that was stopped repeats its steps: a head is solved again, to the same bits, and a loop continues from its last
     checkpoint, or from its end.
+
+    Raises:
+        ConfigError: there are fewer labeled samples than processes.
     """
     task.look_at(context.labeled.train)
     regime.apply_to(task)
@@ -147,44 +142,38 @@ def train(regime: RegimeConfig, task: DownstreamTask, context: TrainContext) -> 
             on_all_labels()
     elif regime.probes:
         task.fix_encoder(True)
-        _run_supervised(regime.probe, regime.batch_size, task, context, "probe", Best(task, context))
+        _train_on_labels(regime.probe, regime.batch_size, task, context, "probe", Best(task, context))
         task.fix_encoder(False)
-    if not regime.trains_all:
-        return
-    best = Best(task, context, starts_trained=regime.probes, on_all_labels=on_all_labels)
-    if context.unlabeled is not None:
-        assert isinstance(task, Classification)  # finetune's `check` allows no other
-        _run_consistency(regime, task, context, context.unlabeled, best)
-    else:
-        _run_supervised(regime, regime.batch_size, task, context, "all_layers", best)
+    if regime.trains_all:
+        best = Best(task, context, starts_trained=regime.probes, on_all_labels=on_all_labels)
+        _train_on_labels(regime, regime.batch_size, task, context, "all_layers", best)
 
 
 def fit_linear_probe(regime: RegimeConfig, task: PooledTask, context: TrainContext) -> Callable[[], None] | None:
-    """The probe: fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
+    """Fits the head on fixed features, with a weight decay chosen by held-out labels, or by cross-validation.
 
     A bottleneck has random weights, and gets the statistics that fit them and the features first.
 
     Returns:
         What fits the head again, on the held-out labels too, once they have nothing left to choose; None where none are held out.
     """
-    labeled, device = context.labeled, context.share.device
+    labeled, device, cached = context.labeled, context.share.device, context.features
 
     def features_of(images: IndexedDataset) -> Rows:
         return task.read(images, context.preprocessing, context.share, task.encoder.features)
 
-    cached = context.features
-    train = cached.train if cached is not None else features_of(labeled.train)
-    held_out = cached.validation if cached is not None else None
+    @torch.no_grad()
+    def behind_bottleneck(rows: Rows) -> Rows:
+        rows = rows.to(device)
+        return Rows(task.through_bottleneck(rows.features), rows.targets, rows.index)
+
+    train = features_of(labeled.train) if cached is None else cached.train
+    held_out = None if cached is None else cached.validation
     if held_out is None and labeled.validation is not None:
         held_out = features_of(labeled.validation)
-    was_training = task.training
-    task.eval()
-    estimate_bottleneck(task.bottleneck, train.features.to(device))
-    train, held_out = (
-        _behind_bottleneck(task, train.to(device)),
-        held_out and _behind_bottleneck(task, held_out.to(device)),
-    )
-    task.train(was_training)
+    with evaluating(task):
+        estimate_bottleneck(task.bottleneck, train.features.to(device))
+        train, held_out = behind_bottleneck(train), held_out and behind_bottleneck(held_out)
     folds = None if labeled.folds is None else labeled.folds[train.index]
     decay = broadcast_from_main(context.accelerator, choose_decay(task, regime.weight_decays, train, held_out, folds))
 
@@ -196,59 +185,31 @@ def fit_linear_probe(regime: RegimeConfig, task: PooledTask, context: TrainConte
     return None if held_out is None else lambda: fit_on(train, held_out)
 
 
-@torch.no_grad()
-def _behind_bottleneck(task: PooledTask, rows: Rows) -> Rows:
-    return Rows(task.through_bottleneck(rows.features), rows.targets, rows.index)
-
-
-def _run_supervised(
-    training: TrainingConfig, batch: int, task: DownstreamTask, context: TrainContext, name: str, best: Best
+def _train_on_labels(
+    training: TrainingConfig, batch_size: int, task: DownstreamTask, context: TrainContext, name: str, best: Best
 ) -> None:
-    labeled, share = context.labeled, context.share
-    size, total = _steps(training, batch, context)
-    make = IndexedLoader if labeled.train.annotations is None else AnnotatedLoader
-    loader = make(labeled.train, context.views, size, context.seed, share, total, context.workers, with_labels=True)
-    _run(training, task, loader, context, name, best)
-
-
-def _run_consistency(
-    regime: RegimeConfig, task: Classification, context: TrainContext, unlabeled: UnlabeledImages, best: Best
-) -> None:
-    """All layers, from labeled images and ``ratio`` times as many others."""
-    labeled, ratio = context.labeled, unlabeled.config.ratio
-    size, total = _steps(regime, min(regime.batch_size, len(unlabeled.images) // ratio), context)
-    loader = PairedLoader(
-        labeled.train, unlabeled.images, context.views, unlabeled.views, size, context.seed, context.share, total, context.workers,
-        ratio * size,
-    )  # fmt: skip
-    learner = Consistency(unlabeled.config, task, targets_of(labeled.train)).to(context.share.device)
-    _run(regime, learner, loader, context, "all_layers", best)
-
-
-def _steps(training: TrainingConfig, batch: int, context: TrainContext) -> tuple[int, int]:
-    """Labeled samples of a step, as even as an epoch allows, and the number of steps.
-
-    Raises:
-        ConfigError: there are fewer labeled samples than processes.
-    """
-    labels, processes = len(context.labeled.train), context.share.processes
-    if labels < processes:
+    labeled, share, unlabeled, labels = context.labeled, context.share, context.unlabeled, len(context.labeled.train)
+    if labels < share.processes:
         raise ConfigError(
-            f"{labels} labeled image(s) can't be shared by {processes} processes: start at most {labels}, or use more labels."
+            f"{labels} labeled image(s) can't be shared by {share.processes} processes: start at most {labels}, or use more labels."
         )
-    size = max(labels // math.ceil(labels / batch) // processes, 1) * processes
-    return size, max(1, training.min_steps, training.length.steps(labels // size, 0))
-
-
-def _run(
-    training: TrainingConfig, task: Task, loader: IndexedLoader, context: TrainContext, name: str, best: Best
-) -> None:
-    """A loop that keeps the best weights, if labels are held out to judge them."""
-    if context.labeled.validation is None:
-        run_loop(training, task, loader, context, name)
-        return
+    if unlabeled is not None:
+        batch_size = min(batch_size, len(unlabeled.images) // unlabeled.config.ratio)
+    size, total = training.steps(labels, batch_size, share.processes)
+    learner: Task = task
+    loader: IndexedLoader
+    if unlabeled is not None:
+        assert isinstance(task, Classification)  # finetune's `check` allows no other
+        loader = PairedLoader(
+            labeled.train, unlabeled.images, context.views, unlabeled.views, size, context.seed, share, total, context.workers,
+            unlabeled.config.ratio * size,
+        )  # fmt: skip
+        learner = Consistency(unlabeled.config, task, targets_of(labeled.train)).to(share.device)
+    else:
+        make = IndexedLoader if labeled.train.annotations is None else AnnotatedLoader
+        loader = make(labeled.train, context.views, size, context.seed, share, total, context.workers, with_labels=True)
     best.evaluate_every = max(loader.steps_per_epoch, loader.total_steps // 20)
-    run_loop(training, task, loader, context, name, best)
+    run_loop(training, learner, loader, context, name, best if labeled.validation is not None else None)
 
 
 def run_loop(
@@ -259,16 +220,7 @@ def run_loop(
     name: str,
     best: Best | None = None,
 ) -> None:
-    """One loop, continued where it was stopped; the best weights are put back at its end.
-
-    Args:
-        training: gives the optimizer and its schedule.
-        task: trained in place.
-        loader: of the loop, from its start.
-        context: what it is trained with.
-        name: of this loop among those of a training.
-        best: keeps the weights that score best; None takes the last ones.
-    """
+    """One loop, ``name`` among those of a training, continued where it was stopped; ``best`` puts the best weights back at its end."""
     optimizer, run = build_optimizer(training.optim, task, loader.batch_size), context.run
     checkpoints, resume = None, None
     if run is not None:
@@ -287,12 +239,8 @@ def run_loop(
 class Best(Callback):
     """Keeps the weights that score best on held-out labels; the latest of equals, as few labels make many of them.
 
-    Args:
-        task: whose weights.
-        context: what it is trained with.
-        starts_trained: whether the weights that the loop starts from, a probe's, are a candidate too.
-        on_all_labels: fits the probe's head again, on the held-out labels too, if those weights are the best: they were judged by a
-            head that had not seen them.
+    With ``starts_trained`` the weights that the loop starts from, a probe's, are a candidate too. If they are the best,
+    ``on_all_labels`` fits the probe's head again, on the held-out labels too: they were judged by a head that had not seen them.
     """
 
     def __init__(
@@ -322,7 +270,6 @@ class Best(Callback):
         return {"best": {"value": self._value, "state": self._state, "is_start": self._is_start}}
 
     def restore(self) -> None:
-        """Puts the best weights back."""
         if self._state:
             self._task.load_state_dict(self._state)
         if self._is_start and self._on_all_labels is not None:

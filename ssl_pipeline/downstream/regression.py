@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
-from ssl_pipeline.data.targets import NumericTargets
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.pooled_task import PooledConfig, PooledTask, check_numbers, targets_of
 from ssl_pipeline.downstream.task import measured
 from ssl_pipeline.engine.task import Embeddings, StepOutput
@@ -44,20 +43,12 @@ class Config(PooledConfig):
         return Regression(self, encoder, classes)
 
     def check(self, source: IndexedDataset, held_out: IndexedDataset | None = None) -> list[str]:
-        problems = check_numbers("regression", source, held_out)
-        numbers = annotations_of(source, NumericTargets)
-        if problems or numbers is None:
-            return problems
-        for name, column in zip(numbers.names, numbers.values.unbind(1), strict=True):
-            if not _varies(column):
-                value = float(column[~column.isnan()][0])
-                problems.append(f"{source.name}: {name!r} is {value:g} in every training image: leave the column out.")
-        wanted = None if held_out is None else annotations_of(held_out, NumericTargets)
-        if wanted is not None and not any(map(_varies, wanted.values.unbind(1))):
-            problems.append(
-                f"{source.name}: each value is the same in all images to measure on, and R² needs different ones: add images."
-            )
-        return problems
+        def fault(column: Tensor) -> str | None:
+            value = float(column[~column.isnan()][0])
+            return None if _varies(column) else f"is {value:g} in every training image: leave the column out."
+
+        needs = "each value is the same in all images to measure on, and R² needs different ones: add images."
+        return check_numbers("regression", source, held_out, fault, _varies, needs)
 
 
 class Regression(PooledTask):

@@ -58,14 +58,7 @@ class Config(PooledConfig):
 
 
 class KNNHead(nn.Module):
-    """Votes of the nearest labeled rows, weighted by exp(cosine ÷ temperature) (Wu et al. 2018); it has no parameters.
-
-    Args:
-        in_width: features.
-        classes: number of classes.
-        k: neighbors that vote; all rows if there are fewer.
-        temperature: sharpness of the weights.
-    """
+    """Votes of the k nearest labeled rows (or all), weighted by exp(cosine ÷ temperature) (Wu et al. 2018); no parameters."""
 
     rows: Tensor
     labels: Tensor
@@ -112,7 +105,6 @@ class Retrieval(PooledTask):
             self.head.remember(torch.zeros_like(rows), torch.zeros_like(labels))
 
     def score(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """The share of images whose neighbors' vote is right."""
         return {"knn_accuracy": float((predictions.argmax(1) == targets).float().mean())}
 
     def evaluate_features(self, features: Tensor, targets: Tensor) -> dict[str, float]:

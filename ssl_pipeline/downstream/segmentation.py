@@ -17,8 +17,8 @@ from torch import Tensor
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset, annotations_of
 from ssl_pipeline.data.targets import IGNORE, Masks
-from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask, unseen_classes
-from ssl_pipeline.downstream.task import measured
+from ssl_pipeline.downstream.dense_task import DenseConfig, DenseTask
+from ssl_pipeline.downstream.task import balanced_weights, measured, unseen_classes
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.metrics.classification import confusion_matrix
 from ssl_pipeline.models.dense_heads import DeepLab, SkipHead
@@ -70,11 +70,7 @@ class Segmentation(DenseTask):
     def look_at(self, train: IndexedDataset) -> None:
         masks = annotations_of(train, Masks)
         if self.balanced and masks is not None:
-            counts = masks.counts.sum(0).to(self.class_weight)
-            self.class_weight.copy_(counts.sum() / (counts.clamp_min(1) * (counts > 0).sum()))
-
-    def embed(self, batch: Batch) -> Embeddings:
-        return {"logits": self.predict(batch.views[0])}
+            self.class_weight.copy_(balanced_weights(masks.counts.sum(0).to(self.class_weight)))
 
     def objective(self, embeddings: Embeddings, batch: Batch) -> StepOutput:
         logits = embeddings["logits"].float()

@@ -6,16 +6,17 @@ There are two kinds, by what the head reads: a row of features (``downstream.poo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
 
 from ssl_pipeline.config.base import ComponentConfig
+from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.engine.task import Task
+from ssl_pipeline.engine.task import Embeddings, Task
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.preprocessing import Preprocessing
@@ -44,6 +45,9 @@ class DownstreamTask(Task, ABC):
     @abstractmethod
     def predict(self, images: Tensor) -> Any:
         """The prediction for normalized images (B, C, H, W), one entry a sample."""
+
+    def embed(self, batch: Batch) -> Embeddings:
+        return {"logits": self.predict(batch.views[0])}
 
     def prepare(self, images: list[Image.Image], preprocessing: Preprocessing) -> Tensor:
         """Decoded images as ``predict`` wants them, float32 of shape (B, C, H, W)."""
@@ -121,6 +125,24 @@ class DownstreamConfig(ComponentConfig, ABC):
     def strata(self, source: IndexedDataset) -> Tensor | None:
         """The classes that label draws are even over: int64 of shape (N,), −1 where unknown; None where an image has no one class."""
         return None
+
+
+def unseen_classes(
+    source: IndexedDataset, what: str, names: Sequence[str], known: Iterable[object], wanted: Iterable[object]
+) -> list[str]:
+    """A sentence where images or masks (``what``) to measure on have classes (``wanted``) that training lacks (``known``)."""
+    unseen = [repr(name) for name, here, there in zip(names, known, wanted, strict=True) if there and not here]
+    if not unseen:
+        return []
+    return [
+        f"{source.name}: {what}s to measure on hold classes that no training {what} has: {', '.join(unseen)}. Nothing could learn "
+        "them: add training images, or take these out."
+    ]
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """One over each class's count, with a mean of 1 over all samples; 0 labels count as one: (K,) to (K,)."""
+    return counts.sum() / (counts.clamp_min(1) * (counts > 0).sum())
 
 
 def measured(what: str, count: int, of: int) -> dict[str, float]:

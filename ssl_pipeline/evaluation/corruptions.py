@@ -89,16 +89,10 @@ CORRUPTIONS: dict[str, tuple[_Corrupt, tuple[float, ...]]] = {
 
 
 class Corrupted(IndexedDataset):
-    """A source whose images are the central squares that an encoder sees, corrupted.
+    """A source, grayscale or RGB, whose images are the central squares that an encoder sees, corrupted.
 
-    Args:
-        source: the clean images, grayscale or RGB.
-        size: the encoder's, in pixels.
-        name: of :data:`CORRUPTIONS`.
-        strength: 1 to 5.
-        seed: of the noise.
-        resize: the encoder's own resize to that size, where published weights have one.
-        fill: the color of a border that it may leave, in [0, 1], a value a channel.
+    ``resize`` is the encoder's own resize to the size, where published weights have one, and ``fill`` the color of a border that it
+    may leave, in [0, 1], a value a channel.
     """
 
     def __init__(

@@ -10,12 +10,12 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
+from ssl_pipeline.config.base import ConfigError, dump
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.evaluation import feature_metrics
-from ssl_pipeline.evaluation.feature_metrics import Features, Metric
+from ssl_pipeline.evaluation.feature_metrics import Features, FewShotConfig, KnnConfig, Metric, ProbeConfig
 from ssl_pipeline.evaluation.load_encoder import EncoderConfig, LoadedEncoder, describe_encoder, open_encoder
 from ssl_pipeline.logging.progress import console, print_table
 from ssl_pipeline.logging.redaction import redact
@@ -28,48 +28,6 @@ from ssl_pipeline.transforms.multi_view import Views
 
 MetricGroup = Literal["knn", "probe", "few_shot", "alignment_uniformity", "robustness"]
 _UNLABELED: MetricGroup = "alignment_uniformity"  # the one group that needs no labels
-
-
-class KnnConfig(FrozenModel):
-    """Neighbors.
-
-    Attributes:
-        k: numbers of neighbors; each gives a metric.
-        temperature: sharpness of their weights.
-    """
-
-    k: tuple[int, ...] = Field((1, 20), min_length=1)
-    temperature: float = Field(0.1, gt=0)
-
-
-class ProbeConfig(FrozenModel):
-    """The linear probe.
-
-    Attributes:
-        lrs: learning rates to choose from.
-        layers: what to choose from: ``neck`` and levels (``c2`` … ``c5``); null takes all that the encoder has.
-        epochs: passes over the cached features.
-        validation: the share of the training labels that the choice is made on.
-    """
-
-    lrs: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
-    layers: tuple[str, ...] | None = None
-    epochs: int = Field(50, ge=1)
-    validation: float = Field(0.2, gt=0, lt=1)
-
-
-class FewShotConfig(FrozenModel):
-    """Few labels.
-
-    Attributes:
-        per_class: labels of each class; each number gives a figure.
-        seeds: draws of the labels.
-        weight_decay: the probe's weight decay; fixed, since so few labels leave nothing to choose on.
-    """
-
-    per_class: tuple[int, ...] = Field((1, 5, 10), min_length=1)
-    seeds: int = Field(5, ge=1)
-    weight_decay: float = Field(0.1, ge=0)
 
 
 class EvaluateConfig(EncoderConfig):
@@ -137,24 +95,18 @@ def _labeled_metrics(
     train: IndexedDataset,
     test: IndexedDataset,
 ) -> tuple[list[Metric], dict[str, float], list[str]]:
-    """The metrics, the probe's trials, and notes."""
     assert train.classes is not None
-    classes, metrics, notes, knn, probe = len(train.classes), list[Metric](), list[str](), config.knn, config.probe
+    classes, metrics, notes, knn = len(train.classes), list[Metric](), list[str](), config.knn
     bank, chosen = feature_metrics.read_features(opened, train, layers), None
     if "probe" in groups or "robustness" in groups:
-        chosen = feature_metrics.choose_probe(
-            bank, classes, probe.lrs, probe.epochs, probe.validation, config.seed, opened.share.device
-        )
+        chosen = feature_metrics.choose_probe(bank, classes, config.probe, config.seed, opened.share.device)
     queries = feature_metrics.read_features(opened, test, layers)  # once, and after everything was chosen
     if "knn" in groups:
-        metrics += feature_metrics.knn_metrics(bank, queries, classes, knn.k, knn.temperature)
+        metrics += feature_metrics.knn_metrics(bank, queries, classes, knn)
     if chosen is not None:
         metrics.append(Metric("probe", chosen.accuracy(queries), chosen.how))
     if "few_shot" in groups:
-        few = config.few_shot
-        found, notes = feature_metrics.few_shot_metrics(
-            bank, queries, train.classes, few.per_class, few.seeds, few.weight_decay, config.seed
-        )
+        found, notes = feature_metrics.few_shot_metrics(bank, queries, train.classes, config.few_shot, config.seed)
         metrics += found
     if "robustness" in groups:
         assert chosen is not None
@@ -176,11 +128,9 @@ def _groups(
     labeled = train.labels is not None and bool((train.labels >= 0).any())
     if labeled and test is not None and test.labels is not None:
         return config.metrics or get_args(MetricGroup), []
-    lack = (
-        f"{train.name} has no labels: one folder per class would give them"
-        if train.labels is None
-        else f"{train.name} has no labeled `{config.split}` split"
-    )
+    lack = f"{train.name} has no labeled `{config.split}` split"
+    if train.labels is None:
+        lack = f"{train.name} has no labels: one folder per class would give them"
     if config.metrics is None:
         return (_UNLABELED,), [f"{lack}; only what needs none is measured"]
     wanted = [name for name in config.metrics if name != _UNLABELED]
@@ -190,7 +140,8 @@ def _groups(
 
 
 def _layers(config: EvaluateConfig, opened: LoadedEncoder) -> list[str]:
-    known = feature_metrics.layer_names(opened)
+    levels = list(opened.encoder.widths)  # the neck of a pooled last level is its mean already
+    known = ["neck", *(levels[:-1] if opened.blueprint.neck.name == "gap" else levels)]
     if config.probe.layers is None:
         return known
     unknown = [name for name in config.probe.layers if name not in ("neck", *opened.encoder.widths)]
@@ -242,7 +193,3 @@ def evaluate_and_print(config: EvaluateConfig) -> None:
 def main() -> None:
     """The command line."""
     run_command("evaluate", EvaluateConfig, evaluate_and_print, describe_encoder(sys.argv[1:], ["encoder"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.base import ConfigError, FrozenModel
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.splits import draw_labels, stratified_split
 from ssl_pipeline.evaluation.corruptions import CORRUPTIONS, STRENGTHS, Corrupted
@@ -22,6 +23,48 @@ from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.multi_view import Views
 
 _PAIRS = 2048  # rows for metrics of pairs
+
+
+class KnnConfig(FrozenModel):
+    """Neighbors.
+
+    Attributes:
+        k: numbers of neighbors; each gives a metric.
+        temperature: sharpness of their weights.
+    """
+
+    k: tuple[int, ...] = Field((1, 20), min_length=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class ProbeConfig(FrozenModel):
+    """The linear probe.
+
+    Attributes:
+        lrs: learning rates to choose from.
+        layers: what to choose from: ``neck`` and levels (``c2`` … ``c5``); null takes all that the encoder has.
+        epochs: passes over the cached features.
+        validation: the share of the training labels that the choice is made on.
+    """
+
+    lrs: tuple[float, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
+    layers: tuple[str, ...] | None = None
+    epochs: int = Field(50, ge=1)
+    validation: float = Field(0.2, gt=0, lt=1)
+
+
+class FewShotConfig(FrozenModel):
+    """Few labels.
+
+    Attributes:
+        per_class: labels of each class; each number gives a figure.
+        seeds: draws of the labels.
+        weight_decay: the probe's weight decay; fixed, since so few labels leave nothing to choose on.
+    """
+
+    per_class: tuple[int, ...] = Field((1, 5, 10), min_length=1)
+    seeds: int = Field(5, ge=1)
+    weight_decay: float = Field(0.1, ge=0)
 
 
 @dataclass(frozen=True)
@@ -55,12 +98,6 @@ class Features:
         return Features({name: rows[index] for name, rows in self.layers.items()}, self.labels[index])
 
 
-def layer_names(opened: LoadedEncoder) -> list[str]:
-    """The encoder's layers, ``neck`` first; a last level whose mean the neck is already is left out."""
-    levels = list(opened.encoder.widths)
-    return ["neck", *(levels[:-1] if opened.blueprint.neck.name == "gap" else levels)]
-
-
 def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequence[str]) -> Features:
     """Some layers, ``neck`` first, of a source's labeled images in one pass."""
     assert source.labels is not None
@@ -78,18 +115,19 @@ def read_features(opened: LoadedEncoder, source: IndexedDataset, layers: Sequenc
     return Features(dict(zip(layers, parts, strict=True)), source.labels[read])
 
 
-def knn_metrics(train: Features, test: Features, classes: int, ks: Sequence[int], temperature: float) -> list[Metric]:
+def knn_metrics(train: Features, test: Features, classes: int, config: KnnConfig) -> list[Metric]:
     """The accuracy by each of some numbers of neighbors; all are reported, none is chosen.
 
     Raises:
         ConfigError: more neighbors than there are rows.
     """
-    if max(ks) > len(train.labels):
+    temperature, bank = config.temperature, (train.neck, train.labels)
+    if max(config.k) > len(train.labels):
         raise ConfigError(
-            f"`knn.k` is {max(ks)}, and the bank has only {len(train.labels)} labeled training images: ask for at most that many."
+            f"`knn.k` is {max(config.k)}, and the bank has only {len(train.labels)} labeled training images: ask for at most that many."
         )
     how = f"τ = {temperature:g}, {len(train.labels)} in the bank, exact"
-    found = {k: knn_accuracy(test.neck, test.labels, train.neck, train.labels, classes, k, temperature) for k in ks}
+    found = {k: knn_accuracy(test.neck, test.labels, *bank, classes, k, temperature) for k in config.k}
     return [Metric(f"knn_{k}", value, f"k = {k}, {how}") for k, value in found.items()]
 
 
@@ -114,19 +152,16 @@ def _accuracy(rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> flo
     return float(((rows @ weight.T + bias).argmax(1) == labels).float().mean())
 
 
-def choose_probe(
-    train: Features, classes: int, rates: Sequence[float], epochs: int, validation: float, seed: int, device: torch.device
-) -> ChosenProbe:  # fmt: skip
+def choose_probe(train: Features, classes: int, config: ProbeConfig, seed: int, device: torch.device) -> ChosenProbe:
     """Trains a probe for every layer and rate on a part of the training labels, and chooses on the rest of them."""
-    rest, held_out = stratified_split(
-        train.labels, max(1, round(validation * len(train.labels))), seed, "probe validation"
-    )
+    rates, count = config.lrs, max(1, round(config.validation * len(train.labels)))
+    rest, held_out = stratified_split(train.labels, count, seed, "probe validation")
     if not len(rest) or not len(held_out):
         raise ConfigError(f"`probe.validation`: {len(train.labels)} labels are too few to hold some out: add images.")
     learn, check, trials = train.select(rest), train.select(held_out), dict[str, float]()
     best, chosen = -1.0, None
     for layer, rows in learn.layers.items():
-        probes = sgd_probes(rows.to(device), learn.labels.to(device), classes, rates, epochs, seed=seed)
+        probes = sgd_probes(rows.to(device), learn.labels.to(device), classes, rates, config.epochs, seed=seed)
         which, found = probes.choose(check.layers[layer].to(device), check.labels.to(device))
         trials |= {f"{layer} {rate:g}": accuracy for rate, accuracy in zip(rates, found, strict=True)}
         if found[which] > best:
@@ -138,7 +173,7 @@ def choose_probe(
 
 
 def few_shot_metrics(
-    train: Features, test: Features, classes: Sequence[str], counts: Sequence[int], seeds: int, decay: float, seed: int
+    train: Features, test: Features, classes: Sequence[str], config: FewShotConfig, seed: int
 ) -> tuple[list[Metric], list[str]]:
     """A solved probe on few labels a class, by several draws of them. Its weight decay is fixed: there is nothing to choose on.
 
@@ -146,18 +181,18 @@ def few_shot_metrics(
         The metrics, and notes on the numbers that a class has too few labels for.
     """
     least = int(train.labels.bincount(minlength=len(classes))[train.labels.unique()].min())
-    metrics, notes = [], []
-    for count in counts:
+    metrics, notes, decay = [], [], config.weight_decay
+    for count in config.per_class:
         if count > least:
             notes.append(f"few_shot of {count}: left out, as a class has only {least} labels")
             continue
         right = []
-        for draw in range(seed, seed + seeds):
+        for draw in range(seed, seed + config.seeds):
             few = train.select(draw_labels(train.labels, count, None, draw, classes))
             right.append(_accuracy(test.neck, test.labels, *fit_linear(few.neck, few.labels, len(classes), decay)))
         found = interval(right)
-        how = f"{count} a class, {seeds} draws, decay {decay:g} (fixed)"
-        metrics.append(Metric(f"few_shot_{count}", found.mean, how, half=found.half if seeds > 1 else None))
+        how = f"{count} a class, {config.seeds} draws, decay {decay:g} (fixed)"
+        metrics.append(Metric(f"few_shot_{count}", found.mean, how, half=found.half if config.seeds > 1 else None))
     return metrics, notes
 
 
@@ -186,14 +221,9 @@ def robustness_metrics(
     layer: str,
     seed: int,
 ) -> list[Metric]:
-    """Accuracy on corrupted images, per corruption the mean over five strengths, of classifiers that never saw any.
+    """Accuracy on corrupted test images, per corruption the mean over five strengths, of classifiers that never saw any.
 
-    Args:
-        opened: the encoder.
-        source: the clean test images.
-        classifiers: by name, features to accuracy.
-        layer: the layer that they read beside the neck.
-        seed: of the noise.
+    The classifiers (features to accuracy) read the neck and another layer.
     """
     if source.channels not in (1, 3):
         raise ConfigError(

@@ -23,14 +23,7 @@ T = TypeVar("T")
 
 
 def gather_parts(parts: Iterable[T], share: DistInfo) -> list[T]:
-    """Makes this process's parts, and gathers all processes'.
-
-    Args:
-        parts: of this process, made one by one; a signal is looked for between them.
-        share: this process's share.
-
-    Returns:
-        All parts, by rank, the same on every process.
+    """Makes this process's parts one by one, and gathers all processes', by rank, the same on every process.
 
     Raises:
         CutShortError: on every process, when one of them got a signal.
@@ -65,7 +58,7 @@ def extract(
     A sample that can't be decoded has its neighbor's row: where rows are paired with labels, take :func:`extract_readable`.
 
     Args:
-        network: put into evaluation mode, and back into the mode it was in.
+        network: is in evaluation mode meanwhile.
         source: numbered samples.
         preprocessing: what the network expects.
         share: this process's share: the samples are cut into as many contiguous parts as there are processes.
@@ -78,9 +71,8 @@ def extract(
     Raises:
         CutShortError: a signal has come.
     """
-    part = _part(source, index, share)
+    run, batches = forward or network, read_in_order(source, preprocessing, share.device, _part(source, index, share))
     with evaluating(network):
-        batches, run = read_in_order(source, preprocessing, share.device, part), forward or network
         return torch.cat(gather_parts((run(images).float().cpu() for images in batches), share))
 
 
@@ -102,9 +94,8 @@ def extract_readable(
         ConfigError: no sample can be decoded.
         CutShortError: a signal has come.
     """
-    part = _part(source, index, share)
+    run, batches = forward or network, read_readable(source, preprocessing, share.device, _part(source, index, share))
     with evaluating(network):
-        batches, run = read_readable(source, preprocessing, share.device, part), forward or network
         rows = gather_parts(((run(images).float().cpu(), read) for read, images in batches), share)
     if not rows:
         count = len(source) if index is None else len(index)
@@ -130,15 +121,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def two_views(
     encoder: Encoder, source: IndexedDataset, views: Views, device: torch.device, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, width) of two random views of images: those of epoch 0, so that metrics compare over time.
-
-    Args:
-        encoder: put into evaluation mode, and back into the mode it was in.
-        source: numbered samples.
-        views: the random views, two or more.
-        device: where the encoder is.
-        index: which samples, few enough for one batch.
-    """
+    """Features (N, width) of two random views of a batch of images: those of epoch 0, so that metrics compare over time."""
     if source.pixels is not None:
         crops = views.of_pixels(source.pixels[index].to(device), index, epoch=0)
     else:

@@ -43,7 +43,6 @@ class EncoderConfig(FrozenModel):
 
     @property
     def scaled_data(self) -> SourceConfig:
-        """The data, at the range of values that the encoder was pretrained at."""
         return at_range_of(self.data, self.encoder)
 
 

@@ -1,11 +1,13 @@
-"""Stage one's evaluation while it runs: kNN accuracy on ``val``, signs of collapse, and the best encoder. Never the test set."""
+"""Stage one's evaluation while it runs: kNN accuracy on ``val``, signs of collapse, alerts, and the best encoder. Never the test set."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from ssl_pipeline.engine.loop import Callback
 from ssl_pipeline.engine.run import Run
 from ssl_pipeline.engine.signals import StoppedError
 from ssl_pipeline.evaluation.features import extract, extract_readable, two_views
-from ssl_pipeline.evaluation.image_logging import ImageLogger
+from ssl_pipeline.evaluation.plots import ImageLogger
 from ssl_pipeline.logging.jsonl import FILE_NAME, read_metrics
 from ssl_pipeline.metrics import collapse
 from ssl_pipeline.metrics.knn import knn_accuracy
@@ -29,6 +31,10 @@ from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
+_WINDOW, _FEWEST = 50, 20
+_NORMAL = 1.4826  # the standard deviation of normal noise, from its median absolute deviation
+_TIMES = 8.0
+_LEAST_SHARE = 0.02  # a loss that hardly moves has no spread worth the name
 Seen = tuple[IndexedDataset, Tensor, Tensor]
 _FEW_IMAGES = 32  # fewer give signs of collapse that say more about their number than about the features
 _FEWEST_FOR_RANK = 8
@@ -41,15 +47,8 @@ class OnlineEvaluation:
 
     Signs of collapse need no held-out images: where ``val`` has only a few, training images are taken.
 
-    Args:
-        train: the pretraining images; with labels, up to ``bank_size`` of them are kNN's bank.
-        val: held-out training images with labels, or None.
-        views: two random views of an image give alignment.
-        preprocessing: what the encoder expects.
-        share: this process's share.
-        k: neighbors.
-        bank_size: most rows in kNN's bank.
-        sample: most images for the signs of collapse.
+    Up to ``bank_size`` training images with labels are the bank of kNN, and up to ``sample`` images show signs of collapse; two views
+    of an image give alignment.
 
     Attributes:
         seen: a source, the numbers of the images that were evaluated last, and their features (N, D): pictures are drawn of them.
@@ -111,24 +110,15 @@ class OnlineEvaluation:
         figures = {"feature_std": collapse.feature_std(features)}
         if len(features) >= _FEWEST_FOR_RANK:
             figures["effective_rank"] = collapse.effective_rank(features)
-        return {
-            **figures,
-            "alignment": collapse.alignment(first, second),
-            "uniformity": collapse.uniformity(features),
-        }
+        aligned, uniform = collapse.alignment(first, second), collapse.uniformity(features)
+        return {**figures, "alignment": aligned, "uniformity": uniform}
 
 
 class OnlineEvalCallback(Callback):
-    """Evaluates the encoder as it learns, keeps the best one, draws pictures, and hands the encoder over at the end.
+    """Evaluates the encoder every so many steps, keeps the best one, draws pictures, and hands the encoder over at the end.
 
-    Args:
-        run: logs, and has the folder.
-        encoder: in training.
-        evaluation: takes its metrics.
-        card: what is written beside an encoder of such metrics.
-        every: steps between two evaluations.
-        total: steps of the run; at the last one pictures are drawn whatever they cost.
-        alone: whether there is no other process, which would wait for the rest of an evaluation that failed here.
+    ``card`` is what is written beside an encoder of such metrics. ``alone`` says that no other process would wait for the rest of an
+    evaluation that failed here.
     """
 
     def __init__(
@@ -207,13 +197,7 @@ class BestEncoder:
     """The encoder that scored best, in a folder that is used like a finished run's: ``finetune encoder=RUN/best``.
 
     The folder's card is the memory: a run that continues from before its best step comes to the same metric again, and the folder
-    has that encoder already.
-
-    Args:
-        folder: made when there is one to keep.
-        metric: what it is chosen by; larger is better. Without that metric nothing is kept.
-        main: whether this process writes.
-        comparable: whether the metric in the folder was measured as those to come will be.
+    has that encoder already. It counts where it is ``comparable``: measured as those to come will be.
     """
 
     def __init__(self, folder: Path, metric: str, main: bool = True, comparable: bool = True) -> None:
@@ -238,13 +222,11 @@ def untrained_metrics(folder: Path) -> dict[str, float]:
     """The metrics that a run logged before its first step, under the names of later ones; empty where there are none."""
     if not (folder / FILE_NAME).exists():
         return {}
-    lines = (line for line in read_metrics(folder) if line["step"] == 0)
-    return {
-        f"eval/{name.removeprefix('untrained/')}": value
-        for line in lines
-        for name, value in line.items()
-        if name.startswith("untrained/")
-    }
+    found: dict[str, float] = {}
+    for line in read_metrics(folder):
+        if line["step"] == 0:
+            found |= {name: value for name, value in line.items() if name.startswith("untrained/")}
+    return {f"eval/{name.removeprefix('untrained/')}": value for name, value in found.items()}
 
 
 def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], images: int) -> str | None:
@@ -253,11 +235,6 @@ def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], ima
     Chance is two standard errors of the difference of two shares, each of ``images`` images: sqrt((p(1 - p) + q(1 - q)) / n), with one
     success and one failure added to each share (Agresti and Caffo 2000), so that 100 % of a few images is not certain. Both are
     measured on the same images, so that this is rather too wide than too narrow.
-
-    Args:
-        untrained: the figures before the first step.
-        final: those at the end.
-        images: how many images kNN was measured on.
     """
     before, after = untrained.get("eval/knn"), final.get("eval/knn")
     if before is None or after is None or images < 1:
@@ -271,3 +248,54 @@ def without_gain(untrained: Mapping[str, float], final: Mapping[str, float], ima
     if before - after > noise:
         return f"Pretraining made the features worse: {found} {judged}. Lower `optim.lr`, or check that the views suit the images."
     return f"Pretraining moved nothing that can be measured: {found} {judged}. Train longer, on more images, or measure on more."
+
+
+class LossSpikes:
+    """A loss far above those before it, by their median and median absolute deviation.
+
+    It reads the logged losses, on the main process alone, and is rebuilt from the log when a run continues: it costs a step
+    nothing and has no state to save. A jump is reported once, until the loss is back.
+    """
+
+    def __init__(self, before: Iterable[float] = ()) -> None:
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._up = False
+        for loss in before:
+            self(loss)
+
+    def __call__(self, loss: float) -> str | None:
+        usual = median(self._losses) if self._losses else loss
+        spread = _NORMAL * median(abs(one - usual) for one in self._losses) if self._losses else 0.0
+        limit = usual + _TIMES * max(spread, _LEAST_SHARE * abs(usual))
+        was_up, self._up = self._up, len(self._losses) >= _FEWEST and not loss <= limit
+        if loss < float("inf"):
+            self._losses.append(loss)
+        if not self._up or was_up:
+            return None
+        return (
+            f"The loss has jumped to {loss:.4g}; the last {len(self._losses)} logged were around {usual:.4g}. If it stays "
+            "there, lower `optim.lr`, lengthen `optim.warmup` or set `optim.grad_clip_norm`, and continue from an earlier checkpoint."
+        )
+
+
+class Alerts(Callback):
+    """Tells the terminal and the loggers when the loss (of a group of metrics) jumps or the features (of a width) collapse."""
+
+    def __init__(self, run: Run, prefix: str, width: int) -> None:
+        self._run, self._loss, self._width = run, f"{prefix}/loss", width
+        lines = read_metrics(run.folder) if run.main else []
+        losses = [line[self._loss] for line in lines if self._loss in line]
+        self._spikes = LossSpikes(losses[-_WINDOW:])
+
+    def on_log(self, done: int, metrics: Mapping[str, float]) -> None:
+        jump = self._spikes(metrics[self._loss]) if self._loss in metrics else None
+        if jump is not None:
+            self._alert(done, "loss spike", jump)
+        measured = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        collapsed = collapse.verdict(measured, self._width)
+        if collapsed is not None:
+            self._alert(done, "collapse", collapsed)
+
+    def _alert(self, step: int, title: str, text: str) -> None:
+        self._run.say(text)
+        self._run.loggers.alert(step, title, text)

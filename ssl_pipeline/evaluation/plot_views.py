@@ -67,22 +67,19 @@ def columns_of(source: IndexedDataset, config: ViewsConfig, seed: int, rows: int
     """
     settled, _ = config.for_channels(source.channels)
     neutral = (0.0,) * source.channels, (1.0,) * source.channels
-    views = build_views(source, settled, *neutral, seed)
+    views, plain = build_views(source, settled, *neutral, seed), Preprocessing(settled.size, *neutral)
     index = permutation(len(source), seed, "picture")[:rows].sort().values
-    columns = [_plain(source, index, Preprocessing(settled.size, *neutral))]
-    for epoch in range(epochs):
-        if source.pixels is not None:
-            crops = views.of_pixels(source.pixels[index], index, epoch)
-        else:
-            crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch)
-        columns += views.finish(crops, index, epoch)
-    return columns
-
-
-def _plain(source: IndexedDataset, index: Tensor, preprocessing: Preprocessing) -> Tensor:
     if source.pixels is not None:
-        return preprocessing.of_pixels(source.pixels[index])
-    return preprocessing.of_files([open_or_replace(source, int(i)) for i in index])
+        pixels = source.pixels[index]
+        columns = [plain.of_pixels(pixels)]
+        crops = [views.of_pixels(pixels, index, epoch) for epoch in range(epochs)]
+    else:
+        images = [open_or_replace(source, int(i)) for i in index]
+        columns = [plain.of_files(images)]
+        crops = [views.of_files(images, index, epoch) for epoch in range(epochs)]
+    for epoch, cropped in enumerate(crops):
+        columns += views.finish(cropped, index, epoch)
+    return columns
 
 
 def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:

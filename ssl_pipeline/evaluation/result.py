@@ -14,14 +14,12 @@ from ssl_pipeline.metrics.interval import Interval, interval
 
 @dataclass(frozen=True)
 class Result:
-    """What stage two measured.
+    """What stage two measured on a held-out split.
 
     Attributes:
-        folder: the run's.
-        split: the held-out split that was measured on.
         figures: the metrics of each seed.
         confusion: of the first seed, where classes are predicted: ``classes``, and ``matrix`` with a row for each true one.
-        selection: how many labels were learned from and held out, and why; see :mod:`ssl_pipeline.downstream.selection`.
+        selection: how many labels were learned from and held out, and why; see :func:`ssl_pipeline.downstream.plan.selection`.
     """
 
     folder: Path
@@ -41,9 +39,7 @@ class Result:
 
     def rows(self, in_percent: bool) -> list[list[str]]:
         found = {name: self.interval(name) for name in self.names}
-        return [
-            [name, value.percent() if is_share(name, in_percent) else _plain(value)] for name, value in found.items()
-        ]
+        return [[n, value.percent() if is_share(n, in_percent) else _plain(value)] for n, value in found.items()]
 
     def keep_confusion(self) -> None:
         """Keeps the first seed's confusion for a run that is stopped before its last seed."""
@@ -53,35 +49,31 @@ class Result:
     def take_confusion(self) -> None:
         if self._kept.exists():
             self.confusion.update(json.loads(self._kept.read_text(encoding="utf-8")))
-        elif self._written.exists():
-            self.confusion.update(json.loads(self._written.read_text(encoding="utf-8")).get("confusion", {}))
+        elif (self.folder / "results.json").exists():
+            written = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+            self.confusion.update(written.get("confusion", {}))
 
     @property
     def _kept(self) -> Path:
         return self.folder / "checkpoints" / "confusion.json"
 
-    @property
-    def _written(self) -> Path:
-        return self.folder / "results.json"
-
     def write(self) -> None:
         record: dict[str, Any] = {"split": self.split, "seeds": len(self.figures), "figures": self.figures}
         record |= {"labels": self.selection} if self.selection else {}
         record |= {"confusion": self.confusion} if self.confusion else {}
-        write_json(self._written, record)
+        write_json(self.folder / "results.json", record)
 
 
 def finished_seeds(folder: Path, seeds: range, split: str) -> dict[int, dict[str, float]]:
     """The metrics of the seeds that a run has done before: a seed's line in ``metrics.jsonl`` is written last."""
     if not (folder / FILE_NAME).exists():
         return {}
-    return {
-        line["step"]: {
-            name.removeprefix(f"{split}/"): value for name, value in line.items() if name.startswith(f"{split}/")
-        }
-        for line in read_metrics(folder)
-        if line["step"] in seeds and any(name.startswith(f"{split}/") for name in line)
-    }
+    found, prefix = {}, f"{split}/"
+    for line in read_metrics(folder):
+        metrics = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+        if metrics and line["step"] in seeds:
+            found[line["step"]] = metrics
+    return found
 
 
 def is_share(name: str, in_percent: bool) -> bool:

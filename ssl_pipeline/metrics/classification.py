@@ -11,12 +11,8 @@ def average_precision(scores: Tensor, wanted: Tensor) -> float:
 
     .. math:: \sum_n (R_n - R_{n-1}) P_n
 
-    over the thresholds :math:`n`, with precision :math:`P_n` and recall :math:`R_n`, in fp64. torchmetrics computes in fp32,
-    and of logits it takes the sigmoid, which makes large ones equal.
-
-    Args:
-        scores: shape (N,); only their order counts.
-        wanted: what is looked for, bool of shape (N,), true at least once.
+    over the thresholds :math:`n` of scores (N,), with precision :math:`P_n` and recall :math:`R_n` of what is wanted (bool, (N,)), in
+    fp64. torchmetrics computes in fp32, and of logits it takes the sigmoid, which makes large ones equal.
     """
     order = scores.argsort(descending=True)
     last_of_equals = torch.cat([scores[order].diff() != 0, torch.ones(1, dtype=torch.bool, device=scores.device)])
@@ -34,13 +30,7 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 
 def confusion_matrix(predicted: Tensor, true: Tensor, classes: int) -> Tensor:
-    """Counts of each pair of a true class (rows) and a predicted one (columns): int64 of shape (classes, classes).
-
-    Args:
-        predicted: int64 of shape (N,).
-        true: int64 of shape (N,); negative where it is unknown, which is not counted.
-        classes: number of classes.
-    """
+    """Counts of true classes (rows) by predicted ones (columns): int64 (classes, classes), from int64 (N,); a negative true one is unknown."""
     known = true >= 0
     pairs = true[known] * classes + predicted[known]
     return pairs.bincount(minlength=classes**2).view(classes, classes)

@@ -51,12 +51,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
 
 def verdict(figures: Mapping[str, float], width: int | None) -> str | None:
-    """A sentence if the features have collapsed, None if they are well.
-
-    Args:
-        figures: ``feature_std`` and ``effective_rank``; one that is absent says nothing.
-        width: the features' dimension; None where it is not known.
-    """
+    """A sentence if features of a width have collapsed by their ``feature_std`` and ``effective_rank``, None if they are well."""
     std, rank = figures.get("feature_std"), figures.get("effective_rank")
     if std is not None and std < 0.05:
         return (

@@ -16,13 +16,7 @@ Verdict = Literal["gain", "loss", "no difference", "one seed"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its 95 % interval.
-
-    Attributes:
-        mean: over the values.
-        half: half-width; infinite for a single value.
-        p: two-sided p-value of a mean of 0, by Student's t; NaN for a single value.
-    """
+    """A mean, the half-width of its 95 % interval, and the p-value of a mean of 0; for a single value infinite and NaN."""
 
     mean: float
     half: float
@@ -37,11 +31,7 @@ class Interval:
         return self.mean + self.half
 
     def verdict(self, p: float | None = None) -> Verdict:
-        """What to make of a difference at the 5 % level.
-
-        Args:
-            p: the p-value to go by, such as one corrected by :func:`holm`; the interval's own by default.
-        """
+        """What to make of a difference at the 5 % level, by its own p-value or another one, such as one of :func:`holm`."""
         p = self.p if p is None else p
         if math.isnan(p):
             return "one seed"
@@ -51,8 +41,16 @@ class Interval:
 
     def percent(self, signed: bool = False) -> str:
         """In percentage points, such as ``71.3 ± 1.2``."""
-        mean = f"{100 * self.mean:+.1f}" if signed else f"{100 * self.mean:.1f}"
-        return mean if self.half == float("inf") else f"{mean} ± {100 * self.half:.1f}"
+        return _shown(100 * self.mean, 100 * self.half, ".1f", signed)
+
+    def plain(self, signed: bool = False) -> str:
+        """As it is, such as ``0.713 ± 0.012``."""
+        return _shown(self.mean, self.half, ".3f", signed)
+
+
+def _shown(mean: float, half: float, form: str, signed: bool) -> str:
+    shown = format(mean, f"{'+' if signed else ''}{form}")
+    return shown if math.isinf(half) else f"{shown} ± {half:{form}}"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -79,13 +77,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     .. math:: \tilde p_{(i)} = \min\bigl(1, \max_{j \le i} (m - j + 1)\, p_{(j)}\bigr)
 
-    over the m values in increasing order. The values need not be independent.
-
-    Args:
-        p_values: of one family of comparisons; NaN (a single seed) is no comparison, and stays.
-
-    Returns:
-        The corrected values, in the same order.
+    over the m values in increasing order, which need not be independent. NaN (a single seed) is no comparison, and stays.
     """
     corrected, least = list(p_values), 0.0
     order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])

@@ -14,13 +14,7 @@ _BLOCK = 64
 
 
 def nearest_neighbors(queries: Tensor, bank: Tensor, k: int, normalize: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-    """The k most similar rows of a bank by cosine, exactly: every pair is computed, a few queries at a time.
-
-    Args:
-        queries: shape (Q, D).
-        bank: shape (N, D).
-        k: neighbors; all rows if there are fewer.
-        normalize: whether the rows are still to be L2-normalized.
+    """The k most similar rows (or all) of a bank (N, D) for queries (Q, D) by cosine: every pair is computed, a few queries at a time.
 
     Yields:
         For consecutive queries the similarities, float32, and the rows' numbers, int64, both of shape (part, k), the most
@@ -53,18 +47,9 @@ def _greatest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def knn_predict(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20, temperature: float = 0.1
 ) -> Tensor:
-    """Votes of the k nearest rows by cosine similarity, weighted by exp(similarity ÷ temperature) (Wu et al. 2018).
+    """Classes (Q,) by votes of the k nearest rows by cosine similarity, weighted by exp(similarity ÷ temperature) (Wu et al. 2018).
 
-    Args:
-        queries: shape (Q, D).
-        bank: shape (N, D).
-        bank_labels: int64 of shape (N,); a row of −1 has no label and no vote.
-        classes: number of classes.
-        k: neighbors; all rows if there are fewer.
-        temperature: sharpness of the weights.
-
-    Returns:
-        Predicted classes, int64 of shape (Q,).
+    A row of the bank (N, D) of label −1 has no vote.
 
     Raises:
         ValueError: no row of the bank has a label.
@@ -73,17 +58,12 @@ def knn_predict(
     bank, bank_labels = bank[voting], bank_labels[voting]
     if not len(bank):
         raise ValueError("kNN needs at least one row with a label in its bank.")
-    predictions = []
-    for similarity, index in nearest_neighbors(queries, bank, k):
-        predictions.append(knn_votes(similarity, index, bank_labels, classes, temperature).argmax(1))
-    return torch.cat(predictions)
+    near = nearest_neighbors(queries, bank, k)
+    return torch.cat([knn_votes(*found, bank_labels, classes, temperature).argmax(1) for found in near])
 
 
 def knn_votes(similarity: Tensor, index: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Each class's sum of exp((similarity − the greatest) ÷ temperature) over the neighbors: (N, classes).
-
-    Without the greatest a small temperature would overflow.
-    """
+    """Each class's sum of exp((similarity − the greatest) ÷ temperature) over the neighbors: (N, classes); no small τ overflows."""
     votes = similarity.new_zeros(len(similarity), classes)
     return votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
 

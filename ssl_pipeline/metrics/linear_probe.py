@@ -37,15 +37,9 @@ def fit_linear(
     iterations: int = 200,
     class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression by L-BFGS, without any randomness.
+    """Multinomial logistic regression on features (N, D) and labels (N,) by L-BFGS, without any randomness.
 
-    Args:
-        features: shape (N, D).
-        labels: int64 of shape (N,).
-        classes: number of classes.
-        decay: weight of ½‖W‖² beside the mean cross-entropy.
-        iterations: most L-BFGS iterations.
-        class_weight: of each class's samples, shape (classes,); all alike by default.
+    ``decay`` is the weight of ½‖W‖² beside the mean cross-entropy, in which each class's samples have a ``class_weight`` (classes,).
 
     Returns:
         Weight of shape (classes, D) and bias of shape (classes,), float32.
@@ -86,13 +80,7 @@ def _lbfgs(
 def fit_ridge(features: Tensor, targets: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Least squares with ``decay``·‖w‖² beside each column's mean squared error; the bias is free.
 
-    Args:
-        features: shape (N, D).
-        targets: shape (N, K), NaN where not known.
-        decay: weight of the penalty.
-
-    Returns:
-        Weight of shape (K, D) and bias of shape (K,), float32.
+    From features (N, D) and targets (N, K), NaN where not known, to weight (K, D) and bias (K,), float32.
     """
     standard = _Standardized(features.double())
     weights, biases = [], []
@@ -108,13 +96,7 @@ def fit_ridge(features: Tensor, targets: Tensor, decay: float) -> tuple[Tensor, 
 
 
 def known_mean(loss, predictions: Tensor, targets: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """Each column's mean loss over the rows whose target is known, of shape (K,); 0 where none is.
-
-    Args:
-        loss: of torch's functional losses, with ``reduction``.
-        predictions: shape (N, K).
-        targets: shape (N, K), NaN where not known.
-    """
+    """Each column's mean (K,) of a functional loss over the rows (N, K) whose target is known (not NaN); 0 where none is."""
     known = ~targets.isnan()
     losses = loss(predictions, targets.nan_to_num(), reduction="none") * known
     columns: Tensor = losses.sum(0) / known.sum(0).clamp_min(1)
@@ -149,16 +131,7 @@ def sgd_probes(
 ) -> Probes:
     """Trains one linear classifier per learning rate by SGD with momentum 0.9, a cosine to 0 and no weight decay.
 
-    All rates see the same batches, so that a step is one product (batch, D) × (D, R·classes).
-
-    Args:
-        features: shape (N, D).
-        labels: int64 of shape (N,).
-        classes: number of classes.
-        rates: learning rates, for this batch size and standardized features.
-        epochs: passes over the features.
-        batch: rows of a step; all rows if there are fewer. An epoch's uneven rest is left out.
-        seed: of the order.
+    All rates see the same batches, so that a step is one product (batch, D) × (D, R·classes). An epoch's uneven rest is left out.
     """
     standard = _Standardized(features.float())
     batch = min(batch, len(features))

@@ -12,30 +12,16 @@ SCORES = ("msp", "max_logit", "energy", "knn")
 
 
 def neighbor_score(features: Tensor, bank: Tensor, k: int = 10) -> Tensor:
-    """Minus the distance to the k-th nearest training image, on unit rows (Sun et al. 2022).
-
-    Args:
-        features: shape (N, D).
-        bank: of the training images, shape (M, D).
-        k: the last one if there are fewer rows.
-
-    Returns:
-        Shape (N,).
-    """
+    """Minus the distance (N,) of unit rows (N, D) to the k-th nearest, or last, of the training images' (M, D) (Sun et al. 2022)."""
     cosines = torch.cat([similarity[:, -1] for similarity, _ in nearest_neighbors(features, bank, k)])
     return -(2 - 2 * cosines).clamp_min(0).sqrt()
 
 
 def scores(logits: Tensor, features: Tensor, bank: Tensor) -> dict[str, Tensor]:
-    """Each score of N images, of shape (N,).
+    """Each score (N,) of images, by their logits (N, K) and features (N, D), and the training images' features (M, D).
 
     Greatest softmax probability (Hendrycks and Gimpel 2017), greatest logit (Hendrycks et al. 2022), minus the free energy
     (Liu et al. 2020), and :func:`neighbor_score`.
-
-    Args:
-        logits: shape (N, K).
-        features: shape (N, D).
-        bank: features of the training images, shape (M, D).
     """
     found = logits.softmax(1).amax(1), logits.amax(1), logits.logsumexp(1), neighbor_score(features, bank)
     return dict(zip(SCORES, found, strict=True))
@@ -61,12 +47,7 @@ def fpr_at_95_known(known: Tensor, unknown: Tensor) -> float:
 def oscr(known: Tensor, right: Tensor, unknown: Tensor) -> float:
     """The area under the rate of known images accepted and rightly classified, over the rate of unknown ones accepted.
 
-    By trapezoids over all thresholds (Dhamija et al. 2018); never above the accuracy.
-
-    Args:
-        known: scores of known images, shape (N,).
-        right: whether each is rightly classified, bool of shape (N,).
-        unknown: scores of unknown images, shape (M,).
+    By trapezoids over all thresholds (Dhamija et al. 2018) of scores (N,) and (M,); never above the accuracy.
     """
     return float(right.double().mean()) * auroc(known[right], unknown) if bool(right.any()) else 0.0
 
@@ -74,10 +55,7 @@ def oscr(known: Tensor, right: Tensor, unknown: Tensor) -> float:
 def hos(known_right: Tensor, label: Tensor, unknown_rejected: Tensor) -> float:
     """The harmonic mean of the known classes' mean accuracy and the share of unknown images rejected (Bucci et al. 2020).
 
-    Args:
-        known_right: whether each known image was accepted and rightly classified, bool of shape (N,).
-        label: their classes, int64 of shape (N,).
-        unknown_rejected: bool of shape (M,).
+    ``known_right`` (N,) are known images, of classes ``label``, that were accepted and rightly classified.
     """
     of_class = torch.stack([known_right[label == c].double().mean() for c in label.unique()])
     accepted, rejected = float(of_class.mean()), float(unknown_rejected.double().mean())

@@ -25,13 +25,7 @@ _NO_SETTINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its measurement.
-
-    Attributes:
-        row: what tells it from the study's others beside the seed, by key, in the order of the file's name.
-        seed: of label draw, head, order and views.
-        config: all that decides the metrics, and where weights and data are.
-    """
+    """One training and its measurement; its row and seed tell it from the study's others, and name its file."""
 
     row: Mapping[str, Any]
     seed: int
@@ -39,12 +33,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
         return f"{self.condition}_{self.seed}"
 
     @property
     def condition(self) -> str:
-        """The name without the seed."""
         return "_".join(slug(str(value).replace("%", "percent")) for value in self.row.values())
 
     @property
@@ -62,10 +54,9 @@ class Opener:
     def __init__(self) -> None:
         self._sources: dict[str, tuple[IndexedDataset, IndexedDataset | None]] = {}
         self._starts: dict[str, Start] = {}
-        self._digests: dict[str, Any] = {}
+        self._digests: dict[str | int, Any] = {}
 
     def sources(self, config: FinetuneConfig) -> tuple[IndexedDataset, IndexedDataset | None]:
-        """Training images and those to measure on."""
         data = at_range_of(config.data, config.encoder or (config.domain.starts_from if config.domain else None))
         key = f"{data!r} {config.split}"
         if key not in self._sources:
@@ -76,15 +67,13 @@ class Opener:
 
     def start(self, config: FinetuneConfig) -> Start:
         """What a cell on all domains starts from; the last one is kept, as cells come in its order."""
-        tree = dump(config)
-        parts = (tree[name] for name in ("encoder", "size", "data", "backbone", "neck", "transform"))
-        key = str([config.starts_fresh, *parts])
+        tree, names = dump(config), ("encoder", "size", "data", "backbone", "neck", "transform")
+        key = str([config.starts_fresh, *(tree[name] for name in names)])
         if key not in self._starts:
             self._starts = {key: open_start(config, self.sources(config)[0])}
         return self._starts[key]
 
     def plan(self, config: FinetuneConfig) -> tuple[FinetuneConfig, Plan]:
-        """A cell's plan, with all that goes together checked."""
         return open_plan(config, self.sources(config), self.start(config) if config.domain is None else None)
 
     def facts(self, cell: Cell) -> dict[str, Any]:
@@ -93,22 +82,15 @@ class Opener:
         sources, place = self.sources(config), str([config.starts_fresh, config.encoder, config.backbone.weights])
         if place not in self._digests:
             self._digests[place] = digest_of_weights(config)
-        data = str(id(sources))
-        if data not in self._digests:
-            self._digests[data] = [source.fingerprint() for source in sources if source is not None]
-        return {"settings": cell.settings, "weights": self._digests[place], "data": self._digests[data]}
+        if id(sources) not in self._digests:
+            self._digests[id(sources)] = [source.fingerprint() for source in sources if source is not None]
+        return {"settings": cell.settings, "weights": self._digests[place], "data": self._digests[id(sources)]}
 
 
 def check_cells(cells: Sequence[Cell], opener: Opener, look: Callable[[Plan], None] | None = None) -> None:
     """Checks everything before anything is written: names, configurations, labels, and what cells start from.
 
-    Args:
-        cells: of a study.
-        opener: opens what they need.
-        look: is given each plan, and raises a ConfigError if something else is missing.
-
-    Raises:
-        ConfigError: naming what is wrong.
+    ``look`` is given each plan, and raises a ConfigError if something else is missing.
     """
     check_draws(cells, opener)
     check_starts(cells, opener, look)

@@ -17,6 +17,7 @@ from ssl_pipeline.logging.logger import TrackingConfig
 from ssl_pipeline.study.cells import Cell
 
 RegimeName = Literal["frozen", "lp_ft", "end_to_end"]
+_SHARE = re.compile(r"(\d+\.?\d*|\.\d+)%")
 _OFFICIAL = re.compile(r"(?P<name>[\w./-]+):(?P<weights>.+)")
 
 
@@ -65,8 +66,8 @@ class StudyConfig(FrozenModel):
     @classmethod
     def _known_counts(cls, labels: tuple[int | str, ...]) -> tuple[int | str, ...]:
         for one in labels:
-            share = isinstance(one, str) and one.endswith("%") and _number(one[:-1])
-            if not (one == "all" or (isinstance(one, int) and one >= 1) or (share and 0 < share <= 100)):
+            share = _SHARE.fullmatch(one) if isinstance(one, str) else None
+            if not (one == "all" or (isinstance(one, int) and one >= 1) or (share and 0 < float(share[1]) <= 100)):
                 raise ValueError(f"{one!r} is no number of labels: give 10 (of each class), '10%', or all.")
         return labels
 
@@ -77,11 +78,7 @@ class StudyConfig(FrozenModel):
 
 
 def cells(config: StudyConfig) -> dict[str, list[Cell]]:
-    """The grid, by initialization.
-
-    Raises:
-        ConfigError: a key is wrong.
-    """
+    """The grid, by initialization."""
     architecture = next((what for what in config.encoders.values() if what != "random"), None)
     grid = {}
     for name, what in config.encoders.items():
@@ -91,18 +88,12 @@ def cells(config: StudyConfig) -> dict[str, list[Cell]]:
                 f"`encoders.{name}` lists {len(what)} run(s) and `seeds` is {config.seeds}: a list gives each seed a run of "
                 "its own. Give as many, or one name for each run."
             )
-        regimes: Sequence[str] = _with_fresh_weights(config.regimes) if fresh else config.regimes
+        regimes: Sequence[str] = config.regimes
+        if fresh:  # nothing to protect: what trains all layers is one regime, and counted once
+            regimes = sorted({"frozen" if regime == "frozen" else "scratch" for regime in regimes})
         start = [*_start(architecture if fresh else what, fresh), *(["init=random"] if fresh else [])]
         grid[name] = list(_of_initialization(config, name, regimes, start, () if isinstance(what, str) else what))
     return grid
-
-
-def _with_fresh_weights(regimes: Sequence[str]) -> list[str]:
-    """Fresh weights have nothing to protect: what trains all layers is one regime, ``scratch``, and counted once."""
-    return [
-        *(["frozen"] if "frozen" in regimes else []),
-        *(["scratch"] if any(r != "frozen" for r in regimes) else []),
-    ]
 
 
 def _of_initialization(
@@ -121,19 +112,15 @@ def _of_initialization(
         if settled.domain is not None:
             raise ConfigError("`domain`: this study measures across no domains; `ssl-pipeline study domain` does.")
         for labels in config.labels:
-            asked = settled.labels.model_copy(update=_asked(labels))
+            share = None if labels == "all" or isinstance(labels, int) else float(labels[:-1]) / 100
+            per_class = labels if isinstance(labels, int) else None
+            asked = settled.labels.model_copy(update={"per_class": per_class, "fraction": share})
             for place in range(config.seeds):
                 update: dict[str, Any] = {"labels": asked, "seed": settled.seed + place, "seeds": 1}
                 if runs:
                     update["encoder"] = runs[place]
                 cell = settled.model_copy(update=update)
                 yield Cell({"init": name, "regime": regime, "labels": labels}, cell.seed, cell)
-
-
-def _asked(labels: int | str) -> dict[str, Any]:
-    if isinstance(labels, int):
-        return {"per_class": labels, "fraction": None}
-    return {"per_class": None, "fraction": None if labels == "all" else float(labels[:-1]) / 100}
 
 
 def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
@@ -144,14 +131,5 @@ def _start(what: str | tuple[str, ...] | None, fresh: bool) -> list[str]:
     found = None if Path(place).expanduser().exists() else _OFFICIAL.fullmatch(place)
     if found is None:
         return [f"encoder={quoted(place)}"]
-    weights = (
-        [] if fresh else [f"backbone.weights={quoted(found['weights'])}"]
-    )  # may be out of reach, and are not wanted
-    return [f"backbone.name={quoted(found['name'])}", *weights]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+    weights = [f"backbone.weights={quoted(found['weights'])}"]  # may be out of reach where they are not wanted
+    return [f"backbone.name={quoted(found['name'])}", *([] if fresh else weights)]

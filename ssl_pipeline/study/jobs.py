@@ -1,37 +1,148 @@
-"""What is missing of a study, and its processes: one for each GPU, or one of one thread for each core.
+"""The jobs of a study, and its processes: one for each GPU, or one of one thread for each core.
 
-Every cell is a file, so that a study that was stopped does only what is missing.
+Every cell is a file, so that a study that was stopped does only what is missing. Features are extracted once for an encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.files import atomic_write
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.downstream.labels import draw_index
-from ssl_pipeline.downstream.pooled_task import PooledConfig
+from ssl_pipeline.downstream.plan import Plan, selection
+from ssl_pipeline.downstream.pooled_task import PooledConfig, Rows, targets_of
+from ssl_pipeline.downstream.regime import CachedFeatures
+from ssl_pipeline.engine.distributed import dist_info, move_to_device, start_accelerator
+from ssl_pipeline.evaluation.features import extract_readable
+from ssl_pipeline.finetune import model_card
+from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.progress import console
+from ssl_pipeline.logging.run import write_json
+from ssl_pipeline.metrics.knn import knn_accuracy
+from ssl_pipeline.models.encoder import finite, save
 from ssl_pipeline.study.cells import Cell, Opener, changes, slug
-from ssl_pipeline.study.runner import CellRunner, FeatureJob, TrainJob
+from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 _FEATURES_FORM = 2  # of the files of features: those of another number are extracted anew
 _runner: list[CellRunner] = []  # of a worker process
+
+
+@dataclass
+class FeatureJob:
+    """Features to be extracted into a file, by the encoder that a cell starts from, of the training images of a sorted index.
+
+    With ``knn`` all of them are read, and the kNN accuracy is measured.
+    """
+
+    cell: Cell
+    index: Tensor
+    knn: bool
+    file: Path
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A cell to be trained, from a file of its encoder's features where it reads them.
+
+    The metrics and ``facts`` go to the file ``record``, and the model to a folder, where it is kept.
+    """
+
+    cell: Cell
+    features: Path | None
+    record: Path
+    facts: dict[str, Any]
+    model: Path | None
+
+
+class CellRunner:
+    """What works on a study's jobs, one in each process."""
+
+    def __init__(self) -> None:
+        self.accelerator, self.opener = start_accelerator(), Opener()
+        self.share = dist_info(self.accelerator)
+
+    def run(self, job: FeatureJob | TrainJob) -> str:
+        if isinstance(job, FeatureJob):
+            self.read(job)
+            return f"features of {next(iter(job.cell.row.values()))}"
+        name, value = next(iter(self.train(job).items()))
+        return f"{job.cell}: {name} {value:.4f}"
+
+    def read(self, job: FeatureJob) -> None:
+        """Extracts features of training images and of those to measure on, and writes them whole or not at all."""
+        config = job.cell.config
+        (pool, held_out), start = self.opener.sources(config), self.opener.start(config)
+        assert held_out is not None
+        encoder = move_to_device(start.new_encoder(config.seed), self.share)
+        preprocessing = Preprocessing.of(start.spec)
+        index = torch.arange(len(pool)) if job.knn else job.index
+        found = {"index": index}
+        for name, source, asked in (("train", pool, index), ("held_out", held_out, None)):
+            found[name], found[f"{name}_read"] = extract_readable(encoder, source, preprocessing, self.share, asked)
+        if job.knn and pool.labels is not None and held_out.labels is not None:
+            bank, wanted = pool.labels[found["train_read"]], held_out.labels[found["held_out_read"]]
+            accuracy = knn_accuracy(found["held_out"], wanted, found["train"], bank, len(pool.classes or ()))
+            if math.isfinite(accuracy):
+                write_json(job.file.with_suffix(".json"), {"knn": accuracy})
+        with atomic_write(job.file) as temporary:
+            save_file(found, temporary)
+
+    def train(self, job: TrainJob) -> dict[str, float]:
+        """Trains and measures a cell as ``finetune`` does, and writes its metrics, the model first."""
+        began, cell = time.perf_counter(), job.cell
+        config, plan = self.opener.plan(cell.config)
+        features = None if job.features is None else cached_features(load_file(job.features), config, plan)
+        context = plan.context(cell.seed, self.accelerator, features=features)
+        task = plan.train(context)
+        metrics = finite(plan.measure(task, context))
+        if job.model is not None:
+            job.model.mkdir(parents=True, exist_ok=True)
+            save(job.model, task, model_card(config, plan, metrics))
+        chosen_by = selection(config.labels, config.downstream, config.regime, context.labeled)
+        held_out = chosen_by["held_out"]
+        record = {
+            **cell.row, "label_count": chosen_by["learned_from"] + held_out, "held_out": held_out, "seed": cell.seed,
+            "split": config.split, "figures": metrics, "seconds": round(time.perf_counter() - began, 2), **job.facts,
+        }  # fmt: skip
+        write_json(job.record, record)
+        return metrics
+
+
+def cached_features(found: Mapping[str, Tensor], config: FinetuneConfig, plan: Plan) -> CachedFeatures:
+    """A file of features as a plan reads them."""
+    index, validation = draw_index(config.labels, config.downstream, plan.pool, config.seed)
+    measured = Rows(found["held_out"], targets_of(plan.held_out)[found["held_out_read"]], found["held_out_read"])
+    chosen = None if validation is None else rows_of(found, validation, plan.pool)
+    return CachedFeatures(rows_of(found, index, plan.pool), chosen, measured)
+
+
+def rows_of(found: Mapping[str, Tensor], index: Tensor, pool: IndexedDataset) -> Rows:
+    """Some training images (sorted int64 indices) as a head reads them, without those that could not be decoded."""
+    assert bool(torch.isin(index, found["index"]).all())
+    chosen = torch.isin(found["train_read"], index)
+    read = found["train_read"][chosen]
+    return Rows(found["train"][chosen], targets_of(pool)[read], torch.searchsorted(index, read))
 
 
 def train_cells(
@@ -42,15 +153,10 @@ def train_cells(
     models: Collection[str] = (),
     knn: Collection[str] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Does what is missing of a study.
+    """Does what is missing of a study, by so many ``jobs`` at a time; None takes one for each GPU, or core.
 
-    Args:
-        cells: in any order.
-        folder: the study's.
-        opener: what they were checked with.
-        jobs: processes at a time; see :func:`num_jobs`.
-        models: names of the cells whose models are kept, in ``models/`` by the names of their conditions.
-        knn: names of the cells whose encoder's kNN accuracy is measured.
+    ``models`` and ``knn`` name the cells whose models are kept (in ``models/``, by condition), and whose encoder's kNN accuracy is
+    measured.
 
     Returns:
         The cells' records, in their order, and the kNN accuracies by cell.
@@ -62,9 +168,11 @@ def train_cells(
         (folder / name).mkdir(exist_ok=True)
     readings, trainings, measured = _plan(cells, folder, opener, models, knn)
     console().print(f"{len(cells)} cells, {len(cells) - len(trainings)} of them done before", markup=False)
-    _run_all(readings, jobs, len(readings))
     trainings.sort(key=_rank)  # the longest first, so that at the end no process waits long for another
-    _run_all(trainings, jobs, len(cells))
+    for work, total in ((readings, len(readings)), (trainings, len(cells))):
+        done = run_jobs(work, num_jobs(jobs, len(work))) if work else ()
+        for place, text in enumerate(done, total - len(work) + 1):
+            console().print(f"  {place}/{total}  {text}", markup=False, highlight=False)
     rows = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
     found = {
         name: json.loads(file.read_text(encoding="utf-8"))["knn"] for name, file in measured.items() if file.exists()
@@ -86,15 +194,13 @@ def _plan(
         features = _features_file(folder, cell, facts) if reads else None
         done, asks = record.exists(), cell.name in knn
         if done:
-            problems += _changed(record, facts)
+            before = json.loads(record.read_text(encoding="utf-8"))
+            problems += [f"{record}: {text}" for text in changes({key: before.get(key) for key in facts}, facts)[:3]]
         if features is not None and (not done or asks):
-            missing = asks and not features.with_suffix(".json").exists()
-            before = wanted.get(features)
-            index = _drawn(cell, opener.sources(cell.config)[0])
-            index = index if before is None else torch.cat([before.index, index]).unique()
-            wanted[features] = FeatureJob(
-                before.cell if before else cell, index, missing or (before is not None and before.knn), features
-            )
+            job = wanted.setdefault(features, FeatureJob(cell, torch.empty(0, dtype=torch.int64), False, features))
+            drawn = draw_index(cell.config.labels, cell.config.downstream, opener.sources(cell.config)[0], cell.seed)
+            job.index = torch.cat([job.index, *(part for part in drawn if part is not None)]).unique()
+            job.knn |= asks and not features.with_suffix(".json").exists()
             if asks:
                 measured[cell.name] = features.with_suffix(".json")
         if not done:
@@ -112,12 +218,6 @@ def _rank(job: TrainJob) -> tuple[bool, bool, float]:
     share = 1.0 if labels.fraction is None else labels.fraction
     counted = labels.per_class is not None
     return not job.cell.config.regime.trains_all, counted, -(labels.per_class or share)
-
-
-def _drawn(cell: Cell, pool: IndexedDataset) -> Tensor:
-    """The images that a cell learns from, and those held out of them, sorted."""
-    train, held_out = draw_index(cell.config.labels, cell.config.downstream, pool, cell.seed)
-    return train if held_out is None else torch.cat([train, held_out]).sort().values
 
 
 def _holds(features: Path, index: Tensor) -> bool:
@@ -138,29 +238,14 @@ def _features_file(folder: Path, cell: Cell, facts: Mapping[str, Any]) -> Path:
     return folder / "features" / f"{slug(str(next(iter(cell.row.values()))))}_{digest}.safetensors"
 
 
-def _changed(file: Path, facts: Mapping[str, Any]) -> list[str]:
-    before = json.loads(file.read_text(encoding="utf-8"))
-    return [f"{file}: {text}" for text in changes({key: before.get(key) for key in facts}, facts)[:3]]
-
-
-def _run_all(work: Sequence[FeatureJob | TrainJob], jobs: int | None, total: int) -> None:
-    done = run_jobs(work, num_jobs(jobs, len(work))) if work else ()
-    for place, text in enumerate(done, total - len(work) + 1):
-        console().print(f"  {place}/{total}  {text}", markup=False, highlight=False)
-
-
 def num_jobs(asked: int | None, pieces: int) -> int:
-    """How many processes: what was asked for, or as many as there are GPUs, or cores; never more than pieces of work."""
+    """As many processes as were asked for, or as there are GPUs, or cores; never more than pieces of work."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(asked or torch.cuda.device_count() or cores, pieces))
 
 
 def run_jobs(work: Sequence[FeatureJob | TrainJob], processes: int) -> Iterator[str]:
-    """Runs all jobs, and yields a line about each as soon as it is done.
-
-    Raises:
-        ConfigError: a piece of work can't be done, or a process was killed.
-    """
+    """Runs all jobs, and yields a line about each as soon as it is done."""
     if processes == 1:
         yield from map(CellRunner().run, work)
         return
@@ -216,15 +301,11 @@ def _begin(devices: Any) -> None:
     """A worker's start: its device, one thread, and an end when the study itself is killed."""
     place = devices.get()
     if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place)
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[place % len(names)]
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _visible(place: int) -> str:
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
-    return names[place % len(names)]
 
 
 def _leave_with_parent() -> None:

@@ -8,24 +8,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import run_command
 from ssl_pipeline.config.values import listed
 from ssl_pipeline.logging.progress import console, print_table
-from ssl_pipeline.logging.run import open_run, write_json
+from ssl_pipeline.logging.run import write_json
 from ssl_pipeline.metrics.interval import interval
-from ssl_pipeline.study.cells import Opener, check_cells
-from ssl_pipeline.study.jobs import train_cells
-from ssl_pipeline.study.rows import (
-    Figures,
-    RowsConfig,
-    accuracies,
-    against,
-    cell_of,
-    heading,
-    nested,
-    write_domain_json,
-)
+from ssl_pipeline.study.rows import Figures, RowsConfig, accuracies, against, cell_of, heading, write_domain_json
 
 
 class LeaveOneOutConfig(RowsConfig):
@@ -43,7 +32,6 @@ class LeaveOneOutConfig(RowsConfig):
     seeds: int = Field(3, ge=1)
 
     def overrides(self, method: str, left_out: str, seed: int) -> list[str]:
-        """Those of a row that has never seen a domain."""
         sources = [name for name in self.domains if name != left_out]
         sides = [f"domain.source={listed(sources)}", f"domain.target={listed([left_out])}"]
         return [*self.start(seed=seed), *self.methods[method], *sides]
@@ -61,18 +49,15 @@ def study(config: LeaveOneOutConfig) -> Path:
         cell_of({"left_out": name, "method": method}, config.overrides(method, name, seed), seed)
         for name in config.domains for method in config.methods for seed in range(config.seeds)
     ]  # fmt: skip
-    opener = Opener()
-    check_cells(cells, opener)
-    with open_run(config.output, "study-leave-one-out", config.resume, dump(config)) as run:
-        by_domain = nested(cells, train_cells(cells, run.path, opener, config.jobs)[0])
+    with config.measured("study-leave-one-out", cells) as (folder, by_domain, _):
         found = {method: {name: by_domain[name][method] for name in config.domains} for method in config.methods}
         title = f"accuracy (%) on the domain that was left out, {config.seeds} seed(s)"
         print_table(title, *tabulate(found, config.baseline))
-        write_json(run.path / "study.json", {"protocol": "leave one out", "figures": found})
+        write_json(folder / "study.json", {"protocol": "leave one out", "figures": found})
         rows = [(method, "all others", name, seeds) for method, of in found.items() for name, seeds in of.items()]
-        write_domain_json(run.path, rows)
-        console().print(f"wrote {run.path / 'study.json'} and domain.json")
-        return run.path
+        write_domain_json(folder, rows)
+        console().print(f"wrote {folder / 'study.json'} and domain.json")
+        return folder
 
 
 def tabulate(cells: dict[str, dict[str, list[Figures]]], baseline: str) -> tuple[list[str], list[list[str]]]:
@@ -97,7 +82,3 @@ def _over_domains(of: dict[str, list[Figures]], fold: Callable[[list[float]], fl
 def main() -> None:
     """The command line."""
     run_command("study_leave_one_out", LeaveOneOutConfig, study)
-
-
-if __name__ == "__main__":
-    main()

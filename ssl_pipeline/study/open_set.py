@@ -6,20 +6,18 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, dump
+from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import load, run_command
 from ssl_pipeline.config.values import listed
 from ssl_pipeline.domain.plan import DomainPlan
 from ssl_pipeline.downstream.plan import Plan
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.progress import console, print_table
-from ssl_pipeline.logging.run import open_run, write_json
-from ssl_pipeline.metrics.interval import Interval, interval
+from ssl_pipeline.logging.run import write_json
+from ssl_pipeline.metrics.interval import interval
 from ssl_pipeline.metrics.open_set import SCORES
 from ssl_pipeline.rng import permutation
-from ssl_pipeline.study.cells import Opener, check_cells
-from ssl_pipeline.study.jobs import train_cells
-from ssl_pipeline.study.rows import Figures, RowsConfig, accuracies, against, cell_of, heading, nested
+from ssl_pipeline.study.rows import Figures, RowsConfig, accuracies, against, cell_of, heading
 
 
 class OpenSetConfig(RowsConfig):
@@ -40,7 +38,6 @@ class OpenSetConfig(RowsConfig):
     splits: int = Field(5, ge=1)
 
     def overrides(self, row: str, known: list[str], split: int) -> list[str]:
-        """Those of a row on a split."""
         target = "domain.negative_control=no_shift" if self.target is None else f"domain.target={listed([self.target])}"
         sides = [f"domain.source={listed([self.source])}", target, f"domain.known={listed(known)}"]
         return [*self.start(split=split), *self.rows[row], *sides]
@@ -65,17 +62,14 @@ def study(config: OpenSetConfig) -> Path:
         cell_of({"row": row, "kind": "split"}, config.overrides(row, known, split), split)
         for row in config.rows for split, known in enumerate(taught)
     ]  # fmt: skip
-    opener = Opener()
-    check_cells(cells, opener, _check_unknown)
-    with open_run(config.output, "study-open-set", config.resume, dump(config)) as run:
-        by_row = nested(cells, train_cells(cells, run.path, opener, config.jobs)[0])
+    with config.measured("study-open-set", cells, _check_unknown) as (folder, by_row, _):
         found = {row: of["split"] for row, of in by_row.items()}
         place = config.source if config.target is None else f"{config.source} → {config.target}"
         title = f"{place}: {config.known} known of {len(classes)} classes, {config.splits} split(s)"
         print_table(title, *tabulate(found, config.baseline))
-        write_json(run.path / "study.json", {"known": taught, "figures": found})
-        console().print(f"wrote {run.path / 'study.json'}, with all figures per score")
-        return run.path
+        write_json(folder / "study.json", {"known": taught, "figures": found})
+        console().print(f"wrote {folder / 'study.json'}, with all figures per score")
+        return folder
 
 
 def _check_unknown(plan: Plan) -> None:
@@ -95,10 +89,10 @@ def tabulate(cells: dict[str, list[Figures]], baseline: str) -> tuple[list[str],
     differences, found_of = against({row: _auroc(found, best[row]) for row, found in cells.items()}, baseline)
     table = []
     for row, found in cells.items():
-        aurocs = [_shown(interval(_auroc(found, score))) for score in SCORES]
+        aurocs = [interval(_auroc(found, score)).plain() for score in SCORES]
         oscr = interval([figures[f"open/{best[row]}/oscr"] for figures in found])
-        gain = [_shown(differences[row], signed=True), found_of[row]] if row in differences else ["", ""]
-        table.append([row, interval(accuracies(found)).percent(), *aurocs, best[row], _shown(oscr), *gain])
+        gain = [differences[row].plain(signed=True), found_of[row]] if row in differences else ["", ""]
+        table.append([row, interval(accuracies(found)).percent(), *aurocs, best[row], oscr.plain(), *gain])
     scores = [f"AUROC {score}" for score in SCORES]
     columns = ["", "accuracy (%)", *scores, "best", "its OSCR", f"against {baseline}", heading(len(found_of))]
     return columns, table
@@ -108,15 +102,6 @@ def _auroc(found: list[Figures], score: str) -> list[float]:
     return [figures[f"open/{score}/auroc"] for figures in found]
 
 
-def _shown(value: Interval, signed: bool = False) -> str:
-    mean = f"{value.mean:+.3f}" if signed else f"{value.mean:.3f}"
-    return mean if value.half == float("inf") else f"{mean} ± {value.half:.3f}"
-
-
 def main() -> None:
     """The command line."""
     run_command("study_open_set", OpenSetConfig, study)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,15 +36,7 @@ NAMES = {
 
 
 def draw(run: Path | None, output: Path) -> Path:
-    """Saves the picture.
-
-    Args:
-        run: a stage-one run's folder; without one the example alone is drawn.
-        output: an .svg, .png or .pdf file.
-
-    Raises:
-        ConfigError: the file's ending, or a folder that holds no run.
-    """
+    """Saves the picture of a stage-one run, or of the example alone, as .svg, .png or .pdf."""
     from matplotlib.figure import Figure
 
     if output.suffix not in (".svg", ".png", ".pdf"):
@@ -130,7 +122,3 @@ def main() -> None:
     except UserError as error:
         exit_with_error(error)
     console().print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel
+from ssl_pipeline.config.base import ConfigError, FrozenModel, dump
 from ssl_pipeline.config.command import load
 from ssl_pipeline.config.values import quoted
+from ssl_pipeline.downstream.plan import Plan
 from ssl_pipeline.finetune_config import FinetuneConfig
-from ssl_pipeline.logging.run import Resume, write_json
+from ssl_pipeline.logging.run import Resume, open_run, write_json
 from ssl_pipeline.metrics.interval import Interval, Verdict, paired_difference, verdicts
-from ssl_pipeline.study.cells import Cell
+from ssl_pipeline.study.cells import Cell, Opener, check_cells
+from ssl_pipeline.study.jobs import train_cells
 
 Figures = dict[str, float]
 WORDS: dict[Verdict, str] = {
@@ -43,7 +46,6 @@ class RowsConfig(FrozenModel):
     resume: Resume = "no"
 
     def check_baseline(self, rows: Mapping[str, Any], kind: str) -> None:
-        """Refuses a baseline that is no row."""
         if self.baseline not in rows:
             raise ConfigError(f"`baseline` {self.baseline!r} is none of the {kind}: {', '.join(rows)}.")
 
@@ -51,6 +53,29 @@ class RowsConfig(FrozenModel):
         """The encoder and the common overrides, with what stands for names in braces."""
         words = [*([f"encoder={quoted(self.encoder)}"] if self.encoder else []), *self.common]
         return fill(words, **stands_for)
+
+    @contextmanager
+    def measured(
+        self, stage: str, cells: Sequence[Cell], look: Callable[[Plan], None] | None = None, models: Sequence[Cell] = ()
+    ) -> Iterator[tuple[Path, dict[str, Any], Opener]]:
+        """Checks all cells, opens the study's folder and trains what is missing; ``models`` are the cells whose models are kept.
+
+        Yields:
+            The folder; the metrics of each seed in a list, below the values of the cells' rows in their order; and what has opened the
+            cells' data.
+        """
+        opener = Opener()
+        check_cells(cells, opener, look)
+        with open_run(self.output, stage, self.resume, dump(self)) as run:
+            records, _ = train_cells(cells, run.path, opener, self.jobs, [cell.name for cell in models])
+            found: dict[str, Any] = {}
+            for cell, record in zip(cells, records, strict=True):
+                *outer, last = map(str, cell.row.values())
+                place = found
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place.setdefault(last, []).append(record["figures"])
+            yield run.path, found, opener
 
 
 def fill(words: Sequence[str], **stands_for: object) -> list[str]:
@@ -64,18 +89,6 @@ def fill(words: Sequence[str], **stands_for: object) -> list[str]:
 def cell_of(row: Mapping[str, Any], overrides: Sequence[str], seed: int) -> Cell:
     """The cell of a row's overrides of ``finetune.yaml``."""
     return Cell(row, seed, load("finetune", FinetuneConfig, [*overrides, f"seed={seed}", "seeds=1"]))
-
-
-def nested(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The metrics of each seed in a list, below the values of the cells' rows in their order."""
-    found: dict[str, Any] = {}
-    for cell, record in zip(cells, records, strict=True):
-        *outer, last = map(str, cell.row.values())
-        place = found
-        for key in outer:
-            place = place.setdefault(key, {})
-        place.setdefault(last, []).append(record["figures"])
-    return found
 
 
 def against(

@@ -26,8 +26,8 @@ from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.engine.loop import Callback, fit
 from ssl_pipeline.engine.optim import build_optimizer
 from ssl_pipeline.engine.train_state import TrainState
-from ssl_pipeline.evaluation.image_logging import ImageLogger
 from ssl_pipeline.evaluation.online import OnlineEvaluation
+from ssl_pipeline.evaluation.plots import ImageLogger
 from ssl_pipeline.logging.logger import LoggerCollection, TrackingConfig, open_loggers
 from ssl_pipeline.logging.run import open_run
 from ssl_pipeline.models.encoder import EncoderSpec

@@ -18,7 +18,7 @@ from ssl_pipeline.engine.distributed import start_accelerator
 from ssl_pipeline.engine.nonfinite import NonFiniteError
 from ssl_pipeline.engine.task import StepOutput
 from ssl_pipeline.engine.train_state import BatchNormSnapshot, gradient_check
-from ssl_pipeline.evaluation.alerts import LossSpikes
+from ssl_pipeline.evaluation.online import LossSpikes
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR

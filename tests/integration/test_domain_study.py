@@ -21,7 +21,7 @@ from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.report.tables import domain_table
 from ssl_pipeline.study.domain import DomainStudyConfig, chosen, sentences, study, tabulate
-from ssl_pipeline.study.runner import CellRunner, TrainJob
+from ssl_pipeline.study.jobs import CellRunner, TrainJob
 from tests.report_page import Page, blind
 from tests.runs import tiny_pretrain
 

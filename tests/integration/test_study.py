@@ -25,9 +25,8 @@ from ssl_pipeline.report.charts import label_efficiency
 from ssl_pipeline.report.page import page
 from ssl_pipeline.report.read import read_runs
 from ssl_pipeline.study.grid import StudyConfig, cells
-from ssl_pipeline.study.label_efficiency import initializations_of, study
-from ssl_pipeline.study.runner import CellRunner
-from ssl_pipeline.study.table import StudyTable
+from ssl_pipeline.study.jobs import CellRunner
+from ssl_pipeline.study.label_efficiency import StudyTable, initializations_of, study
 from tests.report_page import Page, blind
 
 COMMON = ["data=embedded", "data.val=300", "split=val", "regime.min_steps=0"]

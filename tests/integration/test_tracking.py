@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.evaluation.image_logging import ImageLogger
+from ssl_pipeline.evaluation.plots import ImageLogger
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.logging.jsonl import GROUPS, TRAINING_STEP, JsonlLogger, read_metrics
 from ssl_pipeline.logging.logger import AsyncLogger, Logger, LoggerCollection, TrackingConfig, open_loggers

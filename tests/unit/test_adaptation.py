@@ -182,10 +182,12 @@ def test_dances_term_is_the_papers_sum_with_the_classes_of_a_cosine_head() -> No
 
 
 def test_dance_without_the_cosine_head_is_refused() -> None:
-    config = load("finetune", FinetuneConfig, ["domain=dance"]).domain
-    assert config is not None
-    assert config.check_head("cosine") == []
-    assert "set downstream.head=cosine" in config.check_head("linear")[0]
+    refused, taken = (
+        load("finetune", FinetuneConfig, ["domain=dance", f"downstream.head={head}"]) for head in ("linear", "cosine")
+    )
+    assert refused.domain is not None
+    assert refused.domain.check(taken.downstream, taken.regime) == []
+    assert "set downstream.head=cosine" in refused.domain.check(refused.downstream, refused.regime)[0]
 
 
 def test_entropies_within_the_margin_are_left_alone() -> None:
@@ -224,6 +226,12 @@ def tiny_method(name: str, *overrides: str) -> tuple[Method, MethodConfig, Array
     return config.domain.build(classifier, target), config.domain, target
 
 
+def context() -> TrainContext:
+    policy, _ = load("finetune", FinetuneConfig).transform.model_copy(update={"size": 12}).for_channels(1)
+    labeled, views = LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0)
+    return TrainContext(labeled, views, PREPROCESSING, 0, Accelerator(cpu=True), 0)
+
+
 def tiny_batches(config: MethodConfig, target: ArrayDataset, total: int = 4) -> IndexedLoader:
     policy, _ = load("finetune", FinetuneConfig).transform.model_copy(update={"size": 12}).for_channels(1)
     views = [Views(policy, (0.5,), (0.3,), seed) for seed in (0, 1)]
@@ -240,16 +248,12 @@ def prime(task: Task, target: ArrayDataset) -> None:
 
 
 def test_the_two_sides_are_not_cropped_alike() -> None:
-    policy, _ = load("finetune", FinetuneConfig).transform.model_copy(update={"size": 12}).for_channels(1)
     task, config, target = tiny_method("dann")
-    around = TrainContext(
-        LabeledSplit(images(24, 0), None), Views(policy, (0.5,), (0.3,), 0), PREPROCESSING, 0, Accelerator(cpu=True), 0
-    )  # fmt: skip
     made = list[PairedLoader]()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ssl_pipeline.domain.plan.run_loop", lambda *words: made.append(words[2]))
         regime = load("finetune", FinetuneConfig, ["regime=scratch", "regime.length=2 steps"]).regime
-        train_across(config, regime, task.classifier, target, around)
+        train_across(config, regime, task.classifier, target, context())
     assert made[0].views.seed != made[0].target.views.seed
 
 
@@ -330,13 +334,8 @@ def trained_across(name: str, *words: str) -> tuple[Classification, set[str]]:
     classifier = task.classifier
     told = [*words, "regime.length=2 steps", "regime.min_steps=0", "regime.batch_size=6", "regime.optim.lr=0.01"]
     config = load("finetune", FinetuneConfig, told)
-    policy, _ = config.transform.model_copy(update={"size": 12}).for_channels(1)
-    views = Views(policy, (0.5,), (0.3,), 0)
-    around = TrainContext(
-        LabeledSplit(images(24, 0), None), views, PREPROCESSING, 0, Accelerator(cpu=True), 0
-    )  # fmt: skip
     before = copy.deepcopy(classifier.state_dict())
-    train_across(method, config.regime, classifier, target, around)
+    train_across(method, config.regime, classifier, target, context())
     return classifier, {key for key, value in classifier.state_dict().items() if not torch.equal(value, before[key])}
 
 
@@ -358,8 +357,9 @@ def test_a_batchs_statistics_are_learned_by_default(name: str) -> None:
 
 def test_a_method_that_estimates_statistics_anew_keeps_none() -> None:
     _, method, _ = tiny_method("adabn")
-    assert not method.check_statistics(kept=False)
-    (told,) = method.check_statistics(kept=True)
+    config = load("finetune", FinetuneConfig)
+    assert not method.check(config.downstream, config.regime)
+    (told,) = method.check(config.downstream, config.regime.model_copy(update={"freeze_bn_stats": True}))
     assert told.startswith(
         "`domain=adabn` estimates BatchNorm's statistics anew, and `regime.freeze_bn_stats=true` keeps stage one's"
     )

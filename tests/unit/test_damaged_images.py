@@ -17,6 +17,7 @@ from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.domain.adaptation.source_only import Config as SourceOnly
 from ssl_pipeline.domain.domain_split import split_domains
+from ssl_pipeline.domain.plan import measure_across
 from ssl_pipeline.downstream import classification, multi_label, regression
 from ssl_pipeline.downstream.dense_task import DenseTask
 from ssl_pipeline.downstream.labels import LabeledSplit
@@ -27,7 +28,7 @@ from ssl_pipeline.evaluation.features import extract_readable
 from ssl_pipeline.models.backbone import BackboneConfig
 from ssl_pipeline.models.encoder import Encoder, EncoderSpec
 from ssl_pipeline.models.neck import NeckConfig
-from ssl_pipeline.study.runner import rows_of
+from ssl_pipeline.study.jobs import rows_of
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.unit.test_loader import photos
 
@@ -143,7 +144,7 @@ def test_figures_across_domains_pair_each_image_with_its_own_label(tmp_path: Pat
     figures = []
     for images in (source, source.select(GOOD)):
         across = split_domains(config, source, images)
-        figures.append(across.evaluate(classifier, LabeledSplit(across.source, None), PREPROCESSING, CPU))
+        figures.append(measure_across(across, classifier, LabeledSplit(across.source, None), PREPROCESSING, CPU))
     assert figures[0] == figures[1]
 
 

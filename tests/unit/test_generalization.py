@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.domain.generalization.coral_over_sources import pairwise_coral
 from ssl_pipeline.domain.generalization.mixstyle import mix_statistics
-from tests.unit.test_adaptation import PREPROCESSING, SHARE, images, tiny_batches, tiny_method
+from tests.unit.test_adaptation import context, tiny_batches, tiny_method
 
 
 def test_pairs_of_sources_count_alike_and_a_lonely_row_not_at_all() -> None:
@@ -53,7 +53,7 @@ def test_mixstyle_mixes_in_training_alone_and_leaves_no_trace() -> None:
     classifier.train()
     first, second = classifier.predict(batch.views[0]), classifier.predict(batch.views[0])
     assert not torch.equal(first, second)
-    task.finish(images(24, 0), target, PREPROCESSING, SHARE)
+    task.finish(target, context())
     assert torch.equal(classifier.predict(batch.views[0]), classifier.predict(batch.views[0]))
 
 
@@ -65,5 +65,5 @@ def test_averaged_weights_are_the_plain_mean_from_the_start_on(start: str, expec
         with torch.no_grad():
             parameter.fill_(float(step))
         task.after_step(batch)
-    task.finish(images(24, 0), target, PREPROCESSING, SHARE)
+    task.finish(target, context())
     assert torch.allclose(parameter, torch.full_like(parameter, expected))

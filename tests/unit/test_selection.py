@@ -22,9 +22,9 @@ from ssl_pipeline.data.splits import folds
 from ssl_pipeline.downstream import classification
 from ssl_pipeline.downstream.classification import Classification
 from ssl_pipeline.downstream.labels import LabeledSplit, LabelsConfig, draw
+from ssl_pipeline.downstream.plan import selection
 from ssl_pipeline.downstream.pooled_task import PooledConfig, Rows, choose_decay
 from ssl_pipeline.downstream.regime import Best, TrainContext, train
-from ssl_pipeline.downstream.selection import selection
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.finetune import finetune
 from ssl_pipeline.finetune_config import FinetuneConfig

@@ -6,11 +6,10 @@ from typing import ClassVar
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import MethodConfig, Phase, SourceTask, update_bn
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.regime import TrainContext
 from ssl_pipeline.models.batch_norm import batch_norms
-from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class Config(MethodConfig):
@@ -31,7 +30,5 @@ class Config(MethodConfig):
 class AdaBN(SourceTask):
     """See :class:`Config`."""
 
-    def finish(
-        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
-    ) -> None:
-        update_bn(self.classifier, self.classifier.predict, target, preprocessing, share)
+    def finish(self, target: IndexedDataset, context: TrainContext) -> None:
+        update_bn(self.classifier, self.classifier.predict, target, context.preprocessing, context.share)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.domain.losses import coral_loss
-from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.domain.method import JointConfig
 from ssl_pipeline.engine.task import Embeddings
-
-
-class CORAL(JointTask):
-    """See :class:`Config`."""
-
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        return coral_loss(source["features"], target["features"])
 
 
 class Config(JointConfig):
     """Deep CORAL (Sun and Saenko 2016): see :func:`ssl_pipeline.domain.losses.coral_loss`."""
 
-    task = CORAL
+    def term(self, source: Embeddings, target: Embeddings) -> Tensor:
+        return coral_loss(source["features"], target["features"])

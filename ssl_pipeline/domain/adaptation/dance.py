@@ -42,14 +42,9 @@ class Config(JointConfig):
 
 
 def neighborhood_entropy(rows: Tensor, bank: Tensor, index: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """The mean entropy of similarities to the bank's other rows and to the prototypes (Saito et al. 2020, eq. 3).
+    """The mean entropy of similarities of rows (B, D) to other unit rows of the bank (N, D) and to prototypes (K, D).
 
-    Args:
-        rows: float32 of shape (B, D).
-        bank: unit rows (N, D).
-        index: which row of the bank each is, int64 of shape (B,).
-        prototypes: shape (K, D).
-        temperature: divides the similarities.
+    ``index`` says which row of the bank each is (Saito et al. 2020, eq. 3).
     """
     rows = normalize_rows(rows)
     to_bank = (rows @ bank.T / temperature).scatter(1, index[:, None], _NO_NEIGHBOR)

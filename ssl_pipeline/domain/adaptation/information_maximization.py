@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.domain.losses import information_maximization
-from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.domain.method import JointConfig
 from ssl_pipeline.engine.task import Embeddings
-
-
-class InformationMaximization(JointTask):
-    """See :class:`Config`."""
-
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        return information_maximization(target["logits"])
 
 
 class Config(JointConfig):
     """SHOT-IM's loss (Liang et al. 2020) in one training with the source; without the source it is ``shot_im``."""
 
-    task = InformationMaximization
+    def term(self, source: Embeddings, target: Embeddings) -> Tensor:
+        return information_maximization(target["logits"])

@@ -5,19 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.domain.losses import mmd_loss
-from ssl_pipeline.domain.method import JointConfig, JointTask
+from ssl_pipeline.domain.method import JointConfig
 from ssl_pipeline.engine.task import Embeddings
-
-
-class MMD(JointTask):
-    """See :class:`Config`."""
-
-    config: Config
-
-    def term(self, source: Embeddings, target: Embeddings, batch: Batch) -> Tensor:
-        return mmd_loss(source["features"], target["features"], self.config.bandwidths)
 
 
 class Config(JointConfig):
@@ -27,5 +17,7 @@ class Config(JointConfig):
         bandwidths: of the kernels, as multiples of the batch's mean squared distance.
     """
 
-    task = MMD
     bandwidths: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
+
+    def term(self, source: Embeddings, target: Embeddings) -> Tensor:
+        return mmd_loss(source["features"], target["features"], self.bandwidths)

@@ -10,7 +10,8 @@ from torch import nn
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.domain.losses import information_maximization
 from ssl_pipeline.domain.method import Method, MethodConfig, Phase
-from ssl_pipeline.downstream.regime import TrainingConfig
+from ssl_pipeline.downstream.regime import RegimeConfig, TrainingConfig
+from ssl_pipeline.downstream.task import DownstreamConfig
 from ssl_pipeline.engine.optim import OptimConfig
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.schedules import TrainProgress, parse_duration
@@ -51,13 +52,13 @@ class Config(MethodConfig):
     def starts_from(self) -> str | None:
         return self.model
 
-    def check(self, downstream: str, regime: str) -> list[str]:
+    def check(self, downstream: DownstreamConfig, regime: RegimeConfig) -> list[str]:
         problems = super().check(downstream, regime)
         given = [key for key in ("source", "negative_control", "known", "target_labels") if getattr(self, key)]
         if self.model is not None and given:
+            keys = ", ".join(f"`domain.{key}`" for key in given)
             problems.append(
-                f"`domain.model` starts from a finished model, without its source's images: {', '.join(f'`domain.{k}`' for k in given)} "
-                "can't be had beside it."
+                f"`domain.model` starts from a finished model, without its source's images: {keys} can't be had beside it."
             )
         return problems
 

@@ -15,12 +15,7 @@ from ssl_pipeline.engine.task import Embeddings, StepOutput
 
 
 def pairwise_coral(features: Tensor, domain: Tensor) -> Tensor:
-    """The mean of :func:`moments_loss` over the pairs of domains that have two rows or more in a batch; 0 without a pair.
-
-    Args:
-        features: shape (B, D), float32.
-        domain: int64 of shape (B,).
-    """
+    """The mean of :func:`moments_loss` over the pairs of domains (B,) that have two rows (of (B, D)) or more; 0 without a pair."""
     parts = [features[domain == number] for number in domain.unique().tolist()]
     losses = [moments_loss(a, b) for a, b in combinations([part for part in parts if len(part) > 1], 2)]
     return torch.stack(losses).mean() if losses else features.sum() * 0

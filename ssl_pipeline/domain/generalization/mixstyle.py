@@ -11,10 +11,9 @@ from torch.distributions import Beta
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask
 from ssl_pipeline.downstream.classification import Classification
-from ssl_pipeline.transforms.preprocessing import Preprocessing
+from ssl_pipeline.downstream.regime import TrainContext
 
 
 class Config(GeneralizationConfig):
@@ -37,13 +36,7 @@ class Config(GeneralizationConfig):
 
 
 def mix_statistics(maps: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """Maps whose channels' mean and deviation move towards those of other samples.
-
-    Args:
-        maps: shape (B, C, H, W).
-        other: the sample that each mixes with, int64 of shape (B,).
-        share: of its own statistics, shape (B,).
-    """
+    """Maps (B, C, H, W) whose channels' mean and deviation move to those of other samples (B,), but for a share (B,) of their own."""
     mean, deviation = maps.mean((2, 3), keepdim=True).detach(), (maps.var((2, 3), keepdim=True) + 1e-6).sqrt().detach()
     share = share[:, None, None, None]
     new_mean, new_deviation = (share * own + (1 - share) * own[other] for own in (mean, deviation))
@@ -69,9 +62,7 @@ class MixStyle(SourceTask):
         share = Beta(self.config.alpha, self.config.alpha).sample((len(maps),)).to(maps)
         return mix_statistics(maps, torch.randperm(len(maps), device=maps.device), share)
 
-    def finish(
-        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
-    ) -> None:
+    def finish(self, target: IndexedDataset, context: TrainContext) -> None:
         """The classifier goes on without its hooks."""
         for hook in self._hooks:
             hook.remove()

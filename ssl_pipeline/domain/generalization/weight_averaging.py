@@ -8,12 +8,11 @@ import torch
 
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.domain.method import GeneralizationConfig, SourceTask, update_bn
 from ssl_pipeline.downstream.classification import Classification
+from ssl_pipeline.downstream.regime import TrainContext
 from ssl_pipeline.models.ema import EMAModel
 from ssl_pipeline.schedules import Duration, parse_duration
-from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 
 class WeightAveraging(SourceTask):
@@ -32,12 +31,10 @@ class WeightAveraging(SourceTask):
         self.average.follow(self.classifier, before / (before + 1))
 
     @torch.no_grad()
-    def finish(
-        self, labeled: IndexedDataset, target: IndexedDataset, preprocessing: Preprocessing, share: DistInfo
-    ) -> None:
+    def finish(self, target: IndexedDataset, context: TrainContext) -> None:
         for kept, averaged in zip(self.classifier.parameters(), self.average.network.parameters(), strict=True):
             kept.copy_(averaged)
-        update_bn(self.classifier, self.classifier.predict, labeled, preprocessing, share)
+        update_bn(self.classifier, self.classifier.predict, context.labeled.train, context.preprocessing, context.share)
 
 
 class Config(GeneralizationConfig):
