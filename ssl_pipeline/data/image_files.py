@@ -13,6 +13,7 @@ import posixpath
 import shlex
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, causes, first_levels, parse_limit, warn_once
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit, warn_once
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.decode import DecodeError, check_header, decode
-from ssl_pipeline.data.file_table import UNCHECKED, FileTable
-from ssl_pipeline.data.image_index import ImageIndex, index_folder, index_images
+from ssl_pipeline.data.decode import DecodeError, decode, upright_size
+from ssl_pipeline.data.image_index import UNCHECKED, FileTable, ImageIndex, causes, first_levels, index_folder
+from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.source import DecodedConfig, Opened
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import measured
@@ -59,7 +60,7 @@ class FileDataset(IndexedDataset):
         self,
         name: str,
         root: Path,
-        files: Sequence[str],
+        files: FileTable | Sequence[str],
         channels: int,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
@@ -132,8 +133,9 @@ class FileDataset(IndexedDataset):
         if known["height"]:
             return known["height"], known["width"]
         if index not in self._seen:
-            header = check_header(self.root / self.files[index])
-            self._seen[index] = (1, 1) if isinstance(header, str) else (header.height, header.width)
+            self._seen[index] = 1, 1
+            with suppress(DecodeError):  # decoding raises it again
+                self._seen[index] = upright_size(self.root / self.files[index])
         return self._seen[index]
 
     def describe(self, index: int) -> str:

@@ -22,9 +22,8 @@ from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError, joined
 from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.files import existing_folder
-from ssl_pipeline.data.bad_files import causes, first_levels
-from ssl_pipeline.data.file_table import TRAITS
-from ssl_pipeline.data.image_index import ImageIndex, counting_bar, index_folder, index_images
+from ssl_pipeline.data.image_index import TRAITS, ImageIndex, causes, first_levels, index_folder
+from ssl_pipeline.data.scan import counting_bar, index_images
 from ssl_pipeline.data.source import LOOKED_AT
 from ssl_pipeline.data.sources import folder, webdataset
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS

@@ -429,9 +429,7 @@ def test_colors_of_16_bits_say_that_8_are_read(
 ) -> None:
     for i in range(3):
         png_of_16_bits(tmp_path / f"{i}.png")
-    header = check_header(tmp_path / "0.png")
-    assert not isinstance(header, str)
-    assert header.mode == "RGB;16"
+    assert check_header(tmp_path / "0.png").mode == "RGB;16"
     prepare(str(tmp_path))
     assert "3 RGB;16 (the upper 8 of 16 bits are read)" in capsys.readouterr().out
     opened(tmp_path)

@@ -19,12 +19,12 @@ from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.columns import class_name, refuse_several, text_of
 from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
-from ssl_pipeline.data.decode import DecodeError, decode_bytes
+from ssl_pipeline.data.decode import DecodeError, decode
 from ssl_pipeline.data.reading import channels_of
+from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
 from ssl_pipeline.data.splits import split_named
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
-from ssl_pipeline.data.walk import ENDINGS
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -179,7 +179,7 @@ class TarStream(StreamDataset):
                 ending, data = next(iter(group.files.items()))
                 name = f"{shown(url)}/{group.key}.{ending}"
                 try:
-                    decode_bytes(data, Path(name), 3, 1)  # a JPEG at an eighth of its size, to its end
+                    decode(Path(name), 3, 1, (0.0, 1.0), data)  # a JPEG at an eighth of its size, to its end
                     usable += 1
                 except DecodeError as error:
                     faults[name] = error.fault
