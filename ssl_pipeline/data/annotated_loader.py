@@ -27,8 +27,8 @@ class AnnotatedLoader(IndexedLoader):
             ahead = deque(pool.submit(self._target, step) for step in islice(coming, 4))
             for step, batch in enumerate(super().from_step(start), start):
                 target = ahead.popleft().result()
-                if self.replaced is not None:
-                    target = self._target(step, self.replaced)
+                if batch.faults:
+                    target = self._target(step, batch.index.cpu())
                 batch.target = to_device(target, self.share.device)
                 ahead.extend(pool.submit(self._target, step) for step in islice(coming, 1))
                 yield batch

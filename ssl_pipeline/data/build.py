@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
+from ssl_pipeline.data.encoded import StreamDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, TrainLoader
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.stream_loader import StreamLoader

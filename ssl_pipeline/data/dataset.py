@@ -1,15 +1,11 @@
-"""The contract of a dataset: numbered samples, or a stream of shards that is read from front to back."""
+"""The contract of a dataset: numbered samples; a stream of shards (``encoded.py``) shares what both have in common."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -17,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.decode import EncodedImage
+from ssl_pipeline.data.bad_files import BadFiles
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.value_range import Range, measured
+
+NEIGHBORS = 64  # that are tried in the place of an image that can't be decoded
 
 
 class ImageDataset(ABC):
@@ -145,6 +142,42 @@ class IndexedDataset(ImageDataset):
         alike = (self.labels == self.labels[index]).nonzero()[:, 0]
         return int(alike[torch.searchsorted(alike, index, right=True) % len(alike)])
 
+    def note_bad(self, index: int, error: DecodeError) -> None:
+        """Counts a sample that can't be decoded.
+
+        Raises:
+            DecodeError: none is allowed.
+            ConfigError: no more are allowed.
+        """
+        if self.bad_files is None:
+            raise error
+        self.bad_files.note(self.describe(index), error.fault)
+
+    def open_readable(self, index: int) -> Image.Image | None:
+        """A decoded image; None for one that can't be decoded, which is counted by :meth:`note_bad`.
+
+        Metrics and probes leave such an image out: a neighbor would be measured against another image's target.
+        """
+        try:
+            return self.open_image(index)
+        except DecodeError as error:
+            self.note_bad(index, error)
+            return None
+
+    def open_or_replace(self, index: int) -> Image.Image:
+        """A decoded image, or that of the nearest neighbor, of the same class, that can be decoded.
+
+        Raises:
+            UserError: as :meth:`note_bad`, or the neighbors can't be decoded either.
+        """
+        for _ in range(NEIGHBORS):
+            try:
+                return self.open_image(index)
+            except DecodeError as error:
+                self.note_bad(index, error)
+                index, last = self.neighbor(index), error
+        raise last
+
     def describe(self, index: int) -> str:
         """What a message calls one sample."""
         return f"image {index} of {self.name}"
@@ -158,7 +191,7 @@ class IndexedDataset(ImageDataset):
     def select(self, index: Tensor) -> Self:
         """The samples of an int64 index, numbered anew from 0.
 
-        This selects labels and domains, and keeps all that is known of the whole; a subclass adds what else it holds per sample.
+        This selects labels and domains; a subclass selects what else it holds per sample.
         """
         chosen = copy(self)
         chosen.labels = None if self.labels is None else self.labels[index]
@@ -217,116 +250,3 @@ class ArrayDataset(IndexedDataset):
             means.append(float(mean))
             stds.append(float(variance.sqrt()))
         return tuple(means), tuple(stds)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample of a shard, not decoded yet.
-
-    Attributes:
-        position: its place among the shard's samples, from 0.
-        data: the image file.
-        label: the number of its class; None where it has none.
-        name: what a message calls it.
-        domain: the name of where it is from; None where that is not known.
-    """
-
-    position: int
-    data: bytes
-    label: int | None
-    name: str
-    domain: str | None = None
-
-
-class StreamDataset(ImageDataset):
-    """Shards of samples, read from front to back.
-
-    There is no ``len``: a task that keeps a row per image can't take it.
-
-    Attributes:
-        shards: their names, each once and without their folder: ids are made of them.
-        has_domains: whether samples say where they are from. Nobody has read all names, so a domain's number is 63 bits of its
-            name.
-        length: samples of all shards, as far as it is known.
-        block: samples that a process holds to be shuffled, encoded.
-        skip_unreadable: whether an image that can't be decoded is left out rather than an error.
-    """
-
-    shards: tuple[str, ...]
-    has_domains: bool = False
-    length: int | None = None
-    block: int = 4096
-    skip_unreadable: bool = False
-
-    @abstractmethod
-    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
-        """A shard's samples in their order, from a position on; what comes before costs as little as can be.
-
-        Raises:
-            UserError: the shard is missing or damaged.
-        """
-
-    @abstractmethod
-    def size(self, shard: int) -> int:
-        """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
-
-    def describe_size(self) -> str:
-        return f"{self.length or 'uncounted'} images in {len(self.shards)} shard(s)"
-
-    def preview(self, count: int = 1024) -> InMemoryDataset:
-        """The first samples, held in memory.
-
-        Where training leaves out what can't be decoded, a neighbor takes its place here.
-        """
-        every = itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        held = InMemoryDataset(self.name, list(itertools.islice(every, count)), self.channels, self.classes)
-        held.value_range = self.value_range
-        if self.skip_unreadable:
-            held.bad_files = BadFiles(parse_limit("100%"), len(held))
-        return held
-
-
-class InMemoryDataset(IndexedDataset):
-    """A few encoded images in memory.
-
-    Args:
-        name: for messages.
-        samples: the images; labels are known if all of them have one.
-        channels: 1 or 3.
-        classes: names, in the order of the labels.
-
-    Raises:
-        ConfigError: there are none.
-    """
-
-    def __init__(self, name: str, samples: list[Sample], channels: int, classes: tuple[str, ...] | None = None) -> None:
-        if not samples:
-            raise ConfigError(f"{name} holds no image: see the keys of `data` in `configs/data`.")
-        self.name, self.channels, self.classes, self._samples = name, channels, classes, samples
-        labels = [sample.label for sample in samples if sample.label is not None]
-        if classes is not None and len(labels) == len(samples):
-            self.labels = torch.tensor(labels)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def open_image(self, index: int) -> Image.Image:
-        sample = self._samples[index]
-        return EncodedImage(sample.data, Path(sample.name)).decode(self.channels, 1, self.value_range)
-
-    def open_stored(self, index: int) -> Image.Image:
-        return Image.open(BytesIO(self._samples[index].data))
-
-    def describe(self, index: int) -> str:
-        return self._samples[index].name
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for sample in self._samples:
-            digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
-        return digest.hexdigest()
-
-    def select(self, index: Tensor) -> Self:
-        chosen = super().select(index)
-        chosen._samples = [self._samples[i] for i in index.tolist()]
-        return chosen

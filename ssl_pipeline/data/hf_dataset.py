@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.columns import class_name, class_names, number_names, numbers_of, refuse_several, text_of
-from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.encoded import EncodedReader
+from ssl_pipeline.data.encoded import EncodedDataset, Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class ColumnNames:
     domain: str | None
 
 
-class HFDataset(EncodedReader, IndexedDataset):
+class HFDataset(EncodedDataset):
     """Numbered rows, whose images are decoded when they are wanted.
 
     Args:
@@ -87,7 +86,7 @@ class HFDataset(EncodedReader, IndexedDataset):
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
-        chosen._index, chosen._opened = self._index[index], None
+        chosen._index = self._index[index]
         return chosen
 
 

@@ -51,7 +51,7 @@ class FileDataset(IndexedDataset):
         root: the folder that all files are in or below.
         files: their posix paths relative to it, perhaps with what an index knows of them.
         channels: 1 for grayscale, 3 for RGB.
-        labels: see :class:`IndexedDataset`; likewise what follows.
+        labels: see :class:`IndexedDataset`, also for ``classes`` and the domains.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: counts files that can't be decoded; by default 1 % are allowed.
     """
@@ -84,11 +84,7 @@ class FileDataset(IndexedDataset):
         return self.open_reduced(index, 1)
 
     def open_reduced(self, index: int, factor: int) -> Image.Image:
-        """The decoded file, a JPEG at 1/factor of its size; or its image in the cache, whatever its size.
-
-        Raises:
-            DecodeError: naming the file.
-        """
+        """The decoded file, a JPEG at 1/factor of its size; or its image in the cache, whatever its size."""
         cached = self._cached(index)
         if cached is not None:
             return cached
@@ -151,17 +147,15 @@ class FileDataset(IndexedDataset):
         """
         digest = hashlib.blake2b(digest_size=16)
         for name, size in zip(self.files.column("name").tolist(), self.files.column("bytes").tolist(), strict=True):
-            digest.update(b"%b\0%d\0" % (name, self._stored_size(os.fsdecode(name)) if size < 0 else size))
+            path = self.root / os.fsdecode(name)
+            try:
+                digest.update(b"%b\0%d\0" % (name, path.stat().st_size if size < 0 else size))
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} has gone since the folder was read ({error.strerror}): start again."
+                ) from error
         self.add_labels(digest)
         return digest.hexdigest()
-
-    def _stored_size(self, file: str) -> int:
-        try:
-            return (self.root / file).stat().st_size
-        except OSError as error:
-            raise ConfigError(
-                f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
-            ) from error
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
@@ -187,7 +181,7 @@ class PreparedConfig(DecodedConfig[Opened], ABC):
 
     @property
     def base(self) -> Path | None:
-        """The folder of indexes that is not this user's cache."""
+        """Where indexes are kept; None for this user's cache."""
         return Path(self.prepared).expanduser().resolve() if self.prepared else None
 
 
@@ -197,7 +191,7 @@ class ImageFiles:
 
     Attributes:
         place: where the index of the root is, or would be.
-        index: of the root; None where there is none.
+        index: None where there is none.
         faults: of the files left out, by their paths, what is wrong with them.
     """
 
@@ -296,7 +290,7 @@ def scan_folder(root: Path, base: Path | None, limit: BadFilesLimit, depth: int 
     """All images in a folder, read once in the process's life; its index is kept for the next one.
 
     Args:
-        root: the folder, resolved.
+        root: resolved.
         base: see :attr:`PreparedConfig.base`.
         limit: how many files that are no images are allowed.
         depth: files that lie in fewer folders below the root are left out.
@@ -321,7 +315,7 @@ def lookup_files(root: Path, names: Sequence[str | None], base: Path | None) -> 
     """Files by name, with what the index of their folder knows; an index that is there is brought up to date.
 
     Args:
-        root: the folder, resolved.
+        root: resolved.
         names: paths, absolute or relative to the root; None for a row without one.
         base: see :attr:`PreparedConfig.base`.
 

@@ -11,7 +11,8 @@ from typing import Generic, Literal, TypeVar, cast
 import numpy as np
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError
-from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
+from ssl_pipeline.data.encoded import StreamDataset
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle
 from ssl_pipeline.transforms.config import ViewConfig
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
 
@@ -50,7 +50,7 @@ def read_items(
         options |= {"prefetch_factor": _PREFETCH, "timeout": patience.interval, "worker_init_fn": _ignore_signals}
     piped = workers > 0 and not _fits_shared_memory(item_bytes, workers)
     if piped:
-        dataset = (_PipedStream if isinstance(dataset, IterableDataset) else _Piped)(dataset)
+        options["collate_fn"] = _as_arrays
     items = iter(DataLoader(dataset, **options))
     while True:
         patience.restart()
@@ -119,19 +119,9 @@ def _tell_small_room(room: int, needed: int) -> None:
     )  # fmt: skip
 
 
-class _Piped(Dataset[T]):
-    """The same items with arrays in place of tensors: arrays are pickled whole."""
-
-    def __init__(self, dataset: Dataset[T]) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, number: int) -> T:
-        return _with(self._dataset[number], Tensor.numpy, Tensor)
-
-
-class _PipedStream(_Piped[T], IterableDataset[T]):
-    def __iter__(self) -> Iterator[T]:
-        return (_with(item, Tensor.numpy, Tensor) for item in iter(self._dataset))
+def _as_arrays(item: T) -> T:
+    """An item for a pipe: arrays are pickled whole."""
+    return _with(item, Tensor.numpy, Tensor)
 
 
 def _with(item: T, change: Callable[[Any], Any], kind: type) -> T:

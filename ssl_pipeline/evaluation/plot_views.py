@@ -15,7 +15,6 @@ from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import SourceConfig, open_training
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.config import ViewsConfig
@@ -74,7 +73,7 @@ def columns_of(source: IndexedDataset, config: ViewsConfig, seed: int, rows: int
         if source.pixels is not None:
             crops = views.of_pixels(source.pixels[index], index, epoch)
         else:
-            crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch)
+            crops = views.of_files([source.open_or_replace(int(i)) for i in index], index, epoch)
         columns += views.finish(crops, index, epoch)
     return columns
 
@@ -82,7 +81,7 @@ def columns_of(source: IndexedDataset, config: ViewsConfig, seed: int, rows: int
 def _plain(source: IndexedDataset, index: Tensor, preprocessing: Preprocessing) -> Tensor:
     if source.pixels is not None:
         return preprocessing.of_pixels(source.pixels[index])
-    return preprocessing.of_files([open_or_replace(source, int(i)) for i in index])
+    return preprocessing.of_files([source.open_or_replace(int(i)) for i in index])
 
 
 def _grid(columns: list[Tensor], gap: int = 4) -> Image.Image:

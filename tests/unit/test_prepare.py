@@ -18,14 +18,13 @@ from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.image_index import FILE_NAME, FORMAT, FileTable, ImageIndex, index_folder
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
-from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
 from tests.runs import ssl_pipeline
-from tests.unit.test_loader import photos, views
+from tests.unit.test_loader import FIRST, photos, views
 
 OLD = 10**9  # seconds: no file of a test is so new that its time says nothing
 
@@ -283,9 +282,9 @@ def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cached.open_image(0).size == (133, 100)
     assert cached.open_image(6).getpixel((3, 3)) == (77, 77, 77)
     index = torch.arange(6)
-    from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), index, 0).views
+    from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), FIRST, index).views
     monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)  # no file is opened from here on
-    from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), index, 0).views
+    from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), FIRST, index).views
     for one, other in zip(from_files, from_cache, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3  # the same crops of the same images
 

@@ -18,8 +18,9 @@ from pydantic import Field
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.columns import class_name, refuse_several, text_of
-from ssl_pipeline.data.dataset import IndexedDataset, InMemoryDataset, Sample, StreamDataset
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError, decode
+from ssl_pipeline.data.encoded import InMemoryDataset, Sample, StreamDataset
 from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import LOOKED_AT, Part, Split, StreamConfig
