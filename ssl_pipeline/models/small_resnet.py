@@ -6,6 +6,20 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+_FEWEST_CHANNELS = 8  # that oneDNN's kernel for strided 1×1 convolutions has room for
+
+
+class _SlicedConv2d(nn.Conv2d):
+    """A 1×1 convolution that slices its input by the stride, to the same result.
+
+    With a stride, fewer than 8 channels and the layout channels_last, oneDNN without AVX-512 writes past the end of its memory when it
+    computes the weight's gradient: wrong values at best, else a crash (uxlfoundation/oneDNN#6035).
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return nn.functional.conv2d(images[:, :, ::rows, ::columns], self.weight)
+
 
 class SmallResNet(nn.Module):
     """A 3×3 stem and four stages of one ``BasicBlock``, of widths w, 2w, 4w and 8w and strides 1, 2, 2 and 2.
@@ -32,8 +46,9 @@ class SmallResNet(nn.Module):
     def _stage(entering: int, leaving: int, stride: int) -> nn.Sequential:
         shortcut = None
         if stride != 1 or entering != leaving:
+            convolution = _SlicedConv2d if entering < _FEWEST_CHANNELS else nn.Conv2d
             shortcut = nn.Sequential(
-                nn.Conv2d(entering, leaving, 1, stride=stride, bias=False), nn.BatchNorm2d(leaving)
+                convolution(entering, leaving, 1, stride=stride, bias=False), nn.BatchNorm2d(leaving)
             )
         return nn.Sequential(BasicBlock(entering, leaving, stride, shortcut))
 

@@ -20,6 +20,7 @@ from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.models.heads import CosineHead, LinearHead, prediction_head, projection_head
 from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.models.segmentation_heads import DeepLab, SkipHead
+from ssl_pipeline.models.small_resnet import SmallResNet
 from ssl_pipeline.models.torchvision_backbones import feature_info, remove_classifier
 from ssl_pipeline.models.weights import load_strictly
 
@@ -290,6 +291,19 @@ def test_small_resnet_width() -> None:
 
 
 # Neck, bottleneck, heads
+
+
+def test_narrow_strided_shortcuts_learn_alike_in_either_layout() -> None:
+    """oneDNN's kernel for these has too little room below 8 channels without AVX-512: uxlfoundation/oneDNN#6035."""
+    plain = SmallResNet(4)
+    images = torch.randn(64, 3, 12, 12)
+    narrow = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    for network, batch in ((plain, images), (narrow, images.contiguous(memory_format=torch.channels_last))):
+        network(batch).square().sum().backward()
+    for (name, expected), found in zip(plain.named_parameters(), narrow.parameters(), strict=True):
+        assert expected.grad is not None
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_necks() -> None:
