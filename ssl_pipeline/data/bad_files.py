@@ -33,7 +33,6 @@ class BadFilesLimit(FrozenModel):
     share: bool
 
     def of(self, files: int) -> int:
-        """The number allowed among so many files."""
         return int(self.value * files / 100) if self.share else int(self.value)
 
     @model_serializer
@@ -87,11 +86,7 @@ class BadFiles:
                 _log.warning("%s can't be read as an image: %s. A neighbor takes its place.", file, fault)
 
     def stop_if_too_many(self, count: int) -> None:
-        """Ends the run when ``count`` files, over all processes, are more than is allowed.
-
-        Raises:
-            ConfigError: they are; it lists those of this process.
-        """
+        """Raises ConfigError, with a list of this process's, when ``count`` files over all processes are more than is allowed."""
         if count > self.allowed:
             raise ConfigError(
                 [

@@ -64,10 +64,7 @@ def shards_in(folder: Path) -> dict[int, Path]:
 def sweep(place: Path, side: int, used: Collection[int]) -> None:
     """Deletes shards that hold nothing of use, of this cache and of those with other sides, unless somebody reads them.
 
-    Args:
-        place: of the index, which no other process may be writing.
-        side: what the shorter sides are limited to.
-        used: the shards that its rows name.
+    No other process may be writing the index in ``place``, whose rows name the ``used`` shards.
     """
     own = cache_folder(place, side)
     others = [path for path in place.glob("cache-*") if re.fullmatch(r"cache-\d+", path.name) and path != own]
@@ -122,7 +119,6 @@ class CacheWriter:
         return row
 
     def flush(self) -> None:
-        """Writes to the disk what was added."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -138,14 +134,7 @@ class CacheWriter:
 
 
 class Cache:
-    """Reads a cache. As long as it lives, also in a forked worker, no shard is deleted.
-
-    Args:
-        folder: of the shards.
-
-    Attributes:
-        shards: the numbers of those that are there.
-    """
+    """Reads a cache. As long as it lives, also in a forked worker, no shard is deleted; ``shards`` are those that are there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -156,8 +145,9 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_SH)
         self.shards = frozenset(shards_in(folder))
 
-    def __reduce__(self) -> tuple[type[Cache], tuple[Path]]:
-        """A worker maps the shards itself: a pickled map would be a copy."""
+    def __reduce__(
+        self,
+    ) -> tuple[type[Cache], tuple[Path]]:  # a worker maps the shards itself: a pickled map would be a copy
         return Cache, (self.folder,)
 
     def read(self, row: Mapping[str, int]) -> Image.Image:

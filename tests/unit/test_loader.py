@@ -14,14 +14,14 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.annotated_loader import AnnotatedLoader
-from ssl_pipeline.data.bad_files import BadFiles, parse_limit
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit, warn_once
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.targets import AnnotatedDataset, NumericTargets
-from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
+from ssl_pipeline.data.workers import shared_memory_needed
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.crop import reductions
@@ -76,7 +76,7 @@ def little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lost)
     monkeypatch.setattr("ssl_pipeline.data.workers.free_shared_memory", lambda: 64 * 2**10)
     monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "10")
-    _tell_small_room.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.usefixtures("little_shared_memory")
