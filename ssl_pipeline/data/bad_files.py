@@ -76,7 +76,7 @@ class BadFiles:
         """
         if file not in self.faults:
             self.learn({file: fault})
-            self.stop_if_too_many(len(self.faults))
+            self.stop_if_too_many()
 
     def learn(self, faults: Mapping[str, str]) -> None:
         """Merges what other processes have found, and logs what is new."""
@@ -85,14 +85,18 @@ class BadFiles:
                 self.faults[file] = fault
                 _log.warning("%s can't be read as an image: %s. A neighbor takes its place.", file, fault)
 
-    def stop_if_too_many(self, count: int) -> None:
-        """Raises ConfigError, with a list of this process's, when ``count`` files over all processes are more than is allowed."""
-        if count > self.allowed:
+    def stop_if_too_many(self) -> None:
+        """Ends the run when more files are known to be damaged than is allowed.
+
+        Raises:
+            ConfigError: they are.
+        """
+        if len(self.faults) > self.allowed:
             raise ConfigError(
                 [
                     *shorten([f"{file}: {fault}" for file, fault in self.faults.items()]),
-                    f"{count} of {self.files} files can't be read as images, and `data.max_bad_files={self.limit}` allows "
-                    f"{self.allowed}: remove or replace them, or raise the limit.",
+                    f"{len(self.faults)} of {self.files} files can't be read as images, and `data.max_bad_files={self.limit}` "
+                    f"allows {self.allowed}: remove or replace them, or raise the limit.",
                 ]
             )
 

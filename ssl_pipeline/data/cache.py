@@ -76,9 +76,8 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:  # a run reads it, or the file system has no locks
-                _log.warning(
-                    "%s: %d old shards may be in use and stay; a later `prepare` deletes them.", folder, len(old)
-                )
+                kept = "%s: %d old shards may be in use and stay; a later `prepare` deletes them."
+                _log.warning(kept, folder, len(old))
                 continue
             size = sum(path.stat().st_size for path in old)
             for path in old:
@@ -111,12 +110,10 @@ class CacheWriter:
             self._file.close()
             self._file = self._next()
         data = image.tobytes()
-        row = {
-            "shard": self._number, "offset": self._file.tell(), "cached_width": image.width,
-            "cached_height": image.height, "cached_channels": 1 if image.mode == "L" else 3, "crc": zlib.crc32(data),
-        }  # fmt: skip
+        channels, start = 1 if image.mode == "L" else 3, self._file.tell()
         self._file.write(data)
-        return row
+        values = self._number, start, image.width, image.height, channels, zlib.crc32(data)
+        return dict(zip(COLUMNS, values, strict=True))
 
     def flush(self) -> None:
         self._file.flush()
@@ -145,10 +142,8 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_SH)
         self.shards = frozenset(shards_in(folder))
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[Cache], tuple[Path]]:  # a worker maps the shards itself: a pickled map would be a copy
-        return Cache, (self.folder,)
+    def __reduce__(self) -> tuple[type[Cache], tuple[Path]]:
+        return Cache, (self.folder,)  # a worker maps the shards itself: a pickled map would be a copy
 
     def read(self, row: Mapping[str, int]) -> Image.Image:
         """The image of an index's row.

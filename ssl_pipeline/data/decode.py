@@ -30,8 +30,8 @@ class DecodeError(UserError):
         self.path, self.fault = path, fault
         super().__init__(f"{path} can't be read as an image: {fault}. Remove or replace the file.")
 
-    def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:  # a worker sends it to the main process
-        return DecodeError, (self.path, self.fault)
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:
+        return DecodeError, (self.path, self.fault)  # a worker sends it to the main process
 
 
 def is_grayscale(mode: str) -> bool:

@@ -29,7 +29,7 @@ from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_li
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.decode import DecodeError, decode, upright_size
+from ssl_pipeline.data.decode import DecodeError, as_8_bit, decode, upright_size
 from ssl_pipeline.data.image_index import UNCHECKED, FileTable, ImageIndex, causes, first_levels, index_folder
 from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.source import DecodedConfig, Opened
@@ -106,8 +106,7 @@ class FileDataset(IndexedDataset):
         except CacheError as error:
             _log.warning("%s; the file itself is decoded. `ssl-pipeline prepare --recheck` mends it.", error)
             return None
-        mode = "L" if self.channels == 1 else "RGB"
-        return image if image.mode == mode else image.convert(mode)
+        return as_8_bit(image, "L" if self.channels == 1 else "RGB")
 
     def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of all files that these were chosen from: by their index or, where it lacks some, of a few that are read."""
@@ -208,7 +207,7 @@ class ImageFiles:
             ConfigError: more are broken than are allowed.
         """
         faults = {} if self.index is None else self.index.faults_of(self.files)
-        self._bad_files(limit, len(self.files), faults).stop_if_too_many(len(faults))
+        self._bad_files(limit, len(self.files), faults).stop_if_too_many()
         if faults:
             file, fault = next(iter(faults.items()))
             _log.warning(

@@ -142,7 +142,6 @@ class ImageIndex:
     """A folder's files, sorted by name.
 
     Attributes:
-        root: the folder.
         columns: of all files with an image's ending or content, as :class:`FileTable` has them.
         folders: paths of all folders below the root, its own (``.``) first.
         folder_mtimes: of each folder, ns.

@@ -58,7 +58,7 @@ def read_crops(
         clock: the step.
         index: which samples, int64 of shape (B,).
         attempts: how often a place is tried to be filled.
-        ids: the numbers of all samples of the source, where they are not their places: views are drawn by them.
+        ids: the numbers of the source's samples, by which views are drawn, where they are not their places.
 
     Raises:
         DecodeError: after so many attempts a place is still empty.
@@ -142,8 +142,8 @@ class TrainLoader(ABC):
         """Merges what is new in each process, this one included."""
 
     @abstractmethod
-    def check_bad_files(self, unreadable: int) -> None:
-        """Raises ConfigError if so many damaged images, found by all processes, are more than the dataset allows."""
+    def check_bad_files(self) -> None:
+        """Raises ConfigError if more damaged images are known, of all processes, than the dataset allows."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -269,9 +269,8 @@ class IndexedLoader(TrainLoader):
             self._bad.learn(faults)
             self._reported |= faults.keys()
 
-    def check_bad_files(self, unreadable: int) -> None:
-        if unreadable:
-            self._bad.stop_if_too_many(self._known_bad + unreadable)
+    def check_bad_files(self) -> None:
+        self._bad.stop_if_too_many()
 
     def state_dict(self) -> dict[str, Any]:
         return {"bad_files": dict(self._bad.faults)}

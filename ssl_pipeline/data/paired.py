@@ -69,10 +69,9 @@ class PairedLoader(IndexedLoader):
         super().merge_errors([faults.get("source", {}) for faults in found])
         self.target.merge_errors([faults.get("target", {}) for faults in found])
 
-    def check_bad_files(self, unreadable: int) -> None:
-        del unreadable  # each side has its own limit
-        super().check_bad_files(super().unreadable)
-        self.target.check_bad_files(self.target.unreadable)
+    def check_bad_files(self) -> None:
+        super().check_bad_files()  # each side has its own limit
+        self.target.check_bad_files()
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": super().state_dict(), "target": self.target.state_dict()}

@@ -78,11 +78,7 @@ def prepare_shards(path: str, output: str | None = None) -> int:
         path: an archive, a folder of them, or a pattern, as `data.path` of the source.
         output: where to write the list of bad files; None is this user's cache.
 
-    Returns:
-        The number of usable images.
-
-    Raises:
-        ConfigError: as :func:`prepare`.
+    Returns and raises as :func:`prepare`.
     """
     config = webdataset.Config(name="webdataset", path=path, channels=3, on_error="skip")
     stream = config.open_stream()
@@ -149,8 +145,7 @@ class Report:
         bad: per file that is none, what is wrong with it.
         repeated: groups of files with the same bytes.
         disagreeing: those of them that lie in different class folders.
-        classes: the names of the class folders that hold usable images.
-        empty: those that hold none.
+        classes: the class folders that hold usable images; ``empty``, those that hold none.
         outside: how many usable images lie in no class folder, where all should.
     """
 

@@ -29,13 +29,8 @@ def read_readable(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reads samples; those that can't be decoded are left out.
 
-    Args:
-        source: numbered samples.
-        preprocessing: what is done to the images.
-        device: where the images are wanted.
-        index: which samples, int64 of shape (N,).
-        chunk: samples at a time.
-        open_image: decodes one image, where not :meth:`IndexedDataset.open_readable`; None leaves it out.
+    ``index`` are the samples, int64 of shape (N,), of which ``chunk`` are read at a time. ``open_image`` may decode them in place of
+    :meth:`IndexedDataset.open_readable`.
 
     Yields:
         The samples that were read, int64 of shape (B,) with B ≤ chunk, and their images, float32 of shape (B, C, size, size).

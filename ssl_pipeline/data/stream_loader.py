@@ -32,12 +32,9 @@ _log = logging.getLogger("ssl_pipeline")
 
 
 def sample_id(shard: str, position: int, again: int = 0) -> int:
-    """The number of a sample: 63 bits of its shard's name and its place there.
+    """The number of a sample: 63 bits of its shard's name and its place there, from 0.
 
-    Args:
-        shard: the name.
-        position: from 0.
-        again: how often the sample has been seen in this epoch before: its views should not be the same.
+    It is another one where the sample was seen ``again`` in one epoch: its views should not be the same.
     """
     name = (shard, again) if again else (shard,)
     return int(hash_bits(torch.tensor(position), derive_seed("sample", *name))) & ((1 << 63) - 1)
@@ -57,14 +54,8 @@ def samples_of_lane(
     A lane that has given all its samples begins again, on shards dealt anew: an epoch's length is declared, and a lane may
     hold a little less or more than its share.
 
-    Args:
-        stream: the shards.
-        seed: the run's seed.
-        epoch: the epoch.
-        lane: which of all ``lanes`` of all processes.
-        lanes: how many there are.
-        block: samples that are held to be shuffled.
-        start: samples of the epoch to pass over.
+    ``lane`` is one of all ``lanes`` of all processes, ``block`` samples are held to be shuffled, and the epoch's first ``start`` are passed
+    over.
 
     Raises:
         ConfigError: there are none.
@@ -156,7 +147,7 @@ class StreamLoader(TrainLoader):
         self._unreadable += sum(numbers.get("images", 0) for numbers in found) - self._new_errors
         self._new_errors = 0
 
-    def check_bad_files(self, unreadable: int) -> None:
+    def check_bad_files(self) -> None:
         """A stream that leaves out unreadable images at all allows any number."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,13 +77,7 @@ class Views:
     def of_files(
         self, images: list[Image.Image], index: Tensor, epoch: int, sizes: tuple[Tensor, Tensor] | None = None
     ) -> list[Tensor]:
-        """The cropped views of decoded files, perhaps shrunk, in a worker.
-
-        Args:
-            images: the files.
-            index: the samples.
-            epoch: the epoch.
-            sizes: heights and widths before shrinking, in which boxes are drawn; None if no image is shrunk.
+        """The cropped views of decoded files, in a worker; boxes are drawn in the ``sizes`` before they were shrunk, if any was.
 
         Returns:
             Per view a tensor of shape (B, C, S, S): uint8, or float32 in [0, 1] where an image has more than 8 bits.
