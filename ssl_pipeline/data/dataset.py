@@ -202,6 +202,8 @@ class IndexedDataset(ImageDataset):
 class ArrayDataset(IndexedDataset):
     """Equal-sized images in memory: ``pixels`` is uint8 of shape (N, C, H, W); for the rest see :class:`IndexedDataset`."""
 
+    pixels: Tensor
+
     def __init__(
         self,
         name: str,
@@ -219,30 +221,29 @@ class ArrayDataset(IndexedDataset):
         self.name, self.pixels, self.labels, self.classes, self.license = name, pixels, labels, classes, license
         self.channels, self.mean, self.std = pixels.shape[1], mean, std
         self.domains, self.domain_names = domains, domain_names
-        self._pixels = pixels
 
     def __len__(self) -> int:
-        return len(self._pixels)
+        return len(self.pixels)
 
     def open_image(self, index: int) -> Image.Image:
-        array = self._pixels[index].permute(1, 2, 0).numpy()
+        array = self.pixels[index].permute(1, 2, 0).numpy()
         return Image.fromarray(array[:, :, 0] if self.channels == 1 else array)
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(self._pixels.numpy().tobytes(), digest_size=16)
+        digest = hashlib.blake2b(self.pixels.numpy().tobytes(), digest_size=16)
         self.add_labels(digest)
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
-        chosen.pixels = chosen._pixels = self._pixels[index]
+        chosen.pixels = self.pixels[index]
         return chosen
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation of values in [0, 1]."""
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in self._pixels.unbind(1):
+        for channel in self.pixels.unbind(1):
             # Counted, because the pixels themselves in double precision would take eight times their memory.
             counts = channel.flatten().bincount(minlength=256).double()
             mean = (counts * values).sum() / counts.sum()

@@ -25,16 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
 from ssl_pipeline.data.decode import DecodeError, check_header, decode, decode_errors, is_grayscale
-from ssl_pipeline.data.image_index import (
-    COLUMNS,
-    HEADER,
-    PIXELS,
-    RACY_NS,
-    TRAITS,
-    FileTable,
-    IgnoredFiles,
-    ImageIndex,
-)
+from ssl_pipeline.data.image_index import COLUMNS, HEADER, PIXELS, RACY_NS, TRAITS, FileTable, IgnoredFiles, ImageIndex
 from ssl_pipeline.logging.progress import console
 
 # Formats that Pillow names without reading them itself: other programs would have to, one of which runs what the file says.
