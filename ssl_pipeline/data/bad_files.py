@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, model_serializer
 
-from ssl_pipeline.config.base import ConfigError, FrozenModel, shorten
+from ssl_pipeline.config.base import ConfigError, FrozenModel, UserError, shorten
 
 T = TypeVar("T")
 _log = logging.getLogger("ssl_pipeline")
@@ -35,7 +33,6 @@ class BadFilesLimit(FrozenModel):
     share: bool
 
     def of(self, files: int) -> int:
-        """The number allowed among so many files."""
         return int(self.value * files / 100) if self.share else int(self.value)
 
     @model_serializer
@@ -79,7 +76,7 @@ class BadFiles:
         """
         if file not in self.faults:
             self.learn({file: fault})
-            self.stop_if_too_many(len(self.faults))
+            self.stop_if_too_many()
 
     def learn(self, faults: Mapping[str, str]) -> None:
         """Merges what other processes have found, and logs what is new."""
@@ -88,18 +85,18 @@ class BadFiles:
                 self.faults[file] = fault
                 _log.warning("%s can't be read as an image: %s. A neighbor takes its place.", file, fault)
 
-    def stop_if_too_many(self, count: int) -> None:
-        """Ends the run when ``count`` files, over all processes, are more than is allowed.
+    def stop_if_too_many(self) -> None:
+        """Ends the run when more files are known to be damaged than is allowed.
 
         Raises:
-            ConfigError: they are; it lists those of this process.
+            ConfigError: they are.
         """
-        if count > self.allowed:
+        if len(self.faults) > self.allowed:
             raise ConfigError(
                 [
                     *shorten([f"{file}: {fault}" for file, fault in self.faults.items()]),
-                    f"{count} of {self.files} files can't be read as images, and `data.max_bad_files={self.limit}` allows "
-                    f"{self.allowed}: remove or replace them, or raise the limit.",
+                    f"{len(self.faults)} of {self.files} files can't be read as images, and `data.max_bad_files={self.limit}` "
+                    f"allows {self.allowed}: remove or replace them, or raise the limit.",
                 ]
             )
 
@@ -111,53 +108,19 @@ def for_all(paths: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
         ConfigError: naming the first of the files with a mistake.
     """
 
-    def careful(path: Path) -> T | ConfigError:
+    def careful(path: Path) -> T | UserError:
         try:
             return read(path)
-        except ConfigError as error:
+        except UserError as error:
             return error
 
     with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(careful, paths))
-    raise_all([problem for one in found if isinstance(one, ConfigError) for problem in one.problems])
-    return [one for one in found if not isinstance(one, ConfigError)]
+    raise_all([str(one) for one in found if isinstance(one, UserError)])
+    return [one for one in found if not isinstance(one, UserError)]
 
 
 def raise_all(problems: Sequence[str]) -> None:
     """Raises a ConfigError with the first of the problems, if there are any."""
     if problems:
         raise ConfigError(shorten(problems))
-
-
-@dataclass(frozen=True)
-class IgnoredFiles:
-    """Files of one folder and one ending (in lower case; "" for none) that are not taken for images; one is the example."""
-
-    folder: str
-    ending: str
-    count: int
-    example: str
-
-
-def causes(ignored: Iterable[IgnoredFiles], faults: Mapping[str, str]) -> list[str]:
-    """Why files are no images, a phrase for each cause, the most frequent first.
-
-    Args:
-        ignored: files that are not taken for images.
-        faults: of image files that can't be read what is wrong.
-    """
-    found = [
-        (f"end in {one.ending}, which is not read" if one.ending else "have no ending and hold no image", one.count, one.example)
-        for one in ignored
-    ] + [(f"can't be read: {fault}", 1, file) for file, fault in faults.items()]  # fmt: skip
-    count, example = Counter[str](), dict[str, str]()
-    for phrase, number, file in found:
-        count[phrase] += number
-        example.setdefault(phrase, file)
-    return [f"{number} {phrase} ({example[phrase]})" for phrase, number in count.most_common(5)]
-
-
-def first_levels(folder: str, levels: int) -> str:
-    """The first levels of a folder's path; "" if it has fewer."""
-    names = [] if folder in (".", "") else folder.split("/")
-    return "/".join(names[:levels]) if len(names) >= levels else ""

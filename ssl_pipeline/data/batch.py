@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.schedules import TrainProgress
 
 
@@ -17,11 +18,12 @@ class Batch:
     Attributes:
         clock: the step it belongs to.
         index: the samples' numbers in their source, int64 of shape (B,).
-        views: per view the normalized images, float32 of shape (B, C, H, W).
+        views: per view the normalized images, float32 of shape (B, C, H, W); in the loader the crops: uint8, or float32 in [0, 1].
         label: int64 of shape (B,), or None where the task does not read labels.
         domain: int64 of shape (B,), or None where the source has no domains.
         target: what stands beside the first view where a class is not enough (``data.targets``): a tensor with the samples
             in its first dimension, or a list with one entry a sample; None otherwise.
+        faults: what is wrong with the samples that neighbors have replaced, by their numbers.
     """
 
     clock: TrainProgress
@@ -30,18 +32,16 @@ class Batch:
     label: Tensor | None = None
     domain: Tensor | None = None
     target: Any = None
+    faults: dict[int, DecodeError] = field(default_factory=dict)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size`` samples, the last one perhaps smaller."""
-        parts = range(0, len(self.index), size)
-        return [
-            Batch(
-                self.clock,
-                self.index[low : low + size],
-                [view[low : low + size] for view in self.views],
-                None if self.label is None else self.label[low : low + size],
-                None if self.domain is None else self.domain[low : low + size],
-                None if self.target is None else self.target[low : low + size],
+        parts = []
+        for low in range(0, len(self.index), size):
+            part = slice(low, low + size)
+            label, domain, target = (
+                None if beside is None else beside[part] for beside in (self.label, self.domain, self.target)
             )
-            for low in parts
-        ]
+            views = [view[part] for view in self.views]
+            parts.append(Batch(self.clock, self.index[part], views, label, domain, target))
+        return parts

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
+from ssl_pipeline.data.encoded import StreamDataset
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, TrainLoader
 from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.stream_loader import StreamLoader
@@ -72,8 +73,8 @@ class AnnotatedLoader(IndexedLoader):
             ahead = deque(pool.submit(self._target, step) for step in islice(coming, 4))
             for step, batch in enumerate(super().from_step(start), start):
                 target = ahead.popleft().result()
-                if self.replaced is not None:
-                    target = self._target(step, self.replaced)
+                if batch.faults:
+                    target = self._target(step, batch.index.cpu())
                 batch.target = to_device(target, self.share.device)
                 ahead.extend(pool.submit(self._target, step) for step in islice(coming, 1))
                 yield batch

@@ -64,10 +64,7 @@ def shards_in(folder: Path) -> dict[int, Path]:
 def sweep(place: Path, side: int, used: Collection[int]) -> None:
     """Deletes shards that hold nothing of use, of this cache and of those with other sides, unless somebody reads them.
 
-    Args:
-        place: of the index, which no other process may be writing.
-        side: what the shorter sides are limited to.
-        used: the shards that its rows name.
+    No other process may be writing the index in ``place``, whose rows name the ``used`` shards.
     """
     own = cache_folder(place, side)
     others = [path for path in place.glob("cache-*") if re.fullmatch(r"cache-\d+", path.name) and path != own]
@@ -79,9 +76,8 @@ def sweep(place: Path, side: int, used: Collection[int]) -> None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:  # a run reads it, or the file system has no locks
-                _log.warning(
-                    "%s: %d old shards may be in use and stay; a later `prepare` deletes them.", folder, len(old)
-                )
+                kept = "%s: %d old shards may be in use and stay; a later `prepare` deletes them."
+                _log.warning(kept, folder, len(old))
                 continue
             size = sum(path.stat().st_size for path in old)
             for path in old:
@@ -114,15 +110,12 @@ class CacheWriter:
             self._file.close()
             self._file = self._next()
         data = image.tobytes()
-        row = {
-            "shard": self._number, "offset": self._file.tell(), "cached_width": image.width,
-            "cached_height": image.height, "cached_channels": 1 if image.mode == "L" else 3, "crc": zlib.crc32(data),
-        }  # fmt: skip
+        channels, start = 1 if image.mode == "L" else 3, self._file.tell()
         self._file.write(data)
-        return row
+        values = self._number, start, image.width, image.height, channels, zlib.crc32(data)
+        return dict(zip(COLUMNS, values, strict=True))
 
     def flush(self) -> None:
-        """Writes to the disk what was added."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -138,14 +131,7 @@ class CacheWriter:
 
 
 class Cache:
-    """Reads a cache. As long as it lives, also in a forked worker, no shard is deleted.
-
-    Args:
-        folder: of the shards.
-
-    Attributes:
-        shards: the numbers of those that are there.
-    """
+    """Reads a cache. As long as it lives, also in a forked worker, no shard is deleted; ``shards`` are those that are there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -157,8 +143,7 @@ class Cache:
         self.shards = frozenset(shards_in(folder))
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Path]]:
-        """A worker maps the shards itself: a pickled map would be a copy."""
-        return Cache, (self.folder,)
+        return Cache, (self.folder,)  # a worker maps the shards itself: a pickled map would be a copy
 
     def read(self, row: Mapping[str, int]) -> Image.Image:
         """The image of an index's row.

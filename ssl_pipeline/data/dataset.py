@@ -1,15 +1,11 @@
-"""The contract of a dataset: numbered samples, or a stream of shards that is read from front to back."""
+"""The contract of a dataset: numbered samples; a stream of shards (``encoded.py``) shares what both have in common."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
@@ -17,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, parse_limit
-from ssl_pipeline.data.decode import EncodedImage
+from ssl_pipeline.data.bad_files import BadFiles
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.targets import Annotations
 from ssl_pipeline.data.value_range import Range, measured
+
+NEIGHBORS = 64  # that are tried in the place of an image that can't be decoded
 
 
 class ImageDataset(ABC):
@@ -148,6 +145,42 @@ class IndexedDataset(ImageDataset):
         alike = (self.labels == self.labels[index]).nonzero()[:, 0]
         return int(alike[torch.searchsorted(alike, index, right=True) % len(alike)])
 
+    def note_bad(self, index: int, error: DecodeError) -> None:
+        """Counts a sample that can't be decoded.
+
+        Raises:
+            DecodeError: none is allowed.
+            ConfigError: no more are allowed.
+        """
+        if self.bad_files is None:
+            raise error
+        self.bad_files.note(self.describe(index), error.fault)
+
+    def open_readable(self, index: int) -> Image.Image | None:
+        """A decoded image; None for one that can't be decoded, which is counted by :meth:`note_bad`.
+
+        Metrics and probes leave such an image out: a neighbor would be measured against another image's target.
+        """
+        try:
+            return self.open_image(index)
+        except DecodeError as error:
+            self.note_bad(index, error)
+            return None
+
+    def open_or_replace(self, index: int) -> Image.Image:
+        """A decoded image, or that of the nearest neighbor, of the same class, that can be decoded.
+
+        Raises:
+            UserError: as :meth:`note_bad`, or the neighbors can't be decoded either.
+        """
+        for _ in range(NEIGHBORS):
+            try:
+                return self.open_image(index)
+            except DecodeError as error:
+                self.note_bad(index, error)
+                index, last = self.neighbor(index), error
+        raise last
+
     def describe(self, index: int) -> str:
         """What a message calls one sample."""
         return f"image {index} of {self.name}"
@@ -192,6 +225,8 @@ def annotations_of(source: IndexedDataset, kind: type[Kind]) -> Kind | None:
 class ArrayDataset(IndexedDataset):
     """Equal-sized images in memory: ``pixels`` is uint8 of shape (N, C, H, W); for the rest see :class:`IndexedDataset`."""
 
+    pixels: Tensor
+
     def __init__(
         self,
         name: str,
@@ -209,29 +244,28 @@ class ArrayDataset(IndexedDataset):
         self.name, self.pixels, self.labels, self.classes, self.license = name, pixels, labels, classes, license
         self.channels, self.mean, self.std = pixels.shape[1], mean, std
         self.domains, self.domain_names = domains, domain_names
-        self._pixels = pixels
 
     def __len__(self) -> int:
-        return len(self._pixels)
+        return len(self.pixels)
 
     def open_image(self, index: int) -> Image.Image:
-        array = self._pixels[index].permute(1, 2, 0).numpy()
+        array = self.pixels[index].permute(1, 2, 0).numpy()
         return Image.fromarray(array[:, :, 0] if self.channels == 1 else array)
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(self._pixels.numpy().tobytes(), digest_size=16)
+        digest = hashlib.blake2b(self.pixels.numpy().tobytes(), digest_size=16)
         return self.finish_fingerprint(digest)
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
-        chosen.pixels = chosen._pixels = self._pixels[index]
+        chosen.pixels = self.pixels[index]
         return chosen
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Per-channel mean and standard deviation of values in [0, 1]."""
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in self._pixels.unbind(1):
+        for channel in self.pixels.unbind(1):
             # Counted, because the pixels themselves in double precision would take eight times their memory.
             counts = channel.flatten().bincount(minlength=256).double()
             mean = (counts * values).sum() / counts.sum()
@@ -239,111 +273,3 @@ class ArrayDataset(IndexedDataset):
             means.append(float(mean))
             stds.append(float(variance.sqrt()))
         return tuple(means), tuple(stds)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample of a shard, not decoded yet.
-
-    Attributes:
-        position: its place among the shard's samples, from 0.
-        data: the image file.
-        label: the number of its class; None where it has none.
-        name: what a message calls it.
-        domain: the name of where it is from; None where that is not known.
-    """
-
-    position: int
-    data: bytes
-    label: int | None
-    name: str
-    domain: str | None = None
-
-
-class StreamDataset(ImageDataset):
-    """Shards of samples, read from front to back. There is no ``len``: a task that keeps a row per image can't take it.
-
-    Attributes:
-        shards: their names, each once and without their folder: ids are made of them.
-        has_domains: whether samples say where they are from. Nobody has read all names, so a domain's number is 63 bits of its
-            name.
-        length: samples of all shards, as far as it is known.
-        block: samples that a process holds to be shuffled, encoded.
-        skip_unreadable: whether an image that can't be decoded is left out rather than an error.
-    """
-
-    shards: tuple[str, ...]
-    has_domains: bool = False
-    length: int | None = None
-    block: int = 4096
-    skip_unreadable: bool = False
-
-    @abstractmethod
-    def read(self, shard: int, start: int = 0) -> Iterator[Sample]:
-        """A shard's samples in their order, from a position on; what comes before costs as little as can be.
-
-        Raises:
-            UserError: the shard is missing or damaged.
-        """
-
-    def samples(self) -> Iterator[Sample]:
-        """All samples, a shard after the other."""
-        return itertools.chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-
-    @abstractmethod
-    def size(self, shard: int) -> int:
-        """How many samples :meth:`read` gives; counted where it is recorded nowhere."""
-
-    def describe_size(self) -> str:
-        return f"{self.length or 'uncounted'} images in {len(self.shards)} shard(s)"
-
-    def preview(self, count: int = 1024) -> InMemoryDataset:
-        """The first samples, held in memory.
-
-        Where training leaves out what can't be decoded, a neighbor takes its place here.
-        """
-        held = InMemoryDataset(self.name, list(itertools.islice(self.samples(), count)), self.channels, self.classes)
-        held.value_range = self.value_range
-        if self.skip_unreadable:
-            held.bad_files = BadFiles(parse_limit("100%"), len(held))
-        return held
-
-
-class InMemoryDataset(IndexedDataset):
-    """A few encoded images in memory; labels are known if all of them have one, and ``classes`` their names.
-
-    Raises:
-        ConfigError: there are none.
-    """
-
-    def __init__(self, name: str, samples: list[Sample], channels: int, classes: tuple[str, ...] | None = None) -> None:
-        if not samples:
-            raise ConfigError(f"{name} holds no image: see the keys of `data` in `configs/data`.")
-        self.name, self.channels, self.classes, self._samples = name, channels, classes, samples
-        labels = [sample.label for sample in samples if sample.label is not None]
-        if classes is not None and len(labels) == len(samples):
-            self.labels = torch.tensor(labels)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def open_image(self, index: int) -> Image.Image:
-        sample = self._samples[index]
-        return EncodedImage(sample.data, Path(sample.name)).decode(self.channels, 1, self.value_range)
-
-    def open_stored(self, index: int) -> Image.Image:
-        return Image.open(BytesIO(self._samples[index].data))
-
-    def describe(self, index: int) -> str:
-        return self._samples[index].name
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for sample in self._samples:
-            digest.update(hashlib.blake2b(sample.data).digest() + str(sample.label).encode())
-        return digest.hexdigest()
-
-    def select(self, index: Tensor) -> Self:
-        chosen = super().select(index)
-        chosen._samples = [self._samples[i] for i in index.tolist()]
-        return chosen

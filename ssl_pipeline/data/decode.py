@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from ssl_pipeline.config.base import ConfigError, UserError
+from ssl_pipeline.config.base import UserError
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.value_range import Range, kind_of, measure, stored_mode
 
@@ -22,7 +22,7 @@ _TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
 
 
 class DecodeError(UserError):
-    """A file that is no whole image; ``fault`` says in words what is wrong with it."""
+    """A file that is no whole image; ``fault`` says what is wrong with it."""
 
     everywhere = False
 
@@ -31,8 +31,7 @@ class DecodeError(UserError):
         super().__init__(f"{path} can't be read as an image: {fault}. Remove or replace the file.")
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[Path, str]]:
-        """A worker sends it to the main process."""
-        return DecodeError, (self.path, self.fault)
+        return DecodeError, (self.path, self.fault)  # a worker sends it to the main process
 
 
 def is_grayscale(mode: str) -> bool:
@@ -40,7 +39,13 @@ def is_grayscale(mode: str) -> bool:
     return mode.split(";")[0] in _GRAYSCALE_MODES
 
 
-def decode(path: Path, channels: int, min_size: int | None = None, value_range: Range | None = None) -> Image.Image:
+def decode(
+    path: Path,
+    channels: int,
+    min_size: int | None = None,
+    value_range: Range | None = None,
+    data: bytes | None = None,
+) -> Image.Image:
     """Reads an image file.
 
     EXIF rotation is applied, an animation gives its first frame, and transparency is laid on white. Values of more than
@@ -54,6 +59,7 @@ def decode(path: Path, channels: int, min_size: int | None = None, value_range: 
         min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, several times faster, as long as its
             shorter side keeps this many pixels. Other formats ignore it.
         value_range: the stored values that are black and white, where they have more than 8 bits.
+        data: the file's bytes, where they are in memory already.
 
     Returns:
         An image of mode ``L`` or ``RGB``; or, of more than 8 bits and with a range, of mode ``F``: grayscale in [0, 1].
@@ -61,22 +67,12 @@ def decode(path: Path, channels: int, min_size: int | None = None, value_range: 
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
-    with _as_decode_error(path), Image.open(path) as file:
+    with decode_errors(path, data), Image.open(path if data is None else BytesIO(data)) as file:
         return _load(file, channels, min_size, value_range)
 
 
-def decode_bytes(data: bytes, name: Path, channels: int, min_size: int | None = None) -> Image.Image:
-    """Decodes the bytes of a file to check them; values of more than 8 bits are read and mean nothing, as their range is unknown.
-
-    Raises:
-        DecodeError: naming the image and what is wrong with it.
-    """
-    with _as_decode_error(name, data), Image.open(BytesIO(data)) as file:
-        return _load(file, channels, min_size, (0.0, 1.0))
-
-
 @contextmanager
-def _as_decode_error(name: Path, data: bytes | None = None) -> Iterator[None]:
+def decode_errors(path: Path, data: bytes | None = None) -> Iterator[None]:
     """Whatever a decoder answers to damaged bytes (nearly any error) is a :class:`DecodeError`."""
     try:
         yield
@@ -84,13 +80,11 @@ def _as_decode_error(name: Path, data: bytes | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # struct's, zlib's, IndexError, ...
         if data is not None and isinstance(error, UnidentifiedImageError):
-            raise DecodeError(name, "it is no image of a known format" if data else "it is empty") from error
-        raise DecodeError(name, explain(name, error)) from error
+            raise DecodeError(path, "it is no image of a known format" if data else "it is empty") from error
+        raise DecodeError(path, explain(path, error)) from error
 
 
-def _load(
-    file: ImageFile.ImageFile, channels: int, min_size: int | None, value_range: Range | None = None
-) -> Image.Image:
+def _load(file: ImageFile.ImageFile, channels: int, min_size: int | None, value_range: Range | None) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
     if min_size is not None:
         file.draft(mode, (min_size, min_size))
@@ -114,15 +108,10 @@ def at_range(image: Image.Image, mode: str, value_range: Range | None, stored_as
 
 
 class EncodedImage:
-    """An image in memory of which only the header is read yet: what its pixels may be shrunk by depends on its size.
-
-    Args:
-        data: the whole file.
-        name: what a message calls it.
+    """An image file in memory of which only the header is read yet: its size says what its pixels may be shrunk by.
 
     Attributes:
-        height: in pixels, after EXIF rotation.
-        width: likewise.
+        height: in pixels, after EXIF rotation; likewise ``width``.
 
     Raises:
         DecodeError: naming the image and what is wrong with it.
@@ -130,17 +119,13 @@ class EncodedImage:
 
     def __init__(self, data: bytes, name: Path) -> None:
         self._data, self._name = data, name
-        with _as_decode_error(name, data):
+        with decode_errors(name, data):
             self._file = Image.open(BytesIO(data))
             self.width, self.height = _upright_size(self._file)
 
     def decode(self, channels: int, factor: int, value_range: Range | None) -> Image.Image:
-        """The image, once: a JPEG at 1/factor of its size.
-
-        Raises:
-            DecodeError: as above.
-        """
-        with _as_decode_error(self._name, self._data), self._file as file:
+        """The image, once: a JPEG at 1/factor of its size."""
+        with decode_errors(self._name, self._data), self._file as file:
             return _load(file, channels, min(self.height, self.width) // factor if factor > 1 else None, value_range)
 
 
@@ -149,8 +134,7 @@ class Header:
     """What a file says of its image.
 
     Attributes:
-        width: in pixels, after EXIF rotation.
-        height: likewise.
+        width: in pixels, after EXIF rotation; likewise ``height``.
         mode: Pillow's name of what is stored: ``RGB``, ``CMYK``, ``I;16``, ...
         traits: of ``animated``, ``rotated`` and ``transparent``, those that hold.
         values: the stored values of more than 8 bits, see :data:`ssl_pipeline.data.value_range.COLUMNS`.
@@ -163,38 +147,32 @@ class Header:
     values: dict[str, float] = field(default_factory=measure)
 
 
-def check_header(path: Path) -> Header | str:
-    """A file's header, or in words what is wrong; much faster than decoding, and blind to damage further in."""
-    try:
+def check_header(path: Path) -> Header:
+    """A file's header, read much faster than decoding, and blind to damage further in.
+
+    Raises:
+        DecodeError: naming the file and what is wrong with it.
+    """
+    with decode_errors(path):
         if path.exists() and not path.is_file():
-            return "it is no regular file"  # opening a pipe would wait for ever
+            raise ValueError("it is no regular file")  # opening a pipe would wait for ever
         with Image.open(path) as file:
             _refuse_other_bands(file)
             found = {
-                "animated": bool(getattr(file, "is_animated", False)),
+                "animated": getattr(file, "is_animated", False),
                 "rotated": _orientation(file) in range(2, 9),
                 "transparent": file.mode in _TRANSPARENT or "transparency" in file.info,
             }
             width, height = _upright_size(file)
-            traits = frozenset(name for name, holds in found.items() if holds)
             if min(width, height) == 0:
-                return "it has no pixels"
+                raise ValueError("it has no pixels")
+            traits = frozenset(name for name, holds in found.items() if holds)
             return Header(width, height, stored_mode(file), traits, measure(file))
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders answer damaged bytes with nearly any error
-        return explain(path, error)
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file after EXIF rotation, by its header.
-
-    Raises:
-        ConfigError: it is no image.
-    """
+    """Height and width of an image file after EXIF rotation, by its header; raises as :func:`check_header`."""
     header = check_header(path)
-    if isinstance(header, str):
-        raise ConfigError(f"{path} can't be read as an image: {header}. Remove or replace the file.")
     return header.height, header.width
 
 

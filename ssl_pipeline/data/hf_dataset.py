@@ -22,9 +22,8 @@ from ssl_pipeline.data.columns import (
     refuse_several,
     text_of,
 )
-from ssl_pipeline.data.dataset import IndexedDataset, Sample, StreamDataset
 from ssl_pipeline.data.decode import DecodeError
-from ssl_pipeline.data.encoded import EncodedReader
+from ssl_pipeline.data.encoded import EncodedDataset, Sample, StreamDataset
 from ssl_pipeline.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class ColumnNames:
     domain: str | None
 
 
-class HFDataset(EncodedReader, IndexedDataset):
+class HFDataset(EncodedDataset):
     """Numbered rows, whose images in the column ``image`` are decoded when they are wanted."""
 
     def __init__(self, name: str, rows: Dataset, image: str, channels: int) -> None:
@@ -86,7 +85,7 @@ class HFDataset(EncodedReader, IndexedDataset):
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
-        chosen._index, chosen._opened = self._index[index], None
+        chosen._index = self._index[index]
         return chosen
 
 

@@ -13,6 +13,7 @@ import posixpath
 import shlex
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.config.base import ConfigError, joined
-from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, causes, first_levels, parse_limit, warn_once
+from ssl_pipeline.data.bad_files import BadFiles, BadFilesLimit, Limit, parse_limit, warn_once
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.decode import DecodeError, check_header, decode
-from ssl_pipeline.data.file_table import UNCHECKED, FileTable
-from ssl_pipeline.data.image_index import ImageIndex, index_folder, index_images
+from ssl_pipeline.data.decode import DecodeError, as_8_bit, decode, upright_size
+from ssl_pipeline.data.image_index import UNCHECKED, FileTable, ImageIndex, causes, first_levels, index_folder
+from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.source import HoldOutConfig
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 from ssl_pipeline.data.value_range import measured
@@ -50,7 +51,7 @@ class FileDataset(IndexedDataset):
         root: the folder that all files are in or below.
         files: their posix paths relative to it, perhaps with what an index knows of them.
         channels: 1 for grayscale, 3 for RGB.
-        labels: see :class:`IndexedDataset`; likewise what follows.
+        labels: see :class:`IndexedDataset`, also for ``classes`` and the domains.
         cache: decoded images to read instead of the files; those that it lacks are decoded.
         bad_files: counts files that can't be decoded; by default 1 % are allowed.
     """
@@ -59,7 +60,7 @@ class FileDataset(IndexedDataset):
         self,
         name: str,
         root: Path,
-        files: Sequence[str],
+        files: FileTable | Sequence[str],
         channels: int,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
@@ -83,11 +84,7 @@ class FileDataset(IndexedDataset):
         return self.open_reduced(index, 1)
 
     def open_reduced(self, index: int, factor: int) -> Image.Image:
-        """The decoded file, a JPEG at 1/factor of its size; or its image in the cache, whatever its size.
-
-        Raises:
-            DecodeError: naming the file.
-        """
+        """The decoded file, a JPEG at 1/factor of its size; or its image in the cache, whatever its size."""
         cached = self._cached(index)
         if cached is not None:
             return cached
@@ -109,8 +106,7 @@ class FileDataset(IndexedDataset):
         except CacheError as error:
             _log.warning("%s; the file itself is decoded. `ssl-pipeline prepare --recheck` mends it.", error)
             return None
-        mode = "L" if self.channels == 1 else "RGB"
-        return image if image.mode == mode else image.convert(mode)
+        return as_8_bit(image, "L" if self.channels == 1 else "RGB")
 
     def stored_values(self) -> Mapping[str, np.ndarray]:
         """Of all files that these were chosen from: by their index or, where it lacks some, of a few that are read."""
@@ -132,8 +128,9 @@ class FileDataset(IndexedDataset):
         if known["height"]:
             return known["height"], known["width"]
         if index not in self._seen:
-            header = check_header(self.root / self.files[index])
-            self._seen[index] = (1, 1) if isinstance(header, str) else (header.height, header.width)
+            self._seen[index] = 1, 1
+            with suppress(DecodeError):  # decoding raises it again
+                self._seen[index] = upright_size(self.root / self.files[index])
         return self._seen[index]
 
     def describe(self, index: int) -> str:
@@ -149,16 +146,14 @@ class FileDataset(IndexedDataset):
         """
         digest = hashlib.blake2b(digest_size=16)
         for name, size in zip(self.files.column("name").tolist(), self.files.column("bytes").tolist(), strict=True):
-            digest.update(b"%b\0%d\0" % (name, self._stored_size(os.fsdecode(name)) if size < 0 else size))
+            path = self.root / os.fsdecode(name)
+            try:
+                digest.update(b"%b\0%d\0" % (name, path.stat().st_size if size < 0 else size))
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} has gone since the folder was read ({error.strerror}): start again."
+                ) from error
         return self.finish_fingerprint(digest)
-
-    def _stored_size(self, file: str) -> int:
-        try:
-            return (self.root / file).stat().st_size
-        except OSError as error:
-            raise ConfigError(
-                f"{self.root / file} has gone since the folder was read ({error.strerror}): start again."
-            ) from error
 
     def select(self, index: Tensor) -> Self:
         chosen = super().select(index)
@@ -184,7 +179,7 @@ class PreparedConfig(HoldOutConfig, ABC):
 
     @property
     def base(self) -> Path | None:
-        """The folder of indexes that is not this user's cache."""
+        """Where indexes are kept; None for this user's cache."""
         return Path(self.prepared).expanduser().resolve() if self.prepared else None
 
 
@@ -194,7 +189,7 @@ class ImageFiles:
 
     Attributes:
         place: where the index of the root is, or would be.
-        index: of the root; None where there is none.
+        index: None where there is none.
         faults: of the files left out, by their paths, what is wrong with them.
     """
 
@@ -211,7 +206,7 @@ class ImageFiles:
             ConfigError: more are broken than are allowed.
         """
         faults = {} if self.index is None else self.index.faults_of(self.files)
-        self._bad_files(limit, len(self.files), faults).stop_if_too_many(len(faults))
+        self._bad_files(limit, len(self.files), faults).stop_if_too_many()
         if faults:
             file, fault = next(iter(faults.items()))
             _log.warning(
@@ -293,7 +288,7 @@ def scan_folder(root: Path, base: Path | None, limit: BadFilesLimit, depth: int 
     """All images in a folder, read once in the process's life; its index is kept for the next one.
 
     Args:
-        root: the folder, resolved.
+        root: resolved.
         base: see :attr:`PreparedConfig.base`.
         limit: how many files that are no images are allowed.
         depth: files that lie in fewer folders below the root are left out.
@@ -318,7 +313,7 @@ def lookup_files(root: Path, names: Sequence[str | None], base: Path | None) -> 
     """Files by name, with what the index of their folder knows; an index that is there is brought up to date.
 
     Args:
-        root: the folder, resolved.
+        root: resolved.
         names: paths, absolute or relative to the root; None for a row without one.
         base: see :attr:`PreparedConfig.base`.
 

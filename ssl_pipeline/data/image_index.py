@@ -1,4 +1,4 @@
-"""The index of a folder of images: which files are images, and what their headers and bytes say.
+"""What is known of the images in a folder: a table of its files, and the index that keeps it for the next start.
 
 An index lies outside its folder: in this user's cache (``$SSL_PIPELINE_CACHE``, otherwise ``$XDG_CACHE_HOME/ssl_pipeline`` or
 ``~/.cache/ssl_pipeline``), or where ``ssl-pipeline prepare --output`` puts it. It is one safetensors file, which processes map
@@ -8,41 +8,133 @@ was overwritten in place is only seen by ``ssl-pipeline prepare``, or by its siz
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
-import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ssl_pipeline.config.files import atomic_write
-from ssl_pipeline.data.bad_files import IgnoredFiles
-from ssl_pipeline.data.cache import CacheWriter, cache_folder, limited, shards_in, sweep
-from ssl_pipeline.data.decode import DecodeError, Header, check_header, decode_bytes, explain, is_grayscale
-from ssl_pipeline.data.file_table import COLUMNS, HEADER, PIXELS, TRAITS, UNCHECKED, FileTable
-from ssl_pipeline.data.walk import list_images
-from ssl_pipeline.logging.progress import console
+from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
+from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
 
 FILE_NAME = "index.safetensors"
 FORMAT = 3
-_RACY_NS = 2 * 10**9  # a later change within the clock's tick might have the same time
-_CHUNK, _SECONDS_BETWEEN_SAVES = 512, 30.0
-_MANY = 5_000  # files that take some seconds to check: announced where no bar shows it
-_CHANGED = "its bytes have changed while its size and time have not: it is damaged (restore it), or changed on purpose"
-_log = logging.getLogger("ssl_pipeline")
+UNCHECKED, HEADER, PIXELS = 0, 1, 2
+TRAITS = ("animated", "rotated", "transparent")
+COLUMNS: dict[str, Any] = {
+    "bytes": np.int64,  # the file's size; −1 where it is not known
+    "mtime": np.int64,  # ns
+    "folder": np.int32,  # which of the folders it lies in
+    "checked": np.uint8,  # not yet, its header, or all its pixels
+    "fault": np.int32,  # which of the faults it has; 0 for none
+    "width": np.int32,  # as it is seen, after EXIF rotation; 0 where it is not known
+    "height": np.int32,
+    "mode": np.uint8,  # which of the modes
+    "traits": np.uint8,  # one bit for each of TRAITS
+    "digest": np.int64,  # of its bytes (BLAKE2b); 0 where they were not all read
+    **VALUE_COLUMNS,
+    **CACHE_COLUMNS,
+}
+RACY_NS = 2 * 10**9  # a later change within the clock's tick might have the same time
+
+
+def as_text(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: bytes in it that are no UTF-8 are escaped, E9 as ``\udce9``."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def first_levels(folder: str, levels: int) -> str:
+    """The first levels of a folder's path; "" if it has fewer."""
+    names = [] if folder in (".", "") else folder.split("/")
+    return "/".join(names[:levels]) if len(names) >= levels else ""
+
+
+class FileTable:
+    """Relative posix paths, and what is known of each file, in arrays: a million Python strings cost each process 100 MB.
+
+    Args:
+        columns: an array for each of :data:`COLUMNS`, and ``name``, the paths as bytes.
+        rows: the chosen files, int64 of shape (N,); None for all. A selection shares the columns of the whole.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], rows: np.ndarray | None = None) -> None:
+        self.columns, self._rows = columns, rows
+
+    @classmethod
+    def of(cls, names: FileTable | Sequence[str]) -> FileTable:
+        """Files of which only the names are known."""
+        if isinstance(names, FileTable):
+            return names
+        columns = {name: np.zeros(len(names), kind) for name, kind in COLUMNS.items()}
+        columns["bytes"] -= 1
+        columns["shard"] -= 1
+        return cls({"name": np.array([os.fsencode(name) for name in names], np.bytes_), **columns})
+
+    def __len__(self) -> int:
+        return len(self.columns["name"] if self._rows is None else self._rows)
+
+    def __getitem__(self, place: int) -> str:
+        return os.fsdecode(self.columns["name"][place if self._rows is None else self._rows[place]])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.column("name"))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FileTable | list) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
+
+    def column(self, name: str, index: Tensor | None = None) -> np.ndarray:
+        """One value for each of the chosen files, or for some of them."""
+        rows = self._rows
+        if index is not None:
+            rows = index.numpy() if rows is None else rows[index.numpy()]
+        return self.columns[name] if rows is None else self.columns[name][rows]
+
+    def row(self, place: int, names: Iterable[str]) -> dict[str, int]:
+        """Some columns of one file."""
+        row = place if self._rows is None else self._rows[place]
+        return {name: int(self.columns[name][row]) for name in names}
+
+    def select(self, index: Tensor | np.ndarray) -> FileTable:
+        """Some of the chosen files, by their places or as a mask."""
+        rows = np.asarray(index)
+        rows = rows.nonzero()[0] if rows.dtype == bool else rows
+        return FileTable(self.columns, rows if self._rows is None else self._rows[rows])
+
+
+@dataclass(frozen=True)
+class IgnoredFiles:
+    """Files of one folder and one ending (in lower case; "" for none) that are not taken for images; one is the example."""
+
+    folder: str
+    ending: str
+    count: int
+    example: str
+
+
+def causes(ignored: Iterable[IgnoredFiles], faults: Mapping[str, str]) -> list[str]:
+    """Why files are no images, a phrase for each cause, the most frequent first; ``faults`` are those of unreadable images."""
+    count, example = Counter[str](), dict[str, str]()
+    for one in ignored:
+        phrase = f"end in {one.ending}, which is not read" if one.ending else "have no ending and hold no image"
+        count[phrase] += one.count
+        example.setdefault(phrase, one.example)
+    for file, fault in faults.items():
+        phrase = f"can't be read: {fault}"
+        count[phrase] += 1
+        example.setdefault(phrase, file)
+    return [f"{number} {phrase} ({example[phrase]})" for phrase, number in count.most_common(5)]
 
 
 @dataclass
@@ -50,7 +142,6 @@ class ImageIndex:
     """A folder's files, sorted by name.
 
     Attributes:
-        root: the folder.
         columns: of all files with an image's ending or content, as :class:`FileTable` has them.
         folders: paths of all folders below the root, its own (``.``) first.
         folder_mtimes: of each folder, ns.
@@ -87,14 +178,11 @@ class ImageIndex:
 
     def is_fresh(self) -> bool:
         """Whether no file was added, removed or renamed since."""
-        for folder, mtime in zip(self.folders, self.folder_mtimes, strict=True):
-            try:
-                now = (self.root / folder).stat().st_mtime_ns
-            except OSError:
-                return False
-            if now != mtime or now > self.began - _RACY_NS:
-                return False
-        return True
+        try:
+            now = [(self.root / folder).stat().st_mtime_ns for folder in self.folders]
+        except OSError:
+            return False
+        return now == self.folder_mtimes and max(now) <= self.began - RACY_NS
 
     def save(self, place: Path) -> None:
         """Writes the index; whoever reads the one before goes on reading that."""
@@ -130,163 +218,3 @@ def index_folder(root: Path, base: Path | None = None) -> Path:
     cache = Path(own) if own else Path(shared or "~/.cache") / "ssl_pipeline"
     digest = hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()
     return (base or cache.expanduser() / "folders") / f"{root.name}-{digest}"
-
-
-def index_images(
-    root: Path, place: Path, cache_side: int = 0, *, pixels: bool = False, recheck: bool = False, reuse: bool = True
-) -> ImageIndex:
-    """The index of a folder, made anew only where the folder has changed or more is asked than is known.
-
-    Args:
-        root: the folder, resolved. Nothing in it is changed.
-        place: where its index is kept; if nothing can be written there, it is made for this process alone.
-        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
-        pixels: decode every file and take its digest, rather than read its header.
-        recheck: read every file anew, the unchanged ones too.
-        reuse: take an index that is there, if the folder has not changed.
-
-    Raises:
-        ConfigError: a folder can't be listed.
-    """
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        writable = os.access(place, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        _log.info("%s can't be written: every start reads the headers of all files in %s.", place, root)
-    with _locked(place) if writable else nullcontext(False) as alone:
-        old = ImageIndex.load(place, root)
-        reuse = reuse and not (cache_side or pixels or recheck)
-        if reuse and old is not None and old.whole and old.is_fresh():
-            return old
-        index = _list(root)
-        if old is not None:
-            _reuse(index, old)
-        _check(index, place if writable else None, cache_side, PIXELS if pixels or cache_side else HEADER, recheck)
-        if alone and not reuse:
-            sweep(place, index.cache_side, np.unique(index.columns["shard"]).tolist())
-        return (ImageIndex.load(place, root) if writable else None) or index
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[bool]:
-    """One process at a time checks a folder; the others wait, and find its index.
-
-    Yields:
-        Whether that is certain: some network file systems have no locks, and there two checks at once are waste, not harm.
-    """
-    with (place / "lock").open("w") as file:
-        alone = False
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        yield alone
-
-
-def _list(root: Path) -> ImageIndex:
-    """All files, none of them checked."""
-    began = time.time_ns()
-    folders, found, ignored = list_images(root)
-    columns = FileTable.of([entry[0] for entry in found]).columns
-    for place, name in enumerate(("bytes", "mtime", "folder"), 1):
-        columns[name] = np.array([entry[place] for entry in found], COLUMNS[name])
-    return ImageIndex(root, columns, list(folders), list(folders.values()), ignored, began)
-
-
-def _reuse(index: ImageIndex, old: ImageIndex) -> None:
-    """Takes over what is known of files whose name, size and time have not changed."""
-    new, before = index.columns, old.columns
-    _, here, there = np.intersect1d(new["name"], before["name"], assume_unique=True, return_indices=True)
-    same = (new["bytes"][here] == before["bytes"][there]) & (new["mtime"][here] == before["mtime"][there])
-    same &= before["mtime"][there] < old.began - _RACY_NS
-    for name in COLUMNS.keys() - {"folder"}:
-        new[name][here[same]] = before[name][there[same]]
-    index.faults, index.modes, index.cache_side = dict(old.faults), dict(old.modes), old.cache_side
-
-
-def _check(index: ImageIndex, place: Path | None, side: int, level: int, recheck: bool) -> None:
-    """Checks what is not yet known as well as is asked, and saves it now and then."""
-    columns = index.columns
-    if side and side != index.cache_side:
-        columns["shard"][:], index.cache_side = -1, side
-    if side and place is not None:
-        columns["shard"][~np.isin(columns["shard"], list(shards_in(cache_folder(place, side))))] = -1  # were deleted
-    due = (columns["checked"] < level) | recheck
-    if side:
-        due |= (columns["shard"] < 0) & (columns["fault"] == 0) & (columns["kind"] == 0)
-    places, files = due.nonzero()[0].tolist(), index.files
-    if len(places) >= _MANY and not console().is_terminal and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"checking {len(places):,} files of {index.root}; the results are kept for the next time\n")
-    began = saved = time.monotonic()
-    with ExitStack() as stack:
-        if place is not None:
-            stack.callback(lambda: index.save(place))  # also when it is interrupted
-        writer = None
-        if side and place is not None and places:
-            writer = stack.enter_context(CacheWriter(cache_folder(place, side)))
-        pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)) if level == PIXELS else 16))
-        bar = stack.enter_context(counting_bar())
-        task = bar.add_task(f"checking {index.root.name}", total=len(places))
-        for start in range(0, len(places), _CHUNK):
-            chunk = places[start : start + _CHUNK]
-            paths = [index.root / files[i] for i in chunk]
-            for i, found in zip(chunk, pool.map(lambda path: _check_file(path, level, side), paths), strict=True):
-                _enter(index, i, found, level, writer)
-                bar.advance(task)
-            if place is not None and time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                if writer is not None:
-                    writer.flush()
-                index.save(place)
-                saved = time.monotonic()
-    if places:
-        _log.info("checked %d files of %s in %.1f s", len(places), index.root, time.monotonic() - began)
-
-
-def counting_bar() -> Progress:
-    """The progress of a check; only the main process shows it, in a terminal."""
-    quiet = not console().is_terminal or os.environ.get("RANK", "0") != "0"
-    columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()
-    return Progress(*columns, console=console(), disable=quiet, transient=True)
-
-
-def _check_file(path: Path, level: int, cache_side: int) -> tuple[Header | None, str, int, Any]:
-    """A file's header, what is wrong with it, the digest of its bytes, and its image for the cache."""
-    header = check_header(path)
-    if isinstance(header, str):
-        return None, header, 0, None
-    if level < PIXELS:
-        return header, "", 0, None
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return header, explain(path, error), 0, None
-    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
-    try:
-        # Without a cache a JPEG is decoded at an eighth of its size, which reads it to its end in a third of the time.
-        image = decode_bytes(data, path, 1 if is_grayscale(header.mode) else 3, cache_side or 1)
-    except DecodeError as error:
-        return header, error.fault, digest, None
-    keeps = cache_side and not header.values["kind"]  # the cache holds 8 bits
-    return header, "", digest, limited(image, cache_side) if keeps else None
-
-
-def _enter(
-    index: ImageIndex, row: int, found: tuple[Header | None, str, int, Any], level: int, writer: CacheWriter | None
-) -> None:
-    header, fault, digest, image = found
-    values: dict[str, Any] = {"checked": level}
-    if header is not None:
-        values |= {"width": header.width, "height": header.height, **header.values}
-        values["mode"] = index.modes.setdefault(header.mode, len(index.modes))
-        values["traits"] = sum(1 << bit for bit, name in enumerate(TRAITS) if name in header.traits)
-    known = int(index.columns["digest"][row])
-    changed = known and digest and known != digest
-    fault = fault or (_CHANGED if changed else "")
-    values["fault"] = index.faults.setdefault(fault, len(index.faults))
-    if not changed:  # otherwise it is reported again until the file is restored, or has another time
-        values["digest"] = digest
-    if writer is not None and image is not None:
-        values |= writer.add(image)
-    for name, value in values.items():
-        index.columns[name][row] = value

@@ -10,13 +10,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssl_pipeline.config.base import UserError
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
-from ssl_pipeline.data.reading import Crops, note_bad, read_crops
+from ssl_pipeline.data.dataset import NEIGHBORS, ImageDataset, IndexedDataset
+from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.workers import read_items
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.schedules import TrainProgress
@@ -36,6 +38,50 @@ def default_workers(share: DistInfo) -> int:
     """The cores of this machine, shared by its processes; more than sixteen wait for one another's memory."""
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", share.processes))
     return max(1, min(16, len(os.sched_getaffinity(0)) // on_this_machine))
+
+
+def read_crops(
+    source: IndexedDataset,
+    views: Views,
+    clock: TrainProgress,
+    index: Tensor,
+    attempts: int = NEIGHBORS,
+    ids: Tensor | None = None,
+) -> Batch:
+    """Decodes samples, each once for all its views and as small as they allow, and crops them.
+
+    A sample that can't be decoded gives its place to its neighbor, under that one's number: a loss can know it for a repeat.
+
+    Args:
+        source: the dataset.
+        views: the random views.
+        clock: the step.
+        index: which samples, int64 of shape (B,).
+        attempts: how often a place is tried to be filled.
+        ids: the numbers of the source's samples, by which views are drawn, where they are not their places.
+
+    Raises:
+        DecodeError: after so many attempts a place is still empty.
+    """
+    index, images, faults = index.clone(), dict[int, Image.Image](), dict[int, DecodeError]()
+    pending = list(range(len(index)))
+    for _ in range(attempts):
+        sizes, numbers = source.sizes(index), index if ids is None else ids[index]
+        factors = [1] * len(index) if sizes is None else views.reductions(sizes, numbers, clock.epoch)
+        failed = []
+        for place in pending:
+            try:
+                images[place] = source.open_reduced(int(index[place]), factors[place])
+            except DecodeError as error:
+                faults[int(index[place])] = error
+                failed.append(place)
+        if not failed:
+            crops = views.of_files([images[i] for i in range(len(index))], numbers, clock.epoch, sizes)
+            return Batch(clock, numbers, crops, faults=faults)
+        for place in failed:
+            index[place] = source.neighbor(int(index[place]))
+        pending = failed
+    raise next(reversed(faults.values()))
 
 
 @dataclass(eq=False)
@@ -71,8 +117,8 @@ class TrainLoader(ABC):
         self.offset = 0
 
     @abstractmethod
-    def read(self, start: int) -> Iterator[Crops]:
-        """The crops of each step from a step on, on any device."""
+    def read(self, start: int) -> Iterator[Batch]:
+        """Each step's crops from a step on, on any device."""
 
     @abstractmethod
     def position(self, step: int) -> dict[str, Any]:
@@ -96,8 +142,8 @@ class TrainLoader(ABC):
         """Merges what is new in each process, this one included."""
 
     @abstractmethod
-    def check_bad_files(self, unreadable: int) -> None:
-        """Raises ConfigError if so many damaged images, found by all processes, are more than the dataset allows."""
+    def check_bad_files(self) -> None:
+        """Raises ConfigError if more damaged images are known, of all processes, than the dataset allows."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +158,6 @@ class TrainLoader(ABC):
         return self.batch_size // self.share.processes
 
     def clock(self, step: int) -> TrainProgress:
-        """The clock of a step."""
         return TrainProgress(step, self.total_steps, self.steps_per_epoch, self.offset)
 
     def resume(self, position: Mapping[str, Any], taken: int, in_steps: bool) -> int:
@@ -128,7 +173,10 @@ class TrainLoader(ABC):
         """
         epoch, given = int(position["epoch"]), int(position["samples"])
         length = self.source.length
-        step = step_at(epoch, given, length, self.batch_size)
+        if length is None:  # one epoch without an end
+            step = given // self.batch_size
+        else:  # what is left of the epoch makes its last steps: as many as full batches are left
+            step = (epoch + 1) * (length // self.batch_size) - max(0, length - given) // self.batch_size
         self.offset = taken - step
         if in_steps:
             self.total_steps -= self.offset
@@ -144,14 +192,15 @@ class TrainLoader(ABC):
             UserError: an image can't be read, and the dataset does not allow that.
         """
         device = self.share.device
-        for step, crops in enumerate(self.read(start), start):
-            clock = self.clock(step)
-            views = [view.to(device, non_blocking=True) for view in crops.views]
-            views = self.views.finish(views, crops.index, clock.epoch)
-            label, domain = (None if numbers is None else numbers.to(device) for numbers in (crops.label, crops.domain))
-            yield Batch(clock, crops.index.to(device), views, label, domain)
+        for batch in self.read(start):
+            crops = [view.to(device, non_blocking=True) for view in batch.views]
+            batch.views = self.views.finish(crops, batch.index, batch.clock.epoch)
+            batch.index = batch.index.to(device)
+            batch.label = None if batch.label is None else batch.label.to(device)
+            batch.domain = None if batch.domain is None else batch.domain.to(device)
+            yield batch
 
-    def read_by_workers(self, steps: Dataset[Crops | UserError], sampler: range | None = None) -> Iterator[Crops]:
+    def read_by_workers(self, steps: Dataset[Batch | UserError], sampler: range | None = None) -> Iterator[Batch]:
         """A step per item. A worker returns an error rather than raising it: torch would wrap it in a traceback."""
         item_bytes = self.views.bytes_of(self.local_batch_size, self.source.channels)
         for item in read_items(steps, self.num_workers, self.share.device.type == "cuda", item_bytes, sampler):
@@ -160,35 +209,30 @@ class TrainLoader(ABC):
             yield item
 
 
-class _Steps(Dataset[Crops | UserError]):
+class _Steps(Dataset[Batch | UserError]):
     """A whole step per item, so that a worker draws all boxes of a batch at once."""
 
     def __init__(self, loader: IndexedLoader) -> None:
         self._loader = loader
 
-    def __getitem__(self, step: int) -> Crops | UserError:
+    def __getitem__(self, step: int) -> Batch | UserError:
         loader = self._loader
         try:
-            return read_crops(loader.source, loader.views, loader.samples(step), loader.clock(step).epoch)
+            return read_crops(loader.source, loader.views, loader.clock(step), loader.samples(step))
         except UserError as error:
             return error
 
 
 class IndexedLoader(TrainLoader):
-    """The batches of numbered samples; those in memory need no workers.
-
-    Attributes:
-        replaced: the samples of the last batch if neighbors replaced some of them; None otherwise.
-    """
+    """The batches of numbered samples; those in memory need no workers."""
 
     source: IndexedDataset
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.replaced: Tensor | None = None
         self._shifted = 0, 0  # an epoch, and the samples by which its steps begin later
-        self._known_bad = len(self._faults)
-        self._reported = set(self._faults)
+        self._bad = self.source.bad_files or BadFiles(parse_limit("0"), 0)  # without one, the first error is raised
+        self._known_bad, self._reported = len(self._bad.faults), set(self._bad.faults)
 
     def position(self, step: int) -> dict[str, Any]:
         epoch = self.clock(step).epoch
@@ -203,93 +247,57 @@ class IndexedLoader(TrainLoader):
         return samples if epoch == shifted else 0
 
     def samples(self, step: int) -> Tensor:
-        """This process's samples of a step, int64 of shape (B,)."""
-        clock, share = self.clock(step), self.share
-        shift = self._shift(clock.epoch)
-        return samples_of_step(clock, len(self.source), self.batch_size, self.seed, share.rank, share.processes, shift)
+        """The samples of a step that belong to this process, int64 of shape (B,).
 
-    @property
-    def _faults(self) -> dict[str, str]:
-        return {} if self.source.bad_files is None else self.source.bad_files.faults
+        An epoch is a permutation of all samples; it is cut into global batches, and what is left over is dropped (repeating
+        samples would make false negatives). Each process takes a contiguous slice of the global batch.
+        """
+        epoch, size = self.clock(step).epoch, self.local_batch_size
+        assert size * self.share.processes == self.batch_size
+        start = step % self.steps_per_epoch * self.batch_size + self._shift(epoch) + self.share.rank * size
+        return _epoch_order(len(self.source), self.seed, epoch)[start : start + size]
 
     @property
     def unreadable(self) -> int:
-        return len(self._faults) - self._known_bad
+        return len(self._bad.faults) - self._known_bad
 
     def new_errors(self) -> dict[str, Any]:
-        return {file: fault for file, fault in self._faults.items() if file not in self._reported}
+        return {file: fault for file, fault in self._bad.faults.items() if file not in self._reported}
 
     def merge_errors(self, found: Sequence[Mapping[str, Any]]) -> None:
         for faults in found:  # a file that two processes have met counts once
-            if self.source.bad_files is not None:
-                self.source.bad_files.learn(faults)
+            self._bad.learn(faults)
             self._reported |= faults.keys()
 
-    def check_bad_files(self, unreadable: int) -> None:
-        if self.source.bad_files is not None and unreadable:
-            self.source.bad_files.stop_if_too_many(self._known_bad + unreadable)
+    def check_bad_files(self) -> None:
+        self._bad.stop_if_too_many()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"bad_files": dict(self._faults)}
+        return {"bad_files": dict(self._bad.faults)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._faults.update(state["bad_files"])
-        self._reported |= self._faults.keys()
+        self._bad.faults.update(state["bad_files"])
+        self._reported |= self._bad.faults.keys()
 
-    def read(self, start: int) -> Iterator[Crops]:
-        labels = self.source.labels if self.with_labels else None
-        steps = range(start, self.total_steps)
-        items = self.read_by_workers(_Steps(self), steps) if self.source.pixels is None else map(self._crop, steps)
-        for crops in items:
-            self.replaced = crops.index if crops.faults else None
-            for sample, fault in crops.faults.items():
-                note_bad(self.source, sample, fault)
-            crops.label = None if labels is None else labels[crops.index]
-            crops.domain = None if self.source.domains is None else self.source.domains[crops.index]
-            yield crops
+    def read(self, start: int) -> Iterator[Batch]:
+        source, steps = self.source, range(start, self.total_steps)
+        for batch in self.read_by_workers(_Steps(self), steps) if source.pixels is None else map(self._crop, steps):
+            for sample, fault in batch.faults.items():
+                source.note_bad(sample, fault)
+            if self.with_labels and source.labels is not None:
+                batch.label = source.labels[batch.index]
+            if source.domains is not None:
+                batch.domain = source.domains[batch.index]
+            yield batch
 
-    def _crop(self, step: int) -> Crops:
+    def _crop(self, step: int) -> Batch:
         """A step's crops of pixels in memory, made on the device."""
         assert self.source.pixels is not None
-        index = self.samples(step)
+        clock, index = self.clock(step), self.samples(step)
         pixels = self.source.pixels[index].to(self.share.device, non_blocking=True)
-        return Crops(index, self.views.of_pixels(pixels, index, self.clock(step).epoch), {})
+        return Batch(clock, index, self.views.of_pixels(pixels, index, clock.epoch))
 
 
 @lru_cache(maxsize=2)
 def _epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return permutation(samples, seed, "order", epoch)
-
-
-def samples_of_step(
-    clock: TrainProgress, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1, shift: int = 0
-) -> Tensor:
-    """The samples of a step that belong to a process, int64 of shape (batch_size // processes,).
-
-    An epoch is a permutation of all samples; it is cut into global batches, and what is left over is dropped (repeating
-    samples would make false negatives). Each process takes a contiguous slice of the global batch.
-
-    Args:
-        clock: the step; ``steps_per_epoch`` must be ``samples // batch_size``.
-        samples: number of samples in the dataset.
-        batch_size: samples of a step over all processes; a multiple of ``processes``.
-        seed: the run's seed.
-        rank: this process.
-        processes: number of processes.
-        shift: samples by which the epoch's steps begin later, where a run has come into it with another batch size.
-    """
-    assert clock.steps_per_epoch == samples // batch_size
-    assert batch_size % processes == 0
-    start = clock.step % clock.steps_per_epoch * batch_size + shift
-    share = batch_size // processes
-    return _epoch_order(samples, seed, clock.epoch)[start + rank * share : start + (rank + 1) * share]
-
-
-def step_at(epoch: int, given: int, samples: int | None, batch_size: int) -> int:
-    """The step of a run of this batch size that is as far as one which has given ``given`` samples of an epoch.
-
-    What is left of the epoch makes its last steps: as many as full batches are left.
-    """
-    if samples is None:  # one epoch without an end
-        return given // batch_size
-    return (epoch + 1) * (samples // batch_size) - max(0, samples - given) // batch_size

@@ -22,16 +22,8 @@ class PairedLoader(IndexedLoader):
     has more views than the other, the later ones are that side's alone.
 
     Args:
-        source: labeled samples.
-        target: samples whose labels are not read.
-        views: of the labeled samples.
-        target_views: of the target's.
-        size: labeled samples of a step, over all processes.
-        seed: of the run.
-        share: this process's.
-        total_steps: the run's length.
-        workers: as for :class:`IndexedLoader`; shared by the two sides.
-        target_size: samples of the target in a step; as many as labeled ones by default.
+        source: labeled samples; their ``views`` and ``size``, samples of a step over all processes.
+        target: samples whose labels are not read; likewise ``target_views`` and ``target_size``, by default as many.
     """
 
     def __init__(
@@ -77,10 +69,9 @@ class PairedLoader(IndexedLoader):
         super().merge_errors([faults.get("source", {}) for faults in found])
         self.target.merge_errors([faults.get("target", {}) for faults in found])
 
-    def check_bad_files(self, unreadable: int) -> None:
-        del unreadable  # each side has its own limit
-        super().check_bad_files(super().unreadable)
-        self.target.check_bad_files(self.target.unreadable)
+    def check_bad_files(self) -> None:
+        super().check_bad_files()  # each side has its own limit
+        self.target.check_bad_files()
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": super().state_dict(), "target": self.target.state_dict()}

@@ -22,9 +22,8 @@ from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError, joined
 from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.config.files import existing_folder
-from ssl_pipeline.data.bad_files import causes, first_levels
-from ssl_pipeline.data.file_table import TRAITS
-from ssl_pipeline.data.image_index import ImageIndex, counting_bar, index_folder, index_images
+from ssl_pipeline.data.image_index import TRAITS, ImageIndex, causes, first_levels, index_folder
+from ssl_pipeline.data.scan import counting_bar, index_images
 from ssl_pipeline.data.source import LOOKED_AT
 from ssl_pipeline.data.sources import folder, webdataset
 from ssl_pipeline.data.value_range import COLUMNS as VALUE_COLUMNS
@@ -48,7 +47,7 @@ def prepare(
     Args:
         path: the folder; of a table the one that its paths start from.
         output: where to write; None is this user's cache.
-        cache_side: also write the decoded images, their shorter sides limited to so many pixels; 0 for none.
+        cache_side: see :func:`index_images`.
         recheck: read the files that have not changed, too, and compare their digests.
         kind: which source is to read it.
 
@@ -79,11 +78,7 @@ def prepare_shards(path: str, output: str | None = None) -> int:
         path: an archive, a folder of them, or a pattern, as `data.path` of the source.
         output: where to write the list of bad files; None is this user's cache.
 
-    Returns:
-        The number of usable images.
-
-    Raises:
-        ConfigError: there are no archives, nothing can be written, or fewer than two images are usable.
+    Returns and raises as :func:`prepare`.
     """
     config = webdataset.Config(name="webdataset", path=path, channels=3, on_error="skip")
     stream = config.open_stream()
@@ -112,7 +107,7 @@ def _enough(path: str, usable: int) -> int:
 
 
 def _output_folder(root: Path, output: str | None) -> Path:
-    """The folder for what is found about a root: it must not lie in there, and must be writable."""
+    """Where what is found about a root is written, which is not in there."""
     base = Path(output).expanduser().resolve() if output else None
     place = index_folder(root, base)
     if base is not None and base.is_relative_to(root):
@@ -143,19 +138,14 @@ def _print(text: str) -> None:
 
 
 class Report:
-    """The report on a folder.
-
-    Args:
-        index: of the folder, all pixels checked.
-        kind: which source reads it: what its folders mean.
+    """The report on a folder, all of whose pixels were checked.
 
     Attributes:
         usable: how many files are images.
         bad: per file that is none, what is wrong with it.
         repeated: groups of files with the same bytes.
         disagreeing: those of them that lie in different class folders.
-        classes: the names of the class folders that hold usable images.
-        empty: those that hold none.
+        classes: the class folders that hold usable images; ``empty``, those that hold none.
         outside: how many usable images lie in no class folder, where all should.
     """
 
@@ -187,40 +177,44 @@ class Report:
         index, good = self._index, self._good
         modes = Counter(np.array(list(index.modes))[good.column("mode")].tolist())
         stored = [f"{n} {mode}{f' ({_READ_AS[mode]})' if mode in _READ_AS else ''}" for mode, n in modes.most_common()]
-        traits = {name: int((good.column("traits") >> bit & 1).sum()) for bit, name in enumerate(TRAITS)}
-        value_range = settle("auto", {name: good.column(name) for name in VALUE_COLUMNS})
-        deep, repeats = int((good.column("kind") > 0).sum()), sum(len(files) - 1 for files in self.repeated)
-        ignored, cached = index.ignored, good.column("shard") >= 0
-        sides = [good.column(f"cached_{name}").astype(np.int64) for name in ("width", "height", "channels")]
-        lines: list[tuple[object, str]] = [
-            (True, f"stored as: {', '.join(stored)}"),
-            *((count, f"{name}: {count} ({_TREATED[name]})") for name, count in traits.items()),
-            (
-                value_range,
-                f"more than 8 bits: {deep} images, of which {describe_range(value_range or (0, 1))}; data.range=auto takes that "
-                "for all",
-            ),
-            (
-                repeats,
-                f"repeats: {repeats} files have the bytes of another, such as {' = '.join((self.repeated or [[]])[0][:3])}",
-            ),
-            (
-                self.disagreeing,
+        lines = [f"stored as: {', '.join(stored)}"]
+        for bit, name in enumerate(TRAITS):
+            if count := int((good.column("traits") >> bit & 1).sum()):
+                lines.append(f"{name}: {count} ({_TREATED[name]})")
+        if value_range := settle("auto", {name: good.column(name) for name in VALUE_COLUMNS}):
+            lines.append(
+                f"more than 8 bits: {int((good.column('kind') > 0).sum())} images, of which {describe_range(value_range)}; "
+                "data.range=auto takes that for all"
+            )
+        if self.repeated:
+            repeats = sum(len(files) - 1 for files in self.repeated)
+            lines.append(
+                f"repeats: {repeats} files have the bytes of another, such as {' = '.join(self.repeated[0][:3])}"
+            )
+        if self.disagreeing:
+            lines.append(
                 f"labels disagree: {len(self.disagreeing)} images lie in several classes, such as "
-                f"{' and '.join((self.disagreeing or [[]])[0][:3])}",
-            ),
-            (self.classes, f"classes: {len(self.classes)}"),
-            (self._one_class, f"one class only, {self._one_class!r}: its images are taken without labels"),
-            (self.outside, f"left alone: {self.outside} images lie at no domain/class"),
-            (self.empty, f"folders without a usable image: {joined(self.empty, _PRINTED)}"),
-            (ignored, f"ignored: {sum(one.count for one in ignored)} files: {'; '.join(causes(ignored, {}))}"),
-            (
-                index.cache_side,
+                f"{' and '.join(self.disagreeing[0][:3])}"
+            )
+        if self.classes:
+            lines.append(f"classes: {len(self.classes)}")
+        if self._one_class:
+            lines.append(f"one class only, {self._one_class!r}: its images are taken without labels")
+        if self.outside:
+            lines.append(f"left alone: {self.outside} images lie at no domain/class")
+        if self.empty:
+            lines.append(f"folders without a usable image: {joined(self.empty, _PRINTED)}")
+        if index.ignored:
+            count = sum(one.count for one in index.ignored)
+            lines.append(f"ignored: {count} files: {'; '.join(causes(index.ignored, {}))}")
+        if index.cache_side:
+            sides = [good.column(f"cached_{name}").astype(np.int64) for name in ("width", "height", "channels")]
+            cached = good.column("shard") >= 0
+            lines.append(
                 f"cache: {int(cached.sum())} images, shorter side {index.cache_side} px at most, "
-                f"{int(np.prod(sides, 0)[cached].sum()) / 2**30:.2f} GiB",
-            ),
-        ]
-        return [line for holds, line in lines if holds]
+                f"{int(np.prod(sides, 0)[cached].sum()) / 2**30:.2f} GiB"
+            )
+        return lines
 
 
 def main() -> None:

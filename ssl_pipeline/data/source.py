@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.config.base import ComponentConfig, ConfigError
-from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset, StreamDataset
+from ssl_pipeline.data.dataset import ImageDataset, IndexedDataset
+from ssl_pipeline.data.encoded import StreamDataset
 from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.splits import SPLIT_NAMES, Part, Split, split_three
 from ssl_pipeline.data.value_range import Range, RangeKey, describe_range, settle

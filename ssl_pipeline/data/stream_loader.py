@@ -21,23 +21,20 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_pipeline.config.base import ConfigError, UserError
-from ssl_pipeline.data.dataset import Sample, StreamDataset
-from ssl_pipeline.data.encoded import EncodedReader
-from ssl_pipeline.data.loader import TrainLoader
-from ssl_pipeline.data.reading import Crops, read_crops
+from ssl_pipeline.data.batch import Batch
+from ssl_pipeline.data.encoded import InMemoryDataset, Sample, StreamDataset
+from ssl_pipeline.data.loader import TrainLoader, read_crops
 from ssl_pipeline.rng import derive_seed, hash_bits, permutation
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.multi_view import Views
 
 _log = logging.getLogger("ssl_pipeline")
 
 
 def sample_id(shard: str, position: int, again: int = 0) -> int:
-    """The number of a sample: 63 bits of its shard's name and its place there.
+    """The number of a sample: 63 bits of its shard's name and its place there, from 0.
 
-    Args:
-        shard: the name.
-        position: from 0.
-        again: how often the sample has been seen in this epoch before: its views should not be the same.
+    It is another one where the sample was seen ``again`` in one epoch: its views should not be the same.
     """
     name = (shard, again) if again else (shard,)
     return int(hash_bits(torch.tensor(position), derive_seed("sample", *name))) & ((1 << 63) - 1)
@@ -57,14 +54,8 @@ def samples_of_lane(
     A lane that has given all its samples begins again, on shards dealt anew: an epoch's length is declared, and a lane may
     hold a little less or more than its share.
 
-    Args:
-        stream: the shards.
-        seed: the run's seed.
-        epoch: the epoch.
-        lane: which of all lanes of all processes.
-        lanes: how many there are.
-        block: samples that are held to be shuffled.
-        start: samples of the epoch to pass over.
+    ``lane`` is one of all ``lanes`` of all processes, ``block`` samples are held to be shuffled, and the epoch's first ``start`` are passed
+    over.
 
     Raises:
         ConfigError: there are none.
@@ -156,7 +147,7 @@ class StreamLoader(TrainLoader):
         self._unreadable += sum(numbers.get("images", 0) for numbers in found) - self._new_errors
         self._new_errors = 0
 
-    def check_bad_files(self, unreadable: int) -> None:
+    def check_bad_files(self) -> None:
         """A stream that leaves out unreadable images at all allows any number."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,29 +156,30 @@ class StreamLoader(TrainLoader):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._unreadable = state["unreadable"]
 
-    def read(self, start: int) -> Iterator[Crops]:
-        for crops in self.read_by_workers(_Steps(self, start)):
-            if crops.faults and not self._unreadable:
-                first = next(iter(crops.faults.values()))
+    def read(self, start: int) -> Iterator[Batch]:
+        for batch in self.read_by_workers(_Steps(self, start)):
+            if batch.faults and not self._unreadable:
+                first = next(iter(batch.faults.values()))
                 _log.warning("%s It is left out, and so are further ones, which are only counted.", first)
-            self._unreadable += len(crops.faults)
-            self._new_errors += len(crops.faults)
-            yield crops
+            self._unreadable += len(batch.faults)
+            self._new_errors += len(batch.faults)
+            yield batch
 
 
-class _Steps(IterableDataset[Crops | UserError]):
+class _Steps(IterableDataset[Batch | UserError]):
     """The steps that a worker makes: those of its lanes."""
 
     def __init__(self, loader: StreamLoader, start: int) -> None:
         self._loader, self._start = loader, start
 
-    def __iter__(self) -> Iterator[Crops | UserError]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         loader, share = self._loader, self._loader.share
         lanes, running = loader.lanes, dict[int, tuple[int, Iterator[tuple[int, Sample]]]]()
         for step in range(self._start + worker, loader.total_steps, workers):
-            lane, epoch = step % lanes, loader.clock(step).epoch
+            lane, clock = step % lanes, loader.clock(step)
+            epoch = clock.epoch
             if lane not in running or running[lane][0] != epoch:
                 number, given = share.rank * lanes + lane, loader.given(step, lane)
                 samples = samples_of_lane(
@@ -196,51 +188,35 @@ class _Steps(IterableDataset[Crops | UserError]):
                 running[lane] = epoch, samples
             try:
                 drawn = list(itertools.islice(running[lane][1], loader.local_batch_size))
-                yield read_stream_crops(loader.source, loader.views, drawn, epoch, loader.with_labels)
+                yield read_stream_crops(loader.source, loader.views, clock, drawn, loader.with_labels)
             except UserError as error:
                 yield error
                 return
 
 
-class _Drawn(EncodedReader):
-    """The samples that a step draws from a stream, by their ids; the next one replaces one that is damaged."""
-
-    def __init__(self, drawn: list[tuple[int, Sample]], stream: StreamDataset) -> None:
-        self.samples, self.channels, self.value_range = dict(drawn), stream.channels, stream.value_range
-
-    def encoded(self, index: int) -> bytes:
-        return self.samples[index].data
-
-    def describe(self, index: int) -> str:
-        return self.samples[index].name
-
-    def neighbor(self, index: int) -> int:
-        ids = list(self.samples)
-        return ids[(ids.index(index) + 1) % len(ids)]
-
-
 def read_stream_crops(
-    source: StreamDataset, views: Views, drawn: list[tuple[int, Sample]], epoch: int, with_labels: bool
-) -> Crops:
-    """Decodes and crops a step's samples.
+    source: StreamDataset, views: Views, clock: TrainProgress, drawn: list[tuple[int, Sample]], with_labels: bool
+) -> Batch:
+    """Decodes and crops a step's samples, each given with its id; the next one replaces one that is damaged.
 
     Raises:
         DecodeError: an image can't be decoded and is not to be skipped, or none can.
         ConfigError: a label or domain is missing.
     """
-    reader = _Drawn(drawn, source)
-    attempts = len(drawn) if source.skip_unreadable else 1
-    crops = read_crops(reader, views, torch.tensor([number for number, _ in drawn]), epoch, attempts)
-    samples = [reader.samples[number] for number in crops.index.tolist()]
+    by_id = dict(drawn)
+    held = InMemoryDataset(source.name, list(by_id.values()), source.channels).at_range(source.value_range)
+    attempts = len(by_id) if source.skip_unreadable else 1
+    batch = read_crops(held, views, clock, torch.arange(len(held)), attempts, torch.tensor(list(by_id)))
+    samples = [by_id[number] for number in batch.index.tolist()]
     if with_labels:
         labels = [sample.label for sample in samples if sample.label is not None]
         if len(labels) < len(samples):
             without = next(sample.name for sample in samples if sample.label is None)
             raise ConfigError(f"{without} has no label, and this task reads labels: see `data.label`.")
-        crops.label = torch.tensor(labels)
+        batch.label = torch.tensor(labels)
     if source.has_domains:
-        crops.domain = torch.tensor([_domain_id(sample) for sample in samples])
-    return crops
+        batch.domain = torch.tensor([_domain_id(sample) for sample in samples])
+    return batch
 
 
 def _domain_id(sample: Sample) -> int:

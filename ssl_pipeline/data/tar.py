@@ -35,7 +35,7 @@ class Group:
 
     Attributes:
         key: the members' common name.
-        files: the wanted members by their endings in small letters.
+        files: the wanted members by their endings in lower case.
         has_image: whether an image is among the members, read or not.
     """
 

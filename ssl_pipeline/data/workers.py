@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import logging
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ssl_pipeline.config.timeout import Patience, timeout_seconds
+from ssl_pipeline.data.bad_files import warn_once
 
 T = TypeVar("T")
-_log = logging.getLogger("ssl_pipeline")
 _PREFETCH = 2
 _SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; Docker gives it 64 MB
 
@@ -28,14 +26,14 @@ _SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share; Docker gi
 def read_items(
     dataset: Dataset[T], workers: int, pin_memory: bool, item_bytes: int, sampler: Sequence[int] | None = None
 ) -> Iterator[T]:
-    """The items of a dataset, in order, made by workers ahead of time.
+    """The items of a dataset, each a whole batch, in order, made by workers ahead of time.
 
     Items come through shared memory, or through pipes if that has too little room, which copies them once more. The loader's
     own timeout is measured by a clock that runs on while this process is stopped, so it gets one tick at a time, and ticks
     are counted here.
 
     Args:
-        dataset: an item is a whole batch.
+        dataset: the batches.
         workers: how many; 0 makes the items in this process.
         pin_memory: whether items are put into pinned memory.
         item_bytes: about how large an item is.
@@ -50,7 +48,7 @@ def read_items(
         options |= {"prefetch_factor": _PREFETCH, "timeout": patience.interval, "worker_init_fn": _ignore_signals}
     piped = workers > 0 and not _fits_shared_memory(item_bytes, workers)
     if piped:
-        dataset = (_PipedStream if isinstance(dataset, IterableDataset) else _Piped)(dataset)
+        options["collate_fn"] = _as_arrays
     items = iter(DataLoader(dataset, **options))
     while True:
         patience.restart()
@@ -105,33 +103,17 @@ def _fits_shared_memory(item_bytes: int, workers: int) -> bool:
     needed = shared_memory_needed(item_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if room is None or needed <= room:
         return True
-    _tell_small_room(room // 2**20, -(-needed // 2**20))
+    wanted = -(-needed // 2**20)
+    warn_once(
+        f"{_SHARED_MEMORY} has {room // 2**20} MB of room, and the workers want {wanted} MB: their batches come through pipes, "
+        f"which is a little slower. In Docker start the container with `--shm-size={max(1024, 2 * wanted)}m`, or with `--ipc=host`."
+    )
     return False
 
 
-@cache
-def _tell_small_room(room: int, needed: int) -> None:
-    """Once, although each of stage two's loops has workers of its own."""
-    _log.warning(
-        "%s has %d MB of room, and the workers want %d MB: their batches come through pipes, which is a little slower. In Docker "
-        "start the container with `--shm-size=%dm`, or with `--ipc=host`.",
-        _SHARED_MEMORY, room, needed, max(1024, 2 * needed),
-    )  # fmt: skip
-
-
-class _Piped(Dataset[T]):
-    """The same items with arrays in place of tensors: arrays are pickled whole."""
-
-    def __init__(self, dataset: Dataset[T]) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, number: int) -> T:
-        return _with(self._dataset[number], Tensor.numpy, Tensor)
-
-
-class _PipedStream(_Piped[T], IterableDataset[T]):
-    def __iter__(self) -> Iterator[T]:
-        return (_with(item, Tensor.numpy, Tensor) for item in iter(self._dataset))
+def _as_arrays(item: T) -> T:
+    """An item for a pipe: arrays are pickled whole."""
+    return _with(item, Tensor.numpy, Tensor)
 
 
 def _with(item: T, change: Callable[[Any], Any], kind: type) -> T:

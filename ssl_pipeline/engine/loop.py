@@ -132,7 +132,7 @@ def _step_metrics(
     mean_loss, mean_wait, new_bad_files = state.accelerator.reduce(mine, reduction="mean").tolist()
     if new_bad_files:
         loader.merge_errors(all_gather_objects(state.accelerator, loader.new_errors()))
-    loader.check_bad_files(loader.unreadable)
+    loader.check_bad_files()
     epoch = (step.progress.step + 1) / step.progress.steps_per_epoch
     found = {"loss": mean_loss, "lr": step.lr, "data_wait": mean_wait, "epoch": epoch, "images_per_s": images_per_s}
     counts = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.reading import open_or_replace, read_in_order, read_readable
+from ssl_pipeline.data.reading import read_in_order, read_readable
 from ssl_pipeline.engine.signals import CutShortError, overdue
 from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.transforms.multi_view import Views
@@ -125,7 +125,7 @@ def two_views(
     if source.pixels is not None:
         crops = views.of_pixels(source.pixels[index].to(device), index, epoch=0)
     else:
-        crops = views.of_files([open_or_replace(source, int(i)) for i in index], index, epoch=0)
+        crops = views.of_files([source.open_or_replace(int(i)) for i in index], index, epoch=0)
         crops = [crop.to(device) for crop in crops]
     finished = views.finish(crops, index, epoch=0)
     with evaluating(encoder):

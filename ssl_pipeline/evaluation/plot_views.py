@@ -15,7 +15,6 @@ from ssl_pipeline.config.base import ComponentOf, ConfigError, FrozenModel
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.data.build import build_views
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import SourceConfig, open_training
 from ssl_pipeline.rng import permutation
 from ssl_pipeline.transforms.config import ViewsConfig
@@ -74,7 +73,7 @@ def columns_of(source: IndexedDataset, config: ViewsConfig, seed: int, rows: int
         columns = [plain.of_pixels(pixels)]
         crops = [views.of_pixels(pixels, index, epoch) for epoch in range(epochs)]
     else:
-        images = [open_or_replace(source, int(i)) for i in index]
+        images = [source.open_or_replace(int(i)) for i in index]
         columns = [plain.of_files(images)]
         crops = [views.of_files(images, index, epoch) for epoch in range(epochs)]
     for epoch, cropped in enumerate(crops):

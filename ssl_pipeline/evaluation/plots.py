@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit
-from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.evaluation.features import one_of_each_class
 from ssl_pipeline.evaluation.plot_views import views_picture
 from ssl_pipeline.logging.logger import LoggerCollection
@@ -131,7 +130,7 @@ def confusion_picture(matrix: Tensor, classes: tuple[str, ...]) -> Image.Image:
 
 def _framed(source: IndexedDataset, sample: int, size: int, color: str) -> Image.Image:
     tile = Image.new("RGB", (size + 2 * _EDGE, size + 2 * _EDGE), color)
-    image = as_8_bit(open_or_replace(source, sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
+    image = as_8_bit(source.open_or_replace(sample), "RGB").resize((size, size), Image.Resampling.BILINEAR)
     tile.paste(image, (_EDGE, _EDGE))
     return tile
 

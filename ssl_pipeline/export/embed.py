@@ -19,7 +19,7 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.config.command import check_folder_of, run_command
 from ssl_pipeline.config.files import atomic_write
 from ssl_pipeline.data.dataset import IndexedDataset
-from ssl_pipeline.data.file_table import as_text
+from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.splits import Split
 from ssl_pipeline.evaluation.features import extract
 from ssl_pipeline.evaluation.load_encoder import EncoderConfig, describe_encoder, open_encoder

@@ -17,7 +17,7 @@ from ssl_pipeline.config import options as parsers
 from ssl_pipeline.config.base import ConfigError, UserError
 from ssl_pipeline.config.command import exit_with_error
 from ssl_pipeline.data.decode import DecodeError, decode
-from ssl_pipeline.data.walk import images_in
+from ssl_pipeline.data.scan import images_in
 from ssl_pipeline.downstream.load_model import load_model
 from ssl_pipeline.export.formatters import CocoIds, PredictionFormatter, build_formatter, coco_results
 from ssl_pipeline.export.graph import load_onnx, load_torch_export

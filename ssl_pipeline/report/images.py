@@ -20,7 +20,6 @@ from ssl_pipeline.config.base import UserError, first_line
 from ssl_pipeline.config.schema import resolve
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.loader import DistInfo
-from ssl_pipeline.data.reading import open_or_replace
 from ssl_pipeline.data.source import open_training
 from ssl_pipeline.evaluation.features import class_name, extract, one_of_each_class
 from ssl_pipeline.evaluation.plot_views import columns_of, tile
@@ -107,7 +106,7 @@ def map_of(features: Tensor, source: IndexedDataset, index: Tensor, key: str) ->
     if len(features) < 3 or features.shape[1] < 2:
         return None
     labels = None if source.labels is None or source.classes is None else source.labels[index].tolist()
-    thumbnails = [_fitted(open_or_replace(source, i).convert("RGB"), _THUMBNAIL) for i in index.tolist()]
+    thumbnails = [_fitted(source.open_or_replace(i).convert("RGB"), _THUMBNAIL) for i in index.tolist()]
     plane, variance = pca_projection(features)
     share = 100 * float(variance.sum())
     layouts: dict[str, tuple[Tensor | None, str]] = {
@@ -139,7 +138,7 @@ def neighbor_strips(features: Tensor, source: IndexedDataset, index: Tensor) -> 
 
 
 def _shown(source: IndexedDataset, sample: int) -> dict[str, Any]:
-    uri = data_uri(open_or_replace(source, sample).convert("RGB"))
+    uri = data_uri(source.open_or_replace(sample).convert("RGB"))
     return {"picture": uri, "label": class_name(source, sample), "name": f"image {sample}"}
 
 

@@ -34,8 +34,8 @@ class Augmentation:
 
     Args:
         config: the view's policy, without ``auto``.
-        mean: per-channel mean that the encoder expects.
-        std: per-channel standard deviation that the encoder expects.
+        mean: per channel, as the encoder expects it.
+        std: likewise.
         styles: images in [0, 1], shape (N, C, S, S) with any S, that lend their amplitude; needed where views are restyled.
     """
 
@@ -62,15 +62,7 @@ class Augmentation:
         self._orders = torch.tensor(list(permutations(range(len(self._jitter)))), dtype=torch.int64)
 
     def __call__(self, crops: Tensor, draws: NamedRNG) -> Tensor:
-        """Augments and normalizes a batch.
-
-        Args:
-            crops: float in [0, 1] or uint8, of shape (B, C, S, S); float crops are overwritten.
-            draws: the samples' named draws, on the CPU.
-
-        Returns:
-            float32 of the same shape.
-        """
+        """Augments and normalizes a batch, (B, C, S, S), to float32; crops are uint8 or float in [0, 1], and float ones overwritten."""
         finished = torch.empty(crops.shape, device=crops.device)
         # Saves autograd's share of each small operation; ``finished`` was made outside, so a network may train on it.
         with torch.inference_mode():

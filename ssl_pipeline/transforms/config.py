@@ -144,12 +144,12 @@ class ViewConfig(FrozenModel):
             ConfigError: a color operation was asked for by name on images that have no colors.
         """
         jitter, rgb = self.color_jitter, channels == 3
-        asked = {
-            "color_jitter.saturation": jitter.saturation,
-            "color_jitter.hue": jitter.hue,
-            "grayscale": self.grayscale,
+        colors: dict[str, tuple[float | str, float]] = {  # what is given, and what `auto` is on RGB
+            "color_jitter.saturation": (jitter.saturation, jitter.brightness),
+            "color_jitter.hue": (jitter.hue, jitter.brightness / 4),
+            "grayscale": (self.grayscale, 0.2),
         }
-        refused = [name for name, value in asked.items() if not rgb and value not in ("auto", 0)]
+        refused = [name for name, (given, _) in colors.items() if not rgb and given not in ("auto", 0)]
         if refused:
             raise ConfigError(
                 [
@@ -157,18 +157,14 @@ class ViewConfig(FrozenModel):
                     for name in refused
                 ]
             )
-        defaults = {
-            "color_jitter.saturation": jitter.brightness,
-            "color_jitter.hue": jitter.brightness / 4,
-            "grayscale": 0.2,
-        }
-        value = {name: (defaults[name] if rgb else 0.0) if asked[name] == "auto" else asked[name] for name in asked}
-        dropped = [name.removeprefix("color_jitter.") for name in asked if not rgb and asked[name] == "auto"]
-        colors = {"saturation": value["color_jitter.saturation"], "hue": value["color_jitter.hue"]}
-        settled = self.model_copy(
-            update={"color_jitter": jitter.model_copy(update=colors), "grayscale": value["grayscale"]}
+        dropped = [
+            name.removeprefix("color_jitter.") for name, (given, _) in colors.items() if not rgb and given == "auto"
+        ]
+        saturation, hue, grayscale = (
+            (auto if rgb else 0.0) if given == "auto" else given for given, auto in colors.values()
         )
-        return settled, dropped
+        settled = jitter.model_copy(update={"saturation": saturation, "hue": hue})
+        return self.model_copy(update={"color_jitter": settled, "grayscale": grayscale}), dropped
 
 
 class ViewChanges(FrozenModel):
@@ -207,14 +203,14 @@ class ViewChanges(FrozenModel):
 
     def on(self, base: ViewConfig) -> ViewConfig:
         """The base policy with these changes."""
-        changes = {name: getattr(self, name) for name in ViewConfig.model_fields if hasattr(self, name)}
-        update = {
-            name: getattr(base, name).model_copy(update={key: getattr(change, key) for key in change.model_fields_set})
-            if isinstance(change, FrozenModel)
-            else change
-            for name, change in changes.items()
-            if change is not None
-        }
+        update: dict[str, Any] = {}
+        for name in ViewConfig.model_fields:
+            change = getattr(self, name, None)
+            if isinstance(change, FrozenModel):
+                given = {key: getattr(change, key) for key in change.model_fields_set}
+                update[name] = getattr(base, name).model_copy(update=given)
+            elif change is not None:
+                update[name] = change
         return base.model_copy(update=update)
 
 
@@ -262,19 +258,14 @@ class ViewsConfig(ViewConfig):
 
     def each(self) -> list[ViewConfig]:
         """The policy of every view: ``count`` global ones, then the local ones."""
-        base = ViewConfig(**{name: getattr(self, name) for name in ViewConfig.model_fields})
+        base = ViewConfig.model_construct(**{name: getattr(self, name) for name in ViewConfig.model_fields})
         later = self.second_view.on(base) if self.second_view else base
         return [base, *[later] * (self.num_views - 1), *[self.local_views.on(base)] * self.local_views.count]
 
     def for_channels(self, channels: int, key: str = "transform") -> tuple[ViewsConfig, list[str]]:
-        """Settles what is ``auto``: images that are not RGB keep their channels and lose the color operations.
+        """The policy without ``auto``, and notes for the log; ``key`` is where it stands in the configuration.
 
-        Args:
-            channels: of the images.
-            key: where this policy stands in the configuration.
-
-        Returns:
-            The policy without ``auto``, and notes for the log.
+        Images that are not RGB keep their channels and lose the color operations.
 
         Raises:
             ConfigError: a color operation was asked for by name on images that have no colors.
@@ -282,15 +273,14 @@ class ViewsConfig(ViewConfig):
         views = self.each()
         base, dropped = views[0].settled(channels, key)
         update: dict[str, Any] = {name: getattr(base, name) for name in ViewConfig.model_fields}
-        if self.second_view and self.num_views > 1:
-            second, _ = views[1].settled(channels, f"{key}.second_view")
-            update["second_view"] = self.second_view.model_copy(
-                update={"color_jitter": second.color_jitter, "grayscale": second.grayscale}
-            )
-        if self.local_views.count:
-            local, _ = views[-1].settled(channels, f"{key}.local_views")
-            update["local_views"] = self.local_views.model_copy(
-                update={"color_jitter": local.color_jitter, "grayscale": local.grayscale}
-            )
+        others: dict[str, tuple[ViewChanges | None, ViewConfig]] = {
+            "second_view": (self.second_view if self.num_views > 1 else None, views[min(1, len(views) - 1)]),
+            "local_views": (self.local_views if self.local_views.count else None, views[-1]),
+        }
+        for name, (changes, view) in others.items():
+            if changes is not None:
+                own, _ = view.settled(channels, f"{key}.{name}")
+                colors = {"color_jitter": own.color_jitter, "grayscale": own.grayscale}
+                update[name] = changes.model_copy(update=colors)
         notes = [f"{key}: {', '.join(dropped)} dropped, images with {channels} channel(s) have no colors"]
         return self.model_copy(update=update), notes if dropped else []

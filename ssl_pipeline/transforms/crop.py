@@ -31,7 +31,7 @@ def random_boxes(
     Args:
         draws: on the CPU, since float rounding must not depend on the device.
         name: first word of the draws' names.
-        heights: of the images, int64 of shape (B,).
+        heights: int64 of shape (B,).
         widths: likewise.
         config: bounds.
 
@@ -88,12 +88,7 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, target: int, mirro
     A triangle filter as wide as an output pixel, at least as wide as an input pixel: bilinear when enlarging,
     antialiased when shrinking, cut at the box's edge. These are the weights of Pillow and torchvision.
 
-    Args:
-        start: int64 of shape (B,).
-        length: int64 of shape (B,).
-        source: pixels of the image along this axis.
-        target: pixels of the view along this axis.
-        mirrored: which samples to mirror, bool of shape (B,).
+    ``start`` and ``length`` are int64 of shape (B,), ``mirrored`` is bool of that shape.
 
     Returns:
         float32 of shape (B, target, source); each row sums to 1.

@@ -21,10 +21,12 @@ from ssl_pipeline.transforms.crop import crop_boxes, reductions, resize_box_of_i
 class Views:
     """Makes the views of a batch.
 
+    In what follows ``index`` are the samples, int64 of shape (B,), on the CPU.
+
     Args:
         config: a policy without ``auto`` (:meth:`ViewsConfig.for_channels`).
-        mean: per-channel mean that the encoder expects.
-        std: per-channel standard deviation that the encoder expects.
+        mean: per channel, as the encoder expects it.
+        std: likewise.
         seed: the run's seed.
         styles: images whose amplitude restyled views take, float32 of shape (N, C, S, S) in [0, 1].
     """
@@ -45,13 +47,7 @@ class Views:
         return NamedRNG(index, self.seed, "views", epoch, view)
 
     def boxes(self, index: Tensor, epoch: int, heights: Tensor, widths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Where each view of images comes from.
-
-        Args:
-            index: int64 of shape (B,), on the CPU.
-            epoch: the epoch.
-            heights: of the images, int64 of shape (B,).
-            widths: likewise.
+        """Where each view of images of some heights and widths, int64 of shape (B,), comes from.
 
         Yields:
             A view's size; its boxes, int64 of shape (B, 4): top, left, height, width; and which are mirrored, bool of shape (B,).
@@ -59,19 +55,12 @@ class Views:
         for view, policy in enumerate(self._policies):
             with torch.inference_mode():  # saves autograd's share of many small operations
                 draws = self._draws(index, epoch, view)
-                boxes, flips = (
-                    crop_boxes(draws, heights, widths, policy.crop),
-                    draws.happens("flip", policy.horizontal_flip),
-                )
+                boxes = crop_boxes(draws, heights, widths, policy.crop)
+                flips = draws.happens("flip", policy.horizontal_flip)
             yield policy.size, boxes, flips
 
     def of_pixels(self, pixels: Tensor, index: Tensor, epoch: int) -> list[Tensor]:
-        """The cropped views of equal-sized images, on their device.
-
-        Args:
-            pixels: uint8 of shape (B, C, H, W).
-            index: int64 of shape (B,), on the CPU.
-            epoch: the epoch.
+        """The cropped views of equal-sized images, uint8 of shape (B, C, H, W), on their device.
 
         Returns:
             Per view a tensor of shape (B, C, S, S), S its own size: float32 in [0, 1], or uint8.
@@ -81,26 +70,14 @@ class Views:
         return [resize_boxes_fast(pixels, boxes, size, flips) for size, boxes, flips in places]
 
     def reductions(self, sizes: tuple[Tensor, Tensor], index: Tensor, epoch: int) -> list[int]:
-        """By how much each image may shrink while it is decoded, so that no view loses pixels: 1, 2, 4 or 8.
-
-        Args:
-            sizes: the images' heights and widths, int64 of shape (B,).
-            index: int64 of shape (B,).
-            epoch: the epoch.
-        """
+        """By how much each image may shrink while it is decoded, so that no view loses pixels: 1, 2, 4 or 8."""
         factors = [reductions(boxes, size) for size, boxes, _ in self.boxes(index, epoch, *sizes)]
         return torch.stack(factors).amin(0).tolist()
 
     def of_files(
         self, images: list[Image.Image], index: Tensor, epoch: int, sizes: tuple[Tensor, Tensor] | None = None
     ) -> list[Tensor]:
-        """The cropped views of decoded files, in a worker.
-
-        Args:
-            images: the images, perhaps shrunk.
-            index: int64 of shape (B,).
-            epoch: the epoch.
-            sizes: heights and widths before shrinking, in which boxes are drawn; None if no image is shrunk.
+        """The cropped views of decoded files, in a worker; boxes are drawn in the ``sizes`` before they were shrunk, if any was.
 
         Returns:
             Per view a tensor of shape (B, C, S, S): uint8, or float32 in [0, 1] where an image has more than 8 bits.
@@ -120,15 +97,9 @@ class Views:
         return samples * channels * sum(policy.size**2 for policy in self._policies)
 
     def finish(self, crops: list[Tensor], index: Tensor, epoch: int) -> list[Tensor]:
-        """What follows the crop, normalization included, on the crops' device.
+        """What follows the crop, normalization included, on the crops' device: per view float32 of the same shape.
 
-        Args:
-            crops: per view float in [0, 1] or uint8, of shape (B, C, S, S); float crops are overwritten.
-            index: int64 of shape (B,).
-            epoch: the epoch.
-
-        Returns:
-            Per view float32 of the same shape.
+        The crops are uint8 or float in [0, 1], of shape (B, C, S, S); float crops are overwritten.
         """
         index = index.cpu()
         views = enumerate(zip(self._augmentations, crops, strict=True))

@@ -71,8 +71,7 @@ class Preprocessing:
 
     Attributes:
         size: height and width of the network's input, in pixels.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
+        mean: per channel, of values in [0, 1]; likewise ``std``.
         resize: the evaluation transform of published weights; None resizes the largest central square.
         whole: squeezes all of an image into the square instead: a dense task must not lose its ends.
     """
@@ -190,14 +189,7 @@ def _matrix(source: int, length: Tensor, resized: Tensor, size: int, interpolati
 
 
 def resize_and_crop_image(image: Image.Image, size: int, resize: Resize, fill: tuple[float, ...]) -> Image.Image:
-    """Resizes and crops one image by Pillow; its mode is ``L``, ``RGB``, or ``F`` with values in [0, 1].
-
-    Args:
-        image: the image.
-        size: the network's height and width.
-        resize: how.
-        fill: the color of a border, in [0, 1], per channel.
-    """
+    """:func:`resize_and_crop` of one image by Pillow; its mode is ``L``, ``RGB``, or ``F`` with values in [0, 1]."""
     heights, widths = resized_sizes(torch.tensor([image.height]), torch.tensor([image.width]), resize)
     top, left = int(crop_start(heights, size)), int(crop_start(widths, size))
     resized = image.resize((int(widths), int(heights)), Image.Resampling[resize.interpolation.upper()])

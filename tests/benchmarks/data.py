@@ -27,10 +27,10 @@ from lightly.transforms.simclr_transform import SimCLRTransform
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssl_pipeline.data.file_table import HEADER, FileTable
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.image_index import ImageIndex, index_folder, index_images
+from ssl_pipeline.data.image_index import HEADER, FileTable, ImageIndex, index_folder
 from ssl_pipeline.data.loader import DistInfo, IndexedLoader, default_workers
+from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.sources.folder import Config
 from ssl_pipeline.engine.distributed import dist_info, start_accelerator
 from ssl_pipeline.transforms.config import BlurConfig, CropConfig, JitterConfig, ViewsConfig

@@ -66,7 +66,7 @@ def test_what_two_processes_and_two_starts_meet_counts_once(tmp_path: Path) -> N
     for one in both:
         one.merge_errors(found)
         assert (one.unreadable, one.new_errors()) == (2, {})
-        one.check_bad_files(one.unreadable)
+        one.check_bad_files()
     again = batches(1)
     again.load_state_dict(both[0].state_dict())
     list(again.from_step(20))

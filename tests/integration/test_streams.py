@@ -18,8 +18,8 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.batch import Batch
-from ssl_pipeline.data.dataset import Sample, StreamDataset
-from ssl_pipeline.data.decode import DecodeError, EncodedImage, decode_bytes
+from ssl_pipeline.data.decode import DecodeError, EncodedImage, decode
+from ssl_pipeline.data.encoded import Sample, StreamDataset
 from ssl_pipeline.data.loader import DistInfo
 from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.stream_loader import (
@@ -36,7 +36,7 @@ from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.runs import same_bytes, tiny_pretrain
 from tests.shards import png, write_shards, write_tar
-from tests.unit.test_loader import photos
+from tests.unit.test_loader import FIRST, photos
 
 CPU = torch.device("cpu")
 
@@ -271,10 +271,10 @@ def test_large_photos_of_a_stream_are_decoded_small(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(EncodedImage, "decode", watched)
     of_size_8 = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
     drawn = [(sample_id("a.tar", sample.position), sample) for sample in stream.read(0)]
-    small = read_stream_crops(stream, of_size_8, drawn, 0, with_labels=False)
+    small = read_stream_crops(stream, of_size_8, FIRST, drawn, with_labels=False)
     assert factors.pop("002") == 1
     assert set(factors.values()) <= {4, 8}
-    images = [decode_bytes(sample.data, Path(sample.name), 3) for _, sample in drawn]
+    images = [decode(Path(sample.name), 3, data=sample.data) for _, sample in drawn]
     assert images[4].size == (240, 320)
     for one, other in zip(small.views, of_size_8.of_files(images, small.index, 0), strict=True):
         assert (one.float() - other.float()).abs().mean() < 2

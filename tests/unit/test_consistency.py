@@ -188,10 +188,10 @@ def test_a_damaged_file_counts_on_its_own_side() -> None:
     batches = PairedLoader(ours, theirs, views, views, 4, 0, SHARE, 3)
     theirs.bad_files.learn({"photo": "truncated"})
     assert batches.unreadable == 1
-    batches.check_bad_files(batches.unreadable)  # two of 200 are allowed, and none of 12
+    batches.check_bad_files()  # two of 200 are allowed, and none of 12
     ours.bad_files.learn({"labeled": "truncated"})
     with pytest.raises(ConfigError, match="1 of 12 files"):
-        batches.check_bad_files(batches.unreadable)
+        batches.check_bad_files()
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.5])

@@ -46,7 +46,6 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
     np.testing.assert_array_equal(values(tmp_path / "photo.png"), upright)
     header = check_header(tmp_path / "photo.png")
-    assert isinstance(header, Header)
     assert (header.width, header.height, header.traits) == (40, 20, frozenset(["rotated"] if orientation > 1 else []))
 
 
@@ -176,7 +175,9 @@ def test_damage_is_told_with_the_file_and_the_remedy(tmp_path: Path, kind: str) 
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.path, again.fault) == (str(caught.value), path, caught.value.fault)
     if not kind.startswith("truncated"):
-        assert fault in str(check_header(path))
+        with pytest.raises(DecodeError) as caught:
+            check_header(path)
+        assert fault in caught.value.fault
 
 
 def test_truncated_files_stay_errors() -> None:
@@ -188,10 +189,15 @@ def test_links_pipes_and_folders(tmp_path: Path) -> None:
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    assert "a broken link?" in str(check_header(tmp_path / "broken.jpg"))
-    assert isinstance(check_header(tmp_path / "loop.jpg"), str)
-    assert check_header(tmp_path / "pipe.jpg") == "it is no regular file"
-    assert check_header(tmp_path / "folder.jpg") == "it is no regular file"
+    for name, fault in (
+        ("broken", "a broken link?"),
+        ("loop", ""),
+        ("pipe", "no regular file"),
+        ("folder", "no regular file"),
+    ):
+        with pytest.raises(DecodeError) as caught:
+            check_header(tmp_path / f"{name}.jpg")
+        assert fault in caught.value.fault
     with pytest.raises(DecodeError, match=r"broken\.jpg.*a broken link"):
         decode(tmp_path / "broken.jpg", 3)
 
@@ -201,7 +207,8 @@ def test_a_bomb_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DecodeError, match=r"large\.png.*more than 2000 pixels.*scale it down"):
         decode(path, 3)
-    assert "scale it down" in str(check_header(path))
+    with pytest.raises(DecodeError, match="scale it down"):
+        check_header(path)
 
 
 @pytest.mark.parametrize("error", [struct.error("unpack requires"), IndexError("list index"), RuntimeError()])
@@ -215,7 +222,8 @@ def test_whatever_a_decoder_raises_names_the_file(
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(DecodeError, match=r"odd\.png"):
         decode(path, 3)
-    assert check_header(path)
+    with pytest.raises(DecodeError, match=r"odd\.png"):
+        check_header(path)
 
 
 def test_want_of_memory_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

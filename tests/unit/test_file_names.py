@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.sources import domain_folder, folder
 from ssl_pipeline.export.embed import Embeddings, write_npz, write_parquet
 from ssl_pipeline.export.formatters import build_formatter

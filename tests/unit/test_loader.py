@@ -13,21 +13,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.bad_files import BadFiles, parse_limit
+from ssl_pipeline.data.bad_files import BadFiles, parse_limit, warn_once
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.data.build import AnnotatedLoader
 from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.reading import read_crops, read_in_order
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.targets import NumericTargets
-from ssl_pipeline.data.workers import _tell_small_room, shared_memory_needed
+from ssl_pipeline.data.workers import shared_memory_needed
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.crop import reductions
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
+FIRST = TrainProgress(0, 1, 1)
 
 
 def photos(folder: Path, count: int, width: int = 96, height: int = 64) -> list[str]:
@@ -74,7 +76,7 @@ def little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lost)
     monkeypatch.setattr("ssl_pipeline.data.workers.free_shared_memory", lambda: 64 * 2**10)
     monkeypatch.setenv("SSL_PIPELINE_TIMEOUT", "10")
-    _tell_small_room.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.usefixtures("little_shared_memory")
@@ -137,7 +139,7 @@ def test_a_photo_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(FileDataset, "open_reduced", watched)
     index = torch.arange(6)
-    small = read_crops(source, views(), index, 0)
+    small = read_crops(source, views(), FIRST, index)
     assert [entry[0] for entry in opened] == list(range(6))
     assert {factor for _, factor, _ in opened} <= {4, 8}
     assert all(size == (640 // factor, 480 // factor) for _, factor, size in opened)
@@ -191,7 +193,10 @@ def test_a_small_photo_is_decoded_whole(tmp_path: Path) -> None:
     source = FileDataset("photos", tmp_path, photos(tmp_path, 3, 40, 30), 3)
     index = torch.arange(3)
     whole = views(24).of_files([source.open_image(i) for i in range(3)], index, 2)
-    assert all(torch.equal(a, b) for a, b in zip(read_crops(source, views(24), index, 2).views, whole, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(read_crops(source, views(24), TrainProgress(2, 3, 1), index).views, whole, strict=True)
+    )
 
 
 def test_a_bad_file_gives_way_to_its_neighbor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -199,10 +204,10 @@ def test_a_bad_file_gives_way_to_its_neighbor(tmp_path: Path, caplog: pytest.Log
     for bad in (2, 3, 7):
         (tmp_path / names[bad]).write_bytes((tmp_path / names[bad]).read_bytes()[:700])
     source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("3"), 8))
-    crops = read_crops(source, views(), torch.tensor([0, 2, 7, 3]), 0)
+    crops = read_crops(source, views(), FIRST, torch.tensor([0, 2, 7, 3]))
     assert crops.index.tolist() == [0, 4, 0, 4]
     assert sorted(crops.faults) == [2, 3, 7]
-    alone = read_crops(source, views(), torch.tensor([4]), 0)
+    alone = read_crops(source, views(), FIRST, torch.tensor([4]))
     assert torch.equal(crops.views[0][1], alone.views[0][0])  # under the neighbor's own number: its own views
     made = IndexedLoader(source, views(), 4, 0, DistInfo(0, 1, CPU), 8, 0)
     with caplog.at_level(logging.WARNING):
@@ -249,7 +254,7 @@ def test_a_file_that_has_changed_its_size_is_told(tmp_path: Path) -> None:
     source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("1"), 3))
     source.sizes(torch.arange(3))
     photos(tmp_path, 1, 480, 240)
-    faults = read_crops(source, views(), torch.arange(3), 0).faults
+    faults = read_crops(source, views(), FIRST, torch.arange(3)).faults
     assert "it is not 320×240 any more" in str(faults[0])
 
 
@@ -279,6 +284,7 @@ def test_a_thousand_steps_with_one_bad_file_in_ten(tmp_path: Path) -> None:
     assert made.unreadable == 4
     assert source.bad_files is not None
     assert sorted(source.bad_files.faults) == [str(tmp_path / name) for name in bad]
-    made.check_bad_files(4)
+    made.check_bad_files()
+    made.merge_errors([made.new_errors(), {"another": "it is empty"}])
     with pytest.raises(ConfigError, match="5 of 40 files"):
-        made.check_bad_files(5)  # what another process has found counts, too
+        made.check_bad_files()  # what another process has found counts, too

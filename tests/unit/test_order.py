@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader, samples_of_step
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader
 from ssl_pipeline.data.paired import PairedLoader
 from ssl_pipeline.engine.checkpoint import check_steps_left
-from ssl_pipeline.schedules import TrainProgress
 
 
 class Images:
@@ -26,9 +25,10 @@ class Images:
         return self._count
 
 
-def batches(count: int, size: int, total: int) -> IndexedLoader:
+def batches(count: int, size: int, total: int, seed: int = 3, rank: int = 0, processes: int = 1) -> IndexedLoader:
     source: Any = Images(count)
-    return IndexedLoader(source, None, size, 3, DistInfo(0, 1, torch.device("cpu")), total, 0)  # type: ignore[arg-type]
+    share = DistInfo(rank, processes, torch.device("cpu"))
+    return IndexedLoader(source, None, size, seed, share, total, 0)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.sampled_from([1, 2, 4]), st.integers(0, 5))
@@ -39,16 +39,15 @@ def test_an_epoch_holds_each_sample_at_most_once_and_shares_make_the_whole(
     samples = steps * batch + extra % batch
     epoch = []
     for step in range(steps):
-        clock = TrainProgress(step, 3 * steps, steps)
-        shares = [samples_of_step(clock, samples, batch, seed, rank, processes) for rank in range(processes)]
-        assert torch.equal(torch.cat(shares), samples_of_step(clock, samples, batch, seed))
+        shares = [batches(samples, batch, 3 * steps, seed, rank, processes).samples(step) for rank in range(processes)]
+        assert torch.equal(torch.cat(shares), batches(samples, batch, 3 * steps, seed).samples(step))
         epoch += torch.cat(shares).tolist()
     assert len(set(epoch)) == len(epoch) == steps * batch
 
 
 def test_epochs_and_seeds_differ() -> None:
     def first(step: int, seed: int) -> list[int]:
-        return samples_of_step(TrainProgress(step, 100, 10), 100, 10, seed).tolist()
+        return batches(100, 10, 100, seed).samples(step).tolist()
 
     assert first(0, 0) != first(10, 0)
     assert first(10, 0) != first(0, 1)

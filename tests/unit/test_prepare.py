@@ -13,19 +13,18 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
-from ssl_pipeline.data import image_files, image_index
+from ssl_pipeline.data import image_files, scan
 from ssl_pipeline.data.cache import COLUMNS as CACHE_COLUMNS
 from ssl_pipeline.data.cache import Cache, CacheError, cache_folder
-from ssl_pipeline.data.file_table import FileTable
 from ssl_pipeline.data.image_files import FileDataset
-from ssl_pipeline.data.image_index import FILE_NAME, FORMAT, ImageIndex, index_folder, index_images
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.image_index import FILE_NAME, FORMAT, FileTable, ImageIndex, index_folder
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
 from ssl_pipeline.data.prepare import BAD_FILES, Report, prepare
-from ssl_pipeline.data.reading import read_crops
+from ssl_pipeline.data.scan import index_images
 from ssl_pipeline.data.sources import folder as sources_folder
 from ssl_pipeline.data.sources.folder import Config
 from tests.runs import ssl_pipeline
-from tests.unit.test_loader import photos, views
+from tests.unit.test_loader import FIRST, photos, views
 
 OLD = 10**9  # seconds: no file of a test is so new that its time says nothing
 
@@ -152,13 +151,13 @@ def test_the_output_must_lie_elsewhere(tmp_path: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose headers or pixels are looked at from now on."""
     seen = list[str]()
-    whole = image_index._check_file
+    whole = scan._check_file
 
     def find(path: Path, level: int, cache_side: int) -> Any:
         seen.append(path.name)
         return whole(path, level, cache_side)
 
-    monkeypatch.setattr(image_index, "_check_file", find)
+    monkeypatch.setattr(scan, "_check_file", find)
     return seen
 
 
@@ -187,18 +186,18 @@ def test_a_stopped_look_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     root, place = tmp_path / "in", tmp_path / "out"
     photos(root, 12)
     aged(root)
-    monkeypatch.setattr(image_index, "_CHUNK", 4)
-    whole = image_index._check_file
+    monkeypatch.setattr(scan, "_CHUNK", 4)
+    whole = scan._check_file
 
     def fail(path: Path, level: int, cache_side: int) -> Any:
         if path.name == "009.jpg":
             raise KeyboardInterrupt
         return whole(path, level, cache_side)
 
-    monkeypatch.setattr(image_index, "_check_file", fail)
+    monkeypatch.setattr(scan, "_check_file", fail)
     with pytest.raises(KeyboardInterrupt):
         index_images(root, place, cache_side=16)
-    monkeypatch.setattr(image_index, "_check_file", whole)
+    monkeypatch.setattr(scan, "_check_file", whole)
     half = ImageIndex.load(place, root)
     assert half is not None
     assert not half.whole
@@ -255,7 +254,7 @@ def test_many_files_are_announced_where_no_bar_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos(tmp_path / "photos", 3)
-    monkeypatch.setattr("ssl_pipeline.data.image_index._MANY", 3)
+    monkeypatch.setattr("ssl_pipeline.data.scan._MANY", 3)
     for told in ("checking 3 files of ", ""):
         opened(aged(tmp_path / "photos"))
         assert capsys.readouterr().err[: len(told) or None] == told
@@ -283,9 +282,9 @@ def test_training_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cached.open_image(0).size == (133, 100)
     assert cached.open_image(6).getpixel((3, 3)) == (77, 77, 77)
     index = torch.arange(6)
-    from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), index, 0).views
+    from_files = read_crops(files, views(crop={"scale": (0.5, 1.0)}), FIRST, index).views
     monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)  # no file is opened from here on
-    from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), index, 0).views
+    from_cache = read_crops(cached, views(crop={"scale": (0.5, 1.0)}), FIRST, index).views
     for one, other in zip(from_files, from_cache, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3  # the same crops of the same images
 
@@ -378,7 +377,7 @@ def test_a_million_files_need_no_strings(tmp_path: Path) -> None:
     some = files.select(torch.tensor([3, 1])).select(torch.tensor([1]))
     assert list(some) == ["001.jpg"]
     assert some.columns["name"] is files.columns["name"]
-    assert some[-1:] == ["001.jpg"]
+    assert some[-1] == "001.jpg"
     assert some == ["001.jpg"]
     assert some != ["002.jpg"]
     with pytest.raises(IndexError):

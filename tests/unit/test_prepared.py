@@ -15,13 +15,12 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import image_files
 from ssl_pipeline.data.image_files import FileDataset
 from ssl_pipeline.data.image_index import ImageIndex, index_folder
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
 from ssl_pipeline.data.prepare import Report, prepare
-from ssl_pipeline.data.reading import read_crops
 from ssl_pipeline.data.sources import domain_folder, table
 from ssl_pipeline.data.targets import NumericTargets
 from tests.runs import ssl_pipeline
-from tests.unit.test_loader import photos, views
+from tests.unit.test_loader import FIRST, photos, views
 from tests.unit.test_prepare import OLD, aged, counted
 
 
@@ -109,9 +108,9 @@ def test_a_prepared_domain_folder_trains_from_its_cache(
         assert file.startswith(f"{ready.domain_names[domain]}/{ready.classes[label]}/")
     index = torch.arange(8)
     large = views(crop={"scale": (0.5, 1.0)})
-    from_files = read_crops(of_domains(domains, **out), large, index, 0).views
+    from_files = read_crops(of_domains(domains, **out), large, FIRST, index).views
     monkeypatch.setattr("ssl_pipeline.data.image_files.decode", None)  # no file is opened from here on
-    for one, other in zip(from_files, read_crops(ready, large, index, 0).views, strict=True):
+    for one, other in zip(from_files, read_crops(ready, large, FIRST, index).views, strict=True):
         assert (one.float() - other.float()).abs().mean() < 3
 
 

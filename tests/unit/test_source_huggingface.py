@@ -18,14 +18,13 @@ from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import hf_dataset
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.hf_dataset import HFDataset, HFIterableDataset, encoded
-from ssl_pipeline.data.loader import DistInfo, IndexedLoader
-from ssl_pipeline.data.reading import read_crops
+from ssl_pipeline.data.loader import DistInfo, IndexedLoader, read_crops
 from ssl_pipeline.data.sources import huggingface
 from ssl_pipeline.data.stream_loader import StreamLoader, sample_id
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from tests.shards import png
-from tests.unit.test_loader import photos
+from tests.unit.test_loader import FIRST, photos
 
 datasets = pytest.importorskip("datasets")
 
@@ -219,7 +218,7 @@ def test_large_photos_are_decoded_small_and_read_once(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(hf_dataset, "encoded", watched)
     views = Views(ViewsConfig(size=8).for_channels(3)[0], (0.5,) * 3, (0.5,) * 3, 0)
-    small = read_crops(source, views, torch.arange(4), 0).views
+    small = read_crops(source, views, FIRST, torch.arange(4)).views
     assert len(read) == 4
     source.sizes(torch.arange(4))
     assert source.open_reduced(0, 8).size == (40, 30)

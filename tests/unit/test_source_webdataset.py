@@ -17,7 +17,7 @@ from PIL import Image
 
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data import tar
-from ssl_pipeline.data.dataset import Sample
+from ssl_pipeline.data.encoded import Sample
 from ssl_pipeline.data.prepare import BAD_FILES, prepare_shards
 from ssl_pipeline.data.sources import webdataset
 from ssl_pipeline.data.sources.webdataset import TarStream

@@ -21,8 +21,9 @@ from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.dataset import ArrayDataset, IndexedDataset
 from ssl_pipeline.data.decode import as_8_bit, check_header, decode
 from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.loader import read_crops
 from ssl_pipeline.data.prepare import prepare
-from ssl_pipeline.data.reading import read_crops, read_in_order
+from ssl_pipeline.data.reading import read_in_order
 from ssl_pipeline.data.source import SourceConfig, StreamConfig, at_range_of
 from ssl_pipeline.data.sources import coco, folder, huggingface, mask_folder, table, webdataset
 from ssl_pipeline.data.sources import torchvision as torchvision_sets
@@ -35,12 +36,13 @@ from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.models.encoder import load_encoder
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
+from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.transforms.config import ViewsConfig
 from ssl_pipeline.transforms.multi_view import Views
 from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.shards import write_tar
 
-CPU = torch.device("cpu")
+CPU, FIRST = torch.device("cpu"), TrainProgress(0, 1, 1)
 DRAWS = np.random.default_rng(0)  # no test depends on which values are drawn
 
 
@@ -117,7 +119,7 @@ def test_no_bit_of_16_is_lost_between_file_and_batch(tmp_path: Path) -> None:
         assert all(torch.equal(plane, expected) for plane in read[0])
         whole = ViewsConfig(size=256, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
         views = Views(whole.for_channels(channels)[0], (0.0,) * channels, (1.0,) * channels, 0)
-        (crops,) = read_crops(source, views, torch.tensor([0]), 0).views
+        (crops,) = read_crops(source, views, FIRST, torch.tensor([0])).views
         assert all(torch.equal(plane, expected) for plane in crops[0])
         assert len(crops.unique()) == 65536
 
@@ -131,11 +133,11 @@ def test_images_of_8_bits_are_bytes_and_may_stand_beside_others(tmp_path: Path) 
     whole = ViewsConfig(size=8, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
     views = Views(whole.for_channels(3)[0], (0.0,) * 3, (1.0,) * 3, 0)
     bright = [i for i in range(len(source)) if int(Path(source.describe(i)).stem) % 2]
-    (crops,) = read_crops(source, views, torch.arange(len(source)), 0).views
+    (crops,) = read_crops(source, views, FIRST, torch.arange(len(source))).views
     assert crops.dtype == torch.float32
     for i in bright:
         assert crops[i].mean() == pytest.approx((100 + int(Path(source.describe(i)).stem)) / 255)
-    (alone,) = read_crops(source, views, torch.tensor(bright), 0).views
+    (alone,) = read_crops(source, views, FIRST, torch.tensor(bright)).views
     assert alone.dtype == torch.uint8  # as ever
     assert as_8_bit(source.open_image(next(i for i in range(len(source)) if i not in bright)), "RGB").mode == "RGB"
 
@@ -269,7 +271,7 @@ def test_the_views_of_a_stream_are_at_its_range(tmp_path: Path) -> None:
     assert stream is not None
     whole = ViewsConfig(size=8, num_views=1, crop={"scale": (1, 1), "ratio": (1, 1)}, horizontal_flip=0.0)
     views = Views(whole.for_channels(1)[0], (0.0,), (1.0,), 0)
-    (crops,) = read_stream_crops(stream, views, list(enumerate(stream.read(0))), 0, with_labels=False).views
+    (crops,) = read_stream_crops(stream, views, FIRST, list(enumerate(stream.read(0))), with_labels=False).views
     np.testing.assert_allclose(crops[:, 0], np.stack(stored) / 4095, atol=1e-6)
 
 
@@ -429,9 +431,7 @@ def test_colors_of_16_bits_say_that_8_are_read(
 ) -> None:
     for i in range(3):
         png_of_16_bits(tmp_path / f"{i}.png")
-    header = check_header(tmp_path / "0.png")
-    assert not isinstance(header, str)
-    assert header.mode == "RGB;16"
+    assert check_header(tmp_path / "0.png").mode == "RGB;16"
     prepare(str(tmp_path))
     assert "3 RGB;16 (the upper 8 of 16 bits are read)" in capsys.readouterr().out
     opened(tmp_path)

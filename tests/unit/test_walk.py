@@ -11,8 +11,8 @@ from PIL import Image
 from ssl_pipeline.config.base import ConfigError
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.image_files import FileDataset, scan_folder
+from ssl_pipeline.data.scan import ENDINGS, images_in
 from ssl_pipeline.data.sources import domain_folder, folder
-from ssl_pipeline.data.walk import ENDINGS, images_in
 from ssl_pipeline.export.predict import image_files
 
 

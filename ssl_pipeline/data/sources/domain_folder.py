@@ -17,8 +17,8 @@ from torch import Tensor
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import BadFilesLimit, warn_once
-from ssl_pipeline.data.file_table import as_text
 from ssl_pipeline.data.image_files import FileDataset, ImageFiles, PreparedConfig, scan_folder
+from ssl_pipeline.data.image_index import as_text
 from ssl_pipeline.data.source import Images
 from ssl_pipeline.data.splits import SPLIT_NAMES, Split, resembles_split, split_named, splits_among
 

@@ -10,8 +10,9 @@ import torch
 
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import BadFiles, Limit, parse_limit, warn_once
-from ssl_pipeline.data.dataset import IndexedDataset, Sample
+from ssl_pipeline.data.dataset import IndexedDataset
 from ssl_pipeline.data.decode import DecodeError
+from ssl_pipeline.data.encoded import Sample
 from ssl_pipeline.data.hf_dataset import ColumnNames, HFDataset, HFIterableDataset, encoded, numbers
 from ssl_pipeline.data.reading import channels_of
 from ssl_pipeline.data.source import LOOKED_AT, HoldOutConfig, Images, StreamConfig

@@ -16,10 +16,10 @@ from ssl_pipeline.config.files import existing_folder
 from ssl_pipeline.data.bad_files import for_all, raise_all, warn_once
 from ssl_pipeline.data.decode import upright_size
 from ssl_pipeline.data.image_files import FileDataset
+from ssl_pipeline.data.scan import images_in
 from ssl_pipeline.data.source import HoldOutConfig, Images
 from ssl_pipeline.data.splits import Split, splits_in
 from ssl_pipeline.data.targets import IGNORE, Masks, read_mask
-from ssl_pipeline.data.walk import images_in
 
 
 class Config(HoldOutConfig):

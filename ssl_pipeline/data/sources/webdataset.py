@@ -15,12 +15,12 @@ import fsspec
 from ssl_pipeline.config.base import ConfigError, joined
 from ssl_pipeline.data.bad_files import warn_once
 from ssl_pipeline.data.columns import class_name, class_number, refuse_several, text_of
-from ssl_pipeline.data.dataset import Sample, StreamDataset
-from ssl_pipeline.data.decode import DecodeError, decode_bytes
+from ssl_pipeline.data.decode import DecodeError, decode
+from ssl_pipeline.data.encoded import Sample, StreamDataset
+from ssl_pipeline.data.scan import ENDINGS
 from ssl_pipeline.data.source import StreamConfig
 from ssl_pipeline.data.splits import Split, split_named
 from ssl_pipeline.data.tar import Group, ShardError, not_supported, read_groups, shown
-from ssl_pipeline.data.walk import ENDINGS
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -125,7 +125,7 @@ class TarStream(StreamDataset):
                 ending, data = next(iter(group.files.items()))
                 name = f"{shown(url)}/{group.key}.{ending}"
                 try:
-                    decode_bytes(data, Path(name), 3, 1)  # a JPEG at an eighth of its size, to its end
+                    decode(Path(name), 3, 1, (0.0, 1.0), data)  # a JPEG at an eighth of its size, to its end
                     usable += 1
                 except DecodeError as error:
                     faults[name] = error.fault
