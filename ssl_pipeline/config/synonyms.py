@@ -18,6 +18,12 @@ RENAMED_KEYS: dict[str, str] = {
         for old, new in _VIEWS.items()
     },
     "data.licence": "data.license",
+    "downstream.proposals": "downstream.rpn_post_nms_top_n",
+    "downstream.sampled": "downstream.box_batch_size_per_image",
+    "pretext.off_diagonal": "pretext.lambda_param",
+    "pretext.invariance": "pretext.sim_coeff",
+    "pretext.variance": "pretext.std_coeff",
+    "pretext.covariance": "pretext.cov_coeff",
     "unlabelled": "unlabeled",
     "views": "transform",
     "transform.count": "transform.num_views",

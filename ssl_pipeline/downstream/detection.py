@@ -36,11 +36,11 @@ class Config(DenseConfig):
 
     Attributes:
         head: ``faster_rcnn``, which proposes regions first (Ren et al. 2015), or ``retinanet``, which decides at once, with a focal
-            loss; it has neither ``hidden`` nor ``proposals`` nor ``sampled``.
+            loss; it has neither ``hidden`` nor ``rpn_post_nms_top_n`` nor ``box_batch_size_per_image``.
         width: channels of the pyramid.
         hidden: width of the box head.
-        proposals: regions of an image that the box head is given at most.
-        sampled: of which so many, one quarter of them objects at best, are learned from in a step.
+        rpn_post_nms_top_n: regions of an image that the box head is given at most.
+        box_batch_size_per_image: of which so many, one quarter of them objects at best, are learned from in a step.
         score_threshold: predictions below it are dropped.
         batch_norm: of the encoder. ``frozen``: statistics, scales and shifts stay as pretraining left them, as in torchvision's
             detectors: a step has few images, and their statistics are noise. Fresh weights have none to keep, and are trained.
@@ -52,8 +52,8 @@ class Config(DenseConfig):
     head: Literal["faster_rcnn", "retinanet"] = "faster_rcnn"
     width: int = Field(256, ge=1)
     hidden: int = Field(1024, ge=1)
-    proposals: int = Field(1000, ge=1)
-    sampled: int = Field(512, ge=4)
+    rpn_post_nms_top_n: int = Field(1000, ge=1)
+    box_batch_size_per_image: int = Field(512, ge=4)
     score_threshold: float = Field(0.05, ge=0, lt=1)
     batch_norm: Literal["frozen", "trained"] = "frozen"
 
@@ -100,8 +100,8 @@ class Detection(DenseTask):
             return
         self.head = FasterRCNNHead(
             encoder.widths, encoder.strides, classes, config.width, config.hidden,
-            rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals,
-            box_batch_size_per_image=config.sampled, box_score_thresh=config.score_threshold,
+            rpn_post_nms_top_n_train=config.rpn_post_nms_top_n, rpn_post_nms_top_n_test=config.rpn_post_nms_top_n,
+            box_batch_size_per_image=config.box_batch_size_per_image, box_score_thresh=config.score_threshold,
         )  # fmt: skip
 
     def _freeze_norms(self) -> None:

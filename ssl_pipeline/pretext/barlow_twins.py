@@ -2,7 +2,7 @@
 
     ℓ = Σ_d (1 − C_dd)² + λ Σ_{d≠e} C_de²,   C = Aᵀ B ÷ N
 
-with A and B both views' projections, each feature standardized over the batch, and λ ``off_diagonal``.
+with A and B both views' projections, each feature standardized over the batch, and λ ``lambda_param``.
 
 When to use: neither negatives nor a teacher; needs a wide projection. Zbontar et al. 2021, arXiv 2103.03230,
 equations 1 and 2.
@@ -22,12 +22,12 @@ class Config(ProjectionConfig):
     """Barlow Twins (Zbontar et al. 2021).
 
     Attributes:
-        off_diagonal: weight of the decorrelation against the invariance.
+        lambda_param: weight of the decorrelation against the invariance.
     """
 
     layers: int = Field(3, ge=1)
     projection_width: int = Field(2048, ge=2)
-    off_diagonal: float = Field(0.005, gt=0)
+    lambda_param: float = Field(0.005, gt=0)
 
     def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
-        return BatchStatisticsTask(self, encoder, BarlowTwinsLoss(self.off_diagonal))
+        return BatchStatisticsTask(self, encoder, BarlowTwinsLoss(self.lambda_param))

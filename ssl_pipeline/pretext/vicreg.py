@@ -3,7 +3,7 @@
     ℓ = λ s(A, B) + μ ½ [v(A) + v(B)] + ν [c(A) + c(B)]
     s: mean squared difference,   v(Z) = mean_d max(0, 1 − std(Z_d)),   c(Z) = Σ_{d≠e} Cov(Z)_de² ÷ D
 
-with λ ``invariance``, μ ``variance``, ν ``covariance``.
+with λ ``sim_coeff``, μ ``std_coeff``, ν ``cov_coeff``.
 
 When to use: as Barlow Twins, where each of the three terms should be seen and weighed by itself. Bardes et al. 2022,
 arXiv 2105.04906, equations 1 to 6.
@@ -23,16 +23,16 @@ class Config(ProjectionConfig):
     """VICReg (Bardes et al. 2022).
 
     Attributes:
-        invariance: weight of the distance between the views.
-        variance: weight of the hinge on each feature's deviation.
-        covariance: weight of the features' covariances.
+        sim_coeff: weight of the distance between the views.
+        std_coeff: weight of the hinge on each feature's deviation.
+        cov_coeff: weight of the features' covariances.
     """
 
     layers: int = Field(3, ge=1)
     projection_width: int = Field(2048, ge=2)
-    invariance: float = Field(25.0, ge=0)
-    variance: float = Field(25.0, ge=0)
-    covariance: float = Field(1.0, ge=0)
+    sim_coeff: float = Field(25.0, ge=0)
+    std_coeff: float = Field(25.0, ge=0)
+    cov_coeff: float = Field(1.0, ge=0)
 
     def build(self, encoder: Encoder, source: ImageDataset) -> BatchStatisticsTask:
-        return BatchStatisticsTask(self, encoder, VICRegLoss(self.invariance, self.variance, self.covariance))
+        return BatchStatisticsTask(self, encoder, VICRegLoss(self.sim_coeff, self.std_coeff, self.cov_coeff))

@@ -69,7 +69,13 @@ def dense_case(name: str) -> Case:
     if name == "segmentation":
         task, target = segmentation.Config(name=name).build(encoder(), 3), torch.randint(0, 3, (4, 32, 32))
     else:
-        words: dict[str, Any] = {"head": name, "width": 8, "hidden": 8, "proposals": 20, "sampled": 8}
+        words: dict[str, Any] = {
+            "head": name,
+            "width": 8,
+            "hidden": 8,
+            "rpn_post_nms_top_n": 20,
+            "box_batch_size_per_image": 8,
+        }
         task = detection.Config(name="detection", **words).build(encoder(), 2)
         box = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([1])}
         target = [box] * 4

@@ -17,7 +17,10 @@ from ssl_pipeline.transforms.preprocessing import Preprocessing
 from tests.ranks import ranks
 from tests.shapes import box_folder, mask_folder
 
-DETECTOR = [f"downstream.{key}" for key in ("width=16", "hidden=16", "proposals=50", "sampled=16", "score_threshold=0")]
+DETECTOR = [
+    f"downstream.{key}"
+    for key in ("width=16", "hidden=16", "rpn_post_nms_top_n=50", "box_batch_size_per_image=16", "score_threshold=0")
+]
 
 
 @pytest.mark.parametrize(

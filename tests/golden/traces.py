@@ -131,7 +131,7 @@ TRACES: dict[str, list[str]] = {
     ],
     "downstream/detection": [
         "finetune", *DENSE, "data=coco", "data.path=<boxes>", "downstream=detection", "downstream.width=16", "downstream.hidden=32",
-        "downstream.proposals=50", "downstream.sampled=32", "size=48", "encoder=<source/coco>",
+        "downstream.rpn_post_nms_top_n=50", "downstream.box_batch_size_per_image=32", "size=48", "encoder=<source/coco>",
     ],
     **{f"domain/{name}": ["finetune", *ACROSS, f"domain={name}", *DOMAIN_EXTRA.get(name, [])] for name in DOMAIN},
     "domain/shot_im": ["finetune", *ACROSS, "domain=shot_im", "domain.adaptation.length=4 steps"],

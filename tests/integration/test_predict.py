@@ -30,7 +30,7 @@ from ssl_pipeline.transforms.preprocessing import Preprocessing
 
 SMALL: dict[str, dict[str, Any]] = {
     "regression": {}, "multi_label": {}, "segmentation": {},
-    "detection": {"width": 16, "hidden": 16, "proposals": 20, "score_threshold": 0.0},
+    "detection": {"width": 16, "hidden": 16, "rpn_post_nms_top_n": 20, "score_threshold": 0.0},
 }  # fmt: skip
 
 

@@ -66,7 +66,10 @@ def run(folder: Path, output: Path, *overrides: str) -> Result:
         f"data.path={folder / 'annotations.json'}",
         "downstream=detection",
     ]
-    small = [f"downstream.{key}" for key in ("width=16", "hidden=32", "proposals=100", "sampled=32")]
+    small = [
+        f"downstream.{key}"
+        for key in ("width=16", "hidden=32", "rpn_post_nms_top_n=100", "box_batch_size_per_image=32")
+    ]
     short = ["size=48", "regime.min_steps=0", "regime.batch_size=8"]
     return finetune(load("finetune", FinetuneConfig, [*words, *small, *short, f"output={output}", *overrides]))
 
@@ -273,7 +276,9 @@ def test_figures_are_cocos_own_with_crowds_and_an_absent_class() -> None:
         boxes = torch.cat([near, more]).clamp(0, 64)
         labels = torch.cat([truth["labels"], classes])
         found.append({"boxes": boxes, "labels": labels, "scores": torch.rand(len(boxes), generator=generator)})
-    task = Config(name="detection", width=8, hidden=8, proposals=20, sampled=8).build(encoder(size=32), 3)
+    task = Config(name="detection", width=8, hidden=8, rpn_post_nms_top_n=20, box_batch_size_per_image=8).build(
+        encoder(size=32), 3
+    )
     shares = [{**one, "boxes": one["boxes"] / 64} for one in found]
     figures = task.score([task.compare(one, truth) for one, truth in zip(shares, truths, strict=True)])
     assert figures == pytest.approx(official(truths, found), abs=1e-6)
@@ -362,7 +367,14 @@ def test_batch_norms_of_a_pretrained_encoder_stay_as_they_are_by_default(
         for norm in batch_norms(network):
             assert norm.running_var is not None
             norm.running_var.fill_(2.0)
-    keys = {"name": "detection", "width": 8, "hidden": 8, "proposals": 20, "sampled": 8, "batch_norm": batch_norm}
+    keys = {
+        "name": "detection",
+        "width": 8,
+        "hidden": 8,
+        "rpn_post_nms_top_n": 20,
+        "box_batch_size_per_image": 8,
+        "batch_norm": batch_norm,
+    }
     task = Config.model_validate(keys).build(network, 2)
     task.fix_encoder(True)  # as LP-FT does
     task.fix_encoder(False)
@@ -381,7 +393,9 @@ def test_batch_norms_of_a_pretrained_encoder_stay_as_they_are_by_default(
 
 
 def test_an_image_without_an_object_teaches_the_background() -> None:
-    task = Config(name="detection", width=8, hidden=8, proposals=20, sampled=8).build(encoder(size=32), 2)
+    task = Config(name="detection", width=8, hidden=8, rpn_post_nms_top_n=20, box_batch_size_per_image=8).build(
+        encoder(size=32), 2
+    )
     nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64)}
     batch = Batch(TrainProgress(0, 1, 1), torch.arange(2), [torch.randn(2, 3, 32, 32)], target=[nothing, nothing])
     loss = task(batch).loss
