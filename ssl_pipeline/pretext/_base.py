@@ -19,7 +19,7 @@ from ssl_pipeline.losses.gather import all_gather_rows
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import Temperature, TemperatureConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import projection_head
+from ssl_pipeline.models.projection_heads import projection_head
 
 
 class ProjectionConfig(PretextConfig):

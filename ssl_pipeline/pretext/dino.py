@@ -26,7 +26,7 @@ from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.temperature import TemperatureConfig
 from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import PrototypeHead, distillation_head
+from ssl_pipeline.models.projection_heads import PrototypeHead, distillation_head
 from ssl_pipeline.pretext._base import forward_views
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 

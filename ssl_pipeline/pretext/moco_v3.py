@@ -21,7 +21,7 @@ from ssl_pipeline.losses.info_nce import Match, info_nce
 from ssl_pipeline.losses.temperature import temperature_metrics
 from ssl_pipeline.models.ema import EMAModel, EMAMomentumConfig
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import prediction_head
+from ssl_pipeline.models.projection_heads import prediction_head
 from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views
 
 

@@ -24,7 +24,7 @@ from ssl_pipeline.losses.memory_bank import MemoryQueue
 from ssl_pipeline.losses.temperature import temperature_metrics
 from ssl_pipeline.metrics.knn import nearest_neighbors
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import prediction_head
+from ssl_pipeline.models.projection_heads import prediction_head
 from ssl_pipeline.pretext._base import ContrastiveConfig, ProjectionTask, forward_views, with_predictions
 
 

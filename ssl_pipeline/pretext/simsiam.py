@@ -15,7 +15,7 @@ from pydantic import Field
 from ssl_pipeline.data.batch import Batch
 from ssl_pipeline.engine.task import Embeddings, StepOutput
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import prediction_head
+from ssl_pipeline.models.projection_heads import prediction_head
 from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask, cosine_loss, forward_views, with_predictions
 
 

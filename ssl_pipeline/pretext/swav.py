@@ -24,7 +24,7 @@ from ssl_pipeline.losses.gather import rank_and_world_size
 from ssl_pipeline.losses.info_nce import to_float32
 from ssl_pipeline.losses.memory_bank import MemoryQueue
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import PrototypeHead
+from ssl_pipeline.models.projection_heads import PrototypeHead
 from ssl_pipeline.pretext._base import ProjectionConfig, ProjectionTask
 from ssl_pipeline.schedules import Duration, TrainProgress, parse_duration
 

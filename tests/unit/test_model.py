@@ -17,8 +17,9 @@ from ssl_pipeline.models.backbone import Backbone, BackboneConfig, build_backbon
 from ssl_pipeline.models.bottleneck import BottleneckConfig, build_bottleneck
 from ssl_pipeline.models.dense_heads import DeepLab, SkipHead
 from ssl_pipeline.models.encoder import Encoder
-from ssl_pipeline.models.heads import CosineHead, LinearHead, prediction_head, projection_head
+from ssl_pipeline.models.heads import CosineHead, LinearHead
 from ssl_pipeline.models.neck import NeckConfig
+from ssl_pipeline.models.projection_heads import prediction_head, projection_head
 from ssl_pipeline.models.torchvision_backbones import SmallResNet, feature_info, remove_classifier
 from ssl_pipeline.models.weights import load_strictly
 
