@@ -98,7 +98,10 @@ class Forked:
 
 
 def run_all(
-    words: Sequence[str | Path], environments: Sequence[Mapping[str, str]], cwd: Path = _ROOT
+    words: Sequence[str | Path],
+    environments: Sequence[Mapping[str, str]],
+    cwd: Path = _ROOT,
+    seconds: float = _SECONDS,
 ) -> CompletedProcess[str]:
     """Runs a Python once for each environment, all at the same time.
 
@@ -112,7 +115,7 @@ def run_all(
             for out, error, environment in zip(outs, errors, environments, strict=True)
         ]
         try:
-            codes = [process.wait() for process in processes]
+            codes = [process.wait(seconds) for process in processes]
         except subprocess.TimeoutExpired as late:
             for process in processes:
                 process.kill()

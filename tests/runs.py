@@ -70,9 +70,11 @@ def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproc
     )
 
 
-def forked(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def forked(
+    *words: str | Path, cwd: Path = ROOT, seconds: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs Python's words in a process of its own that needs no start of an interpreter."""
-    return run_all(words, [environment], cwd)
+    return run_all(words, [environment], cwd, seconds)
 
 
 def ssl_pipeline(*words: str | Path, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:

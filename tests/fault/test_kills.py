@@ -14,7 +14,7 @@ from tests.runs import forked
 def test_killed_runs_end_as_if_nobody_had_stopped_them(kills: int, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     words = ["-m", "tests.benchmarks.faults", "--rounds", str(kills), "--json", str(figures)]
-    done = forked(*words)
+    done = forked(*words, seconds=3600)
     assert done.returncode == 0, done.stderr + done.stdout
     found = {name.removeprefix("faults."): value for name, value in json.loads(figures.read_text()).items()}
     assert found["kills"] == found["exact_resumes"] == kills
