@@ -12,7 +12,7 @@ from pathlib import Path
 from ssl_pipeline.config.command import load
 from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.pretrain_config import PretrainConfig
-from tests.ranks import forked
+from tests.forks import run_all
 
 ROOT = Path(__file__).parents[1]
 FEW_IMAGES = "data.name=tests.few_images"
@@ -70,12 +70,16 @@ def command(*words: str | Path, cwd: Path = ROOT, **environment: str) -> subproc
     )
 
 
+def forked(
+    *words: str | Path, cwd: Path = ROOT, seconds: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python's words in a process of its own that needs no start of an interpreter."""
+    return run_all(words, [environment], cwd, seconds)
+
+
 def ssl_pipeline(*words: str | Path, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:
     """``ssl-pipeline`` in a process of its own; ``before`` is Python that runs in it first."""
-    if not before:
-        return forked("ssl_pipeline/cli.py", *words, cwd=cwd)
-    main = f"{before}from ssl_pipeline.cli import main; main()"
-    return command(sys.executable, "-c", main, *words, cwd=cwd)
+    return forked("-c", f"{before}from ssl_pipeline.cli import main; main()", *words, cwd=cwd)
 
 
 def same_bytes(first: Path, second: Path, files: Sequence[str]) -> bool:

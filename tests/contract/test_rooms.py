@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,7 @@ from ssl_pipeline.models.neck import NeckConfig
 from ssl_pipeline.pretrain_config import PretrainConfig
 from ssl_pipeline.schedules import TrainProgress
 from ssl_pipeline.study.grid import StudyConfig, cells
-from tests.runs import FEW_IMAGES, small_pretext
+from tests.runs import FEW_IMAGES, forked, small_pretext
 
 GROUPS = {"pretext": "pretext", "downstream": "downstream", "data": "data.sources", "domain": "domain"}
 REQUIRED = {
@@ -125,10 +123,8 @@ def test_a_users_own_task_is_one_file_and_one_yaml(tmp_path: Path) -> None:
         "output=run",
         "transform.size=12",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "ssl_pipeline.pretrain", *words, "backbone.width=4", FEW_IMAGES],
-        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words += ["backbone.width=4", FEW_IMAGES]
+    done = forked("-m", "ssl_pipeline.pretrain", *words, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
 

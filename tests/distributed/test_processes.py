@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from ssl_pipeline.config.schema import names
-from tests.ranks import ranks
-from tests.runs import FEW_IMAGES, ROOT, TINY, command
+from tests.ranks import TWO, ranks
+from tests.runs import FEW_IMAGES, ROOT, TINY, command, forked
 
 # Of loss and state where a loss divides by small deviations; the rounding there is the processor's own.
 SINGLE_PRECISION = {"barlow_twins": (1e-5, 1e-3), "vicreg": (1e-6, 1e-5)}
-TWO = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_a_common_mistake_is_noticed(mutant: str, against_one: dict[str, dict[st
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "run"
-    done = command(*TWO, "launch/pretrain", *TINY, "steps=3", "evaluate_every=3 steps", f"output={folder}")
+    done = forked(*TWO, "launch/pretrain", *TINY, "steps=3", "evaluate_every=3 steps", f"output={folder}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1  # one process speaks
     told = [line for line in done.stderr.splitlines() if "warning" in line.lower()]

@@ -24,7 +24,9 @@ from ssl_pipeline.engine.fsdp import check_shardable
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
-from tests.runs import FEW_IMAGES, ROOT, command, tiny_pretrain
+from tests.forks import Forked
+from tests.ranks import ACCELERATE, free_port
+from tests.runs import FEW_IMAGES, ROOT, forked, tiny_pretrain
 from tests.tasks import tiny_task
 
 pytest.importorskip("timm")
@@ -36,13 +38,7 @@ SHORT = [
     *TRANSFORMER, "tracking=off", "tracking.log_images=false", "batch_size=32", "log_every=1", FEW_IMAGES, "evaluate_every=0 steps", "steps=3",
     "optim=sgd", "optim.warmup=0 steps",  # Adam would blow up the last bits of gradients that are zero but for rounding
 ]  # fmt: skip
-SHARDED = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+SHARDED = [*ACCELERATE, "--config_file", "launch/accelerate/fsdp2_8.yaml", "--num_processes", "2"]
 
 
 def answers(port: int) -> bool:
@@ -61,15 +57,14 @@ def start(*words: str | Path) -> subprocess.Popen[str]:
 
 def test_two_machines_equal_one_process(tmp_path: Path) -> None:
     words = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    launch = [
-        "accelerate", "launch", "--config_file", "launch/accelerate/gpu_nodes.yaml", "--mixed_precision", "no", *words,
-    ]  # fmt: skip
+    launch = [*ACCELERATE, "--config_file", "launch/accelerate/gpu_nodes.yaml", "--mixed_precision", "no", *words]
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
     machines = [
-        start(*launch, "--machine_rank", str(rank), "launch/pretrain", *SHORT, f"output={tmp_path / 'two'}")
-        for rank in (0, 1)
+        Forked([*launch, "--machine_rank", str(rank), "launch/pretrain", *SHORT, f"output={tmp_path / 'two'}"], log)
+        for rank, log in enumerate(logs)
     ]
-    said = [machine.communicate(timeout=240)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
+    codes, said = [machine.wait(240) for machine in machines], [log.read_text() for log in logs]
+    assert codes == [0, 0], said
     assert [text.count("wrote") for text in said] == [1, 0]  # the first machine's first process speaks and writes
     one = pretrain(tiny_pretrain(tmp_path / "one", *SHORT))
     pairs = zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True)
@@ -114,7 +109,7 @@ def test_a_machine_that_leaves_is_done_without(tmp_path: Path) -> None:
 def sharded(folder: Path, tasks: list[str]) -> dict[str, Any]:
     """How far the loop on shares is from the loop on whole weights."""
     out = folder / "out.json"
-    done = command(*SHARDED, "--mixed_precision", "no", "tests/distributed/sharded_tasks.py", out, *tasks)
+    done = forked(*SHARDED, "--mixed_precision", "no", "tests/distributed/sharded_tasks.py", out, *tasks)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text())
     return found
@@ -136,7 +131,7 @@ def test_shares_of_the_weights_train_as_whole_ones_do(tasks: list[str], tmp_path
 @pytest.mark.slow
 def test_a_sharded_run_is_handed_over_and_continues_on_one_process(tmp_path: Path) -> None:
     words = [*SHORT, "save_every=2 steps", f"output={tmp_path / 'run'}"]
-    done = command(*SHARDED, "--mixed_precision", "no", "launch/pretrain", *words)
+    done = forked(*SHARDED, "--mixed_precision", "no", "launch/pretrain", *words)
     assert done.returncode == 0, done.stderr
     before = load_file(tmp_path / "run" / "encoder.safetensors")
     (tmp_path / "run" / "checkpoints" / "step-000000003.pt").unlink()

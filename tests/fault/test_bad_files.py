@@ -15,7 +15,8 @@ from ssl_pipeline.engine.checkpoint import Checkpoints
 from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
-from tests.runs import TINY_ON_ANY_DATA, command, tiny_pretrain
+from tests.ranks import TWO
+from tests.runs import TINY_ON_ANY_DATA, forked, tiny_pretrain
 from tests.unit.test_loader import photos, views
 
 
@@ -94,7 +95,6 @@ def test_a_run_that_was_stopped_and_continued(
 @pytest.mark.slow
 def test_a_thousand_steps_on_two_processes(tmp_path: Path) -> None:
     bad, run = one_in_ten(tmp_path / "photos"), tmp_path / "run"
-    launch = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml", "launch/pretrain"]
-    done = command(*launch, *words_of(tmp_path / "photos", 1000), f"output={run}")
+    done = forked(*TWO, "launch/pretrain", *words_of(tmp_path / "photos", 1000), f"output={run}")
     assert done.returncode == 0, done.stderr
     check_exact(run, bad, " ".join((done.stdout + done.stderr).split()))

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,8 +24,9 @@ from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.study import jobs
 from tests.fault.launched import launched
 from tests.fault.test_signals import send_at
+from tests.forks import Forked
 from tests.integration.test_study import artifact
-from tests.runs import ROOT, TINY_ON_ANY_DATA, same_bytes, tiny_finetune, tiny_pretrain
+from tests.runs import TINY_ON_ANY_DATA, same_bytes, tiny_finetune, tiny_pretrain
 from tests.unit.test_loader import photos
 
 
@@ -36,20 +36,15 @@ def interrupted(words: list[str], ready: Path, cwd: Path, lines: int = 0) -> tup
     Returns:
         Exit code, and what it said on standard error.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        words, cwd=cwd, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    said = cwd / "said"
+    process = Forked([Path(sys.executable).parent / words[0], *words[1:]], Path(os.devnull), said, cwd, session=True)
     until = time.monotonic() + 120
-
     while not ready.exists() or (lines and len(ready.read_bytes().splitlines()) < lines):
-        assert process.poll() is None
+        assert process.poll() is None, said.read_text()
         assert time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said
+    return process.wait(60), said.read_text()
 
 
 def test_a_run_with_workers_is_saved_and_the_command_that_is_said_goes_on(tmp_path: Path) -> None:

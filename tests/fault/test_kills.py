@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import forked
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_if_nobody_had_stopped_them(kills: int, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     words = ["-m", "tests.benchmarks.faults", "--rounds", str(kills), "--json", str(figures)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked(*words, seconds=3600)
     assert done.returncode == 0, done.stderr + done.stdout
     found = {name.removeprefix("faults."): value for name, value in json.loads(figures.read_text()).items()}
     assert found["kills"] == found["exact_resumes"] == kills

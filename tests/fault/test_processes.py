@@ -27,13 +27,13 @@ from ssl_pipeline.logging.jsonl import read_metrics
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from tests.fault.launched import launched
-from tests.ranks import ranks
-from tests.runs import TINY, command, same_bytes, tiny_pretrain
+from tests.ranks import TWO, ranks
+from tests.runs import TINY, forked, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
 
 
 def test_a_killed_process_is_missed_by_the_others(tmp_path: Path) -> None:
-    run = launched(tmp_path / "run", SSL_PIPELINE_TIMEOUT="15")
+    run = launched(tmp_path / "run", interpreters=True, SSL_PIPELINE_TIMEOUT="15")
     run.wait_for_steps(3)
     run.ranks()[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -79,9 +79,8 @@ def test_a_group_that_was_stopped_as_one_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_the_others(tmp_path: Path) -> None:
-    words = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml"]
     began = time.monotonic()
-    done = command(*words, "tests/fault/one_share.py", *TINY, "steps=1000", f"output={tmp_path / 'run'}", FAULT="raise")
+    done = forked(*TWO, "tests/fault/one_share.py", *TINY, "steps=1000", f"output={tmp_path / 'run'}", FAULT="raise")
     assert done.returncode != 0
     assert time.monotonic() - began < 60
     assert "KeyError: 'a mistake of process 1'" in done.stderr

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +23,8 @@ from ssl_pipeline.finetune_config import FinetuneConfig
 from ssl_pipeline.logging.jsonl import TRAINING_STEP, read_metrics
 from ssl_pipeline.pretrain import pretrain
 from ssl_pipeline.pretrain_config import PretrainConfig
-from tests.runs import ROOT, same_bytes, tiny_finetune, tiny_pretrain, tiny_words
+from tests.forks import Forked
+from tests.runs import same_bytes, tiny_finetune, tiny_pretrain, tiny_words
 from tests.shapes import mask_folder
 
 SHORT = [
@@ -40,19 +39,15 @@ class StoppedError(Exception):
 
 def stopped_by_a_signal(words: list[str], run: Path) -> tuple[int, str]:
     """The exit code and the words of a process that is told to stop when its second checkpoint of all layers is there."""
-    path = [sys.executable, "-c", "from ssl_pipeline.cli import main; main()", "finetune"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = run.with_suffix(".log")
+    process = Forked(["-m", "ssl_pipeline.cli", "finetune", *words], log)
     kept, until = run / "checkpoints" / "seed-0" / "all_layers", time.monotonic() + 120
-    with subprocess.Popen(
-        [*path, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        while len(list(kept.glob("step-*.pt"))) < 2:
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.005)
-        process.terminate()
-        said, _ = process.communicate(timeout=20)
-    return process.returncode, said
+    while len(list(kept.glob("step-*.pt"))) < 2:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    return process.wait(20), log.read_text()
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from ssl_pipeline.models.encoder import Encoder
 from ssl_pipeline.pretext.simclr import SimCLR
 from ssl_pipeline.pretrain import pretrain
 from tests.fault.launched import launched
-from tests.runs import TINY, command, same_bytes, tiny_pretrain
+from tests.ranks import TWO
+from tests.runs import TINY, forked, same_bytes, tiny_pretrain
 from tests.unit.test_loader import photos
 
 OF_TIME = ("time", "system/images_per_s", "system/data_wait")
@@ -126,10 +127,9 @@ def test_an_evaluation_that_lasts_is_cut_short_and_made_up_for(
 
 
 def test_a_signal_to_one_process_cuts_the_evaluation_of_all(tmp_path: Path) -> None:
-    launch = ["accelerate", "launch", "--config_file", "launch/accelerate/cpu_2.yaml", "tests/fault/slow_look.py"]
     run, codes = tmp_path / "run", tmp_path / "codes"
     words = [*TINY, "steps=9", "evaluate_every=3 steps", f"output={run}"]
-    done = command(*launch, *words, SSL_PIPELINE_EXIT_CODES=str(codes))
+    done = forked(*TWO, "tests/fault/slow_look.py", *words, SSL_PIPELINE_EXIT_CODES=str(codes))
     assert codes.read_text().split() == ["75", "75"], done.stderr
     assert done.stderr.count("stopped by SIGTERM after step 3 of 9: its state is saved") == 1
     assert (run / "requeue").is_file()

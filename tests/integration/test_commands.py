@@ -15,10 +15,10 @@ import yaml
 from ssl_pipeline import __version__, cli
 from ssl_pipeline.config.compose import config_root
 from ssl_pipeline.config.help import has_yaml, help_of, lines_of
-from tests.runs import ROOT, TINY_ON_ANY_DATA, command, ssl_pipeline
+from tests.runs import ROOT, TINY_ON_ANY_DATA, command, forked, ssl_pipeline
 
-# Calls every verb in one process: by itself (what would run is composed and not run), with --help, and with a typo.
-EVERY_VERB = """
+# Calls every verb in one process: with --help, which imports nothing large, ...
+CALL = """
 import contextlib, importlib, io, json, sys
 from ssl_pipeline import cli
 
@@ -30,27 +30,34 @@ def told(*words):
         except SystemExit as left:
             code = left.code
     return [code or 0, out.getvalue()]
-
-needed = {"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b"}
-found = {"--help": {verb: told(*verb.split(), "--help") for verb in cli.VERBS}}
-found["imported"] = sorted({"torch", "lightly", "numpy", "matplotlib", "wandb"} & sys.modules.keys())
+"""
+HELP = f"""{CALL}
+found = {{"--help": {{verb: told(*verb.split(), "--help") for verb in cli.VERBS}}}}
+found["imported"] = sorted({{"torch", "lightly", "numpy", "matplotlib", "wandb"}} & sys.modules.keys())
+print(json.dumps(found))
+"""
+# ... and in another one by itself (what would run is composed and not run), and with a typo.
+BARE_AND_TYPO = f"""{CALL}
+needed = {{"prepare": "x", "predict": "x y", "export": "x --to onnx", "report": "x", "dashboard": "a/b"}}
+found = {{"typo": {{}}, "bare": {{}}}}
 from ssl_pipeline.config.command import load
 for verb, (module, _) in cli.VERBS.items():
     loaded = importlib.import_module(module)
     typo = "sede=3" if hasattr(loaded, "run_command") else needed.get(verb, "") + " --sede"
-    found.setdefault("typo", {})[verb] = told(*verb.split(), *typo.split())
+    found["typo"][verb] = told(*verb.split(), *typo.split())
     if hasattr(loaded, "run_command"):
-        loaded.run_command = lambda name, schema, *_: print(load(name, schema) and f"{name} would run")
-    found.setdefault("bare", {})[verb] = told(*verb.split())
+        loaded.run_command = lambda name, schema, *_: print(load(name, schema) and f"{{name}} would run")
+    found["bare"][verb] = told(*verb.split())
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    done = command(sys.executable, "-c", EVERY_VERB, cwd=tmp_path_factory.mktemp("verbs"))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    place, found = tmp_path_factory.mktemp("verbs"), dict[str, Any]()
+    for done in (command(sys.executable, "-c", HELP, cwd=place), forked("-c", BARE_AND_TYPO, cwd=place)):
+        assert done.returncode == 0, done.stderr
+        found |= json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -272,15 +272,15 @@ def test_what_is_no_limit(text: str) -> None:
         parse_limit(text)
 
 
-def test_a_thousand_steps_with_one_bad_file_in_ten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_epochs_with_one_bad_file_in_ten(steps: int, tmp_path: Path) -> None:
     names = photos(tmp_path, 40, 12, 10)
     bad = names[3::10]
     for name in bad:
         (tmp_path / name).write_bytes(b"no image")
     source = FileDataset("photos", tmp_path, names, 3, bad_files=BadFiles(parse_limit("10%"), 40))
-    made = IndexedLoader(source, views(8), 4, 0, DistInfo(0, 1, CPU), 1000, 0)
-    steps = [batch.clock.step for batch in made.from_step(0)]
-    assert steps == list(range(1000))
+    made = IndexedLoader(source, views(8), 4, 0, DistInfo(0, 1, CPU), steps, 0)
+    assert [batch.clock.step for batch in made.from_step(0)] == list(range(steps))
     assert made.unreadable == 4
     assert source.bad_files is not None
     assert sorted(source.bad_files.faults) == [str(tmp_path / name) for name in bad]
