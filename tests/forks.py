@@ -176,6 +176,9 @@ def _begin(given: dict[str, Any]) -> None:
 
 def _interpret(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """What Python does with its words; does not return."""
+    # Workers are started by the platform's method, and not by that by which this process was made.
+    multiprocessing.set_start_method(None, force=True)
+    _FORKS.set_forkserver_preload([])
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
