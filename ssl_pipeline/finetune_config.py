@@ -29,15 +29,15 @@ class FinetuneConfig(RunConfig):
         size: height and width of the images in pixels; null is those that the encoder was pretrained on.
         data: images with labels.
         transform: mild views for training; measuring uses none.
-        backbone: the network where no encoder is given; an encoder brings its own.
-        neck: likewise.
+        backbone: the network if no encoder is given; an encoder has its own.
+        neck: how maps become features, if no encoder is given.
         downstream: what the labels are for.
         regime: which layers are trained, and how.
-        domain: a method across domains; null learns and measures on all of them alike.
+        domain: a method across domains; null trains and measures on all domains together.
         labels: how many labels are used, and how many of them are held out.
-        unlabeled: how the other training images are learned from, without labels; null leaves them alone.
-        seeds: repeats with other seeds; the figure is their mean with a 95 % interval.
-        split: what the figure is of; ``val`` to tune a recipe.
+        unlabeled: how the other training images are learned from, without labels; null does not use them.
+        seeds: repeats with other seeds; results are means with 95 % intervals.
+        split: what results are measured on; ``val`` to tune a recipe.
     """
 
     encoder: str | None = None

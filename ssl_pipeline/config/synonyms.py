@@ -18,6 +18,7 @@ RENAMED_KEYS: dict[str, str] = {
         for old, new in _VIEWS.items()
     },
     "data.licence": "data.license",
+    "domain.forwards": "domain.joint_forward=false",
     "downstream.proposals": "downstream.rpn_post_nms_top_n",
     "downstream.sampled": "downstream.box_batch_size_per_image",
     "pretext.off_diagonal": "pretext.lambda_param",
@@ -122,8 +123,8 @@ def renamed(key: str, value: str, roots: Container[str] | None = None) -> str | 
     """The sentence about a key that has a new name; None for any other key.
 
     Args:
-        key: as it was typed.
-        value: likewise; ``…`` where there is none.
+        key: as typed.
+        value: as typed; ``…`` if there is none.
         roots: the first parts of the verb's keys: a new name that it lacks is no answer. None takes any.
     """
     moved = _moved(key)

@@ -108,10 +108,10 @@ def at_range(image: Image.Image, mode: str, value_range: Range | None, stored_as
 
 
 class EncodedImage:
-    """An image file in memory of which only the header is read yet: its size says what its pixels may be shrunk by.
+    """An image file in memory. Only its header is read at first; the size in it says how far decoding may shrink the image.
 
     Attributes:
-        height: in pixels, after EXIF rotation; likewise ``width``.
+        height: in pixels, after EXIF rotation; ``width`` too.
 
     Raises:
         DecodeError: naming the image and what is wrong with it.
@@ -134,7 +134,7 @@ class Header:
     """What a file says of its image.
 
     Attributes:
-        width: in pixels, after EXIF rotation; likewise ``height``.
+        width: in pixels, after EXIF rotation; ``height`` too.
         mode: Pillow's name of what is stored: ``RGB``, ``CMYK``, ``I;16``, ...
         traits: of ``animated``, ``rotated`` and ``transparent``, those that hold.
         values: the stored values of more than 8 bits, see :data:`ssl_pipeline.data.value_range.COLUMNS`.

@@ -41,7 +41,7 @@ class EncodedDataset(IndexedDataset):
         return Image.open(BytesIO(self.encoded(index)))
 
     def sizes(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """By their headers, 1 by 1 where one can't be read; the images stay open, because they are wanted next."""
+        """Heights and widths from the headers, 1 by 1 where one can't be read; the images stay open to be decoded next."""
         self._opened = opened = dict[int, EncodedImage]()
         for i in index.tolist():
             with suppress(DecodeError):  # decoding raises it again

@@ -23,7 +23,7 @@ class PairedLoader(IndexedLoader):
 
     Args:
         source: labeled samples; their ``views`` and ``size``, samples of a step over all processes.
-        target: samples whose labels are not read; likewise ``target_views`` and ``target_size``, by default as many.
+        target: samples whose labels are not read; their ``target_views`` and ``target_size``, by default ``size``.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class HoldOutConfig(DecodedConfig, ABC):
 
     Attributes:
         val: the share of labeled training images that is held out for choices where the data has no such split.
-        test: the share of labeled training images that is held out for the final figures, likewise.
+        test: the share of labeled training images that is held out for the final results where the data has no such split.
     """
 
     val: float = Field(0.1, gt=0, lt=0.5)

@@ -151,7 +151,7 @@ def split_three(labels: Tensor, test: float | None, val: float | None, *name: Na
     Args:
         labels: int64 of shape (N,), what the shares are even over; samples of −1 stay in ``train``.
         test: the share of all samples that is for the final figures; None where the test is elsewhere.
-        val: the share of the rest that is for choices; None likewise.
+        val: the share of the rest that is for choices; None where ``val`` is elsewhere.
         name: of the draw.
 
     Returns:

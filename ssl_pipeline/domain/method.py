@@ -44,7 +44,7 @@ class MethodConfig(ComponentConfig, ABC):
         task: the class of the method.
         phases: the trainings, one after the other: ``source`` sees labeled images alone, ``joint`` as many of the target
             beside them, ``target`` the target's alone.
-        fits_bare_encoder: whether the method works where only the head is trained.
+        supports_frozen: whether the method works where only the head is trained.
         head: the one ``downstream.head`` that the method is made for; None takes any.
         selects: whether labeled images held out of the *source* choose the step that is kept, instead of the last one.
         keeps_statistics: whether it works with ``regime.freeze_bn_stats=true``, as it does not estimate the encoder's statistics anew.
@@ -52,7 +52,7 @@ class MethodConfig(ComponentConfig, ABC):
 
     task: ClassVar[Callable[..., Method]]
     phases: ClassVar[tuple[Phase, ...]] = ("joint",)
-    fits_bare_encoder: ClassVar[bool] = False
+    supports_frozen: ClassVar[bool] = False
     head: ClassVar[str | None] = None
     selects: ClassVar[bool] = False
     keeps_statistics: ClassVar[bool] = True
@@ -63,7 +63,7 @@ class MethodConfig(ComponentConfig, ABC):
     known: tuple[str, ...] | None = None
 
     @property
-    def on_target(self) -> TrainingConfig:
+    def target_phase(self) -> TrainingConfig:
         """The training of the phase ``target``."""
         raise NotImplementedError(f"{self.name} has no training on the target alone")
 
@@ -77,7 +77,7 @@ class MethodConfig(ComponentConfig, ABC):
         problems = []
         if downstream.name != "classification":
             problems.append(f"`domain` is for downstream=classification, and this is {downstream.name}.")
-        if regime.name == "frozen" and not self.fits_bare_encoder:
+        if regime.name == "frozen" and not self.supports_frozen:
             problems.append(
                 f"`domain={self.name}` moves the encoder, and regime `frozen` trains the head alone: take another regime."
             )
@@ -147,7 +147,7 @@ class JointTask(Method):
 
     def embed(self, batch: Batch) -> Embeddings:
         images = batch.views[0]
-        if self.config.forwards == "one":
+        if self.config.joint_forward:
             return self.features_and_logits(images)
         parts = [self.features_and_logits(part) for part in images.chunk(2)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -203,14 +203,14 @@ class JointConfig(MethodConfig, ABC):
     """The base of the methods that see source and target in one step.
 
     Attributes:
-        weight: of the method's term beside the source's cross-entropy.
-        forwards: ``one`` forward over source and target, whose BatchNorm statistics are then of both; or ``two``, each with its
-            own. Running statistics are of both either way.
+        weight: of the method's term; the source's cross-entropy has weight 1.
+        joint_forward: one forward for source and target, so that they share BatchNorm's batch statistics; false runs one for
+            each. The running statistics are of both either way.
     """
 
     task: ClassVar[Callable[..., Method]] = JointTask
     weight: float = Field(1.0, ge=0)
-    forwards: Literal["one", "two"] = "one"
+    joint_forward: bool = True
 
     def term(self, source: Embeddings, target: Embeddings) -> Tensor:
         """The loss of a method that needs nothing else: of ``features`` (B, D) and ``logits`` (B, K) of both sides, float32; a scalar."""

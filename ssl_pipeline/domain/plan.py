@@ -110,7 +110,7 @@ def train_across(
     task = method.build(classifier, target).to(context.share.device)
     for phase in method.phases:
         if phase == "target":
-            _run_phase(phase, task, method.on_target, regime, target, context)
+            _run_phase(phase, task, method.target_phase, regime, target, context)
         elif regime.trains_all and has_source:
             stage = SourceTask(method, classifier) if "target" in method.phases else task
             _run_phase(phase, stage, regime, regime, target, context)

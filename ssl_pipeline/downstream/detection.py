@@ -40,7 +40,7 @@ class Config(DenseConfig):
         width: channels of the pyramid.
         hidden: width of the box head.
         rpn_post_nms_top_n: regions of an image that the box head is given at most.
-        box_batch_size_per_image: of which so many, one quarter of them objects at best, are learned from in a step.
+        box_batch_size_per_image: regions of an image that are learned from in a step, at most a quarter of them objects.
         score_threshold: predictions below it are dropped.
         batch_norm: of the encoder. ``frozen``: statistics, scales and shifts stay as pretraining left them, as in torchvision's
             detectors: a step has few images, and their statistics are noise. Fresh weights have none to keep, and are trained.

@@ -73,7 +73,7 @@ def info_nce(
         own: which key is the query itself: neither positive nor negative.
         left_out: each match takes keys that are no positives out of the candidates: known false negatives.
         domain: which keys are of the query's own domain; with ``other_domain`` given.
-        other_domain: the temperature, likewise, towards keys of other domains.
+        other_domain: the temperature for keys of other domains, one for all or of shape (N,).
         decoupled: take the positives out of the denominator (DCL, Yeh et al. 2022); the loss can then be negative.
 
     Returns:

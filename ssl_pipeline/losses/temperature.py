@@ -130,7 +130,7 @@ def temperature_metrics(
         keys: shape (M, D).
         positive: see :func:`ssl_pipeline.losses.info_nce.info_nce`.
         temperature: above 0, one for all.
-        own: likewise.
+        own: which key is the query itself, as in ``info_nce``.
         rows: how many queries are taken, evenly spaced: the metrics are means.
 
     Returns:

@@ -44,7 +44,7 @@ def build_encoder(
         path: a run's folder (of stage one, or of stage two, whose encoder is taken) or its ``.safetensors``; or a checkpoint of
             ``backbone``. None takes ``backbone`` with its weights.
         backbone: the network, where the encoder is not one of ours.
-        neck: likewise.
+        neck: how its maps become features, where the encoder is not one of ours.
         images: that it will read.
         size: their height and width in pixels; None takes those that the weights were trained on, or 224.
         seed: of fresh weights; None leaves torch's generator alone.

@@ -33,8 +33,8 @@ class StudyConfig(FrozenModel):
         labels: how many: a number of each class, a share such as ``"10%"``, or ``all``.
         seeds: label draws, heads and views of each; paired over the encoders.
         common: overrides of ``finetune.yaml`` for all cells.
-        overrides: likewise, of the cells of one regime, by its name.
-        reported_regime: the regime that the summary speaks of, fixed beforehand.
+        overrides: overrides of ``finetune.yaml`` for the cells of one regime, by its name.
+        reported_regime: the regime that the summary reports, chosen beforehand.
         knn: whether kNN of each encoder's features is measured beside the grid, which reads all training images.
         models: whether the first seed's models are kept.
         jobs: processes at a time; null takes one for each GPU, or one of one thread for each core.

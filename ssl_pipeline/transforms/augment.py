@@ -34,8 +34,7 @@ class Augmentation:
 
     Args:
         config: the view's policy, without ``auto``.
-        mean: per channel, as the encoder expects it.
-        std: likewise.
+        mean: per channel, as the encoder expects it; ``std`` too.
         styles: images in [0, 1], shape (N, C, S, S) with any S, that lend their amplitude; needed where views are restyled.
     """
 

@@ -45,8 +45,8 @@ class JitterConfig(FrozenModel):
     Attributes:
         probability: how often it is applied.
         brightness: factors are drawn from [1 - b, 1 + b].
-        contrast: likewise.
-        saturation: likewise; ``auto`` is brightness on RGB, nothing on other images.
+        contrast: factors are drawn from [1 - c, 1 + c].
+        saturation: factors are drawn from [1 - s, 1 + s]; ``auto`` is brightness on RGB, nothing on other images.
         hue: turns are drawn from [-h, h], at most 0.5; ``auto`` is a quarter of brightness on RGB, nothing otherwise.
     """
 

@@ -31,8 +31,8 @@ def random_boxes(
     Args:
         draws: on the CPU, since float rounding must not depend on the device.
         name: first word of the draws' names.
-        heights: int64 of shape (B,).
-        widths: likewise.
+        heights: of the images in pixels, int64 of shape (B,).
+        widths: of the images in pixels, int64 of shape (B,).
         config: bounds.
 
     Returns:

@@ -25,8 +25,7 @@ class Views:
 
     Args:
         config: a policy without ``auto`` (:meth:`ViewsConfig.for_channels`).
-        mean: per channel, as the encoder expects it.
-        std: likewise.
+        mean: per channel, as the encoder expects it; ``std`` too.
         seed: the run's seed.
         styles: images whose amplitude restyled views take, float32 of shape (N, C, S, S) in [0, 1].
     """

@@ -71,7 +71,7 @@ class Preprocessing:
 
     Attributes:
         size: height and width of the network's input, in pixels.
-        mean: per channel, of values in [0, 1]; likewise ``std``.
+        mean: per channel, of values in [0, 1]; ``std`` too.
         resize: the evaluation transform of published weights; None resizes the largest central square.
         whole: squeezes all of an image into the square instead: a dense task must not lose its ends.
     """

@@ -130,8 +130,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
     for name in ("source_only", "adabn", "dann", "coral", "mcc", "shot_im", "weight_averaging", "erm"):
         tiny(root / name, f"domain={name}", "labels.validation=0")
         found[name] = load_file(root / name / "model.safetensors")
-    tiny(root / "off", "domain=coral", "domain.weight=0", "domain.forwards=two", "labels.validation=0")
-    tiny(root / "on", "domain=coral", "domain.weight=1", "domain.forwards=two", "labels.validation=0")
+    tiny(root / "off", "domain=coral", "domain.weight=0", "domain.joint_forward=false", "labels.validation=0")
+    tiny(root / "on", "domain=coral", "domain.weight=1", "domain.joint_forward=false", "labels.validation=0")
     return found | {name: load_file(root / name / "model.safetensors") for name in ("off", "on")}
 
 

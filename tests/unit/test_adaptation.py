@@ -370,8 +370,8 @@ JOINT = [name for name in METHODS if isinstance(tiny_method(name)[1], JointConfi
 
 @pytest.mark.parametrize("name", JOINT)
 def test_in_two_forwards_source_rows_do_not_feel_the_target(name: str) -> None:
-    for forwards, feels in (("one", True), ("two", False)):
-        task, config, target = tiny_method(name, f"domain.forwards={forwards}")
+    for joint, feels in (("true", True), ("false", False)):
+        task, config, target = tiny_method(name, f"domain.joint_forward={joint}")
         prime(task, target)
         task.train()
         batch = next(tiny_batches(config, target).from_step(0))

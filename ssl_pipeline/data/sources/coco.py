@@ -37,7 +37,7 @@ class Config(HoldOutConfig):
         path: the JSON file of the training images.
         images: the folder that ``file_name`` starts from; null for the file's own, or ``images`` beside it.
         val_path: another JSON file, for choices; null holds images out.
-        test_path: another, for the final figures; likewise.
+        test_path: another JSON file, for the final results; null holds images out.
         channels: 3 for RGB, 1 for grayscale.
         max_bad_files: how many annotations that can't be used (a box without height, a category that is not there) and images that
             can't be read are left out, ``20`` or ``1%`` of all. More stop the run, with a list.

@@ -32,11 +32,11 @@ class Config(StreamConfig, HoldOutConfig):
         data_files: files or patterns, where ``path`` is a kind of files.
         revision: the version on the hub.
         streaming: read it from front to back instead of storing it whole; shuffled and resumed by position.
-        train_split: what is trained on, such as ``train+unsupervised``. Where there is no ``train``, the one of a like name is
+        train_split: what is trained on, such as ``train+unsupervised``. If there is no ``train``, the split of a similar name is
             (:data:`~ssl_pipeline.data.splits.SPLIT_NAMES`).
-        val_split: labeled images for choices; ``auto``: the split ``validation``, or of a like name, where there is one; null
+        val_split: labeled images for choices; ``auto``: the split ``validation``, or of a similar name; null
             or none: images of ``train_split`` are held out, or of a stream there is no val.
-        test_split: for the final figures; ``auto``: the split ``test``; otherwise likewise.
+        test_split: labeled images for the final results; ``auto``: the split ``test``, or of a similar name; null or none: as for val.
         image: the images' column; ``auto``: the one of images.
         label: the labels' column; ``auto``: the one of class labels, or ``label``; null reads none.
         domain: the column that says where an image is from; null: none.

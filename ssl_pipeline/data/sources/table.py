@@ -44,9 +44,9 @@ class Config(PreparedConfig):
             Of several labels of an image one is read, or all as ``target_columns``.
         target_columns: hold numbers beside an image: several labels of 0 and 1, or values to predict; an empty cell is not
             known. With them no label is read.
-        domain_column: holds the domains' names; likewise.
+        domain_column: holds the domains' names; ``auto`` is ``domain`` where there is such a column; null reads none.
         domains: those to take; null takes all. An image is held out or not whichever are chosen.
-        split_column: holds train, val and test; likewise. Without it, images are held out.
+        split_column: holds train, val and test; ``auto`` is ``split`` where there is such a column; null holds images out.
         on_missing: files that are not there ``stop`` the run before it starts, or their rows are left out (``skip``).
     """
 

@@ -31,12 +31,12 @@ class Config(StreamConfig):
     Attributes:
         path: an archive, a folder of them, or a pattern such as ``train-{0000..0099}.tar`` or ``train-*.tar``; several of
             them as a list. A URL is read by fsspec (``s3://`` needs s3fs, ``gs://`` gcsfs, ``https://`` aiohttp).
-        val: likewise, labeled images for choices; null: there are none, and no kNN accuracy is measured.
-        test: likewise.
+        val: archives of labeled images for choices, written as ``path``; null: there are none, and no kNN accuracy is measured.
+        test: archives of labeled images for the final results, written as ``path``; null: there are none.
         image: the ending of the image's member; ``auto``: that of any image file.
         label: the ending of the label's member, a number or a class's name; ``json:KEY``: a key of the member ``.json``;
             null reads none.
-        domain: likewise, the name of where an image is from.
+        domain: the ending, or ``json:KEY``, of the name of an image's domain; null reads none.
         classes: their names, in the order of the numbers; null: not declared, then labels must be numbers.
     """
 

@@ -16,7 +16,7 @@ class Config(MethodConfig):
     """Adaptive batch normalization (Li et al. 2017). The source's own figures are those of the target's statistics, too."""
 
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
-    fits_bare_encoder: ClassVar[bool] = True
+    supports_frozen: ClassVar[bool] = True
     keeps_statistics: ClassVar[bool] = False
 
     def build(self, classifier: Classification, target: IndexedDataset) -> AdaBN:

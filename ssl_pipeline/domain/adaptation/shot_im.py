@@ -63,5 +63,5 @@ class Config(MethodConfig):
         return problems
 
     @property
-    def on_target(self) -> TrainingConfig:
+    def target_phase(self) -> TrainingConfig:
         return self.adaptation

@@ -12,4 +12,4 @@ class Config(MethodConfig):
 
     task = SourceTask
     phases: ClassVar[tuple[Phase, ...]] = ("source",)
-    fits_bare_encoder: ClassVar[bool] = True
+    supports_frozen: ClassVar[bool] = True
