@@ -30,6 +30,7 @@ from ssl_pipeline.data.sources.fashion_mnist import CLASSES, find_idx, read_idx
 from ssl_pipeline.data.sources.fashion_mnist import Config as FashionMNIST
 from ssl_pipeline.data.sources.folder import Config as Folder
 from ssl_pipeline.data.splits import Split, draw_labels, stratified_split
+from ssl_pipeline.data.targets import NumericTargets
 from ssl_pipeline.downstream.classification import Config as Classification
 from tests.embedded_subset import make, write_idx
 
@@ -455,3 +456,30 @@ def test_yaml_says_every_key_and_its_default(name: str, config: Any) -> None:
     required = {"path": "x"} if name == "folder" else {}
     assert set(tree) | set(required) == set(config.model_fields)
     assert config(**tree, **required) == config(name=name, **required)
+
+
+# --- what is known beside the images
+
+
+def test_other_annotations_are_other_data() -> None:
+    images = ArrayDataset("x", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    values = torch.arange(4.0)[:, None]
+    one, same, other = (
+        images.with_annotations(NumericTargets(v, ("age",))) for v in (values, values.clone(), values + 1)
+    )
+    assert one.fingerprint() == same.fingerprint()
+    assert len({images.fingerprint(), one.fingerprint(), other.fingerprint()}) == 3
+    assert one.select(torch.tensor([1])).fingerprint() != other.select(torch.tensor([1])).fingerprint()
+
+
+def test_the_license_that_a_user_names_is_that_of_every_part(tmp_path: Path) -> None:
+    for number in range(20):
+        place = tmp_path / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place)
+    config = Folder(name="folder", path=str(tmp_path), license="CC0-1.0")
+    parts = [config.open_pool(), *(config.open(split) for split in SPLITS), *config.open_every().values()]
+    assert {part.license for part in parts if part is not None} == {"CC0-1.0"}
+    unnamed = config.model_copy(update={"license": None}).open_pool()
+    assert unnamed is not None
+    assert unnamed.license is None
